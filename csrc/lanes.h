@@ -1,0 +1,104 @@
+// SIMD vectors of KD_LANES floats and the few functions on them that the row kernels need.
+// Written with the compiler's vector types, so one source serves every instruction set; included once per translation
+// unit, which sets KD_LANES and the target before it. Everything has internal linkage: code built for one
+// instruction set must never be merged with another's.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+typedef float vf __attribute__((vector_size(4 * KD_LANES)));
+typedef int32_t vi __attribute__((vector_size(4 * KD_LANES)));
+typedef uint32_t vu __attribute__((vector_size(4 * KD_LANES)));
+typedef uint16_t vh __attribute__((vector_size(2 * KD_LANES)));
+
+constexpr int64_t kLanes = KD_LANES;
+
+inline vf splat(float x) { return vf{} + x; }
+inline vf bits_to_float(vi x) { return (vf)x; }   // casts between vector types keep the bits
+inline vi float_to_bits(vf x) { return (vi)x; }
+inline vf load(const float* p) { vf v; std::memcpy(&v, p, sizeof v); return v; }
+inline void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
+
+// A NaN in b survives; in a it does not (the sums carry it instead).
+inline vf max(vf a, vf b) { return a > b ? a : b; }
+inline vf min(vf a, vf b) { return a < b ? a : b; }
+inline vf abs(vf a) { return bits_to_float(float_to_bits(a) & 0x7fffffff); }
+
+inline float sum(vf v) {
+  float total = 0;
+  for (int i = 0; i < kLanes; ++i) total += v[i];
+  return total;
+}
+inline float maximum(vf v) {
+  float top = v[0];
+  for (int i = 1; i < kLanes; ++i) top = v[i] > top ? v[i] : top;
+  return top;
+}
+
+inline vf load(const uint16_t* p) {          // bf16 is the upper half of a float
+  vh half;
+  std::memcpy(&half, p, sizeof half);
+  return bits_to_float((vi)(__builtin_convertvector(half, vu) << 16));
+}
+inline void store(uint16_t* p, vf v) {       // round to nearest even; NaN stays NaN
+  vu bits = (vu)float_to_bits(v);
+  vu rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  vu quiet = (bits >> 16) | 0x40;
+  vh half = __builtin_convertvector(v == v ? rounded : quiet, vh);
+  std::memcpy(p, &half, sizeof half);
+}
+
+// e^x for x <= 88, 0 below -86.6 (2^-125); relative error below 1e-7. exp(0) is exactly 1: identical rows must cancel.
+inline vf exp(vf x) {
+  const vf magic = splat(12582912.0f);                 // 1.5 * 2^23: adding it rounds to an integer in the low bits
+  vf shifted = x * 1.44269504f + magic;
+  vf n = shifted - magic;
+  vf r = (x - n * 0.693145752f) - n * 1.42860677e-6f;   // ln 2 in two parts, the first exact times any n
+  vf p = splat(1.395171916e-03f);                      // (e^r - 1 - r) / r^2, minimax on |r| <= ln 2 / 2
+  p = p * r + 8.369598221e-03f;
+  p = p * r + 4.166618726e-02f;
+  p = p * r + 1.666651289e-01f;
+  p = p * r + 5.000000101e-01f;
+  p = (p * r) * r + r;
+  p = p + 1.0f;
+  vf scaled = bits_to_float(float_to_bits(p) + (float_to_bits(shifted) << 23));
+  return x < -86.6f ? vf{} : scaled;
+}
+
+// log x for normal positive x; log(1) is exactly 0.
+inline vf log(vf x) {
+  vi bits = float_to_bits(x);
+  vi exponent = (bits - 0x3f3504f3) >> 23;             // mantissa in [sqrt 1/2, sqrt 2)
+  vf f = bits_to_float(bits - (exponent << 23)) - 1.0f;
+  vf e = __builtin_convertvector(exponent, vf);
+  vf p = splat(-7.859611501e-02f);                     // (log(1 + f) - f + f^2 / 2) / f^3, minimax
+  p = p * f + 1.288164749e-01f;
+  p = p * f + -1.312875480e-01f;
+  p = p * f + 1.418119194e-01f;
+  p = p * f + -1.662455404e-01f;
+  p = p * f + 2.000228627e-01f;
+  p = p * f + -2.500081041e-01f;
+  p = p * f + 3.333331673e-01f;
+  vf f2 = f * f;
+  vf r = p * (f2 * f) + e * 1.42860677e-6f;
+  r = r - 0.5f * f2;
+  return e * 0.693145752f + (f + r);
+}
+
+inline vf tanh(vf y) {
+  vf a = abs(y), y2 = y * y;
+  vf p = splat(-5.660788605e-03f);                     // (tanh(y) / y - 1) / y^2 in y^2, minimax on |y| <= 0.63
+  p = p * y2 + 2.060200731e-02f;
+  p = p * y2 + -5.372922989e-02f;
+  p = p * y2 + 1.333132896e-01f;
+  p = p * y2 + -3.333327832e-01f;
+  vf near = y + y * (y2 * p);
+  vf t = exp(-2.0f * a);
+  vf far = (1.0f - t) / (1.0f + t);
+  far = y < 0.0f ? -far : far;
+  return a < 0.625f ? near : far;
+}
+
+}  // namespace

@@ -1,0 +1,61 @@
+// Row kernels over a chunk of vocabulary logits, on raw pointers; one thread per call, rows [begin, end) of the chunk.
+//
+// A "row" is the logits of one token over the vocabulary. x is what the lm_head GEMM wrote, z what the model means:
+//     z = softcap * tanh(scale * x / softcap)          (z = scale * x without soft-cap)
+// Everything below is computed in fp32 from z, block by block, in registers and L1; sums over the vocabulary end in fp64.
+// kdkernels/reference.py states the mathematics.
+#pragma once
+#include <cstdint>
+
+namespace kd {
+
+enum class Dtype { f32, bf16 };
+
+struct Matrix {            // logits of C tokens: row r starts at data + r * stride (in elements)
+  void* data;
+  int64_t stride;
+  Dtype dtype;
+  float scale;
+  float softcap;           // 0: none
+};
+
+// Per row, kept apart because max + logsum rounds the entropy away at |z| ~ 1e4.
+struct Stats {
+  float max;               // max z
+  float logsum;            // log sum exp(z - max)
+  float entropy;           // nats
+  float tempered;          // log sum exp((z - max) / temperature)
+};
+
+// D = a KL(p || m) + b KL(q || m), m = mix p + (1 - mix) q; q student, p teacher.
+// dD/dq up to a constant is  skew * (q - p) / m + b * log(q / m).
+struct Divergence {
+  float a, b, mix, skew;
+  float temperature;
+};
+
+struct RowKernels {
+  const char* name;
+
+  // Statistics, the k largest z with their indices (ties: smaller index first), and z at `gather_ids` [C, n_gather].
+  void (*statistics)(Matrix x, int64_t vocab, int64_t begin, int64_t end, float temperature, Stats* stats,
+                     int64_t k, float* top_values, int64_t* top_indices,
+                     int64_t n_gather, const int64_t* gather_ids, float* gathered);
+
+  // value[r] = D and center[r] = E_q[dD/dq], which the gradient subtracts.
+  void (*divergence)(Matrix student, Matrix teacher, int64_t vocab, int64_t begin, int64_t end,
+                     const Stats* s, const Stats* t, Divergence kind, float* value, float* center);
+
+  // Overwrites the student's x with d loss / d x, in `out` precision (rows keep their byte stride):
+  //   divergence[r] * dD/dz + entropy[r] * dH/dz + softmax[r] * q, plus `scatter` [C, n_scatter] added at `ids`.
+  // kind == nullptr: no divergence; teacher, t, center and c_divergence are then unused.
+  void (*gradient)(Matrix student, Matrix teacher, int64_t vocab, int64_t begin, int64_t end,
+                   const Stats* s, const Stats* t, const Divergence* kind, const float* center, Dtype out,
+                   const float* c_divergence, const float* c_entropy, const float* c_softmax,
+                   int64_t n_scatter, const int64_t* ids, const float* scatter);
+};
+
+// The fastest set this CPU runs; `isa` ("avx512", "avx2", "portable") forces one. nullptr: this CPU or build lacks it.
+const RowKernels* row_kernels(const char* isa);
+
+}  // namespace kd

@@ -1,0 +1,348 @@
+// The three sweeps over the logits of a chunk, written once; see rows.h for what each computes.
+// A row is taken in blocks of kBlock words that stay in L1: load (bf16 -> fp32, scale, soft-cap), compute, store.
+#pragma once
+#include <cmath>
+
+#include "lanes.h"
+#include "rows.h"
+
+namespace {
+
+using kd::Divergence;
+using kd::Dtype;
+using kd::Matrix;
+using kd::Stats;
+
+constexpr int64_t kBlock = 1024;
+// -inf logits become this: finite, so that log-ratios of two masked words are 0 instead of NaN; exp of it is 0.
+constexpr float kMasked = -1e30f;
+// A divergence beyond this met a word that one side masks and the other does not: infinite.
+constexpr float kInfinite = 1e25f;
+
+inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+
+struct Block {
+  alignas(64) float v[kBlock];
+};
+
+inline vf transform(vf x, float scale, float softcap) {
+  vf z = x * scale;
+  if (softcap != 0) z = softcap * tanh(z / softcap);
+  vf masked = splat(kMasked);
+  return z < masked ? masked : z;                      // a NaN compares false and stays
+}
+
+template <class T>
+void load_block(const T* x, int64_t n, float scale, float softcap, Block& out) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(out.v + i, transform(load(x + i), scale, softcap));
+  if (i < n) {                                         // the vocabulary's last words; the rest of the vector is masked
+    T tail[kLanes] = {};
+    std::memcpy(tail, x + i, (n - i) * sizeof(T));
+    store(out.v + i, transform(load(tail), scale, softcap));
+    for (int64_t j = n; j < i + kLanes; ++j) out.v[j] = kMasked;
+  }
+}
+
+// One row of a Matrix, for whichever element type it has.
+struct Row {
+  const Matrix& m;
+  char* base;
+  Row(const Matrix& matrix, int64_t r)
+      : m(matrix), base(static_cast<char*>(m.data) + r * m.stride * (m.dtype == Dtype::f32 ? 4 : 2)) {}
+
+  void read(int64_t first, int64_t n, Block& out) const {
+    if (m.dtype == Dtype::f32) load_block(reinterpret_cast<const float*>(base) + first, n, m.scale, m.softcap, out);
+    else load_block(reinterpret_cast<const uint16_t*>(base) + first, n, m.scale, m.softcap, out);
+  }
+  float at(int64_t i) const {                          // z of one word
+    Block one;
+    read(i, 1, one);
+    return one.v[0];
+  }
+  // Ascending blocks may overwrite fp32 logits with a bf16 gradient: byte 2i is behind every word still to be read.
+  void write(int64_t first, int64_t n, const Block& v, Dtype out) const {
+    if (out == Dtype::f32) store_block(reinterpret_cast<float*>(base) + first, n, v);
+    else store_block(reinterpret_cast<uint16_t*>(base) + first, n, v);
+  }
+  template <class T>
+  static void store_block(T* p, int64_t n, const Block& v) {
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) store(p + i, load(v.v + i));
+    if (i < n) {
+      T tail[kLanes];
+      store(tail, load(v.v + i));
+      std::memcpy(p + i, tail, (n - i) * sizeof(T));
+    }
+  }
+};
+
+// ---- sweep 1: statistics and exact top-k ----------------------------------------------------------------------
+
+// The k best (value, index) pairs seen so far, best first. Offers come in ascending index, so an equal value never displaces.
+struct TopK {
+  int64_t k, size = 0;
+  float* values;
+  int64_t* indices;
+
+  float threshold() const { return size < k ? -INFINITY : values[k - 1]; }
+  void offer(float value, int64_t index) {
+    if (!(value > threshold())) return;
+    int64_t i = size < k ? size++ : k - 1;
+    for (; i > 0 && value > values[i - 1]; --i) {
+      values[i] = values[i - 1];
+      indices[i] = indices[i - 1];
+    }
+    values[i] = value;
+    indices[i] = index;
+  }
+};
+
+// v is padded to whole vectors with values that cannot win.
+inline void offer_all(TopK& top, const float* v, int64_t n, int64_t first) {
+  constexpr int64_t kStep = 8 * kLanes;                // one horizontal maximum for eight vectors
+  for (int64_t i = 0; i < n; i += kStep) {
+    int64_t last = min64(i + kStep, n);
+    vf best = load(v + i);
+    for (int64_t j = i + kLanes; j < last; j += kLanes) best = max(best, load(v + j));
+    if (!(maximum(best) > top.threshold())) continue;
+    for (int64_t j = i; j < last; ++j) top.offer(v[j], first + j);
+  }
+}
+
+// The top k of a row from the maxima of its lane groups (the words of a block that share a lane). The k-th largest group
+// maximum bounds the k-th largest word from below, so only blocks with a group at or above it are read again.
+void top_of_row(const Row& row, int64_t vocab, const float* maxima, TopK top) {
+  int64_t blocks = (vocab + kBlock - 1) / kBlock;
+  TopK bound{top.k, 0, top.values, top.indices};       // the output doubles as scratch: only its threshold is kept
+  offer_all(bound, maxima, blocks * kLanes, 0);
+  float floor = bound.threshold();
+  Block z;
+  for (int64_t b = 0; b < blocks; ++b) {
+    float best = maximum(load(maxima + b * kLanes));
+    if (best < floor || !(best > top.threshold())) continue;
+    int64_t first = b * kBlock, n = min64(kBlock, vocab - first);
+    row.read(first, n, z);
+    offer_all(top, z.v, n, first);
+  }
+  for (int64_t i = top.size; i < top.k; ++i) {         // fewer than k comparable words: a row with NaN
+    top.values[i] = NAN;
+    top.indices[i] = i;
+  }
+}
+
+template <bool Tempered>
+Stats row_statistics(const Row& row, int64_t vocab, float inv_temperature, float* maxima) {
+  float top = -INFINITY;
+  double total = 0, weighted = 0, tempered = 0;        // sums of e, e * (z - top), e^(1/T), where e = exp(z - top)
+  Block z;
+  for (int64_t first = 0; first < vocab; first += kBlock) {
+    int64_t n = min64(kBlock, vocab - first);
+    row.read(first, n, z);
+    vf best = splat(-INFINITY);
+    for (int64_t i = 0; i < n; i += kLanes) best = max(best, load(z.v + i));
+    store(maxima + first / kBlock * kLanes, best);
+    float block_top = maximum(best);
+    if (block_top > top) {
+      if (total > 0) {
+        double shift = double(top) - block_top, factor = std::exp(shift);
+        weighted = factor * (weighted + shift * total);
+        total *= factor;
+        tempered *= std::exp(shift * inv_temperature);
+      }
+      top = block_top;
+    }
+    vf e_sum{}, w_sum{}, t_sum{};
+    for (int64_t i = 0; i < n; i += kLanes) {
+      vf x = load(z.v + i) - top;
+      vf e = exp(x);
+      e_sum += e;
+      w_sum += e * x;
+      if constexpr (Tempered) t_sum += exp(x * inv_temperature);
+    }
+    total += sum(e_sum);
+    weighted += sum(w_sum);
+    if constexpr (Tempered) tempered += sum(t_sum);
+  }
+  double logsum = std::log(total);
+  return {top, float(logsum), float(logsum - weighted / total), float(Tempered ? std::log(tempered) : logsum)};
+}
+
+void statistics(Matrix x, int64_t vocab, int64_t begin, int64_t end, float temperature, Stats* stats, int64_t k,
+                float* top_values, int64_t* top_indices, int64_t n_gather, const int64_t* gather_ids, float* gathered) {
+  float* maxima = new float[(vocab + kBlock - 1) / kBlock * kLanes];
+  for (int64_t r = begin; r < end; ++r) {
+    Row row(x, r);
+    stats[r] = temperature == 1.0f ? row_statistics<false>(row, vocab, 1.0f, maxima)
+                                   : row_statistics<true>(row, vocab, 1.0f / temperature, maxima);
+    top_of_row(row, vocab, maxima, TopK{k, 0, top_values + r * k, top_indices + r * k});
+    for (int64_t j = 0; j < n_gather; ++j) gathered[r * n_gather + j] = row.at(gather_ids[r * n_gather + j]);
+  }
+  delete[] maxima;
+}
+
+// ---- sweeps 2 and 3: divergence and gradient ------------------------------------------------------------------
+
+// Where the mixture m = mix p + (1 - mix) q lies. kJsd is an interior mixture whose skew coefficient is 0 (no division).
+enum Mixture { kNone, kStudent, kTeacher, kJsd, kInterior };
+
+inline Mixture mixture_of(const Divergence* d) {
+  if (d == nullptr) return kNone;
+  if (d->mix == 0) return kStudent;
+  if (d->mix == 1) return kTeacher;
+  return d->skew == 0 ? kJsd : kInterior;
+}
+
+// What the divergence needs of one vector of words.
+struct Words {
+  vf q, p;
+  vf log_p_m, log_q_m;     // log(p / m), log(q / m)
+  vf q_skew;               // q * (q - p) / m
+};
+
+// With d = log q - log p and r = exp(-|d|) in [0, 1], m over the larger of p and q is w = 1 + c (r - 1), where c weighs
+// the smaller one: nothing overflows, no log of 0 at an interior mixture, and w is exactly 1 where p = q.
+template <Mixture M>
+inline Words compare(vf lq, vf lp, float mix) {
+  Words o;
+  vf d = lq - lp;
+  vf r = exp(-abs(d));
+  vf big = exp(max(lq, lp));
+  vf small = big * r;
+  vi student = d >= 0.0f;
+  o.q = student ? big : small;
+  o.p = student ? small : big;
+  o.log_p_m = o.log_q_m = o.q_skew = vf{};
+  if constexpr (M == kStudent) {
+    o.log_p_m = -d;
+    o.q_skew = o.q - o.p;
+  } else if constexpr (M == kTeacher) {
+    o.log_q_m = d;
+  } else {
+    vf gap = r - 1.0f;
+    vf w = 1.0f + (student ? splat(mix) : splat(1.0f - mix)) * gap;
+    vf log_w = log(w);
+    o.log_p_m = -log_w - max(d, vf{});
+    o.log_q_m = min(d, vf{}) - log_w;
+    if constexpr (M == kInterior) o.q_skew = o.q * (student ? -gap : gap) / w;
+  }
+  return o;
+}
+
+// log-probabilities of a block at a temperature: (z - max) / T - log-sum at T.
+struct LogProb {
+  float max, inv_temperature, logsum;
+  LogProb(const Stats& s, float temperature)
+      : max(s.max), inv_temperature(1.0f / temperature), logsum(temperature == 1.0f ? s.logsum : s.tempered) {}
+  vf operator()(vf z) const { return (z - max) * inv_temperature - logsum; }
+};
+
+template <Mixture M>
+void row_divergence(const Row& student, const Row& teacher, int64_t vocab, const Stats& s, const Stats& t,
+                    const Divergence& kind, float& value, float& center) {
+  const LogProb log_q(s, kind.temperature), log_p(t, kind.temperature);
+  double kl_p = 0, kl_q = 0, skew = 0;                 // sums of p log(p/m), q log(q/m), q (q - p) / m
+  Block zs, zt;
+  for (int64_t first = 0; first < vocab; first += kBlock) {
+    int64_t n = min64(kBlock, vocab - first);
+    student.read(first, n, zs);
+    teacher.read(first, n, zt);
+    vf p_sum{}, q_sum{}, s_sum{};
+    for (int64_t i = 0; i < n; i += kLanes) {
+      Words w = compare<M>(log_q(load(zs.v + i)), log_p(load(zt.v + i)), kind.mix);
+      p_sum += w.p * w.log_p_m;
+      q_sum += w.q * w.log_q_m;
+      if constexpr (M == kInterior) s_sum += w.q_skew;
+    }
+    kl_p += sum(p_sum);
+    kl_q += sum(q_sum);
+    if constexpr (M == kInterior) skew += sum(s_sum);
+  }
+  double total = kind.a * kl_p + kind.b * kl_q;
+  value = total > kInfinite ? INFINITY : float(total);
+  center = float(kind.skew * skew + kind.b * kl_q);    // at m = q the skew sum is sum q - sum p = 0
+}
+
+void divergence(Matrix student, Matrix teacher, int64_t vocab, int64_t begin, int64_t end, const Stats* s,
+                const Stats* t, Divergence kind, float* value, float* center) {
+  auto row = row_divergence<kInterior>;
+  switch (mixture_of(&kind)) {
+    case kStudent: row = row_divergence<kStudent>; break;
+    case kTeacher: row = row_divergence<kTeacher>; break;
+    case kJsd: row = row_divergence<kJsd>; break;
+    default: break;
+  }
+  for (int64_t r = begin; r < end; ++r)
+    row(Row(student, r), Row(teacher, r), vocab, s[r], t[r], kind, value[r], center[r]);
+}
+
+struct Coefficients {
+  float divergence, entropy, softmax;
+};
+
+template <Mixture M, bool Tempered>
+void row_gradient(const Row& student, const Row& teacher, int64_t vocab, const Stats& s, const Stats& t,
+                  const Divergence& kind, float center, Coefficients c, Dtype out, int64_t n_scatter,
+                  const int64_t* ids, const float* scatter) {
+  const LogProb log_q1(s, 1.0f), log_q(s, kind.temperature), log_p(t, kind.temperature);
+  const float c_div = c.divergence / kind.temperature;
+  const float scale = student.m.scale, softcap = student.m.softcap;
+  Block zs, zt;
+  for (int64_t first = 0; first < vocab; first += kBlock) {
+    int64_t n = min64(kBlock, vocab - first);
+    student.read(first, n, zs);
+    if constexpr (M != kNone) teacher.read(first, n, zt);
+    Block& dz = zt;                                    // the teacher's words are used up as the gradient appears
+    for (int64_t i = 0; i < n; i += kLanes) {
+      vf lq1 = log_q1(load(zs.v + i));
+      vf q, g{};
+      if constexpr (M == kNone) {
+        q = exp(lq1);
+      } else {
+        Words w = compare<M>(Tempered ? log_q(load(zs.v + i)) : lq1, log_p(load(zt.v + i)), kind.mix);
+        g = c_div * (kind.skew * w.q_skew + w.q * (kind.b * w.log_q_m - center));
+        q = Tempered ? exp(lq1) : w.q;
+      }
+      g += q * (c.softmax - c.entropy * (lq1 + s.entropy));
+      store(dz.v + i, g);
+    }
+    for (int64_t j = 0; j < n_scatter; ++j)
+      if (uint64_t(ids[j] - first) < uint64_t(n)) dz.v[ids[j] - first] += scatter[j];
+    if (scale != 1 || softcap != 0)
+      for (int64_t i = 0; i < n; i += kLanes) {        // chain rule from z to x: dz/dx = scale (1 - (z / softcap)^2)
+        vf slope = splat(scale);
+        if (softcap != 0) {
+          vf y = load(zs.v + i) / softcap;
+          slope = slope * (1.0f - y * y);
+        }
+        store(dz.v + i, load(dz.v + i) * slope);
+      }
+    student.write(first, n, dz, out);
+  }
+}
+
+template <Mixture M>
+auto select_gradient(float temperature) {
+  return temperature == 1.0f ? row_gradient<M, false> : row_gradient<M, true>;
+}
+
+void gradient(Matrix student, Matrix teacher, int64_t vocab, int64_t begin, int64_t end, const Stats* s, const Stats* t,
+              const Divergence* kind, const float* center, Dtype out, const float* c_divergence,
+              const float* c_entropy, const float* c_softmax, int64_t n_scatter, const int64_t* ids,
+              const float* scatter) {
+  const Divergence none{0, 0, 0, 0, 1};
+  auto row = row_gradient<kNone, false>;
+  switch (mixture_of(kind)) {
+    case kStudent: row = select_gradient<kStudent>(kind->temperature); break;
+    case kTeacher: row = select_gradient<kTeacher>(kind->temperature); break;
+    case kJsd: row = select_gradient<kJsd>(kind->temperature); break;
+    case kInterior: row = select_gradient<kInterior>(kind->temperature); break;
+    default: break;
+  }
+  for (int64_t r = begin; r < end; ++r)
+    row(Row(student, r), Row(kind ? teacher : student, r), vocab, s[r], kind ? t[r] : s[r], kind ? *kind : none,
+        kind ? center[r] : 0, {kind ? c_divergence[r] : 0, c_entropy[r], c_softmax[r]}, out, n_scatter,
+        ids + r * n_scatter, scatter + r * n_scatter);
+}
+
+}  // namespace

@@ -1,0 +1,160 @@
+// The torch operators kdkernels::row_* over csrc/rows.h, for CPU tensors. LibTorch stable ABI only, so one binary serves
+// every torch from 2.10 on. The operators mutate their outputs and know nothing of autograd (kdkernels/chunked.py does).
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdlib>
+#include <optional>
+#include <string>
+
+#include "../csrc/rows.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+const kd::RowKernels& kernels() {
+  static const kd::RowKernels* chosen = kd::row_kernels(std::getenv("KDKERNELS_CPU_ISA"));
+  STD_TORCH_CHECK(chosen != nullptr, "KDKERNELS_CPU_ISA: expected avx512, avx2 or portable, as far as this CPU has it; got '",
+                  std::getenv("KDKERNELS_CPU_ISA"), "'");
+  return *chosen;
+}
+
+std::string shape(const Tensor& t) {
+  std::string s = "[";
+  for (int64_t i = 0; i < t.dim(); ++i) s += (i ? ", " : "") + std::to_string(t.size(i));
+  return s + "]";
+}
+
+void check(const char* name, const Tensor& t, ScalarType dtype, int64_t rows, int64_t columns) {
+  STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == dtype && t.is_contiguous(), name,
+                  ": expected a contiguous CPU tensor of the documented dtype");
+  bool fits = columns < 0 ? t.dim() == 1 && t.size(0) == rows
+                          : t.dim() == 2 && t.size(0) == rows && t.size(1) == columns;
+  STD_TORCH_CHECK(fits, name, ": expected ", rows, " rows",
+                  columns < 0 ? std::string() : " of " + std::to_string(columns), ", got shape ", shape(t));
+}
+
+kd::Matrix matrix(const char* name, const Tensor& t, double scale, double softcap) {
+  STD_TORCH_CHECK(t.is_cpu() && t.dim() == 2 && t.stride(1) == 1 && t.size(1) > 0, name,
+                  ": expected a [C, V] CPU tensor with contiguous rows, got shape ", shape(t));
+  ScalarType dtype = t.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, name, ": expected float32 or bfloat16");
+  return {t.data_ptr(), t.stride(0), dtype == ScalarType::Float ? kd::Dtype::f32 : kd::Dtype::bf16, float(scale),
+          float(softcap)};
+}
+
+const kd::Stats* stats(const char* name, const Tensor& t, int64_t rows) {
+  static_assert(sizeof(kd::Stats) == 4 * sizeof(float));
+  check(name, t, ScalarType::Float, rows, 4);
+  return static_cast<const kd::Stats*>(t.data_ptr());
+}
+
+template <class T>
+T* data(const Tensor& t) { return static_cast<T*>(t.data_ptr()); }
+
+void check_ids(const char* name, const Tensor& ids, int64_t vocab) {
+  const int64_t* p = data<int64_t>(ids);
+  for (int64_t i = 0, n = ids.numel(); i < n; ++i)
+    STD_TORCH_CHECK(p[i] >= 0 && p[i] < vocab, name, ": expected ids in [0, ", vocab, "), got ", p[i]);
+}
+
+void row_statistics(Tensor logits, double scale, double softcap, double temperature, Tensor out_stats,
+                    Tensor top_values, Tensor top_indices, std::optional<Tensor> gather_ids,
+                    std::optional<Tensor> gathered) {
+  kd::Matrix x = matrix("logits", logits, scale, softcap);
+  int64_t rows = logits.size(0), vocab = logits.size(1), k = top_values.size(1), n_gather = 0;
+  stats("stats", out_stats, rows);
+  check("top_values", top_values, ScalarType::Float, rows, k);
+  check("top_indices", top_indices, ScalarType::Long, rows, k);
+  STD_TORCH_CHECK(k >= 1 && k <= vocab, "top_values: expected 1 <= k <= V = ", vocab, ", got k = ", k);
+  if (gather_ids) {
+    n_gather = gather_ids->size(1);
+    check("gather_ids", *gather_ids, ScalarType::Long, rows, n_gather);
+    check("gathered", *gathered, ScalarType::Float, rows, n_gather);
+    check_ids("gather_ids", *gather_ids, vocab);
+  }
+  torch::stable::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
+    kernels().statistics(x, vocab, begin, end, float(temperature), data<kd::Stats>(out_stats), k,
+                         data<float>(top_values), data<int64_t>(top_indices), n_gather,
+                         gather_ids ? data<int64_t>(*gather_ids) : nullptr,
+                         gathered ? data<float>(*gathered) : nullptr);
+  });
+}
+
+kd::Divergence divergence_kind(double a, double b, double mix, double skew, double temperature) {
+  return {float(a), float(b), float(mix), float(skew), float(temperature)};
+}
+
+void row_divergence(Tensor student, double s_scale, double s_softcap, Tensor s_stats, Tensor teacher, double t_scale,
+                    double t_softcap, Tensor t_stats, double a, double b, double mix, double skew, double temperature,
+                    Tensor value, Tensor center) {
+  kd::Matrix s = matrix("student", student, s_scale, s_softcap), t = matrix("teacher", teacher, t_scale, t_softcap);
+  int64_t rows = student.size(0), vocab = student.size(1);
+  STD_TORCH_CHECK(teacher.size(0) == rows && teacher.size(1) == vocab, "teacher: expected shape ", shape(student),
+                  ", got ", shape(teacher));
+  const kd::Stats *ss = stats("s_stats", s_stats, rows), *ts = stats("t_stats", t_stats, rows);
+  check("value", value, ScalarType::Float, rows, -1);
+  check("center", center, ScalarType::Float, rows, -1);
+  kd::Divergence kind = divergence_kind(a, b, mix, skew, temperature);
+  torch::stable::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
+    kernels().divergence(s, t, vocab, begin, end, ss, ts, kind, data<float>(value), data<float>(center));
+  });
+}
+
+void row_gradient(Tensor student, double s_scale, double s_softcap, Tensor s_stats, std::optional<Tensor> teacher,
+                  double t_scale, double t_softcap, std::optional<Tensor> t_stats, double a, double b, double mix,
+                  double skew, double temperature, std::optional<Tensor> center, Tensor coefficients, Tensor ids,
+                  Tensor scatter, bool bf16_out) {
+  kd::Matrix s = matrix("student", student, s_scale, s_softcap), t = s;
+  int64_t rows = student.size(0), vocab = student.size(1);
+  const kd::Stats *ss = stats("s_stats", s_stats, rows), *ts = nullptr;
+  check("coefficients", coefficients, ScalarType::Float, 3, rows);
+  int64_t n_scatter = ids.size(1);
+  check("ids", ids, ScalarType::Long, rows, n_scatter);
+  check("scatter", scatter, ScalarType::Float, rows, n_scatter);
+  check_ids("ids", ids, vocab);
+  STD_TORCH_CHECK(bf16_out || s.dtype == kd::Dtype::f32, "bf16_out: bfloat16 logits have no room for a float32 gradient");
+  kd::Divergence kind = divergence_kind(a, b, mix, skew, temperature);
+  if (teacher) {
+    t = matrix("teacher", *teacher, t_scale, t_softcap);
+    STD_TORCH_CHECK(teacher->size(0) == rows && teacher->size(1) == vocab, "teacher: expected shape ", shape(student),
+                    ", got ", shape(*teacher));
+    STD_TORCH_CHECK(t_stats && center, "t_stats, center: expected with a teacher");
+    ts = stats("t_stats", *t_stats, rows);
+    check("center", *center, ScalarType::Float, rows, -1);
+  }
+  const float* c = data<float>(coefficients);
+  torch::stable::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
+    kernels().gradient(s, t, vocab, begin, end, ss, ts, teacher ? &kind : nullptr,
+                       center ? data<float>(*center) : nullptr, bf16_out ? kd::Dtype::bf16 : kd::Dtype::f32, c,
+                       c + rows, c + 2 * rows, n_scatter, data<int64_t>(ids), data<float>(scatter));
+  });
+}
+
+std::string cpu_isa() { return kernels().name; }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(kdkernels, m) {
+  m.def("cpu_isa() -> str");
+  m.def("row_statistics(Tensor logits, float scale, float softcap, float temperature, Tensor(a!) stats, "
+        "Tensor(b!) top_values, Tensor(c!) top_indices, Tensor? gather_ids, Tensor(d!)? gathered) -> ()");
+  m.def("row_divergence(Tensor student, float s_scale, float s_softcap, Tensor s_stats, Tensor teacher, float t_scale, "
+        "float t_softcap, Tensor t_stats, float a, float b, float mix, float skew, float temperature, "
+        "Tensor(a!) value, Tensor(b!) center) -> ()");
+  m.def("row_gradient_(Tensor(a!) student, float s_scale, float s_softcap, Tensor s_stats, Tensor? teacher, "
+        "float t_scale, float t_softcap, Tensor? t_stats, float a, float b, float mix, float skew, float temperature, "
+        "Tensor? center, Tensor coefficients, Tensor ids, Tensor scatter, bool bf16_out) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(kdkernels, CompositeExplicitAutograd, m) { m.impl("cpu_isa", TORCH_BOX(&cpu_isa)); }
+
+STABLE_TORCH_LIBRARY_IMPL(kdkernels, CPU, m) {
+  m.impl("row_statistics", TORCH_BOX(&row_statistics));
+  m.impl("row_divergence", TORCH_BOX(&row_divergence));
+  m.impl("row_gradient_", TORCH_BOX(&row_gradient));
+}
