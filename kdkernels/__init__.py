@@ -1,0 +1,33 @@
+"""kdkernels: distillation losses for large vocabularies, in chunks, straight from hidden states and lm_head weights.
+
+import kdkernels as kd
+out = kd.TSDKD()(kd.Head(hidden_s, weight_s), kd.Head(hidden_t, weight_t), mask)
+out.loss.backward()
+"""
+
+from .divergences import JSD, ForwardKL, ReverseKL, SkewKL, SkewReverseKL
+from .functional import TokenStatistics, cross_entropy, divergence, entropy, plackett_luce, statistics
+from .heads import Head
+from .layout import Layout
+from .objectives import GKD, SFT, TSDKD
+from .rows import info
+
+__all__ = [
+    "GKD",
+    "JSD",
+    "SFT",
+    "TSDKD",
+    "ForwardKL",
+    "Head",
+    "Layout",
+    "ReverseKL",
+    "SkewKL",
+    "SkewReverseKL",
+    "TokenStatistics",
+    "cross_entropy",
+    "divergence",
+    "entropy",
+    "info",
+    "plackett_luce",
+    "statistics",
+]

@@ -1,0 +1,74 @@
+"""Divergences between a teacher p and a student q, all members of one family
+
+    D(a, l, b, u) = a * KL(p || m_l) + b * KL(q || m_u),      m_x = x * p + (1 - x) * q
+
+so that every backend implements the family once. The names follow GKD (Agarwal et al., 2024, eq. 1), DistiLLM
+(Ko et al., 2024) and VCRD.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["JSD", "Divergence", "ForwardKL", "ReverseKL", "SkewKL", "SkewReverseKL"]
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """``a * KL(p || m) + b * KL(q || m)`` with ``m = mix * p + (1 - mix) * q``; p teacher, q student. Use the names below."""
+
+    name: str
+    a: float
+    b: float
+    mix: float
+
+    @property
+    def skew(self) -> float:
+        """Coefficient of (q - p) / m in dD/dq; what is left is ``b * log(q / m)`` and a constant.
+
+        dD/dq = -a (1 - mix) p/m + b [log(q/m) + 1 - (1 - mix) q/m], and p/m = 1 - (1 - mix) (q - p)/m,
+        q/m = 1 + mix (q - p)/m.
+        """
+        return (1 - self.mix) * (self.a * (1 - self.mix) - self.b * self.mix)
+
+
+def _unit_interval(name: str, value: float) -> float:
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"{name}: expected a number in [0, 1], got {value!r}")
+    return float(value)
+
+
+def ForwardKL() -> Divergence:
+    """KL(p || q), mode covering."""
+    return Divergence("ForwardKL", a=1.0, b=0.0, mix=0.0)
+
+
+def ReverseKL() -> Divergence:
+    """KL(q || p), mode seeking."""
+    return Divergence("ReverseKL", a=0.0, b=1.0, mix=1.0)
+
+
+def JSD(beta: float) -> Divergence:
+    """beta * KL(p || m) + (1 - beta) * KL(q || m), m = beta * p + (1 - beta) * q  (GKD eq. 1).
+
+    beta -> 0 behaves as the forward and beta -> 1 as the reverse KL. At the ends the formula itself vanishes identically;
+    there JSD(0) *is* ForwardKL and JSD(1) *is* ReverseKL.
+    """
+    beta = _unit_interval("beta", beta)
+    if beta == 0.0:
+        return ForwardKL()
+    if beta == 1.0:
+        return ReverseKL()
+    return Divergence(f"JSD({beta:g})", a=beta, b=1 - beta, mix=beta)
+
+
+def SkewKL(alpha: float) -> Divergence:
+    """KL(p || alpha * p + (1 - alpha) * q)  (DistiLLM; VCRD on teacher prefixes). 0 for alpha = 1."""
+    alpha = _unit_interval("alpha", alpha)
+    return Divergence(f"SkewKL({alpha:g})", a=1.0 if alpha < 1 else 0.0, b=0.0, mix=alpha)
+
+
+def SkewReverseKL(alpha: float) -> Divergence:
+    """KL(q || (1 - alpha) * p + alpha * q)  (DistiLLM; VCRD on student prefixes). 0 for alpha = 1."""
+    alpha = _unit_interval("alpha", alpha)
+    return Divergence(f"SkewReverseKL({alpha:g})", a=0.0, b=1.0 if alpha < 1 else 0.0, mix=1 - alpha)

@@ -1,0 +1,111 @@
+"""Where logits come from: hidden states and the lm_head that turns them into logits, kept apart until a chunk is due."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Head"]
+
+
+@dataclass(frozen=True)
+class Head:
+    """Logits that are never materialised: z = softcap * tanh(scale * (hidden @ weight.T + bias) / softcap).
+
+    Args:
+        hidden: [..., H] last hidden states, after the final norm.
+        weight: [V, H] lm_head weight; a parameter or any tensor computed from parameters.
+        bias: [V] or None.
+        softcap: final logit soft-cap (Gemma2: 30); None for no soft-cap.
+        scale: factor on the raw logits (Cohere ``logit_scale``, Granite ``1 / logits_scaling``).
+        vocab_size: real vocabulary where ``weight`` is padded beyond it; the padding rows have probability 0.
+
+    Raises:
+        TypeError: a tensor of the wrong kind, or hidden, weight and bias of different dtypes.
+        ValueError: shapes or devices that do not fit, a soft-cap that is not positive, a vocab_size outside [1, V].
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    softcap: float | None = None
+    scale: float = 1.0
+    vocab_size: int | None = None
+
+    def __post_init__(self):
+        for name, tensor in (("hidden", self.hidden), ("weight", self.weight), ("bias", self.bias)):
+            if tensor is None and name == "bias":
+                continue
+            if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+                got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+                raise TypeError(f"{name}: expected a floating-point tensor, got {got}")
+            if tensor.device != self.hidden.device:
+                raise ValueError(f"{name}: expected device {self.hidden.device} (that of hidden), got {tensor.device}")
+            if tensor.dtype != self.hidden.dtype:
+                raise TypeError(f"{name}: expected dtype {self.hidden.dtype} (that of hidden), got {tensor.dtype}")
+        if self.weight.dim() != 2 or 0 in self.weight.shape:
+            raise ValueError(f"weight: expected shape [V, H], got {list(self.weight.shape)}")
+        rows, width = self.weight.shape
+        if self.hidden.dim() < 1 or self.hidden.shape[-1] != width:
+            raise ValueError(f"hidden: expected [..., {width}] to fit weight [{rows}, {width}], got {list(self.hidden.shape)}")
+        if self.bias is not None and self.bias.shape != (rows,):
+            raise ValueError(f"bias: expected shape [{rows}], got {list(self.bias.shape)}")
+        if self.softcap is not None and not self.softcap > 0:
+            raise ValueError(f"softcap: expected a positive number or None, got {self.softcap!r}")
+        if not self.scale > 0:
+            raise ValueError(f"scale: expected a positive number, got {self.scale!r}")
+        if self.vocab_size is not None and not 1 <= self.vocab_size <= rows:
+            raise ValueError(f"vocab_size: expected 1 to {rows} (the rows of weight), got {self.vocab_size}")
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of words with a probability: ``vocab_size`` or the rows of weight."""
+        return self.vocab_size or self.weight.shape[0]
+
+    @classmethod
+    def from_model(cls, model, hidden: Tensor, vocab_size: int | None = None) -> Head:
+        """The head of a transformers causal LM over ``hidden`` [..., H], with its bias, soft-cap and logit scale.
+
+        ``vocab_size`` is the real vocabulary (the tokenizer's) where the embedding is padded; default: the model's
+        ``config.vocab_size``.
+
+        Raises:
+            TypeError: the model has no output embedding, or one that is more than a linear layer (an adapter whose
+                effect reading ``.weight`` would lose).
+        """
+        layer = model.get_output_embeddings()
+        if type(layer) is not torch.nn.Linear:
+            raise TypeError(
+                f"model: expected a plain torch.nn.Linear as output embedding, got {type(layer).__name__}; "
+                "pass kd.Head(hidden, weight, ...) with the effective weight instead"
+            )
+        config = model.config.get_text_config()
+        divisor = getattr(config, "logits_scaling", None)
+        scale = 1.0 / divisor if divisor else getattr(config, "logit_scale", None) or 1.0
+        return cls(
+            hidden,
+            layer.weight,
+            layer.bias,
+            softcap=getattr(config, "final_logit_softcapping", None),
+            scale=float(scale),
+            vocab_size=vocab_size or min(config.vocab_size, layer.weight.shape[0]),
+        )
+
+
+def shared_vocabulary(student: Head, teacher: Head | None) -> int:
+    """The words both can score: min over the heads of ``vocab_size`` or rows.
+
+    Raises:
+        ValueError: the teacher has fewer words than the student. Cutting the student to the teacher's size must be asked
+            for, by passing that ``vocab_size`` to the student.
+    """
+    if teacher is None:
+        return student.vocabulary
+    if teacher.vocabulary < student.vocabulary:
+        raise ValueError(
+            f"teacher: its vocabulary of {teacher.vocabulary} words is smaller than the student's {student.vocabulary}; if the "
+            f"rest is padding, say so with vocab_size={teacher.vocabulary} in the student's Head"
+        )
+    return student.vocabulary

@@ -1,0 +1,109 @@
+"""Which positions are response tokens, and which of them belong to the same response."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+__all__ = ["Layout"]
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """The N scored tokens of a [B, L] batch, ordered response by response.
+
+    Build it once, on the CPU, in the collator: afterwards nothing about the batch's shape has to be read from the device.
+
+    Attributes:
+        index: [N] int64, flat positions b * L + t.
+        lengths: tokens of each non-empty response, in order; they sum to N.
+        shape: (B, L) of the batch.
+    """
+
+    index: Tensor
+    lengths: tuple[int, ...]
+    shape: tuple[int, int]
+
+    @classmethod
+    def from_mask(cls, mask: Tensor) -> Layout:
+        """One response per row of ``mask`` [B, L] bool, True where hidden[b, t] *predicts* a response token.
+
+        The last prompt position is True, the position of the final token (EOS) False. A mask on a GPU costs one sync.
+
+        Raises:
+            TypeError: not a bool tensor. ValueError: not two-dimensional.
+        """
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            raise TypeError(f"mask: expected a bool tensor, got {getattr(mask, 'dtype', type(mask).__name__)}")
+        if mask.dim() != 2:
+            raise ValueError(f"mask: expected shape [B, L], got {list(mask.shape)}")
+        rows = torch.arange(1, len(mask) + 1, device=mask.device)
+        return cls.from_segments(mask * rows[:, None])
+
+    @classmethod
+    def from_labels(cls, labels: Tensor, ignore_index: int = -100) -> Layout:
+        """From Hugging Face labels [B, L] (``labels[b, t]`` is the token *at* t, ``ignore_index`` = not scored): shifts for you."""
+        if labels.dim() != 2 or labels.is_floating_point():
+            raise ValueError(f"labels: expected int [B, L], got {labels.dtype} {list(labels.shape)}")
+        mask = torch.zeros_like(labels, dtype=torch.bool)
+        mask[:, :-1] = labels[:, 1:] != ignore_index
+        return cls.from_mask(mask)
+
+    @classmethod
+    def from_segments(cls, ids: Tensor) -> Layout:
+        """From integer ids [B, L]: 0 is unscored, equal ids in a row are one response (packed or multi-turn rows)."""
+        if ids.dim() != 2 or ids.is_floating_point():
+            raise ValueError(f"ids: expected int [B, L], got {ids.dtype} {list(ids.shape)}")
+        flat = ids.flatten()
+        index = flat.nonzero()[:, 0]
+        keys = torch.stack([index // max(1, ids.shape[1]), flat[index]])  # responses are distinct (row, id) pairs
+        _, response, counts = keys.unique(dim=1, return_inverse=True, return_counts=True)
+        order = response.sort(stable=True).indices
+        return cls(index[order], tuple(counts.tolist()), tuple(ids.shape))
+
+    def __len__(self) -> int:
+        return sum(self.lengths)
+
+    @property
+    def responses(self) -> int:
+        """Number of non-empty responses."""
+        return len(self.lengths)
+
+    def part(self, first: int, last: int) -> Layout:
+        """Responses first..last-1 as a layout of their own."""
+        start, count = sum(self.lengths[:first]), sum(self.lengths[first:last])
+        return Layout(self.index[start : start + count], self.lengths[first:last], self.shape)
+
+    def to(self, device) -> Layout:
+        """The same layout with its tensors on ``device``."""
+        return Layout(self.index.to(device, non_blocking=True), self.lengths, self.shape)
+
+    @cached_property
+    def _lengths(self) -> Tensor:
+        return torch.tensor(self.lengths, dtype=torch.int64).to(self.index.device, non_blocking=True)
+
+    @cached_property
+    def response(self) -> Tensor:
+        """[N] number of each token's response."""
+        numbers = torch.arange(self.responses, device=self.index.device)
+        return numbers.repeat_interleave(self._lengths, output_size=len(self))
+
+    @cached_property
+    def length(self) -> Tensor:
+        """[N] length of each token's response."""
+        return self._lengths[self.response]
+
+    @cached_property
+    def position(self) -> Tensor:
+        """[N] position of each token within its response."""
+        starts = self._lengths.cumsum(0) - self._lengths
+        return torch.arange(len(self), device=self.index.device) - starts[self.response]
+
+    def spread(self, values: Tensor, fill: float) -> Tensor:
+        """Token values [N] as a [responses, longest] table, the rest ``fill``: one row is one response."""
+        table = values.new_full((self.responses, max(self.lengths)), fill)
+        table[self.response, self.position] = values
+        return table

@@ -1,0 +1,143 @@
+"""What all objectives share: checking the inputs, running the chunk loop, reporting.
+
+Axes: B rows of the batch, L positions, N response tokens, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..chunked import Call, Program, Tokens, evaluate
+from ..functional import check_head, check_ids, check_teacher
+from ..heads import Head
+from ..layout import Layout
+
+
+@dataclass(frozen=True)
+class Output:
+    """``loss`` is differentiable; ``count`` the denominator it is a mean over; ``metrics`` detached scalars, empty without tokens."""
+
+    loss: Tensor
+    count: Tensor
+    metrics: dict[str, Tensor]
+
+
+class Objective(Program, nn.Module):
+    """A loss over the response tokens of a batch.
+
+    A subclass names its terms and says, per token, what they count (``coefficients``); gradients of all terms are written in one
+    sweep. A subclass's ``names`` maps each term to what its contribution to the loss is called among the metrics.
+    """
+
+    needs_teacher: bool = True
+    needs_target: bool = False
+    mean_over: str = "responses"  # or "tokens": the denominator of the loss
+    names: dict[str, str]
+
+    def forward(
+        self,
+        student: Head,
+        teacher: Head | None,
+        mask: Tensor | Layout,
+        *,
+        target: Tensor | None = None,
+        weights: Tensor | None = None,
+        from_teacher: Tensor | None = None,
+        teacher_mask: Tensor | Layout | None = None,
+        memory_budget: int | None = None,
+        logits_dtype: torch.dtype | None = None,
+    ) -> Output:
+        """The loss of a batch, with gradients for whatever of the student's hidden, weight and bias requires them.
+
+        Args:
+            student, teacher: heads over hidden states [B, L, H]; the hidden sizes may differ. No gradient reaches the teacher.
+            mask: [B, L] bool, True where hidden[b, t] *predicts* a response token (the last prompt position is True, the
+                position of the final token False), or a ``kd.Layout``. Nothing shifts internally. Positions outside are never
+                multiplied by an lm_head. Without any True the loss is 0 and every gradient zero.
+            target: [B, L] int64, the token that position t predicts. Where the objective does not need it, it adds the
+                metric ``cross_entropy``.
+            weights: [B, L] factor on every term of a token; the denominators stay counts.
+            from_teacher: for objectives that treat teacher-written responses differently; an error elsewhere.
+            teacher_mask: the teacher's positions where they differ from the student's, equally many per response.
+            memory_budget: bytes for logits and workspace (default 384 MiB).
+            logits_dtype: default: that of the operands on CPUs, float32 on GPUs.
+
+        Raises:
+            TypeError, ValueError: naming the argument, what was expected and what came.
+        """
+        check_head("student", student)
+        if from_teacher is not None:
+            raise TypeError(f"from_teacher: {type(self).__name__} treats all responses alike; expected None")
+        layout = _layout("mask", mask, student)
+        if self.needs_teacher:
+            check_teacher(student, teacher, same_positions=teacher_mask is None)
+        elif teacher is not None:
+            raise TypeError(f"teacher: {type(self).__name__} has none; expected None, got {type(teacher).__name__}")
+        if self.needs_target and target is None:
+            raise TypeError(f"target: {type(self).__name__} needs the token each position predicts, got None")
+        shape, device = student.hidden.shape[:-1], student.hidden.device
+        if target is not None:
+            chosen = torch.zeros(shape.numel(), dtype=torch.bool, device=device).index_fill_(0, layout.index, True)
+            check_ids("target", target, shape, student.vocabulary, device, chosen.view(shape))
+            target = target.flatten()[layout.index]
+        if weights is not None:
+            if weights.shape != shape or not weights.is_floating_point():
+                raise ValueError(f"weights: expected a float tensor {list(shape)}, got {weights.dtype} {list(weights.shape)}")
+            weights = weights.detach().flatten()[layout.index]
+        count = layout.responses if self.mean_over == "responses" else len(layout)
+        call = Call(
+            program=self,
+            student=student,
+            teacher=teacher,
+            layout=layout,
+            teacher_index=_teacher_index(layout, teacher, teacher_mask),
+            target=target,
+            weight=weights,
+            scale=1.0 / max(1, count),
+            memory_budget=memory_budget,
+            logits_dtype=logits_dtype,
+        )
+        loss, result = evaluate(call)
+        metrics = {}
+        if result is not None:
+            metrics = {"loss": loss.detach(), **self.metrics(result.tokens)}
+            for term, coefficient in result.coefficients.items():
+                metrics[self.names[term]] = (coefficient * getattr(result.tokens, term)).sum()
+        return Output(loss, torch.tensor(count, device=device), metrics)
+
+    def metrics(self, tokens: Tokens) -> dict[str, Tensor]:
+        """Means over the tokens; a subclass adds its own."""
+        entropy = tokens.entropy
+        out = {"student_entropy": entropy.mean(), "nonfinite_tokens": (~entropy.isfinite()).sum()}
+        if tokens.teacher is not None:
+            out["teacher_entropy"] = tokens.teacher.entropy.mean()
+            out["argmax_agreement"] = (tokens.argmax == tokens.teacher.argmax).float().mean()
+        if tokens.cross_entropy is not None:
+            out["cross_entropy"] = tokens.cross_entropy.mean()
+        return out
+
+
+def weighted(coefficient: Tensor, tokens: Tokens) -> Tensor:
+    """A coefficient times the caller's per-token weight, where there is one."""
+    return coefficient if tokens.weight is None else coefficient * tokens.weight
+
+
+def _layout(name: str, mask: Tensor | Layout, head: Head) -> Layout:
+    layout = mask if isinstance(mask, Layout) else Layout.from_mask(mask)
+    if layout.shape != head.hidden.shape[:-1]:
+        raise ValueError(f"{name}: expected shape {list(head.hidden.shape[:-1])} (that of hidden), got {list(layout.shape)}")
+    return layout.to(head.hidden.device)
+
+
+def _teacher_index(layout: Layout, teacher: Head | None, teacher_mask: Tensor | Layout | None) -> Tensor | None:
+    if teacher is None or teacher_mask is None:
+        return layout.index
+    other = _layout("teacher_mask", teacher_mask, teacher)
+    if other.lengths != layout.lengths:
+        raise ValueError(
+            f"teacher_mask: expected as many tokens per response as mask ({list(layout.lengths)}), got {list(other.lengths)}"
+        )
+    return other.index

@@ -1,0 +1,30 @@
+"""GKD: On-Policy Distillation of Language Models (Agarwal et al., ICLR 2024)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..chunked import Tokens
+from ..divergences import JSD
+from ..functional import check_positive
+from .base import Objective, weighted
+
+
+class GKD(Objective):
+    """Mean over responses of (1 / L) sum_t JSD_beta(p || q)(t)  (GKD eq. 2).
+
+    Args:
+        beta: 0 is the forward, 1 the reverse KL, between them the generalized JSD.
+        temperature: divides both models' logits inside the divergence; no T^2 factor.
+    """
+
+    names = {"divergence": "direct"}
+
+    def __init__(self, beta: float = 0.9, temperature: float = 1.0):
+        super().__init__()
+        check_positive("temperature", temperature)
+        self.beta, self.temperature = beta, temperature
+        self.divergence = JSD(beta)
+
+    def coefficients(self, tokens: Tokens) -> dict[str, Tensor]:
+        return {"divergence": weighted(1.0 / tokens.length, tokens)}

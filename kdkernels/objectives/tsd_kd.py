@@ -1,0 +1,77 @@
+"""TSD-KD: Explain in Your Own Words: Improving Reasoning via Token-Selective Dual Knowledge Distillation."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .. import reference
+from ..chunked import Tokens
+from ..divergences import JSD
+from ..functional import check_candidates, check_positive
+from ..layout import Layout
+from . import selection
+from .base import Objective, weighted
+
+
+class TSDKD(Objective):
+    """Mean over responses of  indirect_weight * L_ind + direct_weight * L_dir + entropy_weight * L_em  (TSD-KD eq. 13).
+
+        L_dir = (1/L) sum_t gate(t) JSD_beta(t),   gate(t) = sigmoid((H_s(t) - H_t(t)) / tau), a constant     (eq. 11)
+        L_ind = sum over the opener of the Plackett-Luce NLL of the teacher's order of the student's top k      (eqs. 4, 5)
+        L_em  = mean of H_s over the ``entropy_ratio`` most uncertain tokens of the response                    (eq. 12)
+
+    The opener is the shortest prefix that holds the share ``opener`` of the response's entropy. Selections are made per response.
+
+    Args (defaults: the paper's, section 4.1 and appendix A.9; tau is not given there):
+        beta: the JSD's mixture, 0.9 is close to the reverse KL.
+        tau: width of the gate, in nats.
+        k: candidates the student proposes; choose it for the vocabulary.
+        opener: share of the cumulative entropy, in [0, 1].
+        entropy_ratio: share of tokens whose entropy is minimised, in [0, 1].
+        indirect_weight, direct_weight, entropy_weight: weights of the terms.
+        temperature: of the JSD only; gate, opener, ranking and entropy are at 1.
+    """
+
+    names = {"divergence": "direct", "plackett_luce": "indirect", "entropy": "entropy_minimisation"}
+    selects = True
+
+    def __init__(
+        self,
+        beta: float = 0.9,
+        tau: float = 1.0,
+        k: int = 10,
+        opener: float = 0.1,
+        entropy_ratio: float = 0.1,
+        indirect_weight: float = 0.1,
+        direct_weight: float = 1.0,
+        entropy_weight: float = 1.0,
+        temperature: float = 1.0,
+    ):
+        super().__init__()
+        check_positive("tau", tau)
+        check_positive("temperature", temperature)
+        check_candidates(k)
+        for name, share in (("opener", opener), ("entropy_ratio", entropy_ratio)):
+            if not 0 <= share <= 1:
+                raise ValueError(f"{name}: expected a share in [0, 1], got {share!r}")
+        self.tau, self.opener, self.entropy_ratio = tau, opener, entropy_ratio
+        self.indirect_weight, self.direct_weight, self.entropy_weight = indirect_weight, direct_weight, entropy_weight
+        self.divergence, self.temperature, self.topk = JSD(beta), temperature, k
+
+    def select(self, entropy: Tensor, layout: Layout) -> dict[str, Tensor]:
+        uncertain, count = selection.most_uncertain(entropy, self.entropy_ratio, layout)
+        opener = selection.opener(entropy, self.opener, layout)
+        return {"opener": opener.to(entropy.dtype), "uncertain": (uncertain / count).to(entropy.dtype)}
+
+    def coefficients(self, tokens: Tokens) -> dict[str, Tensor]:
+        gate = reference.gate(tokens.entropy, tokens.teacher.entropy, self.tau)
+        return {
+            "divergence": weighted(self.direct_weight * gate / tokens.length, tokens),
+            "plackett_luce": weighted(self.indirect_weight * tokens.selected["opener"], tokens),
+            "entropy": weighted(self.entropy_weight * tokens.selected["uncertain"], tokens),
+        }
+
+    def metrics(self, tokens: Tokens) -> dict[str, Tensor]:
+        gate = reference.gate(tokens.entropy, tokens.teacher.entropy, self.tau)
+        opener = tokens.selected["opener"]
+        return {**super().metrics(tokens), "gate": gate.mean(), "opener_share": opener.mean()}

@@ -1,0 +1,183 @@
+"""The specification: every quantity, objective and gradient in plain PyTorch on full logits, as the papers state them.
+
+Slow and memory-hungry on purpose. All other code is tested against this file in fp64; the gradients given in closed form here
+are tested against autograd of the values (tests/test_reference.py).
+
+Axes: C or N tokens, V vocabulary, K candidates, B responses, L length. ``z`` are logits after scale, soft-cap and
+column mask; q = softmax(z_s) student, p = softmax(z_t) teacher; entropies in nats; stop-gradient written ``.detach()``.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .divergences import JSD, Divergence
+
+# ---- per token -----------------------------------------------------------------------------------------------------
+
+
+def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, scale: float = 1.0, softcap: float | None = None):
+    """z = softcap * tanh(scale * (h W^T + bias) / softcap); hidden [N, H], weight [V, H] -> [N, V]."""
+    z = scale * torch.nn.functional.linear(hidden, weight, bias)
+    return z if softcap is None else softcap * torch.tanh(z / softcap)
+
+
+def xlogy(x: Tensor, log_y: Tensor) -> Tensor:
+    """x * log y with 0 * log 0 = 0."""
+    return torch.where(x == 0, torch.zeros_like(x), x * log_y)
+
+
+def entropy(z: Tensor) -> Tensor:
+    """H = -sum_i q_i log q_i; z [C, V] -> [C]."""
+    log_q = z.log_softmax(-1)
+    return -xlogy(log_q.exp(), log_q).sum(-1)
+
+
+def entropy_gradient(z: Tensor) -> Tensor:
+    """dH/dz_i = -q_i (log q_i + H)."""
+    log_q = z.log_softmax(-1)
+    q = log_q.exp()
+    return -xlogy(q, log_q) - q * entropy(z)[:, None]
+
+
+def cross_entropy(z: Tensor, target: Tensor) -> Tensor:
+    """-log q(target); z [C, V], target [C] -> [C]."""
+    return -z.log_softmax(-1).gather(-1, target[:, None])[:, 0]
+
+
+def log_mixture(log_p: Tensor, log_q: Tensor, mix: float) -> Tensor:
+    """log(mix * p + (1 - mix) * q), in log space: a sum of vanishing probabilities would be log 0."""
+    if mix == 0.0:
+        return log_q
+    if mix == 1.0:
+        return log_p
+    return torch.logaddexp(log_p + math.log(mix), log_q + math.log1p(-mix))
+
+
+def divergence(z_s: Tensor, z_t: Tensor, kind: Divergence, temperature: float = 1.0) -> Tensor:
+    """a KL(p || m) + b KL(q || m), both softmaxes at ``temperature``, no T^2 factor; z_s, z_t [C, V] -> [C]."""
+    log_q = (z_s / temperature).log_softmax(-1)
+    log_p = (z_t / temperature).log_softmax(-1)
+    log_m = log_mixture(log_p, log_q, kind.mix)
+    kl_p = xlogy(log_p.exp(), log_p - log_m).sum(-1)
+    kl_q = xlogy(log_q.exp(), log_q - log_m).sum(-1)
+    return (kind.a * kl_p if kind.a else 0) + (kind.b * kl_q if kind.b else 0 * kl_p)
+
+
+def divergence_gradient(z_s: Tensor, z_t: Tensor, kind: Divergence, temperature: float = 1.0) -> Tensor:
+    """dD/dz_s = q (g - E_q[g]) / T with g = dD/dq = -a (1 - mix) p/m + b [log(q/m) - (1 - mix) q/m]  (constants drop).
+
+    q * g is formed from exponentials of summed logs, and is 0 where q = 0: no 0 * inf.
+    """
+    log_q = (z_s / temperature).log_softmax(-1)
+    log_p = (z_t / temperature).log_softmax(-1)
+    log_m = log_mixture(log_p, log_q, kind.mix)
+    q = log_q.exp()
+    q_g = torch.zeros_like(q)
+    if kind.a:
+        q_g = q_g - kind.a * (1 - kind.mix) * (log_q + log_p - log_m).exp()
+    if kind.b:
+        q_g = q_g + kind.b * (q * (log_q - log_m) - (1 - kind.mix) * (2 * log_q - log_m).exp())
+    q_g = torch.where(q == 0, torch.zeros_like(q), q_g)
+    return (q_g - q * q_g.sum(-1, keepdim=True)) / temperature
+
+
+def candidates(z_s: Tensor, k: int) -> Tensor:
+    """The student's k largest logits, largest first, ties to the smaller index; [C, V] -> indices [C, K]."""
+    return z_s.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+
+
+def teacher_order(z_t_candidates: Tensor) -> Tensor:
+    """The teacher's descending order of the student's candidates, ties by the student's rank; [C, K] -> ranks [C, K]."""
+    return z_t_candidates.sort(dim=-1, descending=True, stable=True).indices
+
+
+def plackett_luce(ranked: Tensor) -> Tensor:
+    """NLL = sum_j [logsumexp(ranked_j..ranked_k) - ranked_j]  (TSD-KD eq. 4).
+
+    ranked [C, K]: the student's logits of its own candidates, in the teacher's order -> [C].
+    """
+    tails = ranked.flip(-1).logcumsumexp(-1).flip(-1)
+    return (tails - ranked).sum(-1)
+
+
+def plackett_luce_gradient(ranked: Tensor) -> Tensor:
+    """dNLL/dranked_i = sum_{j <= i} exp(ranked_i - logsumexp(ranked_j..)) - 1; [C, K] -> [C, K]."""
+    tails = ranked.flip(-1).logcumsumexp(-1).flip(-1)
+    shares = (ranked[:, None, :] - tails[:, :, None]).exp()  # [C, j, i]: softmax of i among the candidates from j on
+    return shares.triu().sum(1) - 1
+
+
+def gate(entropy_s: Tensor, entropy_t: Tensor, tau: float) -> Tensor:
+    """sigmoid((H_s - H_t) / tau), never differentiated  (TSD-KD eq. 11)."""
+    return torch.sigmoid((entropy_s.detach() - entropy_t.detach()) / tau)
+
+
+# ---- per response --------------------------------------------------------------------------------------------------
+
+
+def opener(entropy_s: Tensor, share: float) -> Tensor:
+    """The first m tokens, m the smallest with sum_{t <= m} H_s >= share * sum_t H_s; entropy_s [L] -> bool [L].
+
+    Token m is included; a response without any entropy has m = 1  (TSD-KD, section 3.1).
+    """
+    total = entropy_s.detach().double().cumsum(0)
+    before = total - entropy_s.detach().double()
+    inside = before < share * total[-1]
+    inside[0] = True
+    return inside
+
+
+def most_uncertain(entropy_s: Tensor, ratio: float) -> Tensor:
+    """The n = max(1, floor(ratio * L + 0.5)) tokens of largest entropy, ties to the earlier; entropy_s [L] -> bool [L]."""
+    n = max(1, math.floor(ratio * len(entropy_s) + 0.5))
+    chosen = entropy_s.detach().sort(descending=True, stable=True).indices[:n]
+    return torch.zeros_like(entropy_s, dtype=torch.bool).index_fill(0, chosen, True)
+
+
+# ---- objectives, one response at a time; z_s, z_t are lists of [L, V] -------------------------------------------------
+
+
+def tsd_kd(
+    z_s: list[Tensor],
+    z_t: list[Tensor],
+    beta=0.9,
+    tau=1.0,
+    k=10,
+    opener_share=0.1,
+    entropy_ratio=0.1,
+    indirect_weight=0.1,
+    direct_weight=1.0,
+    entropy_weight=1.0,
+    temperature=1.0,
+) -> Tensor:
+    """E over responses [ w_ind * L_ind + w_dir * L_dir + w_em * L_em ]  (TSD-KD eq. 13).
+
+    L_dir = mean_t gate(t) JSD_beta(t);  L_ind = sum over the opener of the Plackett-Luce NLL (eq. 5);
+    L_em = mean of H_s over the most uncertain tokens (eq. 12).
+    """
+    losses = []
+    for s, t in zip(z_s, z_t, strict=True):
+        h_s, h_t = entropy(s), entropy(t)
+        direct = (gate(h_s, h_t, tau) * divergence(s, t, JSD(beta), temperature)).mean()
+        proposed = candidates(s.detach(), k)
+        ranked = s.gather(-1, proposed.gather(-1, teacher_order(t.gather(-1, proposed))))
+        indirect = plackett_luce(ranked)[opener(h_s, opener_share)].sum()
+        uncertain = h_s[most_uncertain(h_s, entropy_ratio)].mean()
+        losses.append(indirect_weight * indirect + direct_weight * direct + entropy_weight * uncertain)
+    return torch.stack(losses).mean()
+
+
+def gkd(z_s: list[Tensor], z_t: list[Tensor], beta=0.9, temperature=1.0) -> Tensor:
+    """E over responses of mean_t JSD_beta(t)  (GKD eq. 2)."""
+    return torch.stack(
+        [divergence(s, t, JSD(beta), temperature).mean() for s, t in zip(z_s, z_t, strict=True)]
+    ).mean()
+
+
+def sft(z_s: list[Tensor], target: list[Tensor]) -> Tensor:
+    """Mean over all tokens of -log q(target)."""
+    return torch.cat([cross_entropy(s, y) for s, y in zip(z_s, target, strict=True)]).mean()

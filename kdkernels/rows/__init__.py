@@ -1,0 +1,21 @@
+"""Row kernels: everything that touches a chunk of logits, behind one interface with one backend per kind of device.
+
+A backend is a module with
+
+    supports(dtype) -> bool                          logits dtypes it computes with
+    workspace(vocabulary) -> int                     bytes it may allocate beside its outputs
+    statistics(logits, scale, softcap, temperature, topk, gather) -> Rows
+    divergence(student, teacher, kind, temperature) -> (value [C], center [C])
+    gradient_(student, teacher, kind, temperature, center, coefficients, out)      `out` lies over the student's logits
+
+``eager`` adapts reference.py and runs anywhere; ``native`` is C++ for CPUs (csrc/). They know rows and coefficients, no
+method names.
+"""
+
+from __future__ import annotations
+
+from .candidates import plackett_luce
+from .dispatch import backend_for, info
+from .interface import Coefficients, Rows
+
+__all__ = ["Coefficients", "Rows", "backend_for", "info", "plackett_luce"]

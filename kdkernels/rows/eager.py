@@ -1,0 +1,88 @@
+"""Row kernels in plain PyTorch, from reference.py: any device and dtype, and the yardstick of the other backends.
+
+Works through a few tokens at a time, because the formulas hold a dozen full-vocabulary tensors.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..divergences import Divergence
+from .interface import Coefficients, Rows
+
+_BLOCK = 1 << 21  # logits per step; a dozen fp32 temporaries of it are the workspace
+
+
+def supports(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point
+
+
+def workspace(vocabulary: int) -> int:
+    return 12 * 4 * max(_BLOCK, vocabulary)
+
+
+def _steps(rows: int, vocabulary: int):
+    step = max(1, _BLOCK // vocabulary)
+    return [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
+
+
+def _z(rows: Rows) -> Tensor:
+    """z in at least fp32."""
+    x = rows.logits
+    z = rows.scale * (x if x.dtype == torch.float64 else x.float())
+    return z if rows.softcap is None else rows.softcap * torch.tanh(z / rows.softcap)
+
+
+def statistics(
+    logits: Tensor, scale: float, softcap: float | None, temperature: float, topk: int, gather: Tensor | None
+) -> Rows:
+    count, vocabulary = logits.shape
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    stats = logits.new_empty((count, 4), dtype=dtype)
+    values, indices = stats.new_empty((count, topk)), stats.new_empty((count, topk), dtype=torch.int64)
+    gathered = None if gather is None else stats.new_empty(gather.shape)
+    out = Rows(logits, scale, softcap, stats, values, indices, gathered)
+    for step in _steps(count, vocabulary):
+        z = _z(out[step])
+        top = z.max(-1).values
+        shifted = z - top[:, None]
+        stats[step, 0] = top
+        stats[step, 1] = shifted.logsumexp(-1)
+        stats[step, 2] = reference.entropy(shifted)
+        stats[step, 3] = (shifted / temperature).logsumexp(-1)
+        indices[step] = reference.candidates(z, topk) if topk > 1 else z.argmax(-1, keepdim=True)
+        values[step] = z.gather(-1, indices[step])
+        if gather is not None:
+            gathered[step] = z.gather(-1, gather[step])
+    return out
+
+
+def divergence(student: Rows, teacher: Rows, kind: Divergence, temperature: float) -> tuple[Tensor, Tensor]:
+    value = student.stats.new_empty(student.stats.shape[0])
+    for step in _steps(*student.logits.shape):
+        value[step] = reference.divergence(_z(student[step]), _z(teacher[step]), kind, temperature)
+    return value, value  # reference.divergence_gradient finds the centre itself
+
+
+def gradient_(
+    student: Rows,
+    teacher: Rows | None,
+    kind: Divergence | None,
+    temperature: float,
+    center: Tensor | None,
+    coefficients: Coefficients,
+    out: Tensor,
+) -> None:
+    for step in _steps(*student.logits.shape):
+        rows, c = student[step], coefficients
+        c_divergence, c_entropy, c_softmax = (part[step, None] for part in c.dense)
+        z = _z(rows)
+        gradient = c_entropy * reference.entropy_gradient(z) + c_softmax * z.softmax(-1)
+        if kind is not None:
+            gradient += c_divergence * reference.divergence_gradient(z, _z(teacher[step]), kind, temperature)
+        gradient.scatter_add_(-1, c.ids[step], c.scatter[step])
+        if rows.softcap is not None:
+            gradient *= 1 - (z / rows.softcap).square()
+        out[step] = gradient * rows.scale
