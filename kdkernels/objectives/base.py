@@ -87,7 +87,7 @@ class Objective(Program, nn.Module):
             if weights.shape != shape or not weights.is_floating_point():
                 raise ValueError(f"weights: expected a float tensor {list(shape)}, got {weights.dtype} {list(weights.shape)}")
             weights = weights.detach().flatten()[layout.index]
-        count = layout.responses if self.mean_over == "responses" else len(layout)
+        count = self.count(layout)
         call = Call(
             program=self,
             student=student,
@@ -107,6 +107,10 @@ class Objective(Program, nn.Module):
             for term, coefficient in result.coefficients.items():
                 metrics[self.names[term]] = (coefficient * getattr(result.tokens, term)).sum()
         return Output(loss, torch.tensor(count, device=device), metrics)
+
+    def count(self, layout: Layout) -> int:
+        """The denominator of the loss, known before the forward pass: responses or tokens of ``layout``."""
+        return layout.responses if self.mean_over == "responses" else len(layout)
 
     def metrics(self, tokens: Tokens) -> dict[str, Tensor]:
         """Means over the tokens; a subclass adds its own."""
