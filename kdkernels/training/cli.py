@@ -1,0 +1,52 @@
+"""The command `kdkernels`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from kdkernels.training.config import load_config
+from kdkernels.training.plan import plan
+from kdkernels.training.schema import InputError
+from kdkernels.training.trainer import train
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; its exit status: 0, or 2 for input that cannot be used, which is told in one line."""
+    options = _parser().parse_args(arguments)
+    try:
+        config = load_config(options.recipe, options.set)
+        if options.dry_run:
+            print(plan(config, resume=options.resume))
+        else:
+            train(config, resume=options.resume)
+    except InputError as error:
+        print(f"kdkernels: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="kdkernels", description="Distillation of language models.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    command = commands.add_parser(
+        "train", help="train the student of a recipe", description="Trains the student of a recipe."
+    )
+    command.add_argument("recipe", metavar="RECIPE.toml")
+    command.add_argument(
+        "--set",
+        metavar="SECTION.KEY=VALUE",
+        action="append",
+        default=[],
+        help="overrides a key of the recipe; may be repeated",
+    )
+    command.add_argument(
+        "--resume", action="store_true", help="continue from the latest checkpoint in the run's directory"
+    )
+    command.add_argument(
+        "--dry-run", action="store_true", help="check everything, print the resolved recipe and the plan, train nothing"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

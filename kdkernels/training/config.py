@@ -1,0 +1,350 @@
+"""A recipe: one TOML file, read into frozen dataclasses that the whole trainer works from.
+
+    config = load_config("recipes/gsm8k-small.toml", overrides=["train.steps=10"])
+
+Every section below is a TOML table of the same name, every field a key. Whatever is wrong with a recipe (a key nobody
+knows, a value of the wrong type, a model directory or data file that is not there) is found here, before any model is
+loaded, and told as one `InputError` naming the file, the key, what was expected and what came. Relative paths start at
+the current directory.
+"""
+
+import inspect
+import re
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from kdkernels import objectives
+from kdkernels.training.schema import InputError, Rule, override, parse_table, read_toml, refuse_unknown
+
+Count = Annotated[int, Rule(lambda value: value >= 1, "an integer >= 1")]
+CountOrZero = Annotated[int, Rule(lambda value: value >= 0, "an integer >= 0")]
+Positive = Annotated[float, Rule(lambda value: 0 < value < float("inf"), "a number > 0")]
+PositiveOrZero = Annotated[float, Rule(lambda value: 0 <= value < float("inf"), "a number >= 0")]
+Share = Annotated[float, Rule(lambda value: 0 <= value <= 1, "a number from 0 to 1")]
+Momentum = Annotated[float, Rule(lambda value: 0 <= value < 1, "a number >= 0 and < 1")]
+ZeroStage = Annotated[int, Rule(lambda value: 0 <= value <= 2, "0, 1 or 2 (ZeRO-3 is not supported yet)")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """`output`: the run's directory. `dtype`: of both models' weights; with bfloat16 the optimizer keeps float32 master
+    weights.
+    """
+
+    output: str
+    seed: CountOrZero = 0
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentConfig:
+    """A pretrained model (`path`: directory or hub name) or fresh weights (`architecture`: a transformers configuration
+    with its `model_type`).
+
+    `pad_vocab_to`: embedding and head of a fresh model get the tokenizer's size rounded up to a multiple of it.
+    """
+
+    path: str | None = None
+    architecture: dict | None = None
+    pad_vocab_to: Count = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherConfig:
+    """`path`: directory or hub name of a model that shares the student's tokenizer."""
+
+    path: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """An existing tokenizer (`path`, by default the student's) or one trained on the training texts (`kind`; "bpe"
+    needs `vocab_size`).
+    """
+
+    path: str | None = None
+    kind: Literal["characters", "bpe"] | None = None
+    vocab_size: Count | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """`train`: one JSON object a line; `prompt`, `response`: templates over its fields. A recipe that never reads
+    responses may leave theirs out.
+
+    `max_prompt_tokens`, `max_response_tokens` (end-of-sequence token included): longer examples are left out, counted
+    and reported.
+    """
+
+    train: str
+    prompt: str
+    response: str | None = None
+    max_prompt_tokens: Count
+    max_response_tokens: Count
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    """`student_fraction`: share of steps whose responses the student generates (the others take the data's); 1 where
+    the objective has a teacher, else 0. `max_new_tokens`: tokens after which an unfinished rollout stops;
+    `data.max_response_tokens` by default.
+    """
+
+    student_fraction: Share | None = None
+    max_new_tokens: Count | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """`name`: an objective of kdkernels; `options`: its constructor's arguments, beside `name` in the TOML table."""
+
+    name: str
+    options: dict = field(default_factory=dict)
+
+    def build(self):
+        """The objective itself."""
+        return getattr(objectives, self.name)(**self.options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW. `warmup_ratio`: share of the steps over which the rate rises to `lr`, after which it stays or follows half
+    a cosine to 0.
+
+    `max_grad_norm`: the gradient is scaled down to this norm; 0 leaves it alone.
+    """
+
+    lr: Positive
+    betas: tuple[Momentum, Momentum] = (0.9, 0.999)
+    weight_decay: PositiveOrZero = 0.0
+    warmup_ratio: Share = 0.1
+    schedule: Literal["cosine", "constant"] = "cosine"
+    max_grad_norm: PositiveOrZero = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """`batch_size`: responses per optimizer step, over all processes. `micro_batch_size`: responses per process and
+    forward pass.
+    """
+
+    steps: Count
+    batch_size: Count
+    micro_batch_size: Count
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """A checkpoint after `every` steps (0: none), of which the newest `keep` stay."""
+
+    every: CountOrZero = 0
+    keep: Count = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """Held-out `data` (the format and limits of [data]), its first `limit` examples, measured before, after and each
+    `every` steps (0: not between).
+
+    `answer`: a regular expression with one group, by which exact_match finds the answer in a response (its last match
+    counts).
+    """
+
+    data: str
+    every: CountOrZero = 0
+    limit: Count | None = None
+    batch_size: Count = 32
+    max_new_tokens: Count | None = None
+    metrics: tuple[Literal["exact_match", "cross_entropy", "kl"], ...]
+    answer: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeepSpeedConfig:
+    """`zero_stage`: 0 keeps everything on every process; 1 shards the optimizer's state, 2 the gradients too."""
+
+    zero_stage: ZeroStage = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole recipe; [teacher] and [evaluation] are None where the recipe has no such section."""
+
+    run: RunConfig
+    student: StudentConfig
+    teacher: TeacherConfig | None = None
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    data: DataConfig
+    rollout: RolloutConfig = RolloutConfig()
+    objective: ObjectiveConfig
+    optimizer: OptimizerConfig
+    train: TrainConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig | None = None
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """The recipe at `path` with each override `section.key=value` laid over it, checked and with every default filled
+    in.
+
+    An override's value is read as TOML; what is no TOML value is taken as a string. Raises InputError.
+    """
+    tables = read_toml(path)
+    for assignment in overrides:
+        override(tables, assignment)
+    return parse_config(tables, str(path))
+
+
+def parse_config(tables: Mapping[str, Any], source: str) -> Config:
+    """The checked Config of parsed TOML `tables`; `source` is named in errors. Raises InputError."""
+    known = {section.name: section for section in fields(Config)}
+    refuse_unknown(tables, known, f"{source}:", "section")
+    sections = {}
+    for name, section in known.items():
+        if name in tables:
+            if not isinstance(tables[name], Mapping):
+                raise InputError(f"{source}: [{name}] expected a table, got {tables[name]!r}")
+            kind = next(option for option in (*typing.get_args(section.type), section.type) if inspect.isclass(option))
+            parse = _parse_objective if kind is ObjectiveConfig else _parse_section
+            sections[name] = parse(kind, tables[name], f"{source}: [{name}]")
+        elif section.default is MISSING:
+            raise InputError(f"{source}: section [{name}] is missing")
+    return _resolve(Config(**sections), source)
+
+
+def _parse_section(kind: type, table: Mapping[str, Any], place: str):
+    return kind(**parse_table(table, {entry.name: (entry.type, entry.default) for entry in fields(kind)}, place))
+
+
+OBJECTIVES = tuple(
+    name
+    for name, member in ((name, getattr(objectives, name)) for name in objectives.__all__)
+    if issubclass(member, objectives.Objective) and member is not objectives.Objective
+)
+
+
+def _parse_objective(kind: type, table: Mapping[str, Any], place: str) -> ObjectiveConfig:
+    """Checks the options against the objective's own constructor and fills in its defaults."""
+    names = Literal[OBJECTIVES]
+    name = parse_table(
+        {key: value for key, value in table.items() if key == "name"}, {"name": (names, MISSING)}, place
+    )["name"]
+    parameters = inspect.signature(getattr(objectives, name), eval_str=True).parameters.values()
+    known = {
+        one.name: (one.annotation, MISSING if one.default is one.empty else one.default)
+        for one in parameters
+        if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)  # those of nn.Module, for an objective without options
+    }
+    options = parse_table(table, {"name": (names, MISSING), **known}, place)
+    del options["name"]
+    config = kind(name=name, options=options)
+    try:
+        config.build()
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{place} {error}") from error
+    return config
+
+
+def _resolve(config: Config, source: str) -> Config:
+    """Fills in the defaults that depend on other keys and checks what no single key shows."""
+
+    def refuse(message: str):
+        raise InputError(f"{source}: {message}")
+
+    student, data, evaluation, tokenizer = config.student, config.data, config.evaluation, config.tokenizer
+    if (student.path is None) == (student.architecture is None):
+        refuse("[student] expected exactly one of path and architecture")
+    if student.architecture is not None and type(student.architecture.get("model_type")) is not str:
+        refuse('[student] architecture: expected a model_type, for instance {model_type = "qwen2", hidden_size = 64}')
+    if student.path is not None and student.pad_vocab_to != 1:
+        refuse(
+            "[student] pad_vocab_to belongs to an architecture; a model read from a path keeps its own vocabulary size"
+        )
+
+    if tokenizer.path is not None and tokenizer.kind is not None:
+        refuse("[tokenizer] expected at most one of path and kind")
+    if tokenizer.path is None and tokenizer.kind is None:
+        if student.path is None:
+            refuse("[tokenizer] expected a path or a kind, since a student made from an architecture has no tokenizer")
+        tokenizer = replace(tokenizer, path=student.path)
+    if (tokenizer.kind == "bpe") != (tokenizer.vocab_size is not None):
+        refuse('[tokenizer] vocab_size belongs to kind "bpe" and only to it')
+
+    needs_teacher = config.objective.build().needs_teacher
+    if needs_teacher and config.teacher is None:
+        refuse(f"section [teacher] is missing: the objective {config.objective.name} needs one")
+    rollout = config.rollout
+    if rollout.student_fraction is None:
+        rollout = replace(rollout, student_fraction=1.0 if needs_teacher else 0.0)
+    if rollout.student_fraction > 0 and not needs_teacher:
+        refuse(
+            f"[rollout] student_fraction: expected 0, got {rollout.student_fraction}: {config.objective.name} learns from the data's responses"
+        )
+    if rollout.max_new_tokens is None:
+        rollout = replace(rollout, max_new_tokens=data.max_response_tokens)
+    if data.response is None and (rollout.student_fraction < 1 or evaluation is not None):
+        refuse(
+            "[data] key 'response' is missing; only a recipe without [evaluation] whose student writes every response can do without"
+        )
+
+    if config.train.batch_size % config.train.micro_batch_size:
+        refuse(
+            f"[train] batch_size: expected a multiple of micro_batch_size {config.train.micro_batch_size}, got {config.train.batch_size}"
+        )
+    if evaluation is not None:
+        evaluation = _resolve_evaluation(evaluation, data, refuse)
+        if "kl" in evaluation.metrics and config.teacher is None:
+            refuse('[evaluation] metrics: "kl" needs a [teacher]')
+        _check_file(evaluation.data, "[evaluation] data", refuse)
+    _check_file(data.train, "[data] train", refuse)
+    models = {
+        "[student] path": student.path,
+        "[teacher] path": config.teacher and config.teacher.path,
+        "[tokenizer] path": tokenizer.path,
+    }
+    for key, path in models.items():
+        if path is not None:
+            _check_model(path, key, refuse)
+    return replace(config, tokenizer=tokenizer, rollout=rollout, evaluation=evaluation)
+
+
+def _resolve_evaluation(evaluation: EvaluationConfig, data: DataConfig, refuse) -> EvaluationConfig:
+    if not evaluation.metrics:
+        refuse("[evaluation] metrics: expected at least one")
+    if ("exact_match" in evaluation.metrics) != (evaluation.answer is not None):
+        refuse('[evaluation] answer belongs to the metric "exact_match" and only to it')
+    if evaluation.answer is not None:
+        try:
+            groups = re.compile(evaluation.answer).groups
+        except re.error as error:
+            refuse(f"[evaluation] answer: not a regular expression: {error}")
+        if groups != 1:
+            refuse(
+                f"[evaluation] answer: expected a regular expression with one group, got {groups} groups in {evaluation.answer!r}"
+            )
+    if evaluation.max_new_tokens is None:
+        evaluation = replace(evaluation, max_new_tokens=data.max_response_tokens)
+    return evaluation
+
+
+def _check_file(path: str, key: str, refuse) -> None:
+    if not Path(path).is_file():
+        refuse(f"{key}: no such file: {path}")
+
+
+HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+
+
+def _check_model(path: str, key: str, refuse) -> None:
+    """Refuses a directory without a model, and a missing one unless `path` may be a name on the hub (`name` or
+    `owner/name`).
+    """
+    if Path(path).is_dir():
+        if not any((Path(path) / name).is_file() for name in ("config.json", "tokenizer_config.json")):
+            refuse(f"{key}: no model in directory {path}: config.json is missing")
+    elif not HUB_NAME.fullmatch(path) or Path(Path(path).parts[0]).is_dir():
+        refuse(f"{key}: no such directory: {path}")

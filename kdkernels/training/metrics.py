@@ -1,0 +1,108 @@
+"""What a run says while it trains: metrics.jsonl, TensorBoard where it is installed, and a progress bar (plain lines
+without a terminal).
+"""
+
+import importlib.util
+import json
+import math
+import os
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from kdkernels.training import distributed
+from kdkernels.training.run import RunDirectory
+
+SHOWN = ("loss", "student_entropy", "teacher_entropy", "gate", "tokens_per_second")
+EVALUATION = "evaluation/"  # what an evaluation measured is logged under this prefix
+PLAIN_LINES = 20  # progress lines of a whole run where there is no terminal
+
+
+class MetricsLog:
+    """The log of a run up to `steps`; one that goes on after `last_step` forgets what an interrupted run logged beyond
+    it.
+
+    All processes have one, that of rank 0 writes.
+    """
+
+    def __init__(self, run: RunDirectory, steps: int, last_step: int | None = None):
+        self.steps, self.active = steps, distributed.rank() == 0
+        if not self.active:
+            return
+        if last_step is not None:
+            _cut_after(run.metrics, last_step)
+        self.file = run.metrics.open("a", encoding="utf-8")
+        self.board = None
+        if importlib.util.find_spec("tensorboard") is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(run.tensorboard), purge_step=None if last_step is None else last_step + 1)
+        self.bar = tqdm(
+            total=steps, initial=last_step or 0, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True
+        )
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Adds the line of `step`; it outlives the process from here on."""
+        if not self.active:
+            return
+        self.file.write(json.dumps({"step": step} | values) + "\n")
+        self.file.flush()
+        if self.board is not None:
+            for name, value in values.items():
+                self.board.add_scalar(name, value, step)
+        shown = {name: f"{values[name]:.4g}" for name in SHOWN if name in values}
+        self.bar.set_postfix(shown, refresh=False)
+        self.bar.update(step - self.bar.n)
+        evaluated = {name: f"{value:.4g}" for name, value in values.items() if name.startswith(EVALUATION)}
+        plain = (
+            self.bar.disable and step > 0 and (step == self.steps or step % math.ceil(self.steps / PLAIN_LINES) == 0)
+        )
+        for part in (shown if plain else {}, evaluated):
+            if part:
+                self.say(f"step {step}/{self.steps}  " + "  ".join(f"{name} {value}" for name, value in part.items()))
+
+    def say(self, *lines: object) -> None:
+        """Lines for people, beside the progress bar."""
+        if self.active:
+            for line in lines:
+                self.bar.write(str(line), file=sys.stdout)
+            sys.stdout.flush()
+
+    def sync(self) -> None:
+        """Flushes metrics.jsonl to the disk: no checkpoint may be newer than the log."""
+        if self.active:
+            os.fsync(self.file.fileno())
+
+    def close(self) -> None:
+        """Ends the log."""
+        if self.active:
+            self.bar.close()
+            self.file.close()
+            if self.board is not None:
+                self.board.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The complete lines of a metrics.jsonl, in order; a last line that an interrupted run left unfinished is not one."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def evaluations(path: Path) -> dict[int, dict[str, float]]:
+    """The evaluations in a metrics.jsonl, by step."""
+    lines = {
+        line["step"]: {
+            name.removeprefix(EVALUATION): value for name, value in line.items() if name.startswith(EVALUATION)
+        }
+        for line in read_metrics(path)
+    }
+    return {step: values for step, values in lines.items() if values}
+
+
+def _cut_after(path: Path, step: int) -> None:
+    """Drops the lines of the steps after `step`, which are about to be trained again."""
+    kept = [json.dumps(line) + "\n" for line in read_metrics(path) if line["step"] <= step]
+    replacement = path.with_suffix(".tmp")
+    replacement.write_text("".join(kept), encoding="utf-8")
+    os.replace(replacement, path)

@@ -1,0 +1,195 @@
+"""The trainer: one loop of rollout, teacher, student and step over a DeepSpeed engine.
+
+    result = train(load_config("recipes/gsm8k-small.toml"))
+
+The loss of a step is the mean over all its responses (or tokens: what the objective counts), however they are spread
+over processes and micro-batches: each micro-batch's mean is weighted with its share of the step's count, and
+DeepSpeed's own averaging is undone.
+"""
+
+import math
+import random
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kdkernels.training import checkpoint, distributed
+from kdkernels.training.config import Config
+from kdkernels.training.data import Example, ExampleStream, collate, load_examples
+from kdkernels.training.engine import accumulation_steps, build_engine
+from kdkernels.training.metrics import MetricsLog, evaluations
+from kdkernels.training.model import Distillation, head, load_student, load_teacher, load_tokenizer, vocabulary_size
+from kdkernels.training.report import write_report
+from kdkernels.training.rollouts import generate
+from kdkernels.training.run import RunDirectory
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run: its directory, that of the trained model, and the metrics of its evaluations by step."""
+
+    output: Path
+    final: Path
+    evaluations: dict[int, dict[str, float]]
+
+
+def train(config: Config, resume: bool = False) -> Result:
+    """Trains the recipe's student; with `resume`, from the latest checkpoint in the run's directory on.
+
+    Raises InputError for data, models or a run directory that cannot be used, FloatingPointError for a loss that is not
+    finite.
+    """
+    distributed.start()
+    run = RunDirectory(config.run.output)
+    run.check(config, resume)
+    accumulation_steps(config)
+    progress = checkpoint.read_progress(run.checkpoints) if resume else {"step": 0, "position": 0}
+
+    tokenizer = load_tokenizer(config)
+    examples = load_examples(config.data, config.data.train, tokenizer)
+    held_out = load_examples(config.data, config.evaluation.data, tokenizer) if config.evaluation else None
+    _seed(config.run.seed)
+    student = load_student(config, tokenizer)
+    teacher = load_teacher(config, tokenizer).to(distributed.device()) if config.teacher else None
+    engine = build_engine(config, Distillation(student, config.objective.build(), vocabulary_size(tokenizer)))
+    data = [examples, held_out] if held_out else [examples]
+    stream = ExampleStream(len(examples.usable), config.run.seed, progress["position"])
+
+    def evaluation(step: int) -> dict[str, float]:
+        from kdkernels.training.evaluation import evaluate
+
+        outcome = evaluate(student, tokenizer, held_out.usable[: config.evaluation.limit], config, teacher)
+        run.write_records(step, outcome.records)
+        return {f"evaluation/{name}": value for name, value in outcome.metrics.items()}
+
+    if resume:
+        checkpoint.restore(engine, run.checkpoints)
+        log = MetricsLog(run, config.train.steps, last_step=progress["step"])
+    else:
+        _seed(config.run.seed + distributed.rank())  # every process samples rollouts of its own
+        run.create(config)
+        log = MetricsLog(run, config.train.steps)
+        log.say(*data)
+        if held_out:
+            log.write(0, evaluation(0))
+
+    for step in range(progress["step"] + 1, config.train.steps + 1):
+        batch = [examples.usable[i] for i in stream.next(config.train.batch_size)]
+        values = train_step(engine, teacher, tokenizer, batch, step, config)
+        if held_out and (step == config.train.steps or _due(step, config.evaluation.every)):
+            values |= evaluation(step)
+        log.write(step, values)
+        if not math.isfinite(values["loss"]):
+            raise FloatingPointError(f"step {step}: the loss is {values['loss']}; see {run.metrics}")
+        if _due(step, config.checkpoint.every):
+            log.sync()
+            checkpoint.save(
+                engine, run.checkpoints, {"step": step, "position": stream.position}, config.checkpoint.keep
+            )
+
+    log.close()
+    checkpoint.write_directory(run.final, lambda directory: _save_final(student, tokenizer, directory))
+    write_report(run, config, data)
+    return Result(run.root, run.final, evaluations(run.metrics))
+
+
+def train_step(
+    engine,
+    teacher: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    step: int,
+    config: Config,
+) -> dict[str, float]:
+    """One optimizer step on `examples`, of which this process takes its share; the step's metrics, over all processes."""
+    clock = Clock()
+    student, objective, vocab_size = engine.module.student, engine.module.objective, engine.module.vocab_size
+    share = examples[distributed.rank() :: distributed.world_size()]
+    prompts = [example.prompt_ids for example in share]
+    with clock("rollout"):
+        if student_writes(step, config.rollout.student_fraction):
+            responses = generate(student, tokenizer, prompts, config.rollout.max_new_tokens, sample=True)
+        else:
+            responses = [example.response_ids for example in share]
+
+    size = config.train.micro_batch_size
+    batches = [
+        collate(prompts[i : i + size], responses[i : i + size], tokenizer.eos_token_id)
+        for i in range(0, len(share), size)
+    ]
+    counts = [objective.count(batch.layout) for batch in batches]
+    tokens = sum(len(batch.layout) for batch in batches)
+    count, tokens = distributed.total(torch.tensor([sum(counts), tokens], device=engine.device)).tolist()
+
+    sums = defaultdict(float)
+    for batch, own_count in zip(batches, counts, strict=True):
+        batch, share_of_count, share_of_tokens = batch.to(engine.device), own_count / count, len(batch.layout) / tokens
+        with clock("teacher"), torch.no_grad():
+            scored = head(teacher, batch, vocab_size) if objective.needs_teacher else None
+        with clock("student"):
+            out = engine(batch, scored)
+            engine.backward(out.loss * share_of_count * distributed.world_size(), scale_wrt_gas=False)
+        with clock("step"):
+            lr = engine.lr_scheduler.get_last_lr()[0]
+            engine.step()
+        terms = {"loss", *objective.names.values()}
+        for name, value in out.metrics.items():
+            weight = share_of_count if name in terms else share_of_tokens if value.is_floating_point() else 1
+            sums[name] += value.double() * weight
+
+    means = distributed.total(torch.stack(list(sums.values()))).tolist()
+    return {
+        **dict(zip(sums, means, strict=True)),
+        "lr": lr,
+        "tokens": tokens,
+        "response_length": tokens / len(examples),
+        "tokens_per_second": tokens / clock.total(),
+        **{f"time/{phase}": seconds for phase, seconds in clock.seconds.items()},
+    }
+
+
+def student_writes(step: int, fraction: float) -> bool:
+    """Whether the student writes the responses of `step` (1, 2, ...): evenly spread, the given fraction of all steps."""
+    return math.floor(step * fraction) > math.floor((step - 1) * fraction)
+
+
+class Clock:
+    """Seconds spent in each phase of a step."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+        self.seconds[phase] += time.perf_counter() - start
+
+    def total(self) -> float:
+        """Seconds of all phases together."""
+        return sum(self.seconds.values())
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _seed(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def _save_final(student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    if distributed.rank() == 0:
+        student.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
