@@ -1,4 +1,5 @@
 """Builds csrc/ and python_bindings/ into kdkernels/_C; everything else about the package is in pyproject.toml."""
+
 from glob import glob
 
 from setuptools import setup

@@ -4,11 +4,13 @@
 
 A *program* (an objective, or a per-token function) says which terms each token has and with which coefficients:
 
-    loss = sum_t sum_term coefficient[term](t) * value[term](t)       terms: divergence, entropy, cross_entropy, plackett_luce
+    loss = sum_t sum_term coefficient[term](t) * value[term](t)
 
-Coefficients are constants to the gradient, so one sweep writes d loss / d logits of all terms over the student's logits. Chunks
-hold whole responses wherever they fit. A response longer than a chunk gets a statistics pass first (one more student GEMM) where
-the program selects within responses, and is then processed in pieces: the same numbers.
+over the terms divergence, entropy, cross_entropy and plackett_luce.
+
+Coefficients are constants to the gradient, so one sweep writes d loss / d logits of all terms over the student's
+logits. Chunks hold whole responses wherever they fit. A response longer than a chunk gets a statistics pass first
+(one more student GEMM) where the program selects within responses, and is then processed in pieces: the same numbers.
 
 Memory: ``memory_budget`` bytes bound logits and workspace. Outside it are the gradients that are returned and, from two
 chunks on with 16-bit weights, one fp32 [V, H] accumulator for dW.
@@ -69,7 +71,7 @@ class Program:
     selects: bool = False  # select() needs whole responses
 
     def select(self, entropy: Tensor, layout: Layout) -> dict[str, Tensor]:
-        """Constants [n] that depend on a whole response, from the student's entropies [n] of the responses of ``layout``."""
+        """Constants [n] that depend on whole responses, from the student's entropies [n] in ``layout``."""
         return {}
 
     def coefficients(self, tokens: Tokens) -> dict[str, Tensor]:
@@ -117,7 +119,7 @@ class Result:
 
 
 def default_logits_dtype(device: torch.device, operand: torch.dtype) -> torch.dtype:
-    """fp32 on GPUs, whose GEMMs give it for nothing; on CPUs the operands' own, where fp32 would double the GEMM's time."""
+    """fp32 on GPUs, whose GEMMs give it for nothing; the operands' own on CPUs, where it would double the GEMM."""
     return torch.float32 if device.type != "cpu" and operand.itemsize < 4 else operand
 
 
@@ -188,7 +190,7 @@ class _Loop:
         return Result(Tokens.cat(self.values), coefficients, (self.d_hidden, d_weight, d_bias))
 
     def _select_ahead(self, chunk: plan.Chunk, part: Layout) -> dict[str, Tensor] | None:
-        """The selection of a response in several pieces, from a statistics pass over it; None where one piece shows it all."""
+        """What a response in several pieces selects, from a statistics pass; None where one piece shows it all."""
         if len(chunk.pieces) == 1 or not self.call.program.selects:
             return None
         entropies = [self.student.rows(self.backend, piece, 1.0, 1, None).entropy for piece in chunk.pieces]
@@ -251,7 +253,9 @@ def _summary(rows: Rows, targeted: bool) -> Tokens:
     return Tokens(rows.entropy, rows.lse, rows.argmax, cross_entropy=cross_entropy)
 
 
-def _row_coefficients(rows: Rows, target: Tensor | None, d_candidates: Tensor | None, c: dict[str, Tensor]) -> Coefficients:
+def _row_coefficients(
+    rows: Rows, target: Tensor | None, d_candidates: Tensor | None, c: dict[str, Tensor]
+) -> Coefficients:
     """Coefficients of the terms as the row kernels take them: a cross-entropy is q minus one at the target."""
     dense = rows.stats.new_zeros(3, len(rows.stats))
     ids, scatter = [rows.top_indices[:, :0]], [rows.top_values[:, :0]]
@@ -278,9 +282,9 @@ def run(call: Call, needs: Needs = Needs()) -> Result | None:  # noqa: B008 - an
 class _Chunked(torch.autograd.Function):
     """Scalar loss of a program, or with ``per_token`` one term's values [N].
 
-    A loss has its coefficients in the forward, so its gradients are computed there and backward only scales them, in place; a
-    second backward through the same graph recomputes them. Per-token values get their coefficients, the incoming
-    gradients, in the backward, which recomputes the logits.
+    A loss has its coefficients in the forward, so its gradients are computed there and backward only scales them, in
+    place; a second backward through the same graph recomputes them. Per-token values get their coefficients, the
+    incoming gradients, in the backward, which recomputes the logits.
     """
 
     @staticmethod

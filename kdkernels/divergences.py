@@ -15,7 +15,7 @@ __all__ = ["JSD", "Divergence", "ForwardKL", "ReverseKL", "SkewKL", "SkewReverse
 
 @dataclass(frozen=True)
 class Divergence:
-    """``a * KL(p || m) + b * KL(q || m)`` with ``m = mix * p + (1 - mix) * q``; p teacher, q student. Use the names below."""
+    """``a * KL(p || m) + b * KL(q || m)``, ``m = mix * p + (1 - mix) * q``; use the names below."""
 
     name: str
     a: float
@@ -51,8 +51,8 @@ def ReverseKL() -> Divergence:
 def JSD(beta: float) -> Divergence:
     """beta * KL(p || m) + (1 - beta) * KL(q || m), m = beta * p + (1 - beta) * q  (GKD eq. 1).
 
-    beta -> 0 behaves as the forward and beta -> 1 as the reverse KL. At the ends the formula itself vanishes identically;
-    there JSD(0) *is* ForwardKL and JSD(1) *is* ReverseKL.
+    beta -> 0 behaves as the forward and beta -> 1 as the reverse KL. At the ends the formula itself vanishes
+    identically; there JSD(0) *is* ForwardKL and JSD(1) *is* ReverseKL.
     """
     beta = _unit_interval("beta", beta)
     if beta == 0.0:

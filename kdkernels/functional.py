@@ -1,7 +1,7 @@
-"""Per-token functions: values [...] that are differentiable under any later weighting; the backward recomputes the logits.
+"""Per-token functions: values [...], differentiable under any later weighting; the backward recomputes the logits.
 
-All take ``memory_budget`` (bytes of logits and workspace) and ``logits_dtype``, keyword-only. ``[...]`` are the leading dimensions of
-``student.hidden``.
+All take ``memory_budget`` (bytes of logits and workspace) and ``logits_dtype``, keyword-only. ``[...]`` are the
+leading dimensions of ``student.hidden``.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ def check_head(name: str, head: object) -> None:
         raise TypeError(f"{name}: expected kd.Head, got {type(head).__name__}")
 
 
-def check_ids(name: str, ids: Tensor, shape: torch.Size, vocabulary: int, device: torch.device, valid: Tensor | None = None):
+def check_ids(
+    name: str, ids: Tensor, shape: torch.Size, vocabulary: int, device: torch.device, valid: Tensor | None = None
+):
     """Token ids of the given shape and device; in range on CPUs, where looking costs nothing."""
     if not isinstance(ids, Tensor) or ids.dtype != torch.int64:
         raise TypeError(f"{name}: expected an int64 tensor, got {getattr(ids, 'dtype', type(ids).__name__)}")
@@ -43,7 +45,11 @@ def check_ids(name: str, ids: Tensor, shape: torch.Size, vocabulary: int, device
     if ids.device != device:
         raise ValueError(f"{name}: expected device {device}, got {ids.device}")
     looked_at = ids if valid is None else ids[valid]
-    if ids.device.type == "cpu" and looked_at.numel() and not 0 <= int(looked_at.min()) <= int(looked_at.max()) < vocabulary:
+    if (
+        ids.device.type == "cpu"
+        and looked_at.numel()
+        and not 0 <= int(looked_at.min()) <= int(looked_at.max()) < vocabulary
+    ):
         raise ValueError(
             f"{name}: expected ids in [0, {vocabulary}), got {int(looked_at.min())} to {int(looked_at.max())}"
         )
@@ -53,7 +59,9 @@ def check_teacher(student: Head, teacher: object, same_positions: bool = True) -
     """A teacher that fits the student: device, dtype and, unless a mask maps them, leading dimensions."""
     check_head("teacher", teacher)
     if teacher.hidden.device != student.hidden.device:
-        raise ValueError(f"teacher: expected device {student.hidden.device} (the student's), got {teacher.hidden.device}")
+        raise ValueError(
+            f"teacher: expected device {student.hidden.device} (the student's), got {teacher.hidden.device}"
+        )
     if teacher.hidden.dtype != student.hidden.dtype:
         raise TypeError(f"teacher: expected dtype {student.hidden.dtype} (the student's), got {teacher.hidden.dtype}")
     if same_positions and teacher.hidden.shape[:-1] != student.hidden.shape[:-1]:
@@ -69,7 +77,9 @@ def _everything(student: Head, index: Tensor | None = None) -> Layout:
     return Layout(index, (len(index),) if len(index) else (), (1, total))
 
 
-def _per_token(program: _PerToken, student: Head, teacher: Head | None, target: Tensor | None = None, **options) -> Tensor:
+def _per_token(
+    program: _PerToken, student: Head, teacher: Head | None, target: Tensor | None = None, **options
+) -> Tensor:
     layout = _everything(student)
     call = Call(program, student, teacher, layout, teacher_index=layout.index, target=target, **options)
     return evaluate(call, per_token=program.term)[0].view(student.hidden.shape[:-1])
@@ -81,7 +91,8 @@ def cross_entropy(
     """-log q(target) in nats; target [...] int64 -> [...] fp32. 0 where target == ignore_index.
 
     Raises:
-        TypeError, ValueError: target is not int64, has another shape or device than hidden, or an id outside the vocabulary.
+        TypeError, ValueError: target is not int64, has another shape or device than hidden, or an id outside the
+        vocabulary.
     """
     check_head("student", student)
     keep = target != ignore_index
@@ -173,7 +184,9 @@ def statistics(
     memory_budget=None,
     logits_dtype=None,
 ) -> TokenStatistics:
-    """Entropy, log-sum-exp, argmax, the topk words and log q(target) of every token; the teacher's beside them. No gradients.
+    """Entropy, log-sum-exp, argmax, topk words and log q(target) of every token; no gradients.
+
+    With a teacher, its statistics of the same positions under ``.teacher``.
 
     Raises:
         TypeError, ValueError: heads or target that do not fit, topk outside [0, vocabulary].

@@ -37,8 +37,8 @@ def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) ->
 class WeightGradient:
     """dW [V, H] = sum over chunks of dz.T @ hidden, summed in fp32 where there is more than one chunk.
 
-    Rows from ``vocabulary`` on (padding) are zero. ``accumulator`` is the one fp32 [V, H] buffer outside the memory budget;
-    a single chunk, or fp32 operands, do without it.
+    Rows from ``vocabulary`` on (padding) are zero. ``accumulator`` is the one fp32 [V, H] buffer outside the memory
+    budget; a single chunk, or fp32 operands, do without it.
     """
 
     def __init__(self, weight: Tensor, vocabulary: int, chunks: int):

@@ -1,4 +1,4 @@
-"""Where logits come from: hidden states and the lm_head that turns them into logits, kept apart until a chunk is due."""
+"""Where logits come from: hidden states and the lm_head over them, kept apart until a chunk is due."""
 
 from __future__ import annotations
 
@@ -49,7 +49,9 @@ class Head:
             raise ValueError(f"weight: expected shape [V, H], got {list(self.weight.shape)}")
         rows, width = self.weight.shape
         if self.hidden.dim() < 1 or self.hidden.shape[-1] != width:
-            raise ValueError(f"hidden: expected [..., {width}] to fit weight [{rows}, {width}], got {list(self.hidden.shape)}")
+            raise ValueError(
+                f"hidden: expected [..., {width}] to fit weight [{rows}, {width}], got {list(self.hidden.shape)}"
+            )
         if self.bias is not None and self.bias.shape != (rows,):
             raise ValueError(f"bias: expected shape [{rows}], got {list(self.bias.shape)}")
         if self.softcap is not None and not self.softcap > 0:
@@ -98,14 +100,14 @@ def shared_vocabulary(student: Head, teacher: Head | None) -> int:
     """The words both can score: min over the heads of ``vocab_size`` or rows.
 
     Raises:
-        ValueError: the teacher has fewer words than the student. Cutting the student to the teacher's size must be asked
-            for, by passing that ``vocab_size`` to the student.
+        ValueError: the teacher has fewer words than the student. Cutting the student to the teacher's size must be
+            asked for, by passing that ``vocab_size`` to the student.
     """
     if teacher is None:
         return student.vocabulary
     if teacher.vocabulary < student.vocabulary:
         raise ValueError(
-            f"teacher: its vocabulary of {teacher.vocabulary} words is smaller than the student's {student.vocabulary}; if the "
-            f"rest is padding, say so with vocab_size={teacher.vocabulary} in the student's Head"
+            f"teacher: expected a vocabulary of at least the student's {student.vocabulary} words, got "
+            f"{teacher.vocabulary}; if the student's rest is padding, say vocab_size={teacher.vocabulary} in its Head"
         )
     return student.vocabulary

@@ -15,7 +15,7 @@ __all__ = ["Layout"]
 class Layout:
     """The N scored tokens of a [B, L] batch, ordered response by response.
 
-    Build it once, on the CPU, in the collator: afterwards nothing about the batch's shape has to be read from the device.
+    Build it once, on the CPU, in the collator: then nothing about the batch's shape is read from the device.
 
     Attributes:
         index: [N] int64, flat positions b * L + t.
@@ -45,7 +45,7 @@ class Layout:
 
     @classmethod
     def from_labels(cls, labels: Tensor, ignore_index: int = -100) -> Layout:
-        """From Hugging Face labels [B, L] (``labels[b, t]`` is the token *at* t, ``ignore_index`` = not scored): shifts for you."""
+        """From Hugging Face labels [B, L] (the token *at* t, or ``ignore_index``), which it shifts for you."""
         if labels.dim() != 2 or labels.is_floating_point():
             raise ValueError(f"labels: expected int [B, L], got {labels.dtype} {list(labels.shape)}")
         mask = torch.zeros_like(labels, dtype=torch.bool)

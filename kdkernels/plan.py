@@ -14,7 +14,7 @@ TEACHER_ROWS = 256  # the teacher's logits only feed the row kernels: a smaller 
 
 
 class Chunk(NamedTuple):
-    """Whole responses first..last-1 in pieces of tokens: one piece, unless a single response is too long for a chunk."""
+    """Whole responses first..last-1 in pieces of tokens: one, unless a single response is too long for a chunk."""
 
     first: int
     last: int
@@ -44,7 +44,7 @@ def chunks(lengths: tuple[int, ...], rows: int) -> list[Chunk]:
 def chunk_rows(budget: int, fixed: int, student_row: int, teacher_row: int, tokens: int) -> tuple[int, int]:
     """Tokens per student chunk and per teacher sub-chunk within ``budget`` bytes.
 
-    ``fixed`` is the workspace whatever the chunk; ``student_row`` and ``teacher_row`` (0: no teacher) are bytes a token.
+    ``fixed`` is the workspace whatever the chunk; ``student_row`` and ``teacher_row`` (0: no teacher) bytes a token.
 
     Raises:
         ValueError: not even one token fits.

@@ -1,7 +1,7 @@
 """The specification: every quantity, objective and gradient in plain PyTorch on full logits, as the papers state them.
 
-Slow and memory-hungry on purpose. All other code is tested against this file in fp64; the gradients given in closed form here
-are tested against autograd of the values (tests/test_reference.py).
+Slow and memory-hungry on purpose. All other code is tested against this file in fp64; the gradients given in closed
+form here are tested against autograd of the values (tests/test_reference.py).
 
 Axes: C or N tokens, V vocabulary, K candidates, B responses, L length. ``z`` are logits after scale, soft-cap and
 column mask; q = softmax(z_s) student, p = softmax(z_t) teacher; entropies in nats; stop-gradient written ``.detach()``.
@@ -19,7 +19,9 @@ from .divergences import JSD, Divergence
 # ---- per token -----------------------------------------------------------------------------------------------------
 
 
-def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, scale: float = 1.0, softcap: float | None = None):
+def logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None = None, scale: float = 1.0, softcap: float | None = None
+):
     """z = softcap * tanh(scale * (h W^T + bias) / softcap); hidden [N, H], weight [V, H] -> [N, V]."""
     z = scale * torch.nn.functional.linear(hidden, weight, bias)
     return z if softcap is None else softcap * torch.tanh(z / softcap)
@@ -91,7 +93,7 @@ def candidates(z_s: Tensor, k: int) -> Tensor:
 
 
 def teacher_order(z_t_candidates: Tensor) -> Tensor:
-    """The teacher's descending order of the student's candidates, ties by the student's rank; [C, K] -> ranks [C, K]."""
+    """The teacher's descending order of the student's candidates, ties by the student's rank; [C, K] -> [C, K]."""
     return z_t_candidates.sort(dim=-1, descending=True, stable=True).indices
 
 
@@ -132,13 +134,13 @@ def opener(entropy_s: Tensor, share: float) -> Tensor:
 
 
 def most_uncertain(entropy_s: Tensor, ratio: float) -> Tensor:
-    """The n = max(1, floor(ratio * L + 0.5)) tokens of largest entropy, ties to the earlier; entropy_s [L] -> bool [L]."""
+    """The n = max(1, floor(ratio * L + 0.5)) tokens of largest entropy, ties to the earlier; [L] -> bool [L]."""
     n = max(1, math.floor(ratio * len(entropy_s) + 0.5))
     chosen = entropy_s.detach().sort(descending=True, stable=True).indices[:n]
     return torch.zeros_like(entropy_s, dtype=torch.bool).index_fill(0, chosen, True)
 
 
-# ---- objectives, one response at a time; z_s, z_t are lists of [L, V] -------------------------------------------------
+# ---- objectives, one response at a time; z_s, z_t are lists of [L, V] -----------------------------------------------
 
 
 def tsd_kd(
@@ -173,9 +175,7 @@ def tsd_kd(
 
 def gkd(z_s: list[Tensor], z_t: list[Tensor], beta=0.9, temperature=1.0) -> Tensor:
     """E over responses of mean_t JSD_beta(t)  (GKD eq. 2)."""
-    return torch.stack(
-        [divergence(s, t, JSD(beta), temperature).mean() for s, t in zip(z_s, z_t, strict=True)]
-    ).mean()
+    return torch.stack([divergence(s, t, JSD(beta), temperature).mean() for s, t in zip(z_s, z_t, strict=True)]).mean()
 
 
 def sft(z_s: list[Tensor], target: list[Tensor]) -> Tensor:

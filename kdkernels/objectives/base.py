@@ -18,7 +18,7 @@ from ..layout import Layout
 
 @dataclass(frozen=True)
 class Output:
-    """``loss`` is differentiable; ``count`` the denominator it is a mean over; ``metrics`` detached scalars, empty without tokens."""
+    """A differentiable loss, the count it is a mean over, and detached scalar metrics (none without tokens)."""
 
     loss: Tensor
     count: Tensor
@@ -28,8 +28,9 @@ class Output:
 class Objective(Program, nn.Module):
     """A loss over the response tokens of a batch.
 
-    A subclass names its terms and says, per token, what they count (``coefficients``); gradients of all terms are written in one
-    sweep. A subclass's ``names`` maps each term to what its contribution to the loss is called among the metrics.
+    A subclass names its terms and says, per token, what they count (``coefficients``); gradients of all terms are
+    written in one sweep. A subclass's ``names`` maps each term to what its contribution to the loss is called among
+    the metrics.
     """
 
     needs_teacher: bool = True
@@ -53,10 +54,11 @@ class Objective(Program, nn.Module):
         """The loss of a batch, with gradients for whatever of the student's hidden, weight and bias requires them.
 
         Args:
-            student, teacher: heads over hidden states [B, L, H]; the hidden sizes may differ. No gradient reaches the teacher.
-            mask: [B, L] bool, True where hidden[b, t] *predicts* a response token (the last prompt position is True, the
-                position of the final token False), or a ``kd.Layout``. Nothing shifts internally. Positions outside are never
-                multiplied by an lm_head. Without any True the loss is 0 and every gradient zero.
+            student, teacher: heads over hidden states [B, L, H]; the hidden sizes may differ. No gradient reaches
+                the teacher.
+            mask: [B, L] bool, True where hidden[b, t] *predicts* a response token (the last prompt position is True,
+                the position of the final token False), or a ``kd.Layout``. Nothing shifts internally. Positions
+                outside are never multiplied by an lm_head. Without any True the loss is 0 and every gradient zero.
             target: [B, L] int64, the token that position t predicts. Where the objective does not need it, it adds the
                 metric ``cross_entropy``.
             weights: [B, L] factor on every term of a token; the denominators stay counts.
@@ -85,7 +87,9 @@ class Objective(Program, nn.Module):
             target = target.flatten()[layout.index]
         if weights is not None:
             if weights.shape != shape or not weights.is_floating_point():
-                raise ValueError(f"weights: expected a float tensor {list(shape)}, got {weights.dtype} {list(weights.shape)}")
+                raise ValueError(
+                    f"weights: expected a float tensor {list(shape)}, got {weights.dtype} {list(weights.shape)}"
+                )
             weights = weights.detach().flatten()[layout.index]
         count = self.count(layout)
         call = Call(
@@ -132,7 +136,9 @@ def weighted(coefficient: Tensor, tokens: Tokens) -> Tensor:
 def _layout(name: str, mask: Tensor | Layout, head: Head) -> Layout:
     layout = mask if isinstance(mask, Layout) else Layout.from_mask(mask)
     if layout.shape != head.hidden.shape[:-1]:
-        raise ValueError(f"{name}: expected shape {list(head.hidden.shape[:-1])} (that of hidden), got {list(layout.shape)}")
+        raise ValueError(
+            f"{name}: expected shape {list(head.hidden.shape[:-1])} (that of hidden), got {list(layout.shape)}"
+        )
     return layout.to(head.hidden.device)
 
 
@@ -142,6 +148,7 @@ def _teacher_index(layout: Layout, teacher: Head | None, teacher_mask: Tensor | 
     other = _layout("teacher_mask", teacher_mask, teacher)
     if other.lengths != layout.lengths:
         raise ValueError(
-            f"teacher_mask: expected as many tokens per response as mask ({list(layout.lengths)}), got {list(other.lengths)}"
+            f"teacher_mask: expected as many tokens per response as in mask, {list(layout.lengths)}, "
+            f"got {list(other.lengths)}"
         )
     return other.index

@@ -1,6 +1,4 @@
-"""Which tokens of a response count, from the student's entropies. All responses of a chunk at once; reference.py has the
-same rules for one response.
-"""
+"""Which tokens of a response count, from the student's entropies; reference.py has the same rules for one response."""
 
 from __future__ import annotations
 
@@ -29,6 +27,8 @@ def most_uncertain(entropy: Tensor, ratio: float, layout: Layout) -> tuple[Tenso
     """
     table = layout.spread(entropy, -1.0)
     order = table.sort(dim=1, descending=True, stable=True).indices
-    rank = torch.empty_like(order).scatter_(1, order, torch.arange(table.shape[1], device=order.device).expand_as(order))
+    rank = torch.empty_like(order).scatter_(
+        1, order, torch.arange(table.shape[1], device=order.device).expand_as(order)
+    )
     count = (ratio * layout.length.double() + 0.5).floor().clamp(min=1)
     return rank[layout.response, layout.position] < count, count

@@ -16,11 +16,12 @@ from .base import Objective, weighted
 class TSDKD(Objective):
     """Mean over responses of  indirect_weight * L_ind + direct_weight * L_dir + entropy_weight * L_em  (TSD-KD eq. 13).
 
-        L_dir = (1/L) sum_t gate(t) JSD_beta(t),   gate(t) = sigmoid((H_s(t) - H_t(t)) / tau), a constant     (eq. 11)
-        L_ind = sum over the opener of the Plackett-Luce NLL of the teacher's order of the student's top k      (eqs. 4, 5)
-        L_em  = mean of H_s over the ``entropy_ratio`` most uncertain tokens of the response                    (eq. 12)
+        L_dir = (1/L) sum_t gate(t) JSD_beta(t),  gate(t) = sigmoid((H_s(t) - H_t(t)) / tau), a constant    (eq. 11)
+        L_ind = sum over the opener of the NLL of the teacher's order of the student's top k                (eqs. 4, 5)
+        L_em  = mean of H_s over the ``entropy_ratio`` most uncertain tokens of the response                (eq. 12)
 
-    The opener is the shortest prefix that holds the share ``opener`` of the response's entropy. Selections are made per response.
+    The opener is the shortest prefix that holds the share ``opener`` of the response's entropy. Selections are made
+    per response.
 
     Args (defaults: the paper's, section 4.1 and appendix A.9; tau is not given there):
         beta: the JSD's mixture, 0.9 is close to the reverse KL.

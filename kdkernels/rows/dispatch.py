@@ -38,7 +38,7 @@ def _why_not(name: str, device: str, dtype: torch.dtype) -> str:
 def backend_for(device: torch.device, dtype: torch.dtype) -> ModuleType:
     """The backend for logits of ``dtype`` on ``device``.
 
-    ``KDKERNELS_BACKEND`` forces one. Otherwise the device's own is taken, or eager with one warning that names the reason.
+    ``KDKERNELS_BACKEND`` forces one. Otherwise the device's own, or eager with one warning that names the reason.
 
     Raises:
         RuntimeError: the forced backend does not exist or cannot run.
@@ -55,7 +55,9 @@ def backend_for(device: torch.device, dtype: torch.dtype) -> ModuleType:
         return _load(wanted)[0]
     if reason not in _warned:
         _warned.add(reason)
-        logger.warning("kdkernels uses its slow eager backend on %s: %s", device, f"{wanted}: {reason}" if wanted else reason)
+        logger.warning(
+            "kdkernels uses its slow eager backend on %s: %s", device, f"{wanted}: {reason}" if wanted else reason
+        )
     return _load("eager")[0]
 
 

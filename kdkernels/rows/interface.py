@@ -11,9 +11,10 @@ from torch import Tensor
 class Rows:
     """The logits of a chunk with their statistics; slicing takes tokens.
 
-    ``logits`` [C, V] is what the lm_head GEMM wrote; z = softcap * tanh(scale * logits / softcap) is what everything else is
-    computed from. ``stats`` [C, 4] float32 (float64 for float64 logits): max z, log-sum of exp(z - max), entropy (nats),
-    log-sum of exp((z - max) / temperature). max and log-sum stay apart because their sum, rounded, loses the entropy at |z| ~ 1e4.
+    ``logits`` [C, V] is what the lm_head GEMM wrote; z = softcap * tanh(scale * logits / softcap) is what everything
+    else is computed from. ``stats`` [C, 4] float32 (float64 for float64 logits): max z, log-sum of exp(z - max),
+    entropy (nats), log-sum of exp((z - max) / temperature). max and log-sum stay apart because their sum, rounded,
+    loses the entropy at |z| ~ 1e4.
     """
 
     logits: Tensor
@@ -59,8 +60,8 @@ class Coefficients:
 
         d loss / dz = divergence * dD/dz + entropy * dH/dz + softmax * q + (scatter added at ids)
 
-    ``dense`` [3, C] holds divergence, entropy and softmax; ``ids`` [C, S] and ``scatter`` [C, S] the sparse part, which carries
-    the -1 of a cross-entropy and the Plackett-Luce gradient.
+    ``dense`` [3, C] holds divergence, entropy and softmax; ``ids`` [C, S] and ``scatter`` [C, S] the sparse part,
+    which carries the -1 of a cross-entropy and the Plackett-Luce gradient.
     """
 
     dense: Tensor

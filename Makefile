@@ -1,0 +1,43 @@
+# make install | demo | test | test-slow | gsm8k | lint. Everything lives in .venv; nothing outside this folder is touched.
+PYTHON ?= python3
+PY := .venv/bin/python
+PIP := PIP_CONSTRAINT=constraints.txt $(PY) -m pip install --quiet --disable-pip-version-check
+SEEDS ?= 1
+export TOKENIZERS_PARALLELISM := false
+export HF_HUB_OFFLINE := 1
+
+.PHONY: install demo gsm8k test test-slow lint clean
+
+install: .venv/installed
+
+.venv/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "kdkernels needs Python >= 3.10")'
+	$(PYTHON) -m venv .venv
+
+# torch comes first: the extension and DeepSpeed are built against it, without build isolation.
+.venv/installed: .venv/bin/python pyproject.toml constraints.txt setup.py $(wildcard csrc/* python_bindings/*)
+	@echo "installing into .venv (a few minutes the first time)"
+	$(PIP) setuptools wheel ninja numpy torch
+	$(PIP) --no-build-isolation --editable '.[train,bench,dev]'
+	@touch $@
+
+demo: install
+	$(PY) -m kdkernels.demo --seeds $(SEEDS)
+
+gsm8k: install
+	$(PY) -m kdkernels.training.cli train recipes/gsm8k-small-teacher.toml
+	$(PY) -m kdkernels.training.cli train recipes/gsm8k-small-student.toml
+	$(PY) -m kdkernels.training.cli train recipes/gsm8k-small.toml
+
+test: install lint
+	$(PY) -m pytest
+
+test-slow: install
+	$(PY) -m pytest -m slow
+
+lint: install
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+clean:
+	rm -rf .venv build runs kdkernels.egg-info kdkernels/_C*.so
