@@ -6,9 +6,9 @@
     06-3=03
     Answer: 03
 
-A two-digit counter wraps, so the mathematics is a left-to-right chain of +, - and * modulo 100. How hard it is follows from the
-number of steps and the largest operand (`Difficulty`). Train and test sets are disjoint by construction: a keyed hash of the bare
-problem (its numbers and operations, not its wording) decides on which side it lies.
+A two-digit counter wraps, so the mathematics is a left-to-right chain of +, - and * modulo 100. How hard it is follows
+from the number of steps and the largest operand (`Difficulty`). Train and test sets are disjoint by construction: a
+keyed hash of the bare problem (its numbers and operations, not its wording) decides on which side it lies.
 """
 
 import hashlib
@@ -99,8 +99,8 @@ class Problem:
 def generate(side: str, seed: int, difficulty: Difficulty = Difficulty()) -> Iterator[dict]:
     """An endless stream of different problems of one side, as `{"question", "solution", "answer"}`.
 
-    Take slices of one stream for sets that must not overlap. Raises ValueError at the problem after which half of that side's
-    problems are used up, since drawing without repetition would slow to a crawl.
+    Slices of one stream do not overlap. Raises ValueError where half of that side's problems are used up: from there on
+    drawing without repetition would slow to a crawl.
     """
     if side not in ("train", "test"):
         raise ValueError(f'side: expected "train" or "test", got {side!r}')
@@ -119,7 +119,9 @@ def generate(side: str, seed: int, difficulty: Difficulty = Difficulty()) -> Ite
         seen.add(problem)
         solution = problem.solution()
         yield {"question": problem.question(rng), "solution": solution, "answer": solution.rsplit(" ", 1)[1]}
-    raise ValueError(f"{difficulty} has {difficulty.problems()} problems: too few for more than {limit} {side} problems")
+    raise ValueError(
+        f"{difficulty} has {difficulty.problems()} problems, too few for more than {limit} {side} problems"
+    )
 
 
 def write_jsonl(path: Path, examples: list[dict]) -> None:

@@ -1,6 +1,6 @@
-"""Held-out evaluation: does the model find the answer, and how probable are the given responses to it and to the teacher?
+"""Held-out evaluation: does the model find the answer, and how probable are the data's responses to it and its teacher?
 
-Shapes: B examples of a batch, L length, N response tokens of a batch.
+Shapes: B examples of a batch, L length, N response tokens of a batch, H hidden.
 """
 
 import re
@@ -21,7 +21,7 @@ from kdkernels.training.schema import InputError
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`metrics`: see `summarize`. `records`: one dict per example, in the given order, with everything the metrics are computed from."""
+    """`metrics`: see `summarize`. `records`: one per example, in the given order, with all the metrics come from."""
 
     metrics: dict[str, float]
     records: list[dict[str, Any]]
@@ -34,11 +34,12 @@ def evaluate(
     config: Config,
     teacher: PreTrainedModel | None = None,
 ) -> Evaluation:
-    """What [evaluation] metrics asks for, over `examples`.
+    """What `metrics` of [evaluation] asks for, over `examples`.
 
-    exact_match: the model answers each prompt greedily; its answer is right if it equals the one of the data's response, both being what
-    `answer` finds last in the text. cross_entropy: -log q(token), kl: KL(p || q) of teacher p and model q, both in nats per token of the data's
-    responses, end-of-sequence token included.
+    exact_match: the model answers each prompt greedily; its answer is right if it equals that of the data's response.
+    The answer of a text is what the regular expression `answer` matches last in it.
+    cross_entropy, kl: -log q(token) and KL(p || q) of teacher p and model q, in nats per token of the data's responses,
+    the end-of-sequence token included.
 
     Raises InputError for a data response in which `answer` finds nothing.
     """
@@ -57,8 +58,10 @@ def evaluate(
 
 
 def summarize(records: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """The metrics of evaluation records: exact_match (share of right answers), finished (share of generated responses that ended by
-    themselves, not at the limit), cross_entropy and kl (means over all response tokens); those the records have data for.
+    """The metrics of evaluation records, those that the records have data for.
+
+    exact_match: share of right answers. finished: share of the generated responses that ended by themselves, not at the
+    limit. cross_entropy, kl: means over all response tokens.
     """
     metrics = {}
     for name, field in (("exact_match", "correct"), ("finished", "finished")):
@@ -71,6 +74,12 @@ def summarize(records: Sequence[dict[str, Any]]) -> dict[str, float]:
     return metrics
 
 
+def find_answer(pattern: str, text: str) -> str | None:
+    """What the one group of `pattern` matches last in `text`; None where it matches nowhere."""
+    found = re.findall(pattern, text)
+    return found[-1] if found else None
+
+
 def _add(rows: list[dict], columns: list[dict]) -> None:
     for row, more in zip(rows, columns, strict=True):
         row.update(more)
@@ -81,24 +90,25 @@ def _answers(
 ) -> list[dict[str, Any]]:
     """Greedy responses and whether their answers are right."""
     prompts = [example.prompt_ids for example in batch]
+    responses = generate(model, tokenizer, prompts, settings.max_new_tokens, sample=False)
     rows = []
-    for example, ids in zip(batch, generate(model, tokenizer, prompts, settings.max_new_tokens, sample=False), strict=True):
+    for example, ids in zip(batch, responses, strict=True):
         expected = find_answer(settings.answer, example.response)
         if expected is None:
-            raise InputError(
-                f"{settings.data}, line {example.line}: [evaluation] answer {settings.answer!r} finds nothing in the response {example.response!r}"
-            )
+            place = f"{settings.data}, line {example.line}"
+            raise InputError(f"{place}: [evaluation] answer {settings.answer!r} not found in {example.response!r}")
         response = tokenizer.decode(ids, skip_special_tokens=True)
-        found = find_answer(settings.answer, response)
-        finished = ids[-1] == tokenizer.eos_token_id
-        rows.append({"response": response, "answer": found, "expected": expected, "correct": found == expected, "finished": finished})
+        answer = find_answer(settings.answer, response)
+        rows.append(
+            {
+                "response": response,
+                "answer": answer,
+                "expected": expected,
+                "correct": answer == expected,
+                "finished": ids[-1] == tokenizer.eos_token_id,
+            }
+        )
     return rows
-
-
-def find_answer(pattern: str, text: str) -> str | None:
-    """What the one group of `pattern` matches last in `text`; None where it matches nowhere."""
-    found = re.findall(pattern, text)
-    return found[-1] if found else None
 
 
 def _token_means(
@@ -109,19 +119,23 @@ def _token_means(
     teacher: PreTrainedModel | None,
 ) -> list[dict[str, Any]]:
     """Cross-entropy and KL of each example, per token of its response."""
-    examples = collate([one.prompt_ids for one in batch], [one.response_ids for one in batch], tokenizer.eos_token_id).to(model.device)
-    layout = examples.layout.to(model.device)
+    prompts, responses = [one.prompt_ids for one in batch], [one.response_ids for one in batch]
+    inputs = collate(prompts, responses, tokenizer.eos_token_id).to(model.device)
+    layout = inputs.layout.to(model.device)
 
     def response_head(scorer: PreTrainedModel) -> kd.Head:
-        full = head(scorer, examples, vocabulary_size(tokenizer))  # hidden [B, L, H] -> [N, H]: the lm_head sees response tokens only
-        return replace(full, hidden=full.hidden.flatten(0, 1)[layout.index])
+        full = head(scorer, inputs, vocabulary_size(tokenizer))  # hidden [B, L, H]
+        return replace(full, hidden=full.hidden.flatten(0, 1)[layout.index])  # [N, H]
 
     student = response_head(model)
-    values = {}
+    values = {}  # each [N]
     if "cross_entropy" in settings.metrics:
-        values["cross_entropy"] = kd.cross_entropy(student, examples.target.flatten()[layout.index])
+        values["cross_entropy"] = kd.cross_entropy(student, inputs.target.flatten()[layout.index])
     if "kl" in settings.metrics:
         values["kl"] = kd.divergence(student, response_head(teacher), kd.ForwardKL())
     lengths = torch.tensor(layout.lengths)
-    means = {name: (layout.spread(token.double(), 0.0).sum(1).cpu() / lengths).tolist() for name, token in values.items()}
-    return [{"tokens": tokens} | {name: means[name][b] for name in means} for b, tokens in enumerate(layout.lengths)]
+    means = {name: layout.spread(value.double(), 0.0).sum(1).cpu() / lengths for name, value in values.items()}
+    return [
+        {"tokens": tokens} | {name: mean[b].item() for name, mean in means.items()}
+        for b, tokens in enumerate(layout.lengths)
+    ]

@@ -14,12 +14,13 @@ def train_tokenizer(texts: Iterable[str], kind: str, vocab_size: int | None = No
     """A tokenizer trained on `texts`; the same texts give the same tokenizer.
 
     kind "characters": one token per character of the texts, in code point order; any other character becomes `<unk>`.
-    kind "bpe": byte-level byte-pair encoding with every digit a token of its own, so that any text survives the round trip. It has at
-    most `vocab_size` tokens, fewer when the texts have no more pairs to merge.
+    kind "bpe": byte-level byte-pair encoding with every digit a token of its own, so that any text survives the round
+    trip. It has at most `vocab_size` tokens, fewer when the texts have no more pairs to merge.
 
-    `<pad>` is token 0 and `<eos>` token 1, two different tokens; encoding adds neither. Padding goes to the left, as generation needs.
+    `<pad>` is token 0 and `<eos>` token 1, two different tokens; encoding adds neither. Padding goes to the left, as
+    generation needs.
 
-    Raises ValueError for an unknown kind, for texts without a character and for a `vocab_size` that the kind cannot have.
+    Raises ValueError for an unknown kind, texts without a character and a `vocab_size` that the kind cannot have.
     """
     if kind not in KINDS:
         raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
