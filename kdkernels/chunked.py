@@ -150,6 +150,8 @@ class _Loop:
         student, teacher, program, layout = call.student, call.teacher, call.program, call.layout
         device, self.operand = student.hidden.device, student.hidden.dtype
         dtype = call.logits_dtype or default_logits_dtype(device, self.operand)
+        if dtype != self.operand and (dtype != torch.float32 or self.operand.itemsize > 4):
+            raise ValueError(f"logits_dtype: expected {self.operand} (the operands') or float32, got {dtype}")
         self.call, self.needs = call, needs
         self.backend = backend_for(device, dtype)
         self.vocabulary = shared_vocabulary(student, teacher)
@@ -313,7 +315,8 @@ class _Chunked(torch.autograd.Function):
         else:
             if gradients is None:
                 gradients = run(call, ctx.needs).gradients
-            gradients = [g if g is None else g.mul_(grad) for g in gradients]
+            known_one = grad.device.type == "cpu" and grad.item() == 1  # saves a pass over dW; a GPU would have to sync
+            gradients = [g if g is None or known_one else g.mul_(grad) for g in gradients]
         return None, None, None, None, *gradients
 
 

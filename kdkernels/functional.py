@@ -143,7 +143,7 @@ def plackett_luce(student: Head, teacher: Head, k: int = 10, *, memory_budget=No
     sum_{j=1..k} [ logsumexp(z_s[pi(j..k)]) - z_s[pi(j)] ], pi the teacher's descending order of them.
 
     Raises:
-        TypeError, ValueError: heads that do not fit each other, k outside [2, vocabulary].
+        TypeError, ValueError: heads that do not fit each other, k outside [1, vocabulary].
     """
     check_head("student", student)
     check_teacher(student, teacher)
@@ -158,8 +158,8 @@ def check_positive(name: str, value: float) -> None:
 
 
 def check_candidates(k: int) -> None:
-    if not isinstance(k, int) or k < 2:
-        raise ValueError(f"k: expected an int of at least 2 candidates, got {k!r}")
+    if not isinstance(k, int) or k < 1:
+        raise ValueError(f"k: expected an int of at least 1 candidate, got {k!r}")
 
 
 @dataclass(frozen=True)

@@ -126,9 +126,8 @@ def opener(entropy_s: Tensor, share: float) -> Tensor:
 
     Token m is included; a response without any entropy has m = 1  (TSD-KD, section 3.1).
     """
-    total = entropy_s.detach().double().cumsum(0)
-    before = total - entropy_s.detach().double()
-    inside = before < share * total[-1]
+    cumulative = entropy_s.detach().double().cumsum(0)
+    inside = cumulative.roll(1) < share * cumulative[-1]  # token t is in while the tokens before it fall short
     inside[0] = True
     return inside
 

@@ -74,6 +74,7 @@ void row_statistics(Tensor logits, double scale, double softcap, double temperat
   if (gather_ids) {
     n_gather = gather_ids->size(1);
     check("gather_ids", *gather_ids, ScalarType::Long, rows, n_gather);
+    STD_TORCH_CHECK(gathered, "gathered: expected a tensor beside gather_ids");
     check("gathered", *gathered, ScalarType::Float, rows, n_gather);
     check_ids("gather_ids", *gather_ids, vocab);
   }

@@ -14,8 +14,8 @@ def opener(entropy: Tensor, share: float, layout: Layout) -> Tensor:
     fp64 sums; token m is included; without any entropy m = 1  (TSD-KD, section 3.1).
     """
     table = layout.spread(entropy.double(), 0.0)  # one response a row: a NaN stays in its own
-    total = table.cumsum(1)
-    inside = (total - table) < share * total[:, -1:]
+    cumulative = table.cumsum(1)
+    inside = cumulative.roll(1, dims=1) < share * cumulative[:, -1:]
     inside[:, 0] = True
     return inside[layout.response, layout.position]
 

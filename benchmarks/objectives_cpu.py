@@ -1,0 +1,132 @@
+"""TSD-KD and GKD, forward and backward, against the bare GEMMs on this CPU: time and memory, printed as Markdown.
+
+    python benchmarks/objectives_cpu.py [--tokens 512] [--dtype bfloat16] [--repeats 7]
+
+The bare GEMMs are the four no implementation can do without (student logits, teacher logits, dX, dW), on the same
+operands, in chunks of 512 to 4096 rows, the fastest taken. All are interleaved in one process; medians are reported.
+Nothing is timed before the objective's gradients have been checked against the fp64 reference on a few tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import kdkernels as kd
+from kdkernels import reference
+
+VOCABULARY, STUDENT, TEACHER, RESPONSE = 151936, 896, 1536, 256  # Qwen2.5 0.5B and 1.5B; tokens a response
+
+
+def memory(field: str) -> float:
+    """VmRSS or VmHWM (the peak) of this process, in MiB."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) / 1024
+    raise KeyError(field)
+
+
+def inputs(tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """hidden and weight of student and teacher; logits of standard deviation about 1."""
+    torch.manual_seed(0)
+    shape = (max(1, tokens // RESPONSE), min(tokens, RESPONSE))
+    pairs = []
+    for width, trained in ((STUDENT, True), (TEACHER, False)):
+        hidden = torch.randn(*shape, width).to(dtype)
+        weight = torch.empty(VOCABULARY, width, dtype=dtype).normal_(std=width**-0.5)
+        pairs += [hidden.requires_grad_(trained), weight.requires_grad_(trained)]
+    return tuple(pairs)
+
+
+def gradient_error(objective, formula, dtype: torch.dtype) -> tuple[float, float]:
+    """Norm-relative error of d loss / d hidden for 8 tokens: ours, and that of eager PyTorch in the same dtype."""
+    h_s, w_s, h_t, w_t = inputs(8, dtype)
+    mask = torch.ones(h_s.shape[:2], dtype=torch.bool)
+
+    def dense(to: torch.dtype) -> Tensor:
+        hidden = h_s.detach().to(to).requires_grad_()
+        z_s, z_t = hidden @ w_s.detach().to(to).t(), h_t.to(to) @ w_t.to(to).t()
+        wide = torch.promote_types(to, torch.float32)
+        return torch.autograd.grad(formula(list(z_s.to(wide)), list(z_t.to(wide))), hidden)[0].double()
+
+    truth = dense(torch.float64)
+    ours = torch.autograd.grad(objective(kd.Head(h_s, w_s), kd.Head(h_t, w_t), mask).loss, h_s)[0].double()
+    return tuple(((g - truth).norm() / truth.norm()).item() for g in (ours, dense(dtype)))
+
+
+def bare_gemms(h_s: Tensor, w_s: Tensor, h_t: Tensor, w_t: Tensor, rows: int):
+    x_s, x_t = h_s.detach().flatten(0, 1), h_t.flatten(0, 1)
+    w_s = w_s.detach()
+    z_s, z_t = x_s.new_empty(rows, VOCABULARY), x_s.new_empty(rows, VOCABULARY)
+    d_x, d_w = torch.empty_like(x_s), torch.empty_like(w_s)
+
+    def run() -> None:
+        for first in range(0, len(x_s), rows):
+            chunk = slice(first, first + rows)
+            torch.mm(x_s[chunk], w_s.t(), out=z_s)
+            torch.mm(x_t[chunk], w_t.t(), out=z_t)
+            torch.mm(z_s, w_s, out=d_x[chunk])
+            torch.mm(z_s.t(), x_s[chunk], out=d_w)
+
+    return run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--repeats", type=int, default=7)
+    options = parser.parse_args()
+    dtype = getattr(torch, options.dtype)
+
+    objectives = {"GKD": (kd.GKD(), reference.gkd), "TSD-KD": (kd.TSDKD(), reference.tsd_kd)}
+    errors = {name: gradient_error(*pair, dtype) for name, pair in objectives.items()}
+    for name, (ours, eager) in errors.items():
+        if not ours <= 2 * eager:
+            raise
+            SystemExit(f"{name}: gradient error {ours:.2e}, eager PyTorch's is {eager:.2e}; not timing wrong numbers")
+
+    h_s, w_s, h_t, w_t = inputs(options.tokens, dtype)
+    layout = kd.Layout.from_mask(torch.ones(h_s.shape[:2], dtype=torch.bool))
+
+    def step(objective) -> None:
+        h_s.grad = w_s.grad = None
+        objective(kd.Head(h_s, w_s), kd.Head(h_t, w_t), layout).loss.backward()
+
+    extra = {}
+    for name, (objective, _) in objectives.items():
+        h_s.grad = w_s.grad = None
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+        before = memory("VmRSS")
+        step(objective)
+        extra[name] = memory("VmHWM") - before - (h_s.grad.nbytes + w_s.grad.nbytes) / 2**20
+
+    chunks = [rows for rows in (512, 1024, 2048, 4096) if options.tokens % rows == 0]
+    timed = {f"bare GEMMs, {rows} rows": bare_gemms(h_s, w_s, h_t, w_t, rows) for rows in chunks}
+    timed |= {name: (lambda objective=pair[0]: step(objective)) for name, pair in objectives.items()}
+    seconds = {name: [] for name in timed}
+    for _ in range(options.repeats):
+        for name, run in timed.items():
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    floor = min(median[name] for name in timed if name.startswith("bare"))
+
+    print(f"V = {VOCABULARY}, N = {options.tokens}, student {STUDENT} / teacher {TEACHER},")
+    print(f"{options.dtype} operands and logits, {torch.get_num_threads()} threads, {kd.info()['cpu_isa']},")
+    print(f"torch {torch.__version__}; median of {options.repeats} interleaved runs\n")
+    print("| forward + backward | ms | x bare GEMMs | MiB beyond inputs and gradients | gradient error (eager's) |")
+    print("|---|---|---|---|---|")
+    for name, value in median.items():
+        rest = f"{extra[name]:.0f} | {errors[name][0]:.1e} ({errors[name][1]:.1e})" if name in extra else " | "
+        print(f"| {name} | {value * 1e3:.0f} | {value / floor:.2f} | {rest} |")
+
+
+if __name__ == "__main__":
+    main()
