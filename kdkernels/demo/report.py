@@ -1,0 +1,171 @@
+"""The demo's report in Markdown: how often each arm is right, how far arms differ, and what everything cost."""
+
+import platform
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from kdkernels.demo.phases import FROM_STRONG_STUDENT, FROM_STUDENT, PROBLEMS, STUDENTS, TEACHER, Cost
+from kdkernels.demo.results import Arm
+from kdkernels.demo.statistics import bootstrap_mean, wilson
+
+COMPARISONS = (  # (arm, the arm it is compared with)
+    ("teacher", "student"),
+    ("sft", "student"),
+    ("gkd", "student"),
+    ("gkd", "sft"),
+    ("tsd-kd-scaled", "sft"),
+    ("tsd-kd-scaled", "gkd"),
+    ("tsd-kd", "student"),
+    ("sft-new", "gkd"),
+    ("strong-sft", "strong-student"),
+    ("strong-gkd", "strong-student"),
+    ("strong-tsd-kd", "strong-student"),
+    ("strong-tsd-kd", "strong-gkd"),
+)
+MARGIN = 0.20  # by which the teacher must beat the starting student for a demo that shows something
+
+CAVEATS = """\
+## What this shows, and what it cannot
+
+- It shows the whole path at work: students of another size and with another padded vocabulary learn from a teacher's
+  distributions over responses they sample themselves, and get better at problems they have not seen.
+- GKD and TSD-KD read no solution of the new problems. Where solutions of new problems exist, plain SFT on them is the
+  comparison to beat (the last row of the first group): the claim is "new prompts, no new labels".
+- The weights of TSD-KD were chosen in its paper for pretrained students of 1.5 billion parameters at a rate of 5e-6. On
+  a weak student of 0.1 million at 2e-3 the indirect and the entropy term drown the direct one (it collapses); scaled
+  down to its size they leave a gated GKD. This says nothing about which method is better for language models.
+- One task, one model family, a vocabulary of a few hundred tokens. Intervals over problems alone (one seed) do not tell
+  how much another starting student would change; `make demo SEEDS=5` does.
+"""
+
+
+def render(arms: Iterable[Arm], deepspeed: Cost, seconds: float, cores: int) -> str:
+    """The report of a demo that took `seconds` on `cores` cores; `deepspeed`: the cost of preparing DeepSpeed."""
+    by_name = {arm.phase.name: arm for arm in arms}
+    seeds, problems = by_name[STUDENTS[0].name].right.shape
+    return "\n".join(
+        [
+            "# Distilling a small student: the demo's report",
+            "",
+            f"{problems} held-out problems, {seeds} {'seed' if seeds == 1 else 'seeds'}, {seconds:.0f} seconds in all on "
+            f"{cores} {'core' if cores == 1 else 'cores'} ({platform.machine()}, torch {torch.__version__}).",
+            "",
+            "## Exact match on held-out problems",
+            "",
+            *_accuracies(by_name, seeds),
+            "",
+            "![accuracy](accuracy.png)",
+            "",
+            "## Differences",
+            "",
+            *_differences(by_name, seeds),
+            "",
+            *_checks(by_name),
+            "",
+            "![curves](curves.png)",
+            "",
+            CAVEATS,
+            "## Seconds and memory",
+            "",
+            *_costs(by_name.values(), deepspeed, cores),
+            "",
+        ]
+    )
+
+
+def interval(arm: Arm) -> tuple[float, float]:
+    """The 95 % interval of an arm's accuracy: over problems (Wilson), and over seeds where there are several."""
+    if len(arm.right) == 1:
+        return wilson(int(arm.right.sum()), arm.right.size)
+    return bootstrap_mean(arm.right.astype(float))
+
+
+def difference(arm: Arm, other: Arm) -> tuple[float, tuple[float, float]]:
+    """Accuracy of `arm` minus that of `other`, with its paired-bootstrap 95 % interval."""
+    gaps = arm.right.astype(float) - other.right.astype(float)  # the teacher's one row serves every seed
+    return float(gaps.mean()), bootstrap_mean(gaps)
+
+
+def _accuracies(arms: dict[str, Arm], seeds: int) -> list[str]:
+    columns = ["exact match", "95 % interval", *(["each seed"] if seeds > 1 else []), "finished"]
+    columns += ["steps", "response tokens", "solutions"]
+    student, strong = STUDENTS
+    groups = [
+        ("", [TEACHER]),
+        ("", [student, *FROM_STUDENT]),
+        ("strong student, small rate: ", [strong, *FROM_STRONG_STUDENT]),
+    ]
+    rows = []
+    for prefix, phases in groups:
+        for phase in phases:
+            arm = arms[phase.name]
+            each = " ".join(f"{100 * share:.1f}" for share in arm.right.mean(axis=1))
+            cells = [f"{100 * arm.accuracy():.1f} %", _range(interval(arm), ""), *([each] if seeds > 1 else [])]
+            cells += [f"{100 * arm.finished.mean():.1f} %", len(arm.steps[0]), f"{arm.tokens():.0f}"]
+            rows.append([prefix + phase.title, *cells, PROBLEMS[phase.solutions] if phase.solutions else "none"])
+    over = "problems (Wilson)" if seeds == 1 else "seeds and problems (bootstrap)"
+    return [
+        *_table(["arm", *columns], rows),
+        "",
+        f"Intervals are over {over}. Finished: responses that ended with the end-of-sequence token. Response tokens: those "
+        "trained on, prompts not counted. Solutions: worked solutions the arm learnt from.",
+    ]
+
+
+def _differences(arms: dict[str, Arm], seeds: int) -> list[str]:
+    titles = {phase.name: phase.title for phase in (TEACHER, *STUDENTS, *FROM_STUDENT, *FROM_STRONG_STUDENT)}
+    rows = []
+    for name, other in COMPARISONS:
+        mean, (low, high) = difference(arms[name], arms[other])
+        reading = "better" if low > 0 else "worse" if high < 0 else "undecided"
+        strong = "strong student: " if name.startswith("strong") else ""
+        rows.append(
+            [f"{strong}{titles[name]} - {titles[other]}", f"{100 * mean:+.1f}", _range((low, high), "+"), reading]
+        )
+    over = "problems" if seeds == 1 else "seeds and problems"
+    return [
+        *_table(["difference", "points", "95 % interval", "reading"], rows),
+        "",
+        f"Paired bootstrap over {over}.",
+    ]
+
+
+def _checks(arms: dict[str, Arm]) -> list[str]:
+    """Orderings that held on every seed while the task was designed; levels are not among them."""
+    accuracy = {name: arm.accuracy() for name, arm in arms.items()}
+    checks = {
+        "the teacher is at least 20 points better than the starting student": accuracy["teacher"]
+        >= accuracy["student"] + MARGIN,
+        "GKD is better than continued SFT": accuracy["gkd"] > accuracy["sft"],
+        "TSD-KD with scaled weights is better than continued SFT": accuracy["tsd-kd-scaled"] > accuracy["sft"],
+    }
+    return [
+        "Expected of this task:",
+        "",
+        *(f"- {text}: {'yes' if holds else '**NO**'}" for text, holds in checks.items()),
+    ]
+
+
+def _costs(arms: Iterable[Arm], deepspeed: Cost, cores: int) -> list[str]:
+    parts = ("rollout", "teacher", "student", "step")
+    rows = [["preparing DeepSpeed", f"{deepspeed.seconds:.0f}", *[""] * len(parts), f"{deepspeed.peak:.0f}"]]
+    for arm in arms:
+        seconds = sum(cost.seconds for cost in arm.costs) / len(arm.costs)
+        spent = [f"{arm.seconds(part):.1f}" for part in parts]
+        rows.append([arm.phase.name, f"{seconds:.0f}", *spent, f"{max(cost.peak for cost in arm.costs):.0f}"])
+    return [
+        *_table(["phase", "seconds", *parts, "peak MiB"], rows),
+        "",
+        "Seconds of the whole process, start-up and evaluation included, and of the parts of its steps; means over the "
+        f"seeds. The teacher has the machine to itself; the others run side by side, up to {cores} at a time.",
+    ]
+
+
+def _range(bounds: tuple[float, float], sign: str) -> str:
+    return " to ".join(f"{100 * bound:{sign}.1f}" for bound in bounds)
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence]) -> list[str]:
+    rule = "|" + "---|" * len(header)
+    return [f"| {' | '.join(header)} |", rule, *(f"| {' | '.join(map(str, row))} |" for row in rows)]
