@@ -93,7 +93,8 @@ def read_progress(directory: Path) -> dict[str, int]:
     progress = json.loads((checkpoints[-1] / "progress.json").read_text())
     if progress["processes"] != distributed.world_size():
         raise InputError(
-            f"--resume: {checkpoints[-1]} was written by {progress['processes']} processes; expected as many now, got {distributed.world_size()}"
+            f"--resume: {checkpoints[-1]} was written by {progress['processes']} processes; expected as many now, "
+            f"got {distributed.world_size()}"
         )
     return progress
 

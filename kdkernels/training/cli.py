@@ -4,6 +4,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from transformers.utils.logging import disable_progress_bar
+
 from kdkernels.training.config import load_config
 from kdkernels.training.plan import plan
 from kdkernels.training.schema import InputError
@@ -13,6 +15,8 @@ from kdkernels.training.trainer import train
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; its exit status: 0, or 2 for input that cannot be used, which is told in one line."""
     options = _parser().parse_args(arguments)
+    if not sys.stderr.isatty():
+        disable_progress_bar()
     try:
         config = load_config(options.recipe, options.set)
         if options.dry_run:

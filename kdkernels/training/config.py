@@ -9,14 +9,14 @@ the current directory.
 """
 
 import inspect
-import re
 import typing
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from kdkernels import objectives
+from kdkernels.training.resolve import resolve
 from kdkernels.training.schema import InputError, Rule, override, parse_table, read_toml, refuse_unknown
 
 Count = Annotated[int, Rule(lambda value: value >= 1, "an integer >= 1")]
@@ -188,8 +188,7 @@ class Config:
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
-    """The recipe at `path` with each override `section.key=value` laid over it, checked and with every default filled
-    in.
+    """The recipe at `path` with each override `section.key=value` laid over it, checked, every default filled in.
 
     An override's value is read as TOML; what is no TOML value is taken as a string. Raises InputError.
     """
@@ -213,7 +212,10 @@ def parse_config(tables: Mapping[str, Any], source: str) -> Config:
             sections[name] = parse(kind, tables[name], f"{source}: [{name}]")
         elif section.default is MISSING:
             raise InputError(f"{source}: section [{name}] is missing")
-    return _resolve(Config(**sections), source)
+    try:
+        return resolve(Config(**sections))
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from error
 
 
 def _parse_section(kind: type, table: Mapping[str, Any], place: str):
@@ -229,122 +231,18 @@ OBJECTIVES = tuple(
 
 def _parse_objective(kind: type, table: Mapping[str, Any], place: str) -> ObjectiveConfig:
     """Checks the options against the objective's own constructor and fills in its defaults."""
-    names = Literal[OBJECTIVES]
-    name = parse_table(
-        {key: value for key, value in table.items() if key == "name"}, {"name": (names, MISSING)}, place
-    )["name"]
+    known = {"name": (Literal[OBJECTIVES], MISSING)}
+    name = parse_table({key: table[key] for key in known if key in table}, known, place)["name"]
     parameters = inspect.signature(getattr(objectives, name), eval_str=True).parameters.values()
-    known = {
+    known |= {
         one.name: (one.annotation, MISSING if one.default is one.empty else one.default)
         for one in parameters
         if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)  # those of nn.Module, for an objective without options
     }
-    options = parse_table(table, {"name": (names, MISSING), **known}, place)
-    del options["name"]
-    config = kind(name=name, options=options)
+    options = parse_table(table, known, place)
+    config = kind(name=options.pop("name"), options=options)
     try:
         config.build()
     except (ValueError, TypeError) as error:
         raise InputError(f"{place} {error}") from error
     return config
-
-
-def _resolve(config: Config, source: str) -> Config:
-    """Fills in the defaults that depend on other keys and checks what no single key shows."""
-
-    def refuse(message: str):
-        raise InputError(f"{source}: {message}")
-
-    student, data, evaluation, tokenizer = config.student, config.data, config.evaluation, config.tokenizer
-    if (student.path is None) == (student.architecture is None):
-        refuse("[student] expected exactly one of path and architecture")
-    if student.architecture is not None and type(student.architecture.get("model_type")) is not str:
-        refuse('[student] architecture: expected a model_type, for instance {model_type = "qwen2", hidden_size = 64}')
-    if student.path is not None and student.pad_vocab_to != 1:
-        refuse(
-            "[student] pad_vocab_to belongs to an architecture; a model read from a path keeps its own vocabulary size"
-        )
-
-    if tokenizer.path is not None and tokenizer.kind is not None:
-        refuse("[tokenizer] expected at most one of path and kind")
-    if tokenizer.path is None and tokenizer.kind is None:
-        if student.path is None:
-            refuse("[tokenizer] expected a path or a kind, since a student made from an architecture has no tokenizer")
-        tokenizer = replace(tokenizer, path=student.path)
-    if (tokenizer.kind == "bpe") != (tokenizer.vocab_size is not None):
-        refuse('[tokenizer] vocab_size belongs to kind "bpe" and only to it')
-
-    needs_teacher = config.objective.build().needs_teacher
-    if needs_teacher and config.teacher is None:
-        refuse(f"section [teacher] is missing: the objective {config.objective.name} needs one")
-    rollout = config.rollout
-    if rollout.student_fraction is None:
-        rollout = replace(rollout, student_fraction=1.0 if needs_teacher else 0.0)
-    if rollout.student_fraction > 0 and not needs_teacher:
-        refuse(
-            f"[rollout] student_fraction: expected 0, got {rollout.student_fraction}: {config.objective.name} learns from the data's responses"
-        )
-    if rollout.max_new_tokens is None:
-        rollout = replace(rollout, max_new_tokens=data.max_response_tokens)
-    if data.response is None and (rollout.student_fraction < 1 or evaluation is not None):
-        refuse(
-            "[data] key 'response' is missing; only a recipe without [evaluation] whose student writes every response can do without"
-        )
-
-    if config.train.batch_size % config.train.micro_batch_size:
-        refuse(
-            f"[train] batch_size: expected a multiple of micro_batch_size {config.train.micro_batch_size}, got {config.train.batch_size}"
-        )
-    if evaluation is not None:
-        evaluation = _resolve_evaluation(evaluation, data, refuse)
-        if "kl" in evaluation.metrics and config.teacher is None:
-            refuse('[evaluation] metrics: "kl" needs a [teacher]')
-        _check_file(evaluation.data, "[evaluation] data", refuse)
-    _check_file(data.train, "[data] train", refuse)
-    models = {
-        "[student] path": student.path,
-        "[teacher] path": config.teacher and config.teacher.path,
-        "[tokenizer] path": tokenizer.path,
-    }
-    for key, path in models.items():
-        if path is not None:
-            _check_model(path, key, refuse)
-    return replace(config, tokenizer=tokenizer, rollout=rollout, evaluation=evaluation)
-
-
-def _resolve_evaluation(evaluation: EvaluationConfig, data: DataConfig, refuse) -> EvaluationConfig:
-    if not evaluation.metrics:
-        refuse("[evaluation] metrics: expected at least one")
-    if ("exact_match" in evaluation.metrics) != (evaluation.answer is not None):
-        refuse('[evaluation] answer belongs to the metric "exact_match" and only to it')
-    if evaluation.answer is not None:
-        try:
-            groups = re.compile(evaluation.answer).groups
-        except re.error as error:
-            refuse(f"[evaluation] answer: not a regular expression: {error}")
-        if groups != 1:
-            refuse(
-                f"[evaluation] answer: expected a regular expression with one group, got {groups} groups in {evaluation.answer!r}"
-            )
-    if evaluation.max_new_tokens is None:
-        evaluation = replace(evaluation, max_new_tokens=data.max_response_tokens)
-    return evaluation
-
-
-def _check_file(path: str, key: str, refuse) -> None:
-    if not Path(path).is_file():
-        refuse(f"{key}: no such file: {path}")
-
-
-HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-
-
-def _check_model(path: str, key: str, refuse) -> None:
-    """Refuses a directory without a model, and a missing one unless `path` may be a name on the hub (`name` or
-    `owner/name`).
-    """
-    if Path(path).is_dir():
-        if not any((Path(path) / name).is_file() for name in ("config.json", "tokenizer_config.json")):
-            refuse(f"{key}: no model in directory {path}: config.json is missing")
-    elif not HUB_NAME.fullmatch(path) or Path(Path(path).parts[0]).is_dir():
-        refuse(f"{key}: no such directory: {path}")

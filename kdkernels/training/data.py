@@ -71,7 +71,8 @@ def render(config: DataConfig, path: str) -> Iterator[tuple[int, dict[str, Any],
                 for name in names:
                     if name not in record:
                         raise InputError(
-                            f"{path}, line {number}: field {name!r} of [data] {key} is missing; the line has {', '.join(record)}"
+                            f"{path}, line {number}: field {name!r} of [data] {key} is missing; the line has "
+                            f"{', '.join(record)}"
                         )
             yield number, record, *(text.format_map(record) for text in templates.values())
 
@@ -143,7 +144,7 @@ def collate(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
     input_ids = torch.full((len(prompts), length), pad_id)
     attention_mask = torch.zeros(len(prompts), length, dtype=torch.long)
     predicts = torch.zeros(len(prompts), length, dtype=torch.bool)
-    for b, (prompt, response) in enumerate(zip(prompts, responses)):
+    for b, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
         end = len(prompt) + len(response)
         input_ids[b, :end] = torch.tensor([*prompt, *response])
         attention_mask[b, :end] = 1

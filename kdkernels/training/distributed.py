@@ -1,32 +1,24 @@
 """The processes of a run: one without a launcher, or as many as torchrun starts."""
 
 import os
-import socket
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 if not torch.accelerator.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no accelerator
 
 import deepspeed
-import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 
 def start() -> None:
     """Joins the launcher's processes; without one, makes this process a world of its own. May be called again."""
-    if "RANK" not in os.environ:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        os.environ |= {
-            "RANK": "0",
-            "WORLD_SIZE": "1",
-            "LOCAL_RANK": "0",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }
+    if "RANK" not in os.environ and not dist.is_initialized():
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
+        backend = get_accelerator().communication_backend_name()
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     deepspeed.init_distributed(verbose=False)
 
 
@@ -51,7 +43,7 @@ def barrier() -> None:
 
 
 def total(values: torch.Tensor) -> torch.Tensor:
-    """The sum of `values` over all processes."""
+    """The sum of `values` over all processes, in place."""
     dist.all_reduce(values)
     return values
 

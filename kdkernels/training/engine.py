@@ -38,6 +38,17 @@ def build_engine(config: Config, module: nn.Module):
     return engine
 
 
+def step_engine(engine) -> float | None:
+    """Ends a micro-batch; a step's last one updates the weights. Returns the norm of its gradient before clipping."""
+    norm = None
+    if engine.is_gradient_accumulation_boundary() and not (engine.bfloat16_enabled() or engine.zero_optimization()):
+        # a plain optimizer: DeepSpeed clips without keeping the norm
+        norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+    engine.step()
+    norm = engine.get_global_grad_norm() if norm is None else norm
+    return None if norm is None else float(norm)
+
+
 def accumulation_steps(config: Config) -> int:
     """Micro-batches per process and step. Raises InputError if the batch is no multiple of what the processes take at
     once.

@@ -74,8 +74,10 @@ class MetricsLog:
         if self.active:
             os.fsync(self.file.fileno())
 
-    def close(self) -> None:
-        """Ends the log."""
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
         if self.active:
             self.bar.close()
             self.file.close()
@@ -84,7 +86,7 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The complete lines of a metrics.jsonl, in order; a last line that an interrupted run left unfinished is not one."""
+    """The complete lines of a metrics.jsonl, in order, without a last one that an interrupted run left unfinished."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]
 

@@ -77,8 +77,8 @@ def load_teacher(config: Config, tokenizer: PreTrainedTokenizerBase) -> PreTrain
     if vocabulary != tokenizer.get_vocab():
         differ = sorted(set(vocabulary.items()) ^ set(tokenizer.get_vocab().items()))
         raise InputError(
-            f"[teacher] path: expected the student's tokenizer, but that of {config.teacher.path} differs in {len(differ)} entries, "
-            f"for instance {differ[0]}"
+            f"[teacher] path: expected the student's tokenizer, but that of {config.teacher.path} differs in "
+            f"{len(differ)} entries, for instance {differ[0]}"
         )
     return _load_model(config.teacher.path, "[teacher] path", config, tokenizer).eval().requires_grad_(False)
 

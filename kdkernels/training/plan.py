@@ -21,8 +21,8 @@ def plan(config: Config, resume: bool = False) -> str:
     responses = config.train.steps * config.train.batch_size
     longest = max(config.data.max_response_tokens, config.rollout.max_new_tokens)
     lines.append(
-        f"{config.train.steps} steps of {config.train.batch_size} responses: {responses / len(examples.usable):.2f} epochs, "
-        f"at most {responses * longest:,} response tokens"
+        f"{config.train.steps} steps of {config.train.batch_size} responses: "
+        f"{responses / len(examples.usable):.2f} epochs, at most {responses * longest:,} response tokens"
     )
     lines += [f"{name}: {path}" for name, path in {"run": run.root, "metrics": run.metrics, "model": run.final}.items()]
     return "\n".join(lines)

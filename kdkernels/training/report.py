@@ -22,10 +22,11 @@ def render_report(run: RunDirectory, config: Config, data: Iterable[Examples]) -
     phases = {name: sum(line[name] for line in steps) for name in steps[0] if name.startswith("time/")}
     spent = ", ".join(f"{name.removeprefix('time/')} {seconds:.1f}" for name, seconds in phases.items())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    tokens = sum(line["tokens"] for line in steps)
     lines = [
         f"# {config.objective.name}: {run.root}",
         "",
-        f"- {len(steps)} steps of {config.train.batch_size} responses, {sum(line['tokens'] for line in steps):.0f} response tokens",
+        f"- {len(steps)} steps of {config.train.batch_size} responses, {tokens} response tokens",
         f"- seconds in the steps: {sum(phases.values()):.1f} ({spent})",
         f"- peak resident memory of the main process: {peak:.0f} MiB",
         *(f"- {examples}" for examples in data),

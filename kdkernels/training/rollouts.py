@@ -14,6 +14,8 @@ from transformers import (
 
 from kdkernels.training.model import vocabulary_size
 
+UNTRUNCATED = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}  # transformers' own default is top_k=50
+
 
 def generate(
     model: PreTrainedModel,
@@ -31,22 +33,17 @@ def generate(
     token. Padding rows of the vocabulary have probability 0, as they have in the objectives.
     """
     eos_id = tokenizer.eos_token_id
-    pad_id = eos_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     length = max(map(len, prompts))
-    input_ids = torch.full((len(prompts), length), pad_id)
+    input_ids = torch.full((len(prompts), length), eos_id)  # the attention mask alone says what is padding
     attention_mask = torch.zeros_like(input_ids)
     for b, prompt in enumerate(prompts):
         input_ids[b, length - len(prompt) :] = torch.tensor(prompt)
         attention_mask[b, length - len(prompt) :] = 1
     settings = GenerationConfig(
-        do_sample=sample,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        repetition_penalty=1.0,
+        **(UNTRUNCATED if sample else {"do_sample": False}),
         max_new_tokens=max_new_tokens,
         eos_token_id=eos_id,
-        pad_token_id=pad_id,
+        pad_token_id=eos_id,
     )
     with torch.no_grad(), evaluating(model), _without_generation_config(model):
         output = model.generate(
@@ -76,6 +73,7 @@ def _until_eos(response: list[int], eos_id: int) -> list[int]:
 
 @contextmanager
 def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode (no dropout) for a while, then whatever mode the model was in."""
     training = model.training
     model.eval()
     try:

@@ -118,7 +118,8 @@ def parse_value(value: Any, kind: Any, place: str) -> Any:
     elif origin is tuple:
         kinds = [args[0]] * len(value) if args[-1] is Ellipsis and isinstance(value, list) else args
         if isinstance(value, list) and len(value) == len(kinds):
-            return tuple(parse_value(item, one, f"{place}[{i}]") for i, (item, one) in enumerate(zip(value, kinds)))
+            pairs = enumerate(zip(value, kinds, strict=True))
+            return tuple(parse_value(item, one, f"{place}[{i}]") for i, (item, one) in pairs)
     elif origin is Literal:
         if isinstance(value, str) and value in args:
             return value

@@ -7,6 +7,7 @@ over processes and micro-batches: each micro-batch's mean is weighted with its s
 DeepSpeed's own averaging is undone.
 """
 
+import itertools
 import math
 import random
 import time
@@ -15,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,8 +25,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kdkernels.training import checkpoint, distributed
 from kdkernels.training.config import Config
 from kdkernels.training.data import Example, ExampleStream, collate, load_examples
-from kdkernels.training.engine import accumulation_steps, build_engine
-from kdkernels.training.metrics import MetricsLog, evaluations
+from kdkernels.training.engine import accumulation_steps, build_engine, step_engine
+from kdkernels.training.evaluation import evaluate, summarize
+from kdkernels.training.metrics import EVALUATION, MetricsLog, evaluations
 from kdkernels.training.model import Distillation, head, load_student, load_teacher, load_tokenizer, vocabulary_size
 from kdkernels.training.report import write_report
 from kdkernels.training.rollouts import generate
@@ -59,44 +62,37 @@ def train(config: Config, resume: bool = False) -> Result:
     student = load_student(config, tokenizer)
     teacher = load_teacher(config, tokenizer).to(distributed.device()) if config.teacher else None
     engine = build_engine(config, Distillation(student, config.objective.build(), vocabulary_size(tokenizer)))
-    data = [examples, held_out] if held_out else [examples]
     stream = ExampleStream(len(examples.usable), config.run.seed, progress["position"])
-
-    def evaluation(step: int) -> dict[str, float]:
-        from kdkernels.training.evaluation import evaluate
-
-        outcome = evaluate(student, tokenizer, held_out.usable[: config.evaluation.limit], config, teacher)
-        run.write_records(step, outcome.records)
-        return {f"evaluation/{name}": value for name, value in outcome.metrics.items()}
-
     if resume:
         checkpoint.restore(engine, run.checkpoints)
-        log = MetricsLog(run, config.train.steps, last_step=progress["step"])
     else:
         _seed(config.run.seed + distributed.rank())  # every process samples rollouts of its own
         run.create(config)
-        log = MetricsLog(run, config.train.steps)
-        log.say(*data)
-        if held_out:
+
+    def evaluation(step: int) -> dict[str, float]:
+        records = _evaluate(student, tokenizer, held_out.usable[: config.evaluation.limit], config, teacher)
+        run.write_records(step, records)
+        return {EVALUATION + name: value for name, value in summarize(records).items()}
+
+    with MetricsLog(run, config.train.steps, last_step=progress["step"] if resume else None) as log:
+        log.say(examples, *([held_out] if held_out else []))
+        if held_out and not resume:
             log.write(0, evaluation(0))
+        for step in range(progress["step"] + 1, config.train.steps + 1):
+            batch = [examples.usable[i] for i in stream.next(config.train.batch_size)]
+            values = train_step(engine, teacher, tokenizer, batch, step, config)
+            if held_out and (step == config.train.steps or _due(step, config.evaluation.every)):
+                values |= evaluation(step)
+            log.write(step, values)
+            if not math.isfinite(values["loss"]):
+                raise FloatingPointError(f"step {step}: the loss is {values['loss']}; see {run.metrics}")
+            if _due(step, config.checkpoint.every):
+                log.sync()
+                progress = {"step": step, "position": stream.position}
+                checkpoint.save(engine, run.checkpoints, progress, config.checkpoint.keep)
 
-    for step in range(progress["step"] + 1, config.train.steps + 1):
-        batch = [examples.usable[i] for i in stream.next(config.train.batch_size)]
-        values = train_step(engine, teacher, tokenizer, batch, step, config)
-        if held_out and (step == config.train.steps or _due(step, config.evaluation.every)):
-            values |= evaluation(step)
-        log.write(step, values)
-        if not math.isfinite(values["loss"]):
-            raise FloatingPointError(f"step {step}: the loss is {values['loss']}; see {run.metrics}")
-        if _due(step, config.checkpoint.every):
-            log.sync()
-            checkpoint.save(
-                engine, run.checkpoints, {"step": step, "position": stream.position}, config.checkpoint.keep
-            )
-
-    log.close()
     checkpoint.write_directory(run.final, lambda directory: _save_final(student, tokenizer, directory))
-    write_report(run, config, data)
+    write_report(run, config, [examples, held_out] if held_out else [examples])
     return Result(run.root, run.final, evaluations(run.metrics))
 
 
@@ -108,7 +104,7 @@ def train_step(
     step: int,
     config: Config,
 ) -> dict[str, float]:
-    """One optimizer step on `examples`, of which this process takes its share; the step's metrics, over all processes."""
+    """One optimizer step on `examples`, shared among the processes; the step's metrics, over all of them."""
     clock = Clock()
     student, objective, vocab_size = engine.module.student, engine.module.objective, engine.module.vocab_size
     share = examples[distributed.rank() :: distributed.world_size()]
@@ -137,8 +133,7 @@ def train_step(
             out = engine(batch, scored)
             engine.backward(out.loss * share_of_count * distributed.world_size(), scale_wrt_gas=False)
         with clock("step"):
-            lr = engine.lr_scheduler.get_last_lr()[0]
-            engine.step()
+            lr, gradient_norm = engine.lr_scheduler.get_last_lr()[0], step_engine(engine)
         terms = {"loss", *objective.names.values()}
         for name, value in out.metrics.items():
             weight = share_of_count if name in terms else share_of_tokens if value.is_floating_point() else 1
@@ -148,6 +143,7 @@ def train_step(
     return {
         **dict(zip(sums, means, strict=True)),
         "lr": lr,
+        "gradient_norm": gradient_norm,
         "tokens": tokens,
         "response_length": tokens / len(examples),
         "tokens_per_second": tokens / clock.total(),
@@ -156,7 +152,7 @@ def train_step(
 
 
 def student_writes(step: int, fraction: float) -> bool:
-    """Whether the student writes the responses of `step` (1, 2, ...): evenly spread, the given fraction of all steps."""
+    """Whether the student writes the responses of `step` (1, 2, ...): the given fraction of steps, evenly spread."""
     return math.floor(step * fraction) > math.floor((step - 1) * fraction)
 
 
@@ -177,6 +173,19 @@ class Clock:
     def total(self) -> float:
         """Seconds of all phases together."""
         return sum(self.seconds.values())
+
+
+def _evaluate(
+    student: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    config: Config,
+    teacher: PreTrainedModel | None,
+) -> list[dict[str, Any]]:
+    """The records of all `examples`, each process having evaluated its share."""
+    share = examples[distributed.rank() :: distributed.world_size()]
+    records = evaluate(student, tokenizer, share, config, teacher).records if share else []
+    return sorted(itertools.chain(*distributed.gathered(records)), key=lambda record: record["line"])
 
 
 def _due(step: int, every: int) -> bool:

@@ -1,0 +1,133 @@
+"""What no single key of a recipe shows: defaults that follow from others, keys that exclude each other, missing files.
+
+Raises InputError naming the section and key; the caller adds the recipe's name.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kdkernels.training.schema import InputError
+
+if TYPE_CHECKING:
+    from kdkernels.training.config import Config, EvaluationConfig, RolloutConfig, TokenizerConfig
+
+
+def resolve(config: Config) -> Config:
+    """The checked recipe with every default filled in."""
+    _check_student(config)
+    _check_train(config)
+    config = replace(config, tokenizer=_tokenizer(config), rollout=_rollout(config), evaluation=_evaluation(config))
+    if config.data.response is None and (config.rollout.student_fraction < 1 or config.evaluation is not None):
+        raise InputError(
+            "[data] key 'response' is missing; only a recipe whose student writes every response can do without, "
+            "and only without [evaluation]"
+        )
+    _check_paths(config)
+    return config
+
+
+def _check_student(config: Config) -> None:
+    student = config.student
+    if (student.path is None) == (student.architecture is None):
+        raise InputError("[student] expected exactly one of path and architecture")
+    if student.architecture is not None and type(student.architecture.get("model_type")) is not str:
+        raise InputError(
+            '[student] architecture: expected a model_type, as in {model_type = "qwen2", hidden_size = 64}'
+        )
+    if student.path is not None and student.pad_vocab_to != 1:
+        raise InputError(
+            "[student] pad_vocab_to belongs to an architecture; the model at path has its vocabulary already"
+        )
+
+
+def _check_train(config: Config) -> None:
+    if config.train.batch_size % config.train.micro_batch_size:
+        raise InputError(
+            f"[train] batch_size: expected a multiple of micro_batch_size {config.train.micro_batch_size}, "
+            f"got {config.train.batch_size}"
+        )
+
+
+def _tokenizer(config: Config) -> TokenizerConfig:
+    tokenizer = config.tokenizer
+    if tokenizer.path is not None and tokenizer.kind is not None:
+        raise InputError("[tokenizer] expected at most one of path and kind")
+    if (tokenizer.kind == "bpe") != (tokenizer.vocab_size is not None):
+        raise InputError('[tokenizer] vocab_size belongs to kind "bpe" and only to it')
+    if tokenizer.path is None and tokenizer.kind is None:
+        if config.student.path is None:
+            raise InputError("[tokenizer] expected path or kind: a student made from an architecture has no tokenizer")
+        tokenizer = replace(tokenizer, path=config.student.path)
+    return tokenizer
+
+
+def _rollout(config: Config) -> RolloutConfig:
+    rollout, needs_teacher = config.rollout, config.objective.build().needs_teacher
+    if needs_teacher and config.teacher is None:
+        raise InputError(f"section [teacher] is missing: the objective {config.objective.name} needs one")
+    if rollout.student_fraction is None:
+        rollout = replace(rollout, student_fraction=1.0 if needs_teacher else 0.0)
+    if rollout.student_fraction > 0 and not needs_teacher:
+        raise InputError(
+            f"[rollout] student_fraction: expected 0, since {config.objective.name} learns from the data's responses, "
+            f"got {rollout.student_fraction}"
+        )
+    if rollout.max_new_tokens is None:
+        rollout = replace(rollout, max_new_tokens=config.data.max_response_tokens)
+    return rollout
+
+
+def _evaluation(config: Config) -> EvaluationConfig | None:
+    evaluation = config.evaluation
+    if evaluation is None:
+        return None
+    if not evaluation.metrics:
+        raise InputError("[evaluation] metrics: expected at least one")
+    if "kl" in evaluation.metrics and config.teacher is None:
+        raise InputError('[evaluation] metrics: "kl" needs a [teacher]')
+    if ("exact_match" in evaluation.metrics) != (evaluation.answer is not None):
+        raise InputError('[evaluation] answer belongs to the metric "exact_match" and only to it')
+    if evaluation.answer is not None:
+        try:
+            groups = re.compile(evaluation.answer).groups
+        except re.error as error:
+            raise InputError(f"[evaluation] answer: not a regular expression: {error}") from error
+        if groups != 1:
+            raise InputError(
+                f"[evaluation] answer: expected a regular expression with one group, "
+                f"got {groups} in {evaluation.answer!r}"
+            )
+    if evaluation.max_new_tokens is None:
+        evaluation = replace(evaluation, max_new_tokens=config.data.max_response_tokens)
+    return evaluation
+
+
+def _check_paths(config: Config) -> None:
+    files = {"[data] train": config.data.train, "[evaluation] data": config.evaluation and config.evaluation.data}
+    for key, path in files.items():
+        if path is not None and not Path(path).is_file():
+            raise InputError(f"{key}: no such file: {path}")
+    models = {
+        "[student] path": config.student.path,
+        "[teacher] path": config.teacher and config.teacher.path,
+        "[tokenizer] path": config.tokenizer.path,
+    }
+    for key, path in models.items():
+        if path is not None:
+            _check_model(key, path)
+
+
+HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")  # name or owner/name
+
+
+def _check_model(key: str, path: str) -> None:
+    """Refuses a directory without a model in it, and a missing one unless `path` may be a name on the hub."""
+    if Path(path).is_dir():
+        if not any((Path(path) / name).is_file() for name in ("config.json", "tokenizer_config.json")):
+            raise InputError(f"{key}: no model in directory {path}: config.json is missing")
+    elif not HUB_NAME.fullmatch(path) or Path(Path(path).parts[0]).is_dir():
+        raise InputError(f"{key}: no such directory: {path}")
