@@ -64,9 +64,12 @@ def divergence(z_s: Tensor, z_t: Tensor, kind: Divergence, temperature: float = 
     log_q = (z_s / temperature).log_softmax(-1)
     log_p = (z_t / temperature).log_softmax(-1)
     log_m = log_mixture(log_p, log_q, kind.mix)
-    kl_p = xlogy(log_p.exp(), log_p - log_m).sum(-1)
-    kl_q = xlogy(log_q.exp(), log_q - log_m).sum(-1)
-    return (kind.a * kl_p if kind.a else 0) + (kind.b * kl_q if kind.b else 0 * kl_p)
+    value = torch.zeros_like(log_q[..., 0])
+    if kind.a:
+        value = value + kind.a * xlogy(log_p.exp(), log_p - log_m).sum(-1)
+    if kind.b:
+        value = value + kind.b * xlogy(log_q.exp(), log_q - log_m).sum(-1)
+    return value
 
 
 def divergence_gradient(z_s: Tensor, z_t: Tensor, kind: Divergence, temperature: float = 1.0) -> Tensor:
