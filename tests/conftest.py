@@ -1,0 +1,36 @@
+"""Fixtures of the engine's tests (the files beside this one): backends, poisoned memory, warnings as errors."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+
+
+def of_the_engine(path: Path) -> bool:
+    return path.parent == HERE
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if of_the_engine(item.path):
+            item.add_marker(pytest.mark.filterwarnings("error"))
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(request):
+    """Fresh tensors hold NaN (integers: the largest), so that reading what nobody wrote shows."""
+    if not of_the_engine(request.path):
+        yield
+        return
+    torch.use_deterministic_algorithms(True)  # what torch.utils.deterministic.fill_uninitialized_memory needs
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=["eager", "native"])
+def backend(request, monkeypatch):
+    """Forces one backend after the other: one that cannot run raises, it is never skipped."""
+    monkeypatch.setenv("KDKERNELS_BACKEND", request.param)
+    return request.param
