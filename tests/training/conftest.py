@@ -1,0 +1,85 @@
+"""A tiny task (sums of two digits), a tiny teacher, and recipes that train on them within seconds."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from kdkernels.training import Config, load_config
+from kdkernels.training.model import load_student, load_tokenizer
+
+RECIPE = """
+[run]
+output = "{root}/run"
+seed = 3
+[student]
+architecture = {{model_type = "qwen2", hidden_size = 16, num_hidden_layers = 1, num_attention_heads = 2, \
+num_key_value_heads = 1, intermediate_size = 32, initializer_range = 0.3}}
+pad_vocab_to = 20
+[tokenizer]
+kind = "characters"
+[data]
+train = "{root}/train.jsonl"
+prompt = "{{question}}"
+response = "{{answer}}"
+max_prompt_tokens = 8
+max_response_tokens = 6
+[objective]
+name = "SFT"
+[optimizer]
+lr = 1e-2
+[train]
+steps = 3
+batch_size = 4
+micro_batch_size = 2
+"""
+
+GKD = ("objective.name=GKD", "student.architecture.hidden_size=24", "student.pad_vocab_to=7")
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch):
+    """Models this small lose more to threads waiting for a busy core than they win."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def write_task(root: Path) -> Path:
+    """Writes train.jsonl, test.jsonl and recipe.toml into `root`; the path of the recipe."""
+    sums = [{"question": f"{a}+{b}=", "answer": f"{a + b}."} for a in range(8) for b in range(8)]
+    for name, part in (("train", sums[::2]), ("test", sums[1::8])):
+        (root / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in part))
+    recipe = root / "recipe.toml"
+    recipe.write_text(RECIPE.format(root=root))
+    return recipe
+
+
+@pytest.fixture
+def recipe(tmp_path) -> Path:
+    return write_task(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def teacher_set(tmp_path_factory) -> str:
+    """The override that gives a recipe a teacher: fresh weights of another seed."""
+    root = tmp_path_factory.mktemp("teacher")
+    config = load_config(write_task(root))
+    tokenizer = load_tokenizer(config)
+    torch.manual_seed(7)
+    load_student(config, tokenizer).save_pretrained(root / "model")
+    tokenizer.save_pretrained(root / "model")
+    return f"teacher.path={root / 'model'}"
+
+
+@pytest.fixture
+def load(recipe):
+    """load(*overrides): the recipe's Config."""
+
+    def load(*overrides: str) -> Config:
+        return load_config(recipe, overrides)
+
+    return load

@@ -1,0 +1,137 @@
+"""Rollouts: the sampled tokens follow the model's distribution, whatever the checkpoint's generation_config says."""
+
+import math
+import string
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from kdkernels.training.model import load_student, load_tokenizer, vocabulary_size
+from kdkernels.training.rollouts import generate
+
+DRAWS = 3000
+HOSTILE = {
+    "do_sample": False,
+    "temperature": 0.1,
+    "top_k": 1,
+    "top_p": 0.2,
+    "min_p": 0.5,
+    "typical_p": 0.2,
+    "epsilon_cutoff": 0.1,
+    "repetition_penalty": 3.0,
+    "no_repeat_ngram_size": 1,
+    "min_new_tokens": 6,
+    "max_length": 5,
+    "bad_words_ids": [[4], [5]],
+    "suppress_tokens": [6, 7],
+    "begin_suppress_tokens": [8],
+    "forced_eos_token_id": 3,
+    "sequence_bias": [[[9], 10.0]],
+    "num_return_sequences": 2,
+    "num_beams": 3,
+    "eos_token_id": 5,
+    "pad_token_id": 4,
+}
+
+
+@pytest.fixture
+def tokenizer(load):
+    """More than 50 tokens, so that the top_k = 50 of transformers would cut some off."""
+    return load_tokenizer(load(f"data.prompt='{string.ascii_letters}{{question}}'"))
+
+
+@pytest.fixture
+def model(load, tokenizer, tmp_path):
+    """A checkpoint with a hostile generation_config and padding rows that would win every draw."""
+    torch.manual_seed(0)
+    config = load("student.pad_vocab_to=9", "student.architecture.hidden_size=24")
+    student = load_student(config, tokenizer)
+    words = vocabulary_size(tokenizer)
+    assert student.get_output_embeddings().weight.shape[0] > words
+    with torch.no_grad():
+        head = student.get_output_embeddings().weight
+        # padding rows that score above everything else for some prompts and below for others
+        head[words:] = 3 * head[:words].abs().max() * torch.randn(head[words:].shape).sign()
+    student.save_pretrained(tmp_path / "hostile")
+    settings = GenerationConfig()
+    for name, value in HOSTILE.items():
+        setattr(settings, name, value)
+    (tmp_path / "hostile" / "generation_config.json").write_text(settings.to_json_string(use_diff=False))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "hostile")
+    assert loaded.generation_config.top_k == 1 and loaded.generation_config.bad_words_ids == [[4], [5]]
+    return loaded
+
+
+def probabilities(model, tokenizer, ids):
+    """The distribution of the token after `ids`, padding rows left out."""
+    with torch.no_grad():
+        logits = model(torch.tensor([ids])).logits[0, -1, : vocabulary_size(tokenizer)]
+    return logits.double().softmax(0)
+
+
+def assert_drawn_from(expected, tokens):
+    """Pearson's chi-squared test at six standard deviations, words with few expected draws pooled."""
+    observed = torch.bincount(torch.tensor(tokens), minlength=len(expected)).double()
+    assert len(observed) == len(expected), "a token outside the vocabulary was drawn"
+    expected = expected * len(tokens)
+    rare = expected < 5
+    observed = torch.cat([observed[~rare], observed[rare].sum()[None]])
+    expected = torch.cat([expected[~rare], expected[rare].sum().clamp(min=1e-3)[None]])
+    freedom = len(expected) - 1
+    assert freedom >= 3, "the distribution is too peaked to show a cut tail"
+    chi_squared = ((observed - expected) ** 2 / expected).sum().item()
+    assert chi_squared < freedom + 6 * math.sqrt(2 * freedom), (observed, expected)
+
+
+def test_sampling_is_the_models_distribution(model, tokenizer):
+    prompts = [tuple(tokenizer("7+1=")["input_ids"]), tuple(tokenizer("5=")["input_ids"])]  # the second one is padded
+    torch.manual_seed(1)
+    drawn = generate(model, tokenizer, [prompt for prompt in prompts for _ in range(DRAWS)], 2, sample=True)
+    for prompt, responses in zip(prompts, (drawn[:DRAWS], drawn[DRAWS:]), strict=True):
+        first = probabilities(model, tokenizer, prompt)
+        assert_drawn_from(first, [response[0] for response in responses])
+        likely = max(range(len(first)), key=lambda id: first[id] * (id != tokenizer.eos_token_id))
+        after = [response[1] for response in responses if response[0] == likely]
+        assert len(after) > 200
+        assert_drawn_from(probabilities(model, tokenizer, (*prompt, likely)), after)
+
+
+def test_greedy_takes_the_most_probable_token(model, tokenizer):
+    prompts = [tokenizer(text)["input_ids"] for text in ("7+1=", "5=", "33+4=")]
+    for prompt, response in zip(prompts, generate(model, tokenizer, prompts, 5, sample=False), strict=True):
+        ids = list(prompt)
+        for token in response:
+            assert token == probabilities(model, tokenizer, ids).argmax()
+            ids.append(token)
+
+
+def test_the_end_of_sequence_token_stays_where_it_is_the_padding_too(model, tokenizer):
+    tokenizer.pad_token = tokenizer.eos_token
+    prompt = tuple(tokenizer("5=")["input_ids"])
+    torch.manual_seed(2)
+    responses = generate(model, tokenizer, [prompt] * 300, 8, sample=True)
+    ended = [response for response in responses if tokenizer.eos_token_id in response]
+    assert 20 < len(ended) < 300
+    assert all(
+        response.count(tokenizer.eos_token_id) == 1 and response[-1] == tokenizer.eos_token_id for response in ended
+    )
+    assert all(len(response) == 8 for response in responses if tokenizer.eos_token_id not in response)
+    share = sum(response == [tokenizer.eos_token_id] for response in responses) / len(responses)
+    at_once = probabilities(model, tokenizer, prompt)[tokenizer.eos_token_id].item()
+    assert abs(share - at_once) < 6 * math.sqrt(at_once * (1 - at_once) / len(responses)) + 1e-9
+
+
+def test_the_model_is_left_as_it_was(model, tokenizer):
+    before = model.generation_config
+    model.train()
+    generate(model, tokenizer, [tokenizer("5=")["input_ids"]], 2, sample=True)
+    assert model.training and model.generation_config is before and before.top_k == 1
+
+
+def test_dropout_is_off_while_generating(load, tokenizer):
+    torch.manual_seed(0)
+    student = load_student(load("student.architecture.attention_dropout=0.9"), tokenizer)
+    prompts = [tokenizer("33+4=")["input_ids"]] * 8
+    responses = generate(student, tokenizer, prompts, 6, sample=False)
+    assert len({tuple(response) for response in responses}) == 1
