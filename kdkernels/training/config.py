@@ -164,9 +164,13 @@ class EvaluationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DeepSpeedConfig:
-    """`zero_stage`: 0 keeps everything on every process; 1 shards the optimizer's state, 2 the gradients too."""
+    """`zero_stage`: 0 keeps everything on every process; 1 shards the optimizer's state, 2 the gradients too.
 
-    zero_stage: ZeroStage = 0
+    With bfloat16 weights, 0 adds up the micro-batches' gradients in bfloat16, 1 and 2 in float32. Default: 0, with
+    bfloat16 1.
+    """
+
+    zero_stage: ZeroStage | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,9 +31,10 @@ def build_engine(config: Config, module: nn.Module):
         "gradient_accumulation_steps": accumulation_steps(config),
         "gradient_clipping": config.optimizer.max_grad_norm,
         "bf16": {"enabled": config.run.dtype == "bfloat16"},
-        "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": {"stage": config.deepspeed.zero_stage},
     }
+    if config.deepspeed.zero_stage > 0:  # without ZeRO, DeepSpeed adds up in the weights' own precision
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, lr_scheduler=schedule, config=settings)
     return engine
 

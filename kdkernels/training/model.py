@@ -60,12 +60,13 @@ def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
 
 
 def load_student(config: Config, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The student, read from its path or with fresh weights, in training mode. Raises InputError."""
+    """The student, read from its path or with fresh weights, in training mode. Raises InputError.
+
+    Fresh weights are float32 until the engine gives them the run's dtype: a seed draws the same weights for all.
+    """
     if config.student.path is not None:
         return _load_model(config.student.path, "[student] path", config, tokenizer).train()
-    return AutoModelForCausalLM.from_config(
-        _architecture(config, tokenizer), dtype=getattr(torch, config.run.dtype)
-    ).train()
+    return AutoModelForCausalLM.from_config(_architecture(config, tokenizer), dtype=torch.float32).train()
 
 
 def load_teacher(config: Config, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:

@@ -26,6 +26,9 @@ def resolve(config: Config) -> Config:
             "[data] key 'response' is missing; only a recipe whose student writes every response can do without, "
             "and only without [evaluation]"
         )
+    if config.deepspeed.zero_stage is None:
+        stage = 1 if config.run.dtype == "bfloat16" else 0
+        config = replace(config, deepspeed=replace(config.deepspeed, zero_stage=stage))
     _check_paths(config)
     return config
 

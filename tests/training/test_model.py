@@ -109,6 +109,6 @@ def test_directories_that_hold_no_readable_model(load, tmp_path):
 def test_bfloat16_models(load, teacher_set):
     config = load(*GKD, teacher_set, "run.dtype=bfloat16")
     tokenizer = load_tokenizer(config)
-    assert load_student(config, tokenizer).dtype == load_teacher(config, tokenizer).dtype == torch.bfloat16
+    assert load_teacher(config, tokenizer).dtype == torch.bfloat16
     path = teacher_set.partition("=")[2]
     assert AutoModelForCausalLM.from_pretrained(path).dtype == torch.float32

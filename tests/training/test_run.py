@@ -1,0 +1,134 @@
+"""What a run leaves on disk: checkpoints whole or absent, a log without gaps and doubles, one run in one place."""
+
+import json
+
+import pytest
+
+from kdkernels.training import InputError, checkpoint, distributed
+from kdkernels.training.metrics import MetricsLog, evaluations, read_metrics
+from kdkernels.training.run import RunDirectory
+
+from .conftest import GKD
+
+
+@pytest.fixture(autouse=True)
+def started():
+    distributed.start()
+
+
+def write_step(directory, step, text="weights"):
+    checkpoint.write_directory(directory / f"step-{step:06d}", lambda path: (path / "model.pt").write_text(text))
+
+
+def test_a_write_cut_short_leaves_the_earlier_checkpoints(tmp_path):
+    write_step(tmp_path, 1)
+
+    def killed(path):
+        (path / "model.pt").write_text("half of the wei")
+        raise KeyboardInterrupt
+
+    for _ in range(2):  # the second time over the remains of the first
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.write_directory(tmp_path / "step-000002", killed)
+        assert [path.name for path in checkpoint.complete(tmp_path)] == ["step-000001"]
+        assert (tmp_path / "step-000001" / "model.pt").read_text() == "weights"
+    write_step(tmp_path, 2)
+    assert [path.name for path in checkpoint.complete(tmp_path)] == ["step-000001", "step-000002"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000001", "step-000002"]
+
+
+def test_a_deletion_cut_short_leaves_no_half_checkpoint(tmp_path, monkeypatch):
+    write_step(tmp_path, 1)
+    write_step(tmp_path, 2)
+
+    def killed(path, **_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(
+            checkpoint.shutil, "rmtree", lambda path, ignore_errors=False: None if ignore_errors else killed(path)
+        )
+        checkpoint.remove_directory(tmp_path / "step-000001")
+    assert [path.name for path in checkpoint.complete(tmp_path)] == ["step-000002"]
+
+
+def test_a_directory_is_replaced_as_a_whole(tmp_path):
+    write_step(tmp_path, 1, "old")
+    write_step(tmp_path, 1, "new")
+    assert (tmp_path / "step-000001" / "model.pt").read_text() == "new"
+
+
+def test_checkpoints_are_in_the_order_of_their_steps(tmp_path):
+    for step in (999_999, 5, 1_000_000):
+        write_step(tmp_path, step)
+    assert [path.name for path in checkpoint.complete(tmp_path)] == ["step-000005", "step-999999", "step-1000000"]
+
+
+def test_resuming_needs_a_checkpoint_of_as_many_processes(tmp_path):
+    with pytest.raises(InputError, match="--resume: no checkpoint in"):
+        checkpoint.read_progress(tmp_path)
+    progress = json.dumps({"step": 4, "position": 16, "processes": 2})
+    checkpoint.write_directory(tmp_path / "step-000004", lambda path: (path / "progress.json").write_text(progress))
+    with pytest.raises(InputError, match="written by 2 processes; expected as many now, got 1"):
+        checkpoint.read_progress(tmp_path)
+
+
+def test_the_log_forgets_what_came_after_the_checkpoint(tmp_path):
+    run = RunDirectory(tmp_path)
+    with MetricsLog(run, steps=9) as log:
+        log.write(0, {"evaluation/kl": 3.0})
+        for step in (1, 2, 3, 4):
+            log.write(step, {"loss": step / 2})
+    with run.metrics.open("a") as file:
+        file.write('{"step": 5, "lo')  # killed while writing
+    with MetricsLog(run, steps=9, last_step=2) as log:
+        log.write(3, {"loss": 7.0, "evaluation/kl": 1.0})
+    lines = read_metrics(run.metrics)
+    assert [line["step"] for line in lines] == [0, 1, 2, 3]
+    assert [line.get("loss") for line in lines] == [None, 0.5, 1.0, 7.0]
+    assert evaluations(run.metrics) == {0: {"kl": 3.0}, 3: {"kl": 1.0}}
+
+
+def test_without_a_terminal_progress_is_a_few_plain_lines(tmp_path, capsys):
+    with MetricsLog(RunDirectory(tmp_path), steps=100) as log:
+        for step in range(1, 101):
+            log.write(step, {"loss": 0.25, "tokens_per_second": 12.5, "gate": 0.5})
+    printed = capsys.readouterr()
+    lines = printed.out.splitlines()
+    assert len(lines) == 20 and lines[-1] == "step 100/100  loss 0.25  gate 0.5  tokens_per_second 12.5"
+    assert printed.err == ""
+
+
+def test_tensorboard_has_the_same_numbers(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = RunDirectory(tmp_path)
+    with MetricsLog(run, steps=3) as log:
+        for step in (1, 2, 3):
+            log.write(step, {"loss": step / 4})
+    events = EventAccumulator(str(run.tensorboard)).Reload().Scalars("loss")
+    assert [(event.step, event.value) for event in events] == [(1, 0.25), (2, 0.5), (3, 0.75)]
+
+
+def test_a_new_run_needs_an_empty_directory(load, tmp_path):
+    config = load()
+    run = RunDirectory(config.run.output)
+    run.check(config, resume=False)
+    run.create(config)
+    with pytest.raises(InputError, match=r"\[run\] output: .* is not empty.*--resume"):
+        run.check(config, resume=False)
+    run.check(config, resume=True)
+    with pytest.raises(InputError, match="--resume: no run in"):
+        RunDirectory(tmp_path / "other").check(config, resume=True)
+
+
+def test_resuming_with_another_recipe_names_the_difference(load, teacher_set):
+    config = load()
+    run = RunDirectory(config.run.output)
+    run.create(config)
+    with pytest.raises(InputError) as refusal:
+        run.check(load("train.steps=5", "optimizer.lr=0.5"), resume=True)
+    assert str(refusal.value).endswith("optimizer.lr: 0.01 -> 0.5; train.steps: 3 -> 5")
+    with pytest.raises(InputError, match=r"objective.name: 'SFT' -> 'GKD'.*objective.beta: None -> 0.9"):
+        run.check(load(*GKD, teacher_set), resume=True)
