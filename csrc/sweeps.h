@@ -19,6 +19,9 @@ constexpr float kMasked = -1e30f;
 // A divergence beyond this met a word that one side masks and the other does not: infinite.
 constexpr float kInfinite = 1e25f;
 
+// A word's z as callers see it.
+inline float unmasked(float z) { return z <= kMasked ? -INFINITY : z; }
+
 inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 
 struct Block {
@@ -125,6 +128,7 @@ void top_of_row(const Row& row, int64_t vocab, const float* maxima, TopK top) {
     row.read(first, n, z);
     offer_all(top, z.v, n, first);
   }
+  for (int64_t i = 0; i < top.size; ++i) top.values[i] = unmasked(top.values[i]);
   for (int64_t i = top.size; i < top.k; ++i) {         // fewer than k comparable words: a row with NaN
     top.values[i] = NAN;
     top.indices[i] = i;
@@ -176,7 +180,7 @@ void statistics(Matrix x, int64_t vocab, int64_t begin, int64_t end, float tempe
     stats[r] = temperature == 1.0f ? row_statistics<false>(row, vocab, 1.0f, maxima)
                                    : row_statistics<true>(row, vocab, 1.0f / temperature, maxima);
     top_of_row(row, vocab, maxima, TopK{k, 0, top_values + r * k, top_indices + r * k});
-    for (int64_t j = 0; j < n_gather; ++j) gathered[r * n_gather + j] = row.at(gather_ids[r * n_gather + j]);
+    for (int64_t j = 0; j < n_gather; ++j) gathered[r * n_gather + j] = unmasked(row.at(gather_ids[r * n_gather + j]));
   }
   delete[] maxima;
 }
