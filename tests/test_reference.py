@@ -219,6 +219,16 @@ def test_vanishing_probabilities_in_float32():
         assert reference.divergence_gradient(z_s, z_t, kind).isfinite().all(), kind.name
 
 
+def test_a_word_whose_probability_underflows_keeps_its_gradient():
+    """exp(-300) is 0 in fp32, but the forward KL still pulls with -p, and the reverse KL with nothing."""
+    z_s, z_t = torch.tensor([[0.0, -300.0]]), torch.tensor([[-300.0, 0.0]])
+    assert reference.divergence_gradient(z_s, z_t, kd.ForwardKL()).tolist() == [[1.0, -1.0]]
+    assert reference.divergence_gradient(z_s, z_t, kd.ReverseKL()).tolist() == [[0.0, 0.0]]
+    z_s, z_t = torch.tensor([[1e4, 0.0]], dtype=F64), torch.tensor([[0.0, 1e4]], dtype=F64)
+    for kind, _ in truth.DIVERGENCES.values():
+        assert reference.divergence_gradient(z_s, z_t, kind).isfinite().all(), kind.name
+
+
 @pytest.mark.parametrize("alpha", [0.0, 1.0])
 def test_ends_of_the_skew_divergences(alpha):
     """alpha = 0 is the plain KL; at 1 the mixture is the first argument itself: 0."""

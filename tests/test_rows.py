@@ -1,0 +1,335 @@
+"""Row kernels of every backend against fp64. Axes: C tokens, V vocabulary, K candidates."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+import truth
+from truth import assert_accurate
+
+import kdkernels as kd
+from kdkernels.rows import Coefficients, backend_for
+
+INF, NAN = float("inf"), float("nan")
+F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
+FAMILY = [name for name in truth.DIVERGENCES if name not in ("jsd0", "jsd1")]
+DISTRIBUTIONS = ["normal", "peaked", "flat", "close", "huge", "masked"]
+TRANSFORMS = [(1.0, None), (0.25, None), (1.0, 3.0), (0.5, 30.0)]
+MASKED = slice(None, None, 7)  # the words "masked" sets to -inf
+
+
+def distribution(name: str, rows: int, words: int, dtype=F32, seed=0) -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(seed)
+    s, t = 3 * torch.randn(rows, words), 3 * torch.randn(rows, words)
+    if name == "peaked":
+        s[:, words // 3] += 25
+        t[:, words // 2] += 25
+    elif name == "flat":
+        s, t = s / 300, t / 300
+    elif name == "close":
+        t = s + torch.randn(rows, words) / 30
+    elif name == "huge":
+        s, t = s * 3e3, t * 3e3
+    elif name == "masked":
+        s[:, MASKED] = t[:, MASKED] = -INF
+    return s.to(dtype), t.to(dtype)
+
+
+def z_of(x: torch.Tensor, scale: float, softcap: float | None) -> torch.Tensor:
+    z = x * scale
+    return z if softcap is None else softcap * torch.tanh(z / softcap)
+
+
+@dataclass
+class Weights:
+    """Random coefficients of every term; ids hold duplicates."""
+
+    dense: torch.Tensor
+    ids: torch.Tensor
+    scatter: torch.Tensor
+
+    @classmethod
+    def random(cls, rows: int, words: int, seed=1):
+        torch.manual_seed(seed)
+        ids = torch.randint(0, words, (rows, 5))
+        ids[:, 3], ids[:, 4] = ids[:, 1], words - 1
+        return cls(torch.randn(3, rows) / rows, ids, torch.randn(rows, 5) / rows)
+
+    def loss(self, x_s, x_t, name, temperature, scale=1.0, softcap=None):
+        """What ``gradient_`` is the gradient of, in the dtype of x_s. Masked words take part in nothing."""
+        z, z_t = z_of(x_s, scale, softcap), z_of(x_t, scale, softcap)
+        seen = ~torch.isinf(x_s[0].detach())
+        added = torch.where(torch.isinf(z.gather(-1, self.ids)), 0, self.scatter.to(z.dtype) * z.gather(-1, self.ids))
+        z, z_t = z[:, seen], z_t[:, seen]
+        c_divergence, c_entropy, c_softmax = self.dense.to(z.dtype)
+        per_token = c_entropy * truth.entropy(z) + c_softmax * z.logsumexp(-1) + added.sum(-1)
+        return (per_token + c_divergence * truth.divergence(z, z_t, name, temperature)).sum()
+
+
+def dense_gradient(weights: Weights, x_s, x_t, dtype, *options) -> torch.Tensor:
+    """By autograd, computed in ``dtype``, with respect to logits of their own dtype."""
+    x = x_s.detach().to(torch.promote_types(dtype, x_s.dtype) if dtype == F64 else x_s.dtype).requires_grad_()
+    return torch.autograd.grad(weights.loss(x.to(dtype), x_t.to(dtype), *options), x)[0]
+
+
+def engine_gradient(weights: Weights, x_s, x_t, name, temperature, scale=1.0, softcap=None, out_dtype=None):
+    """Value and gradient of the backend in force; the gradient lies over (a copy of) the student's logits."""
+    backend, kind = backend_for(x_s.device, x_s.dtype), truth.DIVERGENCES[name][0]
+    buffer = x_s.clone()
+    s = backend.statistics(buffer, scale, softcap, temperature, 1, None)
+    t = backend.statistics(x_t, scale, softcap, temperature, 1, None)
+    value, center = backend.divergence(s, t, kind, temperature)
+    out = buffer.view(out_dtype or buffer.dtype)[:, : buffer.shape[1]]
+    ids = weights.ids
+    if torch.isinf(x_s).any():  # what is added at a masked word is not this test's matter
+        ids = weights.ids.masked_fill(torch.isinf(x_s.gather(-1, weights.ids)), 1)
+    scatter = torch.where(ids == weights.ids, weights.scatter, 0)
+    backend.gradient_(s, t, kind, temperature, center, Coefficients(weights.dense, ids, scatter), out)
+    return value, out
+
+
+# ---- statistics ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("transform", TRANSFORMS, ids=str)
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+def test_statistics(backend, name, transform, temperature, dtype):
+    scale, softcap = transform
+    x, _ = distribution(name, 7, 2047, dtype)
+    rows = backend_for(x.device, dtype).statistics(x, scale, softcap, temperature, 3, None)
+    seen = ~torch.isinf(x[0])
+
+    def expected(dtype):
+        z = z_of(x.to(dtype), scale, softcap)
+        z = z if softcap else z[:, seen]
+        top = z.max(-1).values
+        shifted = z - top[:, None]
+        tempered = (shifted / temperature).logsumexp(-1)
+        return {"max": top, "log_sum": shifted.logsumexp(-1), "entropy": truth.entropy(z), "tempered": tempered}
+
+    exact, eager = expected(F64), expected(F32)
+    got = {"max": rows.max, "log_sum": rows.log_sum, "entropy": rows.entropy, "tempered": rows.stats[:, 3]}
+    for key, value in got.items():
+        assert value.dtype == F32
+        if exact[key].abs().max() < 1e-30:
+            assert value.abs().max() < 1e-30, key
+        else:
+            assert_accurate(value, eager[key], exact[key], key)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("words", [1, 2, 15, 16, 17, 97, 1023, 1024, 1025, 3001])
+@pytest.mark.parametrize("values", ["random", "ties", "equal", "ascending", "descending", "masked"])
+def test_top_k_is_exact(backend, words, values, dtype):
+    """The order of a stable descending sort: ties to the smaller index; gathered logits are the logits."""
+    torch.manual_seed(words)
+    x = {
+        "random": torch.randn(4, words),
+        "ties": torch.randint(0, 5, (4, words)).float(),
+        "equal": torch.full((4, words), 1.5),
+        "ascending": torch.arange(4 * words).view(4, words).float(),
+        "descending": -torch.arange(4 * words).view(4, words).float(),
+        "masked": torch.randn(4, words).masked_fill(torch.rand(4, words) < 0.5, -INF),
+    }[values].to(dtype)
+    if values == "masked":
+        x[:, 0] = 0.0
+    gather = torch.randint(0, words, (4, 3))
+    for k in {1, min(10, words), min(words, 300)}:
+        rows = backend_for(x.device, dtype).statistics(x, 1.0, None, 1.0, k, gather)
+        expected = x.float().sort(dim=-1, descending=True, stable=True)
+        assert torch.equal(rows.top_indices, expected.indices[:, :k])
+        assert torch.equal(rows.top_values, expected.values[:, :k])
+        assert torch.equal(rows.argmax, expected.indices[:, 0])
+        assert torch.equal(rows.gathered, x.float().gather(-1, gather))
+
+
+def test_top_k_of_transformed_logits(backend):
+    """A soft-cap makes near-ties: no word left out may lie above one taken by more than rounding."""
+    x, _ = distribution("normal", 5, 1500)
+    rows = backend_for(x.device, F32).statistics(x, 2.0, 5.0, 1.0, 20, None)
+    z = z_of(x.double(), 2.0, 5.0)
+    chosen = torch.zeros_like(z, dtype=torch.bool).scatter(-1, rows.top_indices, True)
+    assert (chosen.sum(-1) == 20).all()
+    assert (z.masked_fill(~chosen, INF).min(-1).values >= z.masked_fill(chosen, -INF).max(-1).values - 2e-6).all()
+    assert (rows.top_values.diff(dim=-1) <= 0).all()
+    torch.testing.assert_close(rows.top_values.double(), z.gather(-1, rows.top_indices), rtol=1e-6, atol=0)
+
+
+def test_large_logits_keep_their_entropy(backend):
+    """A single rounded lse = max + log-sum loses the entropy at |z| ~ 1e4."""
+    x = torch.tensor([[10000.0, 9999.0, 9998.5, -10000.0], [-10000.0, -10001.0, -9999.0, -10002.0]])
+    rows = backend_for(x.device, F32).statistics(x, 1.0, None, 1.0, 1, None)
+    torch.testing.assert_close(rows.entropy.double(), truth.entropy(x.double()), rtol=1e-6, atol=0)
+
+
+def vanishes(x: torch.Tensor, backend: str) -> bool:
+    """Exactly 0; for the eager backend, which computes as the formulas read, up to rounding."""
+    return bool((x == 0).all()) if backend == "native" else x.abs().max() < 1e-6
+
+
+# ---- divergence and gradient -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize("shape", DISTRIBUTIONS)
+def test_divergence_and_gradient(backend, shape, name, temperature, dtype):
+    x_s, x_t = distribution(shape, 8, 1500, dtype)
+    check_gradient(x_s, x_t, name, temperature)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS, ids=str)
+@pytest.mark.parametrize("name", FAMILY)
+def test_scale_and_softcap(backend, name, transform):
+    x_s, x_t = distribution("normal", 8, 1500)
+    check_gradient(x_s, x_t, name, 1.0, *transform)
+
+
+@pytest.mark.parametrize("words", [2, 15, 97, 1023, 1024, 1025, 2048])
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
+def test_sizes(backend, words, dtype):
+    x_s, x_t = distribution("normal", 5, words, dtype)
+    check_gradient(x_s, x_t, "skl", 1.0)
+
+
+def test_a_real_vocabulary(backend):
+    x_s, x_t = distribution("normal", 2, 151936)
+    check_gradient(x_s, x_t, "jsd.9", 1.0)
+
+
+def check_gradient(x_s, x_t, name, temperature, scale=1.0, softcap=None):
+    weights, options = Weights.random(*x_s.shape), (name, temperature, scale, softcap)
+    value, got = engine_gradient(weights, x_s, x_t, *options)
+    exact = dense_gradient(weights, x_s, x_t, F64, *options)
+    eager = dense_gradient(weights, x_s, x_t, F32, *options)
+    # fp32 arithmetic and one rounding: also where the logits are bf16, the floor is that of fp32
+    assert_accurate(got, eager, exact, "gradient", F32)
+
+    def values(dtype):
+        seen = ~torch.isinf(x_s[0])
+        z_s, z_t = (z_of(x.to(dtype), scale, softcap)[:, seen] for x in (x_s, x_t))
+        return truth.divergence(z_s, z_t, name, temperature)
+
+    assert_accurate(value, values(F32), values(F64), "value")
+
+
+def test_one_word(backend):
+    """V = 1: nothing to choose, everything 0."""
+    x_s, x_t = torch.tensor([[3.0], [-2.0]]), torch.tensor([[0.5], [7.0]])
+    weights = Weights(torch.ones(3, 2), torch.zeros(2, 1, dtype=torch.int64), -torch.ones(2, 1))
+    for name in FAMILY:
+        value, gradient = engine_gradient(weights, x_s, x_t, name, 0.7)
+        assert vanishes(value, backend) and vanishes(gradient, backend)
+    rows = backend_for(x_s.device, F32).statistics(x_s, 1.0, None, 1.0, 1, None)
+    assert rows.entropy.tolist() == rows.log_sum.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("name", FAMILY)
+def test_identical_logits_cancel_exactly(backend, name, temperature):
+    x, _ = distribution("normal", 6, 1500)
+    x[:, 5] = -INF
+    weights = Weights.random(6, 1500)
+    weights.dense[1:], weights.scatter[:] = 0, 0
+    value, gradient = engine_gradient(weights, x, x.clone(), name, temperature)
+    assert vanishes(value, backend) and vanishes(gradient, backend)
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_never_negative(backend, name):
+    for seed in range(5):
+        for noise in (1e-7, 1e-5, 1e-3):
+            x, _ = distribution("normal", 16, 1200, seed=seed)
+            rows = backend_for(x.device, F32)
+            other = x + noise * torch.randn_like(x)
+            s, t = (rows.statistics(each, 1.0, None, 1.0, 1, None) for each in (x, other))
+            assert rows.divergence(s, t, truth.DIVERGENCES[name][0], 1.0)[0].min() > -4e-6
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1, 0.5])
+def test_jsd_is_symmetric_under_exchange(backend, beta):
+    x, y = distribution("normal", 6, 1500)
+    rows = backend_for(x.device, F32)
+    s, t = (rows.statistics(each, 1.0, None, 1.0, 1, None) for each in (x, y))
+    there, back = rows.divergence(s, t, kd.JSD(beta), 1.0)[0], rows.divergence(t, s, kd.JSD(1 - beta), 1.0)[0]
+    torch.testing.assert_close(there, back, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("name", ["jsd.1", "jsd.9", "skl", "srkl"])
+def test_words_only_one_side_masks(backend, name):
+    """Interior mixtures are finite there, with the reference's numbers."""
+    x_s, x_t = distribution("normal", 6, 300)
+    x_s[:, 3], x_t[:, 4], x_s[:, 9], x_t[:, 9] = -INF, -INF, -INF, -INF
+    weights = Weights.random(6, 300)
+    weights.dense[1:], weights.scatter[:] = 0, 0
+    value, gradient = engine_gradient(weights, x_s, x_t, name, 1.0)
+    kind = truth.DIVERGENCES[name][0]
+    expected = kd.reference.divergence(x_s.double(), x_t.double(), kind)
+    torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=0)
+    expected = weights.dense[0, :, None] * kd.reference.divergence_gradient(x_s.double(), x_t.double(), kind)
+    assert truth.relative(gradient, expected) < 1e-5
+    assert (gradient[:, [3, 9]] == 0).all()
+
+
+def test_a_kl_that_is_infinite_says_so(backend):
+    x_s, x_t = distribution("normal", 2, 300)
+    x_t[0, 4] = x_s[1, 4] = -INF
+    rows = backend_for(x_s.device, F32)
+    s, t = (rows.statistics(each, 1.0, None, 1.0, 1, None) for each in (x_s, x_t))
+    forward, reverse = (rows.divergence(s, t, kind, 1.0)[0].tolist() for kind in (kd.ForwardKL(), kd.ReverseKL()))
+    assert reverse[0] == INF and 0 < reverse[1] < INF
+    assert forward[1] == INF and 0 < forward[0] < INF
+
+
+# ---- memory and bad numbers ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("words", [1, 97, 1023, 2049])
+def test_bf16_gradient_over_fp32_logits(backend, words):
+    """The narrow gradient in place is bitwise the wide one, rounded."""
+    x_s, x_t = distribution("normal", 5, words)
+    weights = Weights.random(5, words)
+    _, wide = engine_gradient(weights, x_s, x_t, "jsd.9", 1.0)
+    _, narrow = engine_gradient(weights, x_s, x_t, "jsd.9", 1.0, out_dtype=BF16)
+    assert narrow.dtype == BF16 and torch.equal(narrow, wide.to(BF16))
+    assert words == 1 or wide.norm() > 0
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
+def test_rows_with_room_between_them(backend, dtype):
+    """Logits may be columns of a wider buffer; what lies beside them is neither read nor written."""
+    x_s, x_t = distribution("normal", 5, 1023, dtype)
+    weights = Weights.random(5, 1023)
+    value, gradient = engine_gradient(weights, x_s, x_t, "jsd.9", 0.7)
+    rows, kind = backend_for(x_s.device, dtype), kd.JSD(0.9)
+    wide_s, wide_t = (torch.full((5, 1100), NAN, dtype=dtype) for _ in range(2))
+    wide_s[:, :1023], wide_t[:, :1023] = x_s, x_t
+    view = wide_s[:, :1023]
+    s, t = (rows.statistics(each[:, :1023], 1.0, None, 0.7, 1, None) for each in (wide_s, wide_t))
+    got, center = rows.divergence(s, t, kind, 0.7)
+    rows.gradient_(s, t, kind, 0.7, center, Coefficients(weights.dense, weights.ids, weights.scatter), view)
+    assert torch.equal(got, value) and torch.equal(view, gradient)
+    assert wide_s[:, 1023:].isnan().all()
+
+
+@pytest.mark.parametrize("bad", [NAN, -NAN, "payload", INF], ids=["nan", "-nan", "all bits set", "inf"])
+@pytest.mark.parametrize("word", [0, 21, 1024, 1499], ids=lambda w: f"word{w}")
+def test_a_bad_row_is_seen_and_stays_alone(backend, word, bad):
+    x_s, x_t = distribution("normal", 3, 1500)
+    weights = Weights.random(3, 1500)
+    weights.ids[1], weights.ids[1, 0] = 7, 8
+    value, gradient = engine_gradient(weights, x_s, x_t, "jsd.9", 1.0)
+    spoilt = x_s.clone()
+    if bad == "payload":
+        spoilt.view(torch.int32)[1, word] = -1
+    else:
+        spoilt[1, word] = bad
+    rows = backend_for(x_s.device, F32).statistics(spoilt.clone(), 1.0, None, 1.0, 3, None)
+    bad_value, bad_gradient = engine_gradient(weights, spoilt, x_t, "jsd.9", 1.0)
+    assert not rows.entropy[1].isfinite() and not bad_value[1].isfinite()
+    assert not bad_gradient[1].isfinite().all()
+    assert torch.equal(bad_value[[0, 2]], value[[0, 2]])
+    assert torch.equal(bad_gradient[[0, 2]], gradient[[0, 2]])
