@@ -1,0 +1,137 @@
+"""Held-out evaluation: answers against a greedy loop by hand, cross-entropy and KL against dense logits in fp64."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from kdkernels.training import InputError, evaluation
+from kdkernels.training.data import load_examples
+from kdkernels.training.evaluation import evaluate, find_answer, summarize
+from kdkernels.training.model import load_student, load_teacher, load_tokenizer, vocabulary_size
+
+from .conftest import GKD
+
+
+@pytest.fixture
+def settings(tmp_path):
+    return (
+        f"evaluation.data={tmp_path / 'test.jsonl'}",
+        'evaluation.metrics=["exact_match", "cross_entropy", "kl"]',
+        r"evaluation.answer='(\d+)'",
+        "evaluation.batch_size=3",
+    )
+
+
+@pytest.fixture
+def load_all(load, teacher_set, settings):
+    """load_all(*overrides): model, tokenizer, examples, config, teacher, as evaluate takes them."""
+
+    def load_all(*overrides):
+        config = load(*GKD, teacher_set, *settings, *overrides)
+        tokenizer = load_tokenizer(config)
+        torch.manual_seed(0)
+        examples = load_examples(config.data, config.evaluation.data, tokenizer).usable
+        return load_student(config, tokenizer), tokenizer, examples, config, load_teacher(config, tokenizer)
+
+    return load_all
+
+
+def log_probs(model, example, vocab_size):
+    """[N, V] at the positions that predict the example's response, fp64."""
+    ids = torch.tensor([[*example.prompt_ids, *example.response_ids]])
+    logits = model(ids).logits[0, len(example.prompt_ids) - 1 : -1, :vocab_size]
+    return logits.double().log_softmax(-1)
+
+
+def test_cross_entropy_and_kl_are_those_of_dense_logits(load_all):
+    student, tokenizer, examples, config, teacher = load_all()
+    outcome = evaluate(student, tokenizer, examples, config, teacher)
+    words = vocabulary_size(tokenizer)
+    assert student.config.vocab_size > words  # padding rows, which must have no probability
+    sums = torch.zeros(3, dtype=torch.float64)
+    with torch.no_grad():
+        for example, record in zip(examples, outcome.records, strict=True):
+            q, p = (log_probs(model.eval(), example, words) for model in (student, teacher))
+            target = torch.tensor(example.response_ids)
+            cross_entropy = -q.gather(1, target[:, None])[:, 0]
+            kl = (p.exp() * (p - q)).sum(1)
+            assert record["tokens"] == len(target)
+            assert record["line"] == example.line
+            assert record["cross_entropy"] == pytest.approx(cross_entropy.mean().item(), rel=1e-5)
+            assert record["kl"] == pytest.approx(kl.mean().item(), rel=1e-5)
+            assert kl.mean() > 0.01
+            sums += torch.stack([cross_entropy.sum(), kl.sum(), torch.tensor(float(len(target)))])
+    assert outcome.metrics["cross_entropy"] == pytest.approx((sums[0] / sums[2]).item(), rel=1e-5)
+    assert outcome.metrics["kl"] == pytest.approx((sums[1] / sums[2]).item(), rel=1e-5)
+
+
+def test_responses_are_greedy(load_all):
+    student, tokenizer, examples, config, teacher = load_all("evaluation.max_new_tokens=5")
+    outcome = evaluate(student, tokenizer, examples, config, teacher)
+    student.eval()
+    for example, record in zip(examples, outcome.records, strict=True):
+        ids = list(example.prompt_ids)
+        while len(ids) < len(example.prompt_ids) + 5 and ids[-1] != tokenizer.eos_token_id:
+            with torch.no_grad():
+                logits = student(torch.tensor([ids])).logits[0, -1, : vocabulary_size(tokenizer)]
+            ids.append(int(logits.argmax()))
+        response = tokenizer.decode(ids[len(example.prompt_ids) :], skip_special_tokens=True)
+        assert record["response"] == response
+        assert record["finished"] == (ids[-1] == tokenizer.eos_token_id)
+        assert record["answer"] == find_answer(r"(\d+)", response)
+        assert record["correct"] == (record["answer"] == record["expected"])
+    assert len({record["response"] for record in outcome.records}) > 1
+
+
+def test_what_counts_as_right(load_all, monkeypatch):
+    student, tokenizer, examples, config, teacher = load_all('evaluation.metrics=["exact_match"]')
+    eos = tokenizer.eos_token_id
+    right = [one.response_ids for one in examples]
+    answers = {
+        examples[0].prompt_ids: [*right[0]],  # right
+        examples[1].prompt_ids: [*tokenizer("1+1=")["input_ids"], *right[1]],  # right: the last match counts
+        examples[2].prompt_ids: [*right[2][:-1]],  # right, though cut off at the limit
+        examples[3].prompt_ids: [*tokenizer("+")["input_ids"], eos],  # no answer
+        examples[4].prompt_ids: [*right[4][:-1], *tokenizer("0")["input_ids"], eos],  # another answer at the end
+    }
+    monkeypatch.setattr(evaluation, "generate", lambda _, __, prompts, *a, **k: [answers[one] for one in prompts])
+    outcome = evaluate(student, tokenizer, examples[:5], config, teacher)
+    assert [record["correct"] for record in outcome.records] == [True, True, True, False, False]
+    assert [record["finished"] for record in outcome.records] == [True, True, False, True, True]
+    assert outcome.records[3]["answer"] is None
+    assert outcome.metrics == {"exact_match": 0.6, "finished": 0.8}
+    assert {"prompt", "response", "expected"} < outcome.records[0].keys()
+
+
+def test_batches_change_nothing(load_all):
+    student, tokenizer, examples, config, teacher = load_all()
+    threes = evaluate(student, tokenizer, examples, config, teacher)
+    *_, config, _ = load_all("evaluation.batch_size=1")
+    ones = evaluate(student, tokenizer, examples, config, teacher)
+    for three, one in zip(threes.records, ones.records, strict=True):
+        assert three | {"cross_entropy": 0, "kl": 0} == one | {"cross_entropy": 0, "kl": 0}
+        assert three["cross_entropy"] == pytest.approx(one["cross_entropy"], rel=1e-5)
+        assert three["kl"] == pytest.approx(one["kl"], rel=1e-4)
+
+
+def test_only_what_is_asked_for_and_the_mode_is_kept(load_all):
+    student, tokenizer, examples, config, _ = load_all()
+    config = replace(config, evaluation=replace(config.evaluation, metrics=("cross_entropy",), answer=None))
+    student.train()
+    outcome = evaluate(student, tokenizer, examples[:2], config)
+    assert outcome.metrics.keys() == {"cross_entropy"}
+    assert outcome.records[0].keys() == {"line", "prompt", "tokens", "cross_entropy"}
+    assert student.training
+    assert all(parameter.grad is None for parameter in student.parameters())
+
+
+def test_a_response_without_an_answer_is_named(load_all):
+    student, tokenizer, examples, config, teacher = load_all(r"evaluation.answer='#### (\d+)'")
+    with pytest.raises(InputError, match=r"test\.jsonl, line 1: .* not found in"):
+        evaluate(student, tokenizer, examples, config, teacher)
+
+
+def test_means_are_over_tokens_not_examples():
+    records = [{"tokens": 1, "cross_entropy": 4.0, "kl": 1.0}, {"tokens": 3, "cross_entropy": 0.0, "kl": 3.0}]
+    assert summarize(records) == {"cross_entropy": 1.0, "kl": 2.5}
