@@ -1,0 +1,184 @@
+"""Training in processes of its own: killed and resumed, shared by two, started from the command line."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from kdkernels.training import load_config, train
+from kdkernels.training.cli import main
+from kdkernels.training.metrics import read_metrics
+from kdkernels.training.model import load_student, load_tokenizer
+
+from .conftest import GKD
+
+COMMAND = (sys.executable, "-m", "kdkernels.training.cli", "train")
+
+
+def start(command, *arguments, cwd) -> subprocess.Popen:
+    # a child must find the package from any directory, installed or not
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    with (cwd / "output.txt").open("w") as output:
+        return subprocess.Popen([*command, *arguments], cwd=cwd, env=environment, stdout=output, stderr=output)
+
+
+def finish(process: subprocess.Popen, cwd) -> str:
+    """What the process printed; it must succeed."""
+    status = process.wait(timeout=240)
+    printed = (cwd / "output.txt").read_text()
+    assert status == 0, printed
+    return printed
+
+
+def final_weights(run: Path):
+    return AutoModelForCausalLM.from_pretrained(run / "final", dtype="auto").state_dict()
+
+
+def untimed(run: Path):
+    kept = [
+        {name: value for name, value in line.items() if not name.startswith("time/") and name != "tokens_per_second"}
+        for line in read_metrics(run / "metrics.jsonl")
+    ]
+    assert len(kept[-1]) > 5
+    return kept
+
+
+def kill_at_a_random_moment(process: subprocess.Popen, run: Path, cwd: Path, moment: float) -> None:
+    """Kills the process some time after it has written one more checkpoint than there is now."""
+
+    def newest():
+        return max((path.name for path in (run / "checkpoints").glob("step-*")), default="")
+
+    before = newest()
+    deadline = time.monotonic() + 240
+    while newest() <= before:
+        assert process.poll() is None and time.monotonic() < deadline, (cwd / "output.txt").read_text()
+        time.sleep(0.005)
+    time.sleep(moment)
+    assert process.poll() is None, "the run ended before it was killed"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_killed_run_resumes_bit_for_bit(recipe, teacher_set, tmp_path, dtype):
+    overrides = [
+        *GKD,
+        teacher_set,
+        f"run.dtype={dtype}",
+        "rollout.student_fraction=0.5",
+        "train.steps=60",
+        "checkpoint.every=2",
+        f"evaluation.data={tmp_path / 'test.jsonl'}",
+        "evaluation.every=10",
+        'evaluation.metrics=["cross_entropy", "kl"]',
+    ]
+    arguments = [str(recipe), *(f"--set={override}" for override in overrides)]
+    finish(start(COMMAND, *arguments, f"--set=run.output={tmp_path / 'whole'}", cwd=tmp_path), tmp_path)
+
+    run, resume = tmp_path / "run", []
+    moments = [random.uniform(0, 0.2) for _ in range(2)]
+    for moment in moments:
+        kill_at_a_random_moment(start(COMMAND, *arguments, *resume, cwd=tmp_path), run, tmp_path, moment)
+        assert not (run / "final").exists()
+        resume = ["--resume"]
+    killed_at = len(read_metrics(run / "metrics.jsonl"))
+    finish(start(COMMAND, *arguments, *resume, cwd=tmp_path), tmp_path)
+
+    assert killed_at < 61
+    lines, expected = untimed(run), untimed(tmp_path / "whole")
+    assert [line["step"] for line in lines] == list(range(61))
+    assert lines == expected, f"killed {moments} seconds after a checkpoint"
+    whole, resumed = final_weights(tmp_path / "whole"), final_weights(run)
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole), (
+        f"killed {moments} seconds after a checkpoint"
+    )
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_two_processes_compute_what_one_does(recipe, teacher_set, tmp_path, stage):
+    overrides = [
+        *GKD,
+        teacher_set,
+        "rollout.student_fraction=0",
+        "train.micro_batch_size=1",
+        "checkpoint.every=2",
+        f"deepspeed.zero_stage={stage}",
+        f"evaluation.data={tmp_path / 'test.jsonl'}",
+        'evaluation.metrics=["kl"]',
+    ]
+    alone = train(load_config(recipe, [*overrides, f"run.output={tmp_path / 'alone'}"]))
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *COMMAND[1:])
+    arguments = [str(recipe), *(f"--set={override}" for override in overrides)]
+    finish(start(launcher, *arguments, cwd=tmp_path), tmp_path)
+    run = tmp_path / "run"
+    for line, expected in zip(untimed(run), untimed(alone.output), strict=True):
+        assert line == pytest.approx(expected, rel=1e-4, abs=1e-7)
+    shared, expected = final_weights(run), final_weights(alone.output)
+    assert max((shared[name] - expected[name]).abs().max() for name in expected) < 2e-5
+    records = [(path / "evaluation-000003.jsonl").read_text().count("\n") for path in (run, alone.output)]
+    assert records == [8, 8]
+
+    # the last step again, from the checkpoint of both processes
+    (run / "metrics.jsonl").write_text("".join((run / "metrics.jsonl").read_text().splitlines(keepends=True)[:-1]))
+    finish(start(launcher, *arguments, "--resume", cwd=tmp_path), tmp_path)
+    assert [line["step"] for line in read_metrics(run / "metrics.jsonl")] == [0, 1, 2, 3]
+    again = final_weights(run)
+    assert all(torch.equal(again[name], shared[name]) for name in shared)
+
+
+def test_the_command_line(recipe, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    printed = finish(start(COMMAND, str(recipe), "--set=train.steps=2", cwd=elsewhere), elsewhere)
+    assert "step 2/2" in printed and "32 examples" in printed
+    assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == 2
+    assert [path.name for path in elsewhere.iterdir()] == [
+        "output.txt"
+    ]  # nothing else falls into the current directory
+
+
+def test_a_dry_run_tells_everything_and_writes_nothing(recipe, teacher_set, tmp_path, capsys):
+    before = sorted(tmp_path.rglob("*"))
+    arguments = ["train", str(recipe), "--dry-run", *(f"--set={override}" for override in (*GKD, teacher_set))]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert sorted(tmp_path.rglob("*")) == before
+    assert 'name = "GKD"\nbeta = 0.9' in printed
+    config = load_config(recipe, [*GKD, teacher_set])
+    student = load_student(config, load_tokenizer(config)).num_parameters()
+    assert f"student: {student:,} parameters" in printed and "teacher: " in printed
+    assert "32 examples; left out 0" in printed
+    assert "3 steps of 4 responses: 0.38 epochs, at most 72 response tokens" in printed
+    assert f"run: {tmp_path / 'run'}" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--set", "train.stepz=3"], "did you mean 'steps'?"),
+        (["--resume"], "--resume: no run in"),
+        (["--set", "data.prompt='{nothing}'"], "line 1: field 'nothing' of [data] prompt is missing"),
+    ],
+)
+def test_unusable_input_is_told_in_one_line(recipe, capsys, arguments, expected):
+    assert main(["train", str(recipe), *arguments]) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("kdkernels: ") and expected in printed and printed.count("\n") == 1
+
+
+def test_a_missing_package_is_named_with_the_extra_that_has_it(tmp_path):
+    code = "import sys; sys.modules['deepspeed'] = None; import kdkernels.training"
+    process = start((sys.executable, "-c"), code, cwd=tmp_path)
+    assert process.wait() != 0
+    assert (
+        "ImportError: kdkernels.training needs deepspeed: pip install kdkernels[train]"
+        in (tmp_path / "output.txt").read_text()
+    )
