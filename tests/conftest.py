@@ -6,8 +6,8 @@ from pathlib import Path
 # Threads that spin while they wait make small tensors ten times slower where the cores are shared. torch reads it once.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
 
 HERE = Path(__file__).parent
 
