@@ -213,7 +213,7 @@ def statistics(
 
 def _statistics(tokens: Tokens, shape: torch.Size) -> TokenStatistics:
     def shaped(t: Tensor | None) -> Tensor | None:
-        return None if t is None else t.view(*shape, *t.shape[1:])
+        return None if t is None else t.view((*shape, *t.shape[1:]))
 
     return TokenStatistics(
         lse=shaped(tokens.lse),
