@@ -84,16 +84,33 @@ class Head:
                 "pass kd.Head(hidden, weight, ...) with the effective weight instead"
             )
         config = model.config.get_text_config()
-        divisor = getattr(config, "logits_scaling", None)
-        scale = 1.0 / divisor if divisor else getattr(config, "logit_scale", None) or 1.0
         return cls(
             hidden,
             layer.weight,
             layer.bias,
-            softcap=getattr(config, "final_logit_softcapping", None),
-            scale=float(scale),
+            softcap=_first(config, _SOFTCAPS),
+            scale=_scale(config),
             vocab_size=vocab_size or min(config.vocab_size, layer.weight.shape[0]),
         )
+
+
+# What transformers' configs call them (5.23).
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+_FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
+
+
+def _first(config, names: tuple[str, ...]):
+    """The first of these attributes that the config has, else None."""
+    return next((value for name in names if (value := getattr(config, name, None)) is not None), None)
+
+
+def _scale(config) -> float:
+    """Factor on the raw logits. Granite divides by its logits_scaling, HyperCLOVA X multiplies by it."""
+    scaling = _first(config, ("logits_scaling",))
+    if scaling is not None:
+        return float(scaling) if config.model_type.startswith("hyperclovax") else 1.0 / scaling
+    factor = _first(config, _FACTORS)
+    return 1.0 if factor is None else float(factor)
 
 
 def shared_vocabulary(student: Head, teacher: Head | None) -> int:
