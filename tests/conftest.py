@@ -19,7 +19,7 @@ def of_the_engine(path: Path) -> bool:
 def pytest_collection_modifyitems(items):
     for item in items:
         if of_the_engine(item.path):
-            item.add_marker(pytest.mark.filterwarnings("error"))
+            item.add_marker(pytest.mark.filterwarnings("error"), append=False)  # a test's own filters win
 
 
 @pytest.fixture(autouse=True)
