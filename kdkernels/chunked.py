@@ -162,6 +162,8 @@ class _Loop:
         fixed = self.backend.workspace(self.vocabulary) + max(gemm.workspace(w, self.operand, dtype) for w in widths)
         row_bytes = [self.vocabulary * dtype.itemsize + 2 * w * self.operand.itemsize for w in widths] + [0]
         budget = plan.DEFAULT_BUDGET if call.memory_budget is None else call.memory_budget
+        if not isinstance(budget, int):
+            raise TypeError(f"memory_budget: expected an int (bytes) or None, got {budget!r}")
         count = max(1, len(layout))
         rows, self.teacher_rows = plan.chunk_rows(budget, fixed, row_bytes[0], row_bytes[1], count)
         lengths = layout.lengths if program.selects else (len(layout),)

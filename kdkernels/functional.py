@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .chunked import Call, Program, Tokens, evaluate, run
 from .divergences import Divergence
-from .heads import Head
+from .heads import Head, shared_vocabulary
 from .layout import Layout
 
 __all__ = ["TokenStatistics", "cross_entropy", "divergence", "entropy", "plackett_luce", "statistics"]
@@ -194,8 +194,9 @@ def statistics(
     check_head("student", student)
     if teacher is not None:
         check_teacher(student, teacher)
-    if not isinstance(topk, int) or topk < 0:
-        raise ValueError(f"topk: expected an int >= 0, got {topk!r}")
+    words = shared_vocabulary(student, teacher)
+    if not isinstance(topk, int) or not 0 <= topk <= words:
+        raise ValueError(f"topk: expected an int in [0, {words}], got {topk!r}")
     shape = student.hidden.shape[:-1]
     if target is not None:
         check_ids("target", target, shape, student.vocabulary, student.hidden.device)
