@@ -224,3 +224,10 @@ def test_the_same_tensor_on_both_sides(backend):
     z_s, z_t = truth.dense_logits(student, WORDS), truth.dense_logits(replace(student, scale=1.0), WORDS).detach()
     (expected,) = torch.autograd.grad(truth.divergence(z_s, z_t, "forward").sum(), student.hidden)
     assert truth.relative(got, expected) < 1e-6
+
+
+def test_one_candidate_has_one_order(backend):
+    student, teacher = heads(F32)
+    value = kd.plackett_luce(student, teacher, k=1)
+    value.sum().backward()
+    assert (value == 0).all() and (student.hidden.grad == 0).all()
