@@ -154,3 +154,42 @@ def test_backward_after_grad_mode_changed(backend):
     with torch.no_grad():
         got = truth.gradients(loss, batch.student)
     assert all(torch.equal(g, e) for g, e in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("make", OBJECTIVES)
+def test_autocast_casts_the_operands(backend, make):
+    """The numbers of bf16 operands, the gradients in the parameters' own dtype; hidden states may be bf16 already."""
+    batch = fixed(bias=True)
+    narrow = batch.to(torch.bfloat16)
+    expected_loss = loss_of(make, narrow)
+    expected = truth.gradients(expected_loss, narrow.student)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        wide_loss = loss_of(make, batch)
+        hidden = batch.student.hidden.detach().to(torch.bfloat16).requires_grad_()
+        mixed = replace(batch, student=replace(batch.student, hidden=hidden))
+        mixed_loss = loss_of(make, mixed)
+        statistics = kd.statistics(batch.student, batch.teacher)
+    for loss, student in ((wide_loss, batch.student), (mixed_loss, mixed.student)):
+        assert torch.equal(loss, expected_loss)
+        for leaf, g, e in zip(truth.leaves(student), truth.gradients(loss, student), expected, strict=True):
+            assert g.dtype == leaf.dtype and torch.equal(g, e.to(g.dtype))
+    assert torch.equal(statistics.entropy, kd.statistics(narrow.student).entropy)
+    assert torch.equal(statistics.teacher.entropy, kd.statistics(narrow.teacher).entropy)
+
+
+def test_backward_inside_autocast_casts_nothing(backend):
+    batch = fixed()
+    loss = loss_of(kd.GKD, batch)
+    first = torch.autograd.grad(loss, truth.leaves(batch.student), retain_graph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        second = torch.autograd.grad(loss, truth.leaves(batch.student))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_a_second_backward_after_autocast(backend):
+    batch = fixed()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = loss_of(kd.GKD, batch)
+    first = torch.autograd.grad(loss, truth.leaves(batch.student), retain_graph=True)
+    second = torch.autograd.grad(loss, truth.leaves(batch.student))
+    assert all(torch.equal(a, b) and a.dtype == torch.float32 for a, b in zip(first, second, strict=True))
