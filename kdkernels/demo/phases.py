@@ -46,8 +46,7 @@ STUDENTS = (
     Phase("student", "starting student", "student", "few"),
     Phase("strong-student", "strong starting student", "student", "many", (*_MANY, "train.steps=500")),
 )
-PAPER, PAPER_K2 = "the paper's weights (0.1 / 1 / 1, k = 10)", "the paper's weights, k = 2"
-SCALED = "scaled weights (0.003 / 1 / 0.001, k = 2)"
+PAPER, SCALED = "the paper's weights (0.1 / 1 / 1, k = 10)", "scaled weights (0.003 / 1 / 0.001, k = 2)"
 FROM_STUDENT = (
     Phase("sft", "continued SFT", "sft", "few"),
     Phase("gkd", "GKD", "gkd", None),
@@ -59,7 +58,6 @@ FROM_STRONG_STUDENT = (
     Phase("strong-sft", "strong, continued SFT", "sft", "many", (*_FROM_STRONG, *_MANY)),
     Phase("strong-gkd", "strong, GKD", "gkd", None, _FROM_STRONG),
     Phase("strong-tsd-kd", f"strong, TSD-KD, {PAPER}", "tsd-kd", None, _FROM_STRONG),
-    Phase("strong-tsd-kd-k2", f"strong, TSD-KD, {PAPER_K2}", "tsd-kd", None, (*_FROM_STRONG, "objective.k=2")),
 )
 PHASES = (TEACHER, STUDENTS[0], *FROM_STUDENT, STUDENTS[1], *FROM_STRONG_STUDENT)  # as they stand in the report
 

@@ -28,17 +28,15 @@ SMOOTHING = 15  # steps
 
 
 def plot_accuracy(arms: Sequence[Arm], path: Path) -> None:
-    """Exact match and sampled accuracy of every arm with their 95 % intervals."""
-    figure, axes = pyplot.subplots(figsize=(8, 0.5 * len(arms) + 1), layout="constrained")
-    rows = np.arange(len(arms))[::-1]
-    for offset, answers, color in ((0.2, "right", "C0"), (-0.2, "sampled_right", "C1")):
-        for row, arm in zip(rows, arms, strict=True):
-            right = getattr(arm, answers)
-            axes.barh(row + offset, 100 * right.mean(), height=0.36, color=color, alpha=0.7)
-            axes.plot([100 * bound for bound in interval(right)], [row + offset] * 2, color="black", linewidth=2)
-    axes.set_yticks(rows, [arm.phase.name for arm in arms])
+    """Exact match of every arm with its 95 % interval."""
+    figure, axes = pyplot.subplots(figsize=(8, 0.45 * len(arms) + 1), layout="constrained")
+    for row, arm in enumerate(reversed(arms)):
+        low, high = (100 * bound for bound in interval(arm))
+        axes.barh(row, 100 * arm.accuracy(), color="tab:blue", alpha=0.6)
+        axes.plot([low, high], [row, row], color="black", linewidth=2)
+    axes.set_yticks(range(len(arms)), [arm.phase.name for arm in reversed(arms)])
     axes.set_xlim(0, 100)
-    axes.set_xlabel("right answers to held-out problems, %: greedy (blue), sampled (orange)")
+    axes.set_xlabel("exact match on held-out problems, %")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 

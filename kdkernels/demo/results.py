@@ -19,15 +19,19 @@ from kdkernels.training.run import RunDirectory
 class Arm:
     """The runs of one phase, over its seeds.
 
-    right, sampled_right: [S, P] bool, whether each held-out problem was answered correctly, greedily and by sampling.
-    steps: the lines of metrics.jsonl of every seed, step 0 left out. costs: of every seed.
+    right, finished: [S, P] bool, whether each held-out problem was answered correctly, and with an end-of-sequence
+    token. steps: the lines of metrics.jsonl of every seed, step 0 left out. costs: of every seed.
     """
 
     phase: Phase
     right: np.ndarray
-    sampled_right: np.ndarray
+    finished: np.ndarray
     steps: tuple[list[dict[str, float]], ...]
     costs: tuple[Cost, ...]
+
+    def accuracy(self) -> float:
+        """Share of right answers over all seeds and problems."""
+        return float(self.right.mean())
 
     def tokens(self) -> float:
         """Response tokens trained on, mean over the seeds."""
@@ -41,7 +45,7 @@ class Arm:
 def load_arm(phase: Phase, output: Path, seeds: Sequence[int], costs: Mapping[str, Cost]) -> Arm:
     """The finished runs of `phase` below `output`; `costs` by run directory below it."""
     names = list(dict.fromkeys(directory(phase, Path(), seed).as_posix() for seed in seeds))
-    steps, right, sampled_right = [], [], []
+    steps, right, finished = [], [], []
     for name in names:
         run = RunDirectory(output / name)
         lines = read_metrics(run.metrics)
@@ -49,5 +53,5 @@ def load_arm(phase: Phase, output: Path, seeds: Sequence[int], costs: Mapping[st
         text = run.evaluation(lines[-1]["step"]).read_text(encoding="utf-8")
         records = [json.loads(line) for line in text.splitlines()]
         right.append([record["correct"] for record in records])
-        sampled_right.append([record["sampled_correct"] for record in records])
-    return Arm(phase, np.array(right), np.array(sampled_right), tuple(steps), tuple(costs[name] for name in names))
+        finished.append([record["finished"] for record in records])
+    return Arm(phase, np.array(right), np.array(finished), tuple(steps), tuple(costs[name] for name in names))

@@ -149,8 +149,8 @@ class EvaluationConfig:
     """Held-out `data` (the format and limits of [data]), its first `limit` examples, measured before, after and each
     `every` steps (0: not between).
 
-    `answer`: a regular expression with one group, by which exact_match and sampled_match find the answer in a response
-    (its last match counts).
+    `answer`: a regular expression with one group, by which exact_match finds the answer in a response (its last match
+    counts).
     """
 
     data: str
@@ -158,7 +158,7 @@ class EvaluationConfig:
     limit: Count | None = None
     batch_size: Count = 32
     max_new_tokens: Count | None = None
-    metrics: tuple[Literal["exact_match", "sampled_match", "cross_entropy", "kl"], ...]
+    metrics: tuple[Literal["exact_match", "cross_entropy", "kl"], ...]
     answer: str | None = None
 
 

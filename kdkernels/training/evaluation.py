@@ -18,8 +18,6 @@ from kdkernels.training.model import head, vocabulary_size
 from kdkernels.training.rollouts import evaluating, generate
 from kdkernels.training.schema import InputError
 
-ANSWERS = {"exact_match": "", "sampled_match": "sampled_"}  # metric -> prefix of its fields in the records
-
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -39,26 +37,20 @@ def evaluate(
     """What `metrics` of [evaluation] asks for, over `examples`.
 
     exact_match: the model answers each prompt greedily; its answer is right if it equals that of the data's response.
-    sampled_match: the same for one response sampled at temperature 1, as rollouts are. The answer of a text is what the
-    regular expression `answer` matches last in it.
+    The answer of a text is what the regular expression `answer` matches last in it.
     cross_entropy, kl: -log q(token) and KL(p || q) of teacher p and model q, in nats per token of the data's responses,
     the end-of-sequence token included.
-
-    Samples depend on the run's seed alone; the random state of the caller is left as it was.
 
     Raises InputError for a data response in which `answer` finds nothing.
     """
     settings = config.evaluation
     records = []
-    devices = [model.device] if model.device.type == "cuda" else []
-    with torch.no_grad(), evaluating(model), torch.random.fork_rng(devices):
-        torch.manual_seed(config.run.seed)
+    with torch.no_grad(), evaluating(model):
         for start in range(0, len(examples), settings.batch_size):
             batch = examples[start : start + settings.batch_size]
             rows = [{"line": example.line, "prompt": example.prompt} for example in batch]
-            for metric, prefix in ANSWERS.items():
-                if metric in settings.metrics:
-                    _add(rows, _answers(model, tokenizer, batch, settings, prefix))
+            if "exact_match" in settings.metrics:
+                _add(rows, _answers(model, tokenizer, batch, settings))
             if {"cross_entropy", "kl"} & set(settings.metrics):
                 _add(rows, _token_means(model, tokenizer, batch, settings, teacher))
             records += rows
@@ -68,12 +60,11 @@ def evaluate(
 def summarize(records: Sequence[dict[str, Any]]) -> dict[str, float]:
     """The metrics of evaluation records, those that the records have data for.
 
-    exact_match, sampled_match: share of right answers. finished: share of the greedy responses that ended by
-    themselves, not at the limit. cross_entropy, kl: means over all response tokens.
+    exact_match: share of right answers. finished: share of the generated responses that ended by themselves, not at the
+    limit. cross_entropy, kl: means over all response tokens.
     """
     metrics = {}
-    shares = {"exact_match": "correct", "finished": "finished", "sampled_match": "sampled_correct"}
-    for name, field in shares.items():
+    for name, field in (("exact_match", "correct"), ("finished", "finished")):
         if field in records[0]:
             metrics[name] = sum(record[field] for record in records) / len(records)
     for name in ("cross_entropy", "kl"):
@@ -95,15 +86,11 @@ def _add(rows: list[dict], columns: list[dict]) -> None:
 
 
 def _answers(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    batch: Sequence[Example],
-    settings: EvaluationConfig,
-    prefix: str,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: Sequence[Example], settings: EvaluationConfig
 ) -> list[dict[str, Any]]:
-    """Responses, greedy ones where the fields have no `prefix`, and whether their answers are right."""
+    """Greedy responses and whether their answers are right."""
     prompts = [example.prompt_ids for example in batch]
-    responses = generate(model, tokenizer, prompts, settings.max_new_tokens, sample=bool(prefix))
+    responses = generate(model, tokenizer, prompts, settings.max_new_tokens, sample=False)
     rows = []
     for example, ids in zip(batch, responses, strict=True):
         expected = find_answer(settings.answer, example.response)
@@ -112,9 +99,15 @@ def _answers(
             raise InputError(f"{place}: [evaluation] answer {settings.answer!r} not found in {example.response!r}")
         response = tokenizer.decode(ids, skip_special_tokens=True)
         answer = find_answer(settings.answer, response)
-        finished = ids[-1] == tokenizer.eos_token_id
-        fields = {"response": response, "answer": answer, "correct": answer == expected, "finished": finished}
-        rows.append({"expected": expected} | {prefix + name: value for name, value in fields.items()})
+        rows.append(
+            {
+                "response": response,
+                "answer": answer,
+                "expected": expected,
+                "correct": answer == expected,
+                "finished": ids[-1] == tokenizer.eos_token_id,
+            }
+        )
     return rows
 
 

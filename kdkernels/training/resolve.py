@@ -92,8 +92,8 @@ def _evaluation(config: Config) -> EvaluationConfig | None:
         raise InputError("[evaluation] metrics: expected at least one")
     if "kl" in evaluation.metrics and config.teacher is None:
         raise InputError('[evaluation] metrics: "kl" needs a [teacher]')
-    if any(metric.endswith("_match") for metric in evaluation.metrics) != (evaluation.answer is not None):
-        raise InputError('[evaluation] answer belongs to the metrics "exact_match" and "sampled_match", only to them')
+    if ("exact_match" in evaluation.metrics) != (evaluation.answer is not None):
+        raise InputError('[evaluation] answer belongs to the metric "exact_match" and only to it')
     if evaluation.answer is not None:
         try:
             groups = re.compile(evaluation.answer).groups
