@@ -31,7 +31,7 @@ def borrow(
     if block is None or len(block) < total:
         block = None  # frees the smaller one first
         with torch.inference_mode(False):  # or a later call outside inference mode could not write to it
-            block = torch.empty(total, dtype=torch.uint8)
+            block = torch.empty(total, dtype=torch.uint8, device=device)
     matrices = []
     for start, ((rows, columns), dtype) in zip(starts, sizes, strict=True):
         matrices.append(block[start : start + rows * columns * dtype.itemsize].view(dtype).view(rows, columns))
