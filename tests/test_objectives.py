@@ -1,5 +1,6 @@
 """TSD-KD, GKD and SFT against dense autograd on random ragged batches, in fp64, fp32 and bf16."""
 
+import os
 from dataclasses import dataclass, replace
 
 import pytest
@@ -103,6 +104,9 @@ def keywords(batch: truth.Batch, **more) -> dict:
     return {"weights": batch.weights, "teacher_mask": batch.teacher_mask, **more}
 
 
+FEW = 4
+
+
 def compare(out: kd.objectives.Output, small: truth.Batch, batch: truth.Batch, dense):
     """Loss and gradients of ``out``, over ``small``, against dense(batch) in fp64 and dense(small)."""
     got = truth.gradients(out.loss, small.student)
@@ -119,8 +123,10 @@ def compare(out: kd.objectives.Output, small: truth.Batch, batch: truth.Batch, d
         return
     for name, g, yardstick, t in zip(("hidden", "weight", "bias"), got, yardsticks, truths, strict=False):
         assert g.dtype == dtype
-        truth.assert_accurate(g, yardstick, t, f"gradient of {name}")
-    truth.assert_accurate(out.loss.detach()[None], eager.detach()[None], exact.detach()[None], "loss", dtype)
+        few = g.numel() < 64 or sum(map(len, batch.responses)) < 8  # whose error is the smaller is chance
+        truth.assert_accurate(g, yardstick, t, f"gradient of {name}", slack=FEW if few else 1)
+    losses = (loss.detach()[None] for loss in (out.loss, eager, exact))
+    truth.assert_accurate(*losses, "loss", dtype, slack=FEW)
 
 
 # ---- against dense autograd ------------------------------------------------------------------------------------------
