@@ -7,7 +7,7 @@ out.loss.backward()
 
 from .divergences import JSD, ForwardKL, ReverseKL, SkewKL, SkewReverseKL
 from .functional import TokenStatistics, cross_entropy, divergence, entropy, plackett_luce, statistics
-from .heads import Head
+from .heads import Head, Logits, TopK
 from .layout import Layout
 from .objectives import GKD, SFT, TSDKD
 from .rows import info
@@ -20,10 +20,12 @@ __all__ = [
     "ForwardKL",
     "Head",
     "Layout",
+    "Logits",
     "ReverseKL",
     "SkewKL",
     "SkewReverseKL",
     "TokenStatistics",
+    "TopK",
     "cross_entropy",
     "divergence",
     "entropy",
