@@ -5,6 +5,7 @@ out = kd.TSDKD()(kd.Head(hidden_s, weight_s), kd.Head(hidden_t, weight_t), mask)
 out.loss.backward()
 """
 
+from . import modules
 from .divergences import JSD, ForwardKL, ReverseKL, SkewKL, SkewReverseKL
 from .functional import TokenStatistics, cross_entropy, divergence, entropy, plackett_luce, statistics
 from .heads import Head, Logits, TopK
@@ -30,6 +31,7 @@ __all__ = [
     "divergence",
     "entropy",
     "info",
+    "modules",
     "plackett_luce",
     "statistics",
 ]

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .chunked import Call, Program, Tokens, run
+from .chunked import Call, Program, Tokens, run, scale_
 from .divergences import Divergence
 from .heads import Head, Logits, Source, TopK
 from .layout import Layout
@@ -172,10 +172,21 @@ def _token_gradients(grad: Tensor, *arguments) -> list[Tensor]:
     if call.target is not None:
         weight = torch.where(call.target == values.ignore_index, 0, weight)
     needs = (*values.needs, *(False for _ in call.student.tensors[len(values.needs) :]))  # a bias that is not there
+    factor = weight.new_ones(())
+    if call.student.dtype == torch.float16 and len(weight):  # it would lose small gradients of logits
+        factor = _power_of_two(weight)
+        weight = weight / factor
     result = run(replace(call, weight=weight), needs)
     if result is None:
-        return [torch.zeros_like(t) for t in _gradients_like(grad, *arguments)]
+        return [t.zero_() for t in _gradients_like(grad, *arguments)]
+    scale_(result.gradients, factor)
     return [g for g in result.gradients if g is not None]
+
+
+def _power_of_two(weight: Tensor) -> Tensor:
+    """The power of two next to the largest finite weight: what divides without rounding."""
+    largest = weight.abs().nan_to_num(0, 0, 0).amax()
+    return torch.ldexp(torch.ones_like(largest), largest.frexp().exponent)
 
 
 def _gradients_like(grad: Tensor, *arguments) -> list[Tensor]:

@@ -39,6 +39,12 @@ class Objective(Program, nn.Module):
     mean_over: str = "responses"  # or "tokens": the denominator of the loss
     names: dict[str, str]
 
+    def __call__(self, *arguments, **options) -> Output:
+        call = super().__call__
+        if torch.compiler.is_compiling():  # one graph break. A decorator would load the compiler (3 s) at import
+            call = torch.compiler.disable(call)
+        return call(*arguments, **options)
+
     def forward(
         self,
         student: Head | Logits,
