@@ -1,4 +1,4 @@
-"""Teachers known at K words, against reference.topk_divergence in fp64 and its autograd; the bucket; what is refused."""
+"""Teachers known at K words, against reference.topk_divergence in fp64; the bucket; what is refused."""
 
 import math
 from dataclasses import replace
@@ -203,9 +203,10 @@ BAD = {
     "an id twice": (lambda: kl(kd.TopK(edited(IDS, 1), LOG_P)), ValueError, ["indices", "distinct", "[1, 1, 3]"]),
     "more than all": (lambda: kl(kd.TopK(IDS, edited(LOG_P, 0.1))), ValueError, ["log_probs", "at most 1", "1.37"]),
     "K above the vocabulary": (
-        lambda: kl(kd.TopK(IDS, LOG_P), student=kd.Logits(torch.zeros(2, 10), vocab_size=2)), ValueError, ["indices", "2", "3"],
+        lambda: kl(kd.TopK(IDS, LOG_P), student=kd.Logits(torch.zeros(2, 10), vocab_size=2)),
+        ValueError, ["indices", "2", "3"],
     ),
-    "temperature of a bucket": (lambda: kl(kd.TopK(IDS, LOG_P), 0.7), ValueError, ["temperature", "0.7", "renormalize"]),
+    "a bucket's temperature": (lambda: kl(kd.TopK(IDS, LOG_P), 0.7), ValueError, ["temperature", "0.7", "renormalize"]),
     "plackett_luce": (
         lambda: kd.plackett_luce(STUDENT, kd.TopK(IDS, LOG_P), 2), TypeError, ["teacher", "TopK", "all words"],
     ),
