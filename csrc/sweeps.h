@@ -13,7 +13,7 @@ using kd::Dtype;
 using kd::Matrix;
 using kd::Stats;
 
-constexpr int64_t kBlock = 1024;
+constexpr int64_t kBlock = 64 * kLanes;  // a lane adds 64 words in fp32 before fp64 takes over, however narrow the vectors
 // -inf logits become this: finite, so that log-ratios of two masked words are 0 instead of NaN; exp of it is 0.
 constexpr float kMasked = -1e30f;
 // A divergence beyond this met a word that one side masks and the other does not: infinite.

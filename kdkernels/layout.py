@@ -83,7 +83,7 @@ class Layout:
 
     @cached_property
     def _lengths(self) -> Tensor:
-        return torch.tensor(self.lengths, dtype=torch.int64).to(self.index.device, non_blocking=True)
+        return torch.tensor(self.lengths, dtype=torch.int64, device="cpu").to(self.index.device, non_blocking=True)
 
     @cached_property
     def response(self) -> Tensor:

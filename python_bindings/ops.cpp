@@ -78,11 +78,12 @@ void row_statistics(Tensor logits, double scale, double softcap, double temperat
     check("gathered", *gathered, ScalarType::Float, rows, n_gather);
     check_ids("gather_ids", *gather_ids, vocab);
   }
+  const kd::RowKernels& isa = kernels();               // an error in a parallel region would lose its message
   torch::stable::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
-    kernels().statistics(x, vocab, begin, end, float(temperature), data<kd::Stats>(out_stats), k,
-                         data<float>(top_values), data<int64_t>(top_indices), n_gather,
-                         gather_ids ? data<int64_t>(*gather_ids) : nullptr,
-                         gathered ? data<float>(*gathered) : nullptr);
+    isa.statistics(x, vocab, begin, end, float(temperature), data<kd::Stats>(out_stats), k,
+                   data<float>(top_values), data<int64_t>(top_indices), n_gather,
+                   gather_ids ? data<int64_t>(*gather_ids) : nullptr,
+                   gathered ? data<float>(*gathered) : nullptr);
   });
 }
 
@@ -101,8 +102,9 @@ void row_divergence(Tensor student, double s_scale, double s_softcap, Tensor s_s
   check("value", value, ScalarType::Float, rows, -1);
   check("center", center, ScalarType::Float, rows, -1);
   kd::Divergence kind = divergence_kind(a, b, mix, skew, temperature);
+  const kd::RowKernels& isa = kernels();
   torch::stable::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
-    kernels().divergence(s, t, vocab, begin, end, ss, ts, kind, data<float>(value), data<float>(center));
+    isa.divergence(s, t, vocab, begin, end, ss, ts, kind, data<float>(value), data<float>(center));
   });
 }
 
@@ -129,10 +131,11 @@ void row_gradient(Tensor student, double s_scale, double s_softcap, Tensor s_sta
     check("center", *center, ScalarType::Float, rows, -1);
   }
   const float* c = data<float>(coefficients);
+  const kd::RowKernels& isa = kernels();
   torch::stable::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
-    kernels().gradient(s, t, vocab, begin, end, ss, ts, teacher ? &kind : nullptr,
-                       center ? data<float>(*center) : nullptr, bf16_out ? kd::Dtype::bf16 : kd::Dtype::f32, c,
-                       c + rows, c + 2 * rows, n_scatter, data<int64_t>(ids), data<float>(scatter));
+    isa.gradient(s, t, vocab, begin, end, ss, ts, teacher ? &kind : nullptr,
+                 center ? data<float>(*center) : nullptr, bf16_out ? kd::Dtype::bf16 : kd::Dtype::f32, c,
+                 c + rows, c + 2 * rows, n_scatter, data<int64_t>(ids), data<float>(scatter));
   });
 }
 

@@ -1,6 +1,10 @@
 """Fixtures of the engine's tests (the files beside this one): backends, poisoned memory, warnings as errors."""
 
+import os
 from pathlib import Path
+
+# Threads that spin while they wait make small tensors ten times slower where the cores are shared. torch reads it once.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch

@@ -113,10 +113,10 @@ def test_statistics(backend, name, transform, temperature, dtype):
     got = {"max": rows.max, "log_sum": rows.log_sum, "entropy": rows.entropy, "tempered": rows.stats[:, 3]}
     for key, value in got.items():
         assert value.dtype == F32
-        if exact[key].abs().max() < 1e-30:
-            assert value.abs().max() < 1e-30, key
-        else:
-            assert_accurate(value, eager[key], exact[key], key)
+        worst = (value - exact[key]).abs().max()
+        if key in ("log_sum", "tempered") and worst < 1e-6:
+            continue  # an absolute error of log q is a relative one of q
+        assert_accurate(value, eager[key], exact[key], key)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])

@@ -101,7 +101,7 @@ class Selection:
 
 @dataclass
 class Batch:
-    """Heads over [B, L, H] and what goes with them; ``responses`` are lists of flat positions, student's and teacher's."""
+    """Heads over [B, L, H] and what goes with them; ``responses`` are lists of flat positions, per model."""
 
     student: kd.Head
     teacher: kd.Head

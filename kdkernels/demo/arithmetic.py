@@ -1,6 +1,6 @@
 """Multi-step arithmetic word problems with worked solutions: the demo's task.
 
-    A two-digit dial shows 98, gains five, doubles, loses three. What does it show?
+    A two-digit dial shows 98, gains five, grows twofold, loses three. What does it show?
     98+5=03
     03*2=06
     06-3=03
@@ -22,9 +22,9 @@ from pathlib import Path
 MODULUS = 100
 TEST_SHARE = 0.2  # of all problems, by hash
 NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-MULTIPLE_WORDS = {2: "doubles", 3: "triples", 4: "quadruples", 5: "quintuples"}
+MULTIPLE_WORDS = {2: "twofold", 3: "threefold", 4: "fourfold", 5: "fivefold"}
 DEVICES = ("counter", "dial", "display", "meter")
-VERBS = {"+": ("gains", "adds", "climbs"), "-": ("loses", "drops", "sheds")}
+VERBS = {"+": ("gains", "adds", "climbs"), "-": ("loses", "drops", "sheds"), "*": ("grows", "swells", "expands")}
 
 
 @dataclass(frozen=True)
@@ -89,10 +89,8 @@ class Problem:
         """The problem in words; `rng` picks among synonyms."""
         clauses = [f"A two-digit {rng.choice(DEVICES)} shows {self.start:02d}"]
         for operation, operand in self.steps:
-            if operation == "*":
-                clauses.append(MULTIPLE_WORDS[operand])
-            else:
-                clauses.append(f"{rng.choice(VERBS[operation])} {NUMBER_WORDS[operand]}")
+            number = MULTIPLE_WORDS[operand] if operation == "*" else NUMBER_WORDS[operand]
+            clauses.append(f"{rng.choice(VERBS[operation])} {number}")
         return ", ".join(clauses) + ". What does it show?"
 
 

@@ -1,17 +1,18 @@
 """What the demo trains, and the processes that do it.
 
-Every training is `kdkernels train` on a recipe of recipes/demo in a process of its own, so that its seconds and its peak
-memory are its own. Those that do not depend on each other run side by side, one per core.
+Every training is `kdkernels train` on a recipe of recipes/demo in a process of its own, so that its seconds and its
+peak memory are its own. Those that do not depend on each other run side by side, one per core.
 """
 
 import json
 import os
-import re
+import signal
 import subprocess
 import sys
-import time
+import threading
 from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from kdkernels.training.schema import read_toml
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "demo"
 ROOT, SEED = "runs/demo/", "seed-0/"  # the demo's directory and the seed's in it, as the recipes spell them
+MEASURE = Path(__file__).with_name("measure.py")
 PROBLEMS = {"teacher": 16000, "few": 600, "many": 2400, "new": 9600, "test": 1000}  # in each data file
 
 
@@ -94,6 +96,8 @@ class Workers:
         self.logs = logs
         self.cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         self.running: set[subprocess.Popen] = set()
+        self.stopped = False
+        self.starting = threading.Lock()
         logs.mkdir(parents=True)
 
     def run(self, commands: dict[str, Sequence[str]]) -> dict[str, Cost]:
@@ -109,36 +113,50 @@ class Workers:
             try:
                 wait(futures.values(), return_when=FIRST_EXCEPTION)
                 return {name: future.result() for name, future in futures.items() if future.done()}
-            finally:
-                for future in futures.values():
-                    future.cancel()
-                for process in list(self.running):
-                    process.terminate()
+            except BaseException:
+                self._stop()
+                raise
+
+    def _stop(self) -> None:
+        """Ends what runs and lets nothing else start."""
+        with self.starting:
+            self.stopped = True
+            for process in list(self.running):
+                with suppress(ProcessLookupError):  # it has just ended
+                    os.killpg(process.pid, signal.SIGTERM)
 
     def _run(self, name: str, command: Sequence[str], threads: int) -> Cost:
+        base = self.logs / name.replace("/", "-")
+        log_path, cost_path = base.with_suffix(".log"), base.with_suffix(".json")
         environment = os.environ | {
             "OMP_NUM_THREADS": str(threads),
             "TOKENIZERS_PARALLELISM": "false",
             "HF_HUB_OFFLINE": "1",
             "PYTHONUNBUFFERED": "1",
         }
-        log_path = self.logs / f"{name.replace('/', '-')}.log"
-        started = time.monotonic()
-        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        process = subprocess.Popen(command, env=environment, text=True, errors="replace", **pipes)
-        self.running.add(process)
-        try:
-            with log_path.open("w", encoding="utf-8") as log:
-                for line in process.stdout:
-                    log.write(line)
-                    print(f"{name:>22} | {line}", end="", flush=True)
-            _, status, usage = os.wait4(process.pid, 0)  # Popen.wait would not tell the memory
-            process.returncode = os.waitstatus_to_exitcode(status)
-        finally:
+        with self.starting:
+            if self.stopped:
+                raise RuntimeError(f"{name}: not started, because another one failed")
+            process = subprocess.Popen(
+                [sys.executable, "-S", MEASURE, cost_path, *command],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                start_new_session=True,  # a group of its own, to be stopped as one
+            )
+            self.running.add(process)
+        with process, log_path.open("w", encoding="utf-8") as log:
+            for line in process.stdout:
+                log.write(line)
+                print(f"{name:>22} | {line}", end="", flush=True)
+            process.wait()
             self.running.discard(process)
         if process.returncode:
             raise RuntimeError(f"{name}: exit status {process.returncode}; its output is in {log_path}")
-        return Cost(time.monotonic() - started, usage.ru_maxrss / 1024)
+        return Cost(**json.loads(cost_path.read_text(encoding="utf-8")))
 
 
 def train_commands(phases: Sequence[Phase], output: Path, seeds: Sequence[int], overrides: Sequence[str]):

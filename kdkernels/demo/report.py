@@ -48,8 +48,8 @@ def render(arms: Iterable[Arm], deepspeed: Cost, seconds: float, cores: int) -> 
         [
             "# Distilling a small student: the demo's report",
             "",
-            f"{problems} held-out problems, {seeds} {'seed' if seeds == 1 else 'seeds'}, {seconds:.0f} seconds in all on "
-            f"{cores} {'core' if cores == 1 else 'cores'} ({platform.machine()}, torch {torch.__version__}).",
+            f"{problems} held-out problems, {_count(seeds, 'seed')}, {seconds:.0f} seconds in all on "
+            f"{_count(cores, 'core')} ({platform.machine()}, torch {torch.__version__}).",
             "",
             "## Exact match on held-out problems",
             "",
@@ -108,8 +108,8 @@ def _accuracies(arms: dict[str, Arm], seeds: int) -> list[str]:
     return [
         *_table(["arm", *columns], rows),
         "",
-        f"Intervals are over {over}. Finished: responses that ended with the end-of-sequence token. Response tokens: those "
-        "trained on, prompts not counted. Solutions: worked solutions the arm learnt from.",
+        f"Intervals are over {over}. Finished: responses that ended with the end-of-sequence token. Response tokens: "
+        "those trained on, prompts not counted. Solutions: worked solutions the arm learnt from.",
     ]
 
 
@@ -160,6 +160,10 @@ def _costs(arms: Iterable[Arm], deepspeed: Cost, cores: int) -> list[str]:
         "Seconds of the whole process, start-up and evaluation included, and of the parts of its steps; means over the "
         f"seeds. The teacher has the machine to itself; the others run side by side, up to {cores} at a time.",
     ]
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _range(bounds: tuple[float, float], sign: str) -> str:

@@ -39,7 +39,7 @@ def bootstrap_mean(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
     rng = np.random.default_rng(seed)
     means = []
     for _ in range(RESAMPLES):
-        seeds, problems = (rng.multinomial(n, np.full(n, 1 / n)) for n in values.shape)  # how often each is drawn
-        means.append(seeds @ values @ problems / values.size)
+        seeds, problems = (rng.integers(count, size=count) for count in values.shape)
+        means.append(values[seeds].mean(axis=0)[problems].mean())
     low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)

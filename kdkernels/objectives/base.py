@@ -119,12 +119,15 @@ class Objective(Program, nn.Module):
     def metrics(self, tokens: Tokens) -> dict[str, Tensor]:
         """Means over the tokens; a subclass adds its own."""
         entropy = tokens.entropy
-        out = {"student_entropy": entropy.mean(), "nonfinite_tokens": (~entropy.isfinite()).sum()}
+        finite = entropy.isfinite()
+        out = {"student_entropy": entropy.mean()}
         if tokens.teacher is not None:
+            finite &= tokens.teacher.entropy.isfinite()
             out["teacher_entropy"] = tokens.teacher.entropy.mean()
             out["argmax_agreement"] = (tokens.argmax == tokens.teacher.argmax).float().mean()
         if tokens.cross_entropy is not None:
             out["cross_entropy"] = tokens.cross_entropy.mean()
+        out["nonfinite_tokens"] = (~finite).sum()
         return out
 
 

@@ -27,4 +27,4 @@ class GKD(Objective):
         self.divergence = JSD(beta)
 
     def coefficients(self, tokens: Tokens) -> dict[str, Tensor]:
-        return {"divergence": weighted(1.0 / tokens.length, tokens)}
+        return {"divergence": weighted(1.0 / tokens.length.to(tokens.entropy.dtype), tokens)}

@@ -34,15 +34,15 @@ def statistics(
     logits: Tensor, scale: float, softcap: float | None, temperature: float, topk: int, gather: Tensor | None
 ) -> Rows:
     rows = logits.shape[0]
-    stats = torch.empty(rows, 4)
-    values, indices = torch.empty(rows, topk), torch.empty(rows, topk, dtype=torch.int64)
-    gathered = None if gather is None else torch.empty(gather.shape)
+    stats, values = (logits.new_empty((rows, n), dtype=torch.float32) for n in (4, topk))
+    indices = logits.new_empty((rows, topk), dtype=torch.int64)
+    gathered = None if gather is None else stats.new_empty(gather.shape)
     _ops.row_statistics(logits, scale, softcap or 0.0, temperature, stats, values, indices, gather, gathered)
     return Rows(logits, scale, softcap, stats, values, indices, gathered)
 
 
 def divergence(student: Rows, teacher: Rows, kind: Divergence, temperature: float) -> tuple[Tensor, Tensor]:
-    value, center = torch.empty(2, student.logits.shape[0])
+    value, center = student.stats.new_empty(2, student.logits.shape[0])
     _ops.row_divergence(*_sides(student), *_sides(teacher), *_scalars(kind), temperature, value, center)
     return value, center
 

@@ -13,7 +13,9 @@ from kdkernels.training.trainer import train
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; its exit status: 0, or 2 for input that cannot be used, which is told in one line."""
+    """Runs the command line. Its exit status is 0, or after a line that says why 1 (the run diverged) or 2 (input that
+    cannot be used).
+    """
     options = _parser().parse_args(arguments)
     if not sys.stderr.isatty():
         disable_progress_bar()
@@ -23,9 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(plan(config, resume=options.resume))
         else:
             train(config, resume=options.resume)
-    except InputError as error:
+    except (InputError, FloatingPointError) as error:
         print(f"kdkernels: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, InputError) else 1
     return 0
 
 

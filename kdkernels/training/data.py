@@ -7,7 +7,7 @@ import json
 import random
 import string
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -128,12 +128,10 @@ class Batch:
     attention_mask: torch.Tensor
     target: torch.Tensor
     layout: Layout
-    tokens: int
 
     def to(self, device: torch.device) -> "Batch":
-        """The batch with its tensors on `device`; the layout follows its hidden states by itself."""
-        ids, mask, target = (tensor.to(device) for tensor in (self.input_ids, self.attention_mask, self.target))
-        return Batch(ids, mask, target, self.layout, self.tokens)
+        """The same batch on `device`."""
+        return Batch(*(getattr(self, entry.name).to(device) for entry in fields(self)))
 
 
 def collate(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], pad_id: int) -> Batch:
@@ -150,7 +148,7 @@ def collate(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
         attention_mask[b, :end] = 1
         predicts[b, len(prompt) - 1 : end - 1] = True
     target = input_ids.roll(-1, dims=1)
-    return Batch(input_ids, attention_mask, target, Layout.from_mask(predicts), int(predicts.sum()))
+    return Batch(input_ids, attention_mask, target, Layout.from_mask(predicts))
 
 
 class ExampleStream:

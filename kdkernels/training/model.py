@@ -8,7 +8,15 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from kdkernels import Head
 from kdkernels.training.config import Config
@@ -52,8 +60,7 @@ def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
             return train_tokenizer(texts, config.tokenizer.kind, config.tokenizer.vocab_size)
         except ValueError as error:
             raise InputError(f"[tokenizer] {error}") from error
-    with _named("[tokenizer] path"):
-        tokenizer = AutoTokenizer.from_pretrained(config.tokenizer.path)
+    tokenizer = _read_tokenizer(config.tokenizer.path, "[tokenizer] path")
     if tokenizer.eos_token_id is None:
         raise InputError(f"[tokenizer] path: the tokenizer {config.tokenizer.path} has no end-of-sequence token")
     return tokenizer
@@ -73,8 +80,7 @@ def load_teacher(config: Config, tokenizer: PreTrainedTokenizerBase) -> PreTrain
     """The frozen teacher in evaluation mode; its tokenizer must give every token the id that `tokenizer` gives it.
     Raises InputError.
     """
-    with _named("[teacher] path"):
-        vocabulary = AutoTokenizer.from_pretrained(config.teacher.path).get_vocab()
+    vocabulary = _read_tokenizer(config.teacher.path, "[teacher] path").get_vocab()
     if vocabulary != tokenizer.get_vocab():
         differ = sorted(set(vocabulary.items()) ^ set(tokenizer.get_vocab().items()))
         raise InputError(
@@ -112,6 +118,18 @@ def _architecture(config: Config, tokenizer: PreTrainedTokenizerBase):
     options["vocab_size"] = -(-vocabulary_size(tokenizer) // multiple) * multiple
     options |= {name: getattr(tokenizer, name) for name in owned[1:]}
     return AutoConfig.for_model(config.student.architecture["model_type"], **options)
+
+
+def _read_tokenizer(path: str, key: str) -> PreTrainedTokenizerBase:
+    """The tokenizer at `path`, as it was saved.
+
+    AutoTokenizer prefers the class that goes with the model's type (beside a Qwen2 model it puts Qwen2's pre-tokenizer
+    in place of the saved one); a tokenizer that declares itself a plain tokenizer.json is read as such.
+    """
+    with _named(key):
+        declared = get_tokenizer_config(path).get("tokenizer_class")
+        plain = declared in ("PreTrainedTokenizerFast", "TokenizersBackend")
+        return (PreTrainedTokenizerFast if plain else AutoTokenizer).from_pretrained(path)
 
 
 def _configuration(path: str, key: str):

@@ -115,11 +115,11 @@ def train_step(
         else:
             responses = [example.response_ids for example in share]
 
+    # the loss does not depend on who shares a micro-batch: with similar lengths there is less padding
+    pairs = sorted(zip(prompts, responses, strict=True), key=lambda pair: len(pair[0]) + len(pair[1]))
     size = config.train.micro_batch_size
-    batches = [
-        collate(prompts[i : i + size], responses[i : i + size], tokenizer.eos_token_id)
-        for i in range(0, len(share), size)
-    ]
+    groups = [pairs[i : i + size] for i in range(0, len(pairs), size)]
+    batches = [collate([p for p, _ in group], [r for _, r in group], tokenizer.eos_token_id) for group in groups]
     counts = [objective.count(batch.layout) for batch in batches]
     tokens = sum(len(batch.layout) for batch in batches)
     count, tokens = distributed.total(torch.tensor([sum(counts), tokens], device=engine.device)).tolist()

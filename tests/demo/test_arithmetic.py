@@ -14,7 +14,7 @@ from kdkernels.demo.arithmetic import Difficulty, Problem, generate, write_jsonl
 from kdkernels.demo.run import write_problems
 
 NUMBERS = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9}
-FACTORS = {"doubles": 2, "triples": 3, "quadruples": 4, "quintuples": 5}
+FACTORS = {"twofold": 2, "threefold": 3, "fourfold": 4, "fivefold": 5}
 
 
 def read_aloud(question):
@@ -22,15 +22,14 @@ def read_aloud(question):
     start, clauses = re.fullmatch(r"A two-digit \w+ shows (\d\d), (.+)\. What does it show\?", question).groups()
     value, signs = int(start), ""
     for clause in clauses.split(", "):
-        verb, *number = clause.split(" ")
-        if verb in FACTORS:
-            assert not number
-            value, signs = (value * FACTORS[verb]) % 100, signs + "*"
+        verb, number = clause.split(" ")
+        if verb in ("grows", "swells", "expands"):
+            value, signs = (value * FACTORS[number]) % 100, signs + "*"
         elif verb in ("gains", "adds", "climbs"):
-            value, signs = (value + NUMBERS[number[0]]) % 100, signs + "+"
+            value, signs = (value + NUMBERS[number]) % 100, signs + "+"
         else:
             assert verb in ("loses", "drops", "sheds")
-            value, signs = (value - NUMBERS[number[0]]) % 100, signs + "-"
+            value, signs = (value - NUMBERS[number]) % 100, signs + "-"
     return f"{value:02d}", signs
 
 

@@ -68,6 +68,24 @@ def test_a_saved_student_is_a_teacher(models, load, tmp_path):
     assert count_parameters(config, tokenizer)["teacher"] == student.num_parameters()
 
 
+@pytest.mark.parametrize("kind", ["characters", "bpe"])
+def test_a_saved_tokenizer_is_read_as_it_was(load, tmp_path, kind):
+    prompt = 'data.prompt="Is it so, that {question}? \u00fc  1234\\n\\n= "'
+    config = load(prompt, f"tokenizer.kind={kind}", *(["tokenizer.vocab_size=300"] if kind == "bpe" else []))
+    tokenizer = load_tokenizer(config)
+    load_student(config, tokenizer).save_pretrained(tmp_path / "model")  # of a type with a tokenizer class of its own
+    tokenizer.save_pretrained(tmp_path / "model")
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(recipe.read_text().replace('kind = "characters"', f'path = "{tmp_path / "model"}"'))
+    for _ in range(2):  # the second time from what was read and saved again
+        read = load_tokenizer(load(prompt))
+        assert read.get_vocab() == tokenizer.get_vocab()
+        for text in ("Is it so, that 1+2=? \u00fc", " 1  23\n\n =that"):
+            assert read(text)["input_ids"] == tokenizer(text)["input_ids"]
+            assert read.decode(read(text)["input_ids"]) == text
+        read.save_pretrained(tmp_path / "model")
+
+
 def test_another_tokenizer_is_refused(load, teacher_set):
     config = load(*GKD, teacher_set, 'data.prompt="Q {question}"')
     with pytest.raises(InputError, match=r"\[teacher\] path: expected the student's tokenizer.* differs in .* entries"):

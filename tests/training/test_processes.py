@@ -174,6 +174,11 @@ def test_unusable_input_is_told_in_one_line(recipe, capsys, arguments, expected)
     assert printed.startswith("kdkernels: ") and expected in printed and printed.count("\n") == 1
 
 
+def test_a_run_that_diverges_says_so(recipe, capsys):
+    assert main(["train", str(recipe), "--set=optimizer.lr=1e30", "--set=optimizer.max_grad_norm=0"]) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("kdkernels: step 2: the loss is ")
+
+
 def test_a_missing_package_is_named_with_the_extra_that_has_it(tmp_path):
     code = "import sys; sys.modules['deepspeed'] = None; import kdkernels.training"
     process = start((sys.executable, "-c"), code, cwd=tmp_path)

@@ -1,0 +1,354 @@
+"""TSD-KD, GKD and SFT against dense autograd on random ragged batches, in fp64, fp32 and bf16."""
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+import truth
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from selections import Recorder, assert_within_rounding
+
+import kdkernels as kd
+from kdkernels import reference
+
+F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
+
+# ---- random batches --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A batch as hypothesis draws it; ``numbers`` seeds what is inside the tensors."""
+
+    numbers: int
+    rows: int
+    length: int
+    density: float
+    layout: str  # mask, segments or teacher_mask
+    words: int
+    hidden: tuple[int, int]
+    padding: tuple[int, int]
+    bias: bool
+    softcap: float | None
+    scale: float
+    weights: bool
+
+    def batch(self, dtype: torch.dtype) -> truth.Batch:
+        generator = torch.Generator().manual_seed(self.numbers)
+        shape = (self.rows, self.length)
+        mask = torch.rand(shape, generator=generator) < self.density
+        batch = truth.random_batch(
+            self.numbers, mask, self.words, *self.hidden, *self.padding, self.bias, self.softcap, self.scale,
+            self.weights, dtype,
+        )  # fmt: skip
+        if self.layout == "segments":
+            ids = mask * torch.randint(1, 3, shape, generator=generator)
+            rows = [
+                [b * self.length + t for t in range(self.length) if ids[b, t] == i]
+                for b in range(self.rows)
+                for i in (1, 2)
+            ]
+            batch.mask = kd.Layout.from_segments(ids)
+            batch.responses = batch.teacher_responses = [r for r in rows if r]
+        elif self.layout == "teacher_mask":  # the teacher reads a longer prompt
+            wide = torch.zeros(self.rows, self.length + 3, dtype=torch.bool)
+            wide[:, 3:] = mask
+            batch.teacher_mask, batch.teacher_responses = wide, truth.positions(wide)
+            hidden = torch.randn(self.rows, self.length + 3, self.hidden[1]).to(dtype).double()
+            batch.teacher = replace(batch.teacher, hidden=hidden)
+        return batch
+
+
+SHAPES = st.builds(
+    Shape,
+    numbers=st.integers(0, 10**6),
+    rows=st.integers(1, 4),
+    length=st.integers(1, 12),
+    density=st.sampled_from([0.2, 0.7, 1.0]),
+    layout=st.sampled_from(["mask", "mask", "segments", "teacher_mask"]),
+    words=st.integers(12, 150),
+    hidden=st.tuples(st.integers(1, 20), st.integers(1, 20)),
+    padding=st.tuples(st.sampled_from([0, 5]), st.sampled_from([0, 64])),
+    bias=st.booleans(),
+    softcap=st.sampled_from([None, 3.0, 30.0]),
+    scale=st.sampled_from([1.0, 0.5]),
+    weights=st.booleans(),
+)
+OPTIONS = st.fixed_dictionaries(
+    {
+        "beta": st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]),
+        "tau": st.sampled_from([0.5, 1.0]),
+        "k": st.integers(2, 12),
+        "opener": st.sampled_from([0.0, 0.1, 0.5, 1.0]),
+        "entropy_ratio": st.sampled_from([0.0, 0.1, 0.4, 1.0]),
+        "indirect_weight": st.sampled_from([0.0, 0.1]),
+        "direct_weight": st.sampled_from([1.0, 3.0]),
+        "entropy_weight": st.sampled_from([0.3, 1.0]),
+        "temperature": st.sampled_from([1.0, 0.7]),
+    }
+)
+DRAWN = settings(
+    max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+def of_terms(options: dict) -> dict:
+    """The options of truth.tsd_kd: what is left once everything is selected."""
+    return {key: v for key, v in options.items() if key not in ("k", "opener", "entropy_ratio")}
+
+
+def keywords(batch: truth.Batch, **more) -> dict:
+    return {"weights": batch.weights, "teacher_mask": batch.teacher_mask, **more}
+
+
+def run(objective, batch: truth.Batch, **more) -> kd.objectives.Output:
+    teacher = batch.teacher if objective.needs_teacher else None
+    teacher_mask = batch.teacher_mask if objective.needs_teacher else None
+    return objective(
+        batch.student, teacher, batch.mask, weights=batch.weights, teacher_mask=teacher_mask, **more
+    )  # fmt: skip
+
+
+def compare(out: kd.objectives.Output, small: truth.Batch, batch: truth.Batch, dense):
+    """Loss and gradients of ``out``, over ``small``, against dense(batch) in fp64 and dense(small)."""
+    got = truth.gradients(out.loss, small.student)
+    assert int(out.count) == (len(batch.responses) if dense is not truth.sft else sum(map(len, batch.responses)))
+    if not batch.responses:
+        assert out.loss == 0 and all((g == 0).all() for g in got)
+        return
+    exact, eager = dense(batch), dense(small)
+    truths, yardsticks = truth.gradients(exact, batch.student), truth.gradients(eager, small.student)
+    dtype = small.student.hidden.dtype
+    if dtype == F64:
+        assert all(truth.relative(g, t) < 1e-10 for g, t in zip(got, truths, strict=True))
+        assert abs(out.loss - exact) <= 1e-12 * abs(exact)
+        return
+    for name, g, yardstick, t in zip(("hidden", "weight", "bias"), got, yardsticks, truths, strict=False):
+        assert g.dtype == dtype
+        truth.assert_accurate(g, yardstick, t, f"gradient of {name}")
+    truth.assert_accurate(out.loss.detach()[None], eager.detach()[None], exact.detach()[None], "loss", dtype)
+
+
+# ---- against dense autograd ------------------------------------------------------------------------------------------
+
+PRECISIONS = [("eager", F64), ("eager", F32), ("native", F32), ("eager", BF16), ("native", BF16)]
+
+
+@pytest.fixture(params=PRECISIONS, ids=lambda p: f"{p[0]}-{str(p[1])[6:]}")
+def dtype(request, monkeypatch) -> torch.dtype:
+    """The operands' dtype, on each backend that computes with it."""
+    monkeypatch.setenv("KDKERNELS_BACKEND", request.param[0])
+    return request.param[1]
+
+
+@DRAWN
+@given(shape=SHAPES, options=OPTIONS)
+def test_tsd_kd(dtype, shape, options):
+    batch = shape.batch(dtype)
+    small, objective = batch.to(dtype), kd.TSDKD(**options)
+    with pytest.MonkeyPatch.context() as patch:
+        recorder = Recorder(patch, objective)
+        out = run(objective, small)
+    selection = None
+    if batch.responses:
+        selection = recorder.selection()
+        z_s, z_t = truth.token_logits(batch)
+        tolerance = 4 * torch.finfo(dtype).eps * max(1.0, float(z_s.detach().abs().max()), float(z_t.abs().max()))
+        assert_within_rounding(batch, selection, options["opener"], options["entropy_ratio"], tolerance)
+    compare(out, small, batch, lambda b: sum(truth.tsd_kd(b, selection, **of_terms(options)).values()))
+
+
+@DRAWN
+@given(shape=SHAPES, beta=st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]), temperature=st.sampled_from([1.0, 0.7]))
+def test_gkd(dtype, shape, beta, temperature):
+    batch = shape.batch(dtype)
+    small = batch.to(dtype)
+    compare(run(kd.GKD(beta, temperature), small), small, batch, lambda b: truth.gkd(b, beta, temperature))
+
+
+@DRAWN
+@given(shape=SHAPES)
+def test_sft(dtype, shape):
+    batch = shape.batch(dtype)
+    small = batch.to(dtype)
+    compare(run(kd.SFT(), small, target=small.target), small, batch, truth.sft)
+
+
+@DRAWN
+@given(shape=SHAPES, options=OPTIONS)
+def test_tsd_kd_is_the_reference(shape, options):
+    """In fp64 nothing is fed: selection included, the engine computes what reference.py says."""
+    batch = replace(shape, weights=False).batch(F64)
+    if not batch.responses:
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KDKERNELS_BACKEND", "eager")
+        loss = run(kd.TSDKD(**options), batch).loss
+    z_s, z_t = truth.token_logits(batch)
+    parts = truth.slices(batch)
+    options = {"opener_share" if key == "opener" else key: v for key, v in options.items()}
+    expected = reference.tsd_kd([z_s[r] for r in parts], [z_t[r] for r in parts], **options)
+    assert abs(loss - expected) <= 1e-12 * abs(expected)
+    for got, exact in zip(truth.gradients(loss, batch.student), truth.gradients(expected, batch.student), strict=True):
+        assert truth.relative(got, exact) < 1e-10
+
+
+# ---- metrics ---------------------------------------------------------------------------------------------------------
+
+
+def fixed(dtype=F32, lengths=(5, 1, 9, 0, 3), longest=10, **more) -> truth.Batch:
+    """A batch whose responses have the given lengths, each after two positions of prompt."""
+    mask = torch.zeros(len(lengths), longest + 2, dtype=torch.bool)
+    for row, n in enumerate(lengths):
+        mask[row, 2 : 2 + n] = True
+    return truth.random_batch(3, mask, dtype=dtype, **more).to(dtype)
+
+
+def test_metrics_of_tsd_kd(backend):
+    batch = fixed(weights=True)
+    objective = kd.TSDKD(k=4, opener=0.4, tau=0.5, entropy_ratio=0.3)
+    with pytest.MonkeyPatch.context() as patch:
+        recorder = Recorder(patch, objective)
+        out = run(objective, batch, target=batch.target)
+    exact = batch.to(F64)
+    terms = truth.tsd_kd(exact, recorder.selection(), tau=0.5)
+    assert int(out.count) == 4
+    z_s, z_t = (z.detach() for z in truth.token_logits(exact))
+    h_s, h_t = truth.entropy(z_s), truth.entropy(z_t)
+    target = batch.target.flatten()[torch.tensor([i for r in batch.responses for i in r])]
+    expected = {
+        **terms,
+        "loss": sum(terms.values()),
+        "gate": torch.sigmoid((h_s - h_t) / 0.5).mean(),
+        "student_entropy": h_s.mean(),
+        "teacher_entropy": h_t.mean(),
+        "opener_share": recorder.selection().opener.double().mean(),
+        "argmax_agreement": (z_s.argmax(-1) == z_t.argmax(-1)).double().mean(),
+        "cross_entropy": truth.cross_entropy(z_s, target).mean(),
+        "nonfinite_tokens": torch.tensor(0),
+    }
+    assert out.metrics.keys() == expected.keys()
+    for key, value in expected.items():
+        got = out.metrics[key]
+        assert got.shape == () and not got.requires_grad, key
+        torch.testing.assert_close(got.double(), value.detach().double(), rtol=1e-5, atol=1e-6, msg=key)
+    parts = sum(out.metrics[key] for key in ("direct", "indirect", "entropy_minimisation"))
+    torch.testing.assert_close(parts, out.metrics["loss"])
+    torch.testing.assert_close(out.metrics["loss"], out.loss.detach())
+
+
+def test_metrics_of_gkd_and_sft(backend):
+    batch = fixed()
+    gkd, sft = run(kd.GKD(), batch), run(kd.SFT(), batch, target=batch.target)
+    torch.testing.assert_close(gkd.metrics["direct"], gkd.loss.detach())
+    torch.testing.assert_close(sft.metrics["cross_entropy"], sft.loss.detach())
+    assert gkd.metrics.keys() == {
+        "loss", "direct", "student_entropy", "teacher_entropy", "argmax_agreement", "nonfinite_tokens"
+    }  # fmt: skip
+    assert sft.metrics.keys() == {"loss", "cross_entropy", "student_entropy", "nonfinite_tokens"}
+    assert int(gkd.count) == 4 and int(sft.count) == 18
+
+
+# ---- what is read and what is not ------------------------------------------------------------------------------------
+
+OBJECTIVES = [
+    pytest.param(lambda: kd.TSDKD(k=4, opener=0.5), id="TSDKD"),
+    pytest.param(kd.GKD, id="GKD"),
+    pytest.param(kd.SFT, id="SFT"),
+]
+
+
+def loss_of(make, batch, **more) -> torch.Tensor:
+    objective = make()
+    return run(objective, batch, **({"target": batch.target} if objective.needs_target else {}), **more).loss
+
+
+@pytest.mark.parametrize("make", OBJECTIVES)
+def test_positions_outside_the_mask_do_not_exist(backend, make):
+    batch = fixed(bias=True, padding_s=5, padding_t=7)
+    expected = truth.gradients(loss_of(make, batch), batch.student)
+    with torch.no_grad():
+        batch.student.hidden[~batch.mask] = float("nan")
+        batch.teacher.hidden[~batch.mask] = float("nan")
+        batch.target[~batch.mask] = -100
+        for head in (batch.student, batch.teacher):  # padded words
+            head.weight[head.vocabulary :] = float("nan")
+            head.bias[head.vocabulary :] = float("nan")
+    got = truth.gradients(loss_of(make, batch), batch.student)
+    for g, e in zip(got, expected, strict=True):
+        assert torch.equal(g, e)
+    d_hidden, d_weight, d_bias = got
+    assert (d_hidden[~batch.mask] == 0).all() and (d_hidden[batch.mask].abs().sum(-1) > 0).any()
+    assert (d_weight[60:] == 0).all() and (d_bias[60:] == 0).all() and d_weight.norm() > 0
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+@pytest.mark.parametrize("make", OBJECTIVES[:2])
+def test_a_bad_token_spoils_only_its_own_response(backend, make, side):
+    batch = fixed()
+    expected = truth.gradients(loss_of(make, batch), batch.student)[0]
+    with torch.no_grad():
+        getattr(batch, side).hidden[2, 4] = float("nan")
+    out = run(make(), batch)
+    got = truth.gradients(out.loss, batch.student)[0]
+    others = [0, 1, 3, 4]
+    assert torch.equal(got[others], expected[others]) and expected[others].norm() > 0
+    assert not got[2, 4].isfinite().all() and not out.loss.isfinite()
+    assert int(out.metrics["nonfinite_tokens"]) == 1
+
+
+@pytest.mark.parametrize("make", OBJECTIVES)
+@pytest.mark.parametrize("rows", [0, 3])
+def test_a_batch_without_tokens(backend, make, rows):
+    batch = fixed(lengths=(0,) * rows, bias=True, longest=4)
+    objective = make()
+    out = run(objective, batch, **({"target": batch.target} if objective.needs_target else {}))
+    assert out.loss == 0 and int(out.count) == 0
+    out.loss.backward()
+    for leaf in truth.leaves(batch.student):
+        assert leaf.grad is not None and leaf.grad.shape == leaf.shape and (leaf.grad == 0).all()
+
+
+def test_the_teacher_gets_no_gradient(backend):
+    batch = fixed()
+    batch.teacher.hidden.requires_grad_()
+    batch.teacher.weight.requires_grad_()
+    run(kd.TSDKD(k=4), batch).loss.backward()
+    assert batch.teacher.hidden.grad is None and batch.teacher.weight.grad is None
+    assert batch.student.weight.grad.norm() > 0
+
+
+def test_weights_are_constants(backend):
+    batch = fixed(weights=True)
+    batch.weights.requires_grad_()
+    run(kd.GKD(), batch).loss.backward()
+    assert batch.weights.grad is None
+
+
+@pytest.mark.parametrize("make", OBJECTIVES)
+def test_the_default_dtype_and_device_do_not_matter(backend, make):
+    batch = fixed(weights=True)
+    expected = truth.gradients(loss_of(make, batch), batch.student)
+    try:
+        torch.set_default_dtype(BF16)
+        with torch.device("meta"):
+            loss = loss_of(make, batch)
+        got = truth.gradients(loss, batch.student)
+    finally:
+        torch.set_default_dtype(F32)
+    assert all(torch.equal(g, e) for g, e in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("make", OBJECTIVES)
+def test_tensors_of_any_layout_in_memory(backend, make):
+    """Strided hidden states and a computed, transposed weight: the numbers of their contiguous copies."""
+    batch = fixed()
+    expected = truth.gradients(loss_of(make, batch), batch.student)
+    hidden = torch.stack([batch.student.hidden, batch.student.hidden], dim=-1).detach()[..., 0].requires_grad_()
+    base = batch.student.weight.detach().t().contiguous().requires_grad_()
+    assert not hidden.is_contiguous() and not base.t().is_contiguous()
+    batch.student = replace(batch.student, hidden=hidden, weight=base.t())
+    d_hidden, d_base = torch.autograd.grad(loss_of(make, batch), (hidden, base))
+    assert truth.relative(d_hidden, expected[0]) < 1e-6
+    assert truth.relative(d_base.t(), expected[1]) < 1e-6
