@@ -116,6 +116,8 @@ def test_statistics(backend, name, transform, temperature, dtype):
         worst = (value - exact[key]).abs().max()
         if key in ("log_sum", "tempered") and worst < 1e-6:
             continue  # an absolute error of log q is a relative one of q
+        if worst < 1e-15:
+            continue  # with logits of 1e4 an entropy is 1e-20: below what the formula resolves in fp64
         assert_accurate(value, eager[key], exact[key], key)
 
 
@@ -166,7 +168,7 @@ def test_large_logits_keep_their_entropy(backend):
 
 def vanishes(x: torch.Tensor, backend: str) -> bool:
     """Exactly 0; for the eager backend, which computes as the formulas read, up to rounding."""
-    return bool((x == 0).all()) if backend == "native" else x.abs().max() < 1e-6
+    return bool((x == 0).all()) if backend != "eager" else x.abs().max() < 1e-6
 
 
 # ---- divergence and gradient -----------------------------------------------------------------------------------------

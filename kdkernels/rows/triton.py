@@ -1,12 +1,10 @@
 """Row kernels in Triton for CUDA tensors (triton_kernels.py): float32, bfloat16 and float16 logits, fp32 arithmetic.
 
-Block sizes and warps are fixed, so that results do not depend on what a tuner found that day; KDKERNELS_TRITON_BLOCK
-(a power of two) overrides the words per block. With TRITON_INTERPRET=1 the kernels run on CPU tensors, slowly.
+Block sizes and warps are fixed, so that results do not depend on what a tuner found that day. With TRITON_INTERPRET=1
+the kernels run on CPU tensors, slowly.
 """
 
 from __future__ import annotations
-
-import os
 
 import torch
 import triton
@@ -16,12 +14,14 @@ from ..divergences import Divergence
 from . import triton_kernels as kernels
 from .interface import Coefficients, Rows
 
-# Words per block and warps of each kernel: 8 to 16 words a thread, no spills (docs/triton-resources.md).
+# Words per block and warps of each sweep. 8 words a thread: two 16-byte loads of fp32 in flight, 32 to 64 registers
+# (docs/triton-resources.md), so that 4 to 8 programs share a multiprocessor and 1000 rows still fill a large GPU.
 _STATISTICS = (2048, 8)
 _DIVERGENCE = (2048, 8)
 _GRADIENT = (2048, 8)
-_GROUP = 128  # words that share a maximum
-_MAXIMA_PER_WARP = 1024
+_GROUP = 128  # words that share a maximum: one load of a warp; about sqrt(V / k) at V = 151936, k = 10
+_MAXIMA_PER_WARP = 1024  # few warps: choosing candidates is a chain of reductions, and those across warps are slow
+_SCATTER_WARPS = 4
 _LAUNCH_ROWS = 4096  # bounds the group maxima; six waves of programs on the largest GPUs
 
 
@@ -92,27 +92,28 @@ def gradient_(
 ) -> None:
     count, vocabulary = student.logits.shape
     dense, ids, scatter = coefficients.dense, coefficients.ids.contiguous(), coefficients.scatter.contiguous()
+    row = {**_sides(student, teacher if kind else None), **_scalars(kind), "inv_temperature": 1 / temperature}
+    row |= {"TEMPERED": kind is not None and temperature != 1, "center_ptr": center, "dense_ptr": dense}
+    row |= {"dense_stride": _stride("dense", dense), "ids_ptr": ids, "n_ids": ids.shape[1], "IDS": _padded(ids)}
+    at_ids = torch.empty_like(scatter)
+    if ids.shape[1]:
+        _launch(kernels.scatter_kernel, count, _SCATTER_WARPS, **row, scatter_ptr=scatter, at_ids_ptr=at_ids)
     block, warps = _block(_GRADIENT, vocabulary)
+    stride = _stride("out", out)
     _launch(
-        kernels.gradient_kernel, count, warps, **_sides(student, teacher if kind else None), **_scalars(kind),
-        inv_temperature=1 / temperature, TEMPERED=kind is not None and temperature != 1, center_ptr=center,
-        dense_ptr=dense, dense_stride=_stride("dense", dense), ids_ptr=ids, scatter_ptr=scatter, n_ids=ids.shape[1],
-        IDS=_padded(ids), out_ptr=out, out_stride=_stride("out", out), BLOCK=block,
-    )  # fmt: skip
+        kernels.gradient_kernel, count, warps, **row, at_ids_ptr=at_ids, out_ptr=out, out_stride=stride, BLOCK=block
+    )
 
 
 def _block(default: tuple[int, int], vocabulary: int, least: int = 128) -> tuple[int, int]:
-    """Words per block and warps: the default, or a block that a small vocabulary fits in, and its share of the warps."""
-    block = int(os.environ.get("KDKERNELS_TRITON_BLOCK", default[0]))
-    block = max(least, min(block, triton.next_power_of_2(vocabulary)))
-    return block, max(1, default[1] * min(block, default[0]) // default[0])
+    """Words per block and warps: the default, or a smaller block that the vocabulary fits in and its share of warps."""
+    block = max(least, min(default[0], triton.next_power_of_2(vocabulary)))
+    return block, max(1, default[1] * block // default[0])
 
 
 def _padded(ids: Tensor | None) -> int:
-    """Ids per row, rounded up to a thread each: every size is a kernel of its own."""
-    if ids is None or ids.shape[1] == 0:
-        return 0
-    return max(256, triton.next_power_of_2(ids.shape[1]))
+    """Ids per row, rounded up: every size is a kernel of its own."""
+    return 256 if ids is None else max(256, triton.next_power_of_2(ids.shape[1]))
 
 
 def _stride(name: str, matrix: Tensor) -> int:
@@ -125,7 +126,11 @@ def _stride(name: str, matrix: Tensor) -> int:
 def _sides(student: Rows, teacher: Rows | None) -> dict:
     sides = {"vocabulary": student.logits.shape[1]}
     for key, rows in (("s", student), ("t", teacher or student)):  # without a teacher nothing reads its side
-        sides |= {f"{key}_ptr": rows.logits, f"{key}_stride": _stride("logits", rows.logits), f"{key}_scale": rows.scale}
+        sides |= {
+            f"{key}_ptr": rows.logits,
+            f"{key}_stride": _stride("logits", rows.logits),
+            f"{key}_scale": rows.scale,
+        }
         sides |= {f"{key}_softcap": rows.softcap or 0.0, f"{key}_stats_ptr": rows.stats}
         sides |= {f"{key.upper()}_SOFTCAP": rows.softcap is not None}
     return sides

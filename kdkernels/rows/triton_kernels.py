@@ -1,4 +1,4 @@
-"""The row kernels in Triton: statistics, candidates, divergence, gradient. One program per row; the maths of csrc/sweeps.h.
+"""The row kernels in Triton: statistics, candidates, divergence, gradient. One program per row; maths of csrc/sweeps.h.
 
 All arithmetic is fp32. Launch with ``enable_fp_fusion=False``: a kernel then computes the same z from the same logit as
 every other one, which the top-k needs (it compares words with maxima from another kernel), and identical logits cancel
@@ -128,8 +128,8 @@ def candidates_kernel(
 ):  # fmt: skip
     """The k largest z in order, ties to the smaller index; and z at ``ids`` (NaN for an id outside the vocabulary).
 
-    The next word in order is in the group with the largest maximum, the first of equals. Words up to it in the order are
-    taken, so its group's new maximum is over the words after it: k steps, each over all maxima and one group's words.
+    The next word in order is in the group with the largest maximum, the first of equals. Words up to it in the order
+    are taken, so its group's new maximum is over those after it: k steps, each over all maxima and one group's words.
     """
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row * x_stride
@@ -154,7 +154,7 @@ def candidates_kernel(
         tl.store(values_ptr + i, tl.where(value > MASKED, value, -float("inf")))
         tl.store(indices_ptr + i, index.to(tl.int64))
         maxima = tl.where(group == chosen, tl.max(tl.where(word == at, -float("inf"), z), axis=0), maxima)
-    if IDS > 0:
+    if n_ids > 0:
         slot = tl.arange(0, IDS)
         ids = tl.load(ids_ptr + row * n_ids + slot, mask=slot < n_ids, other=-1)
         inside = (ids >= 0) & (ids < vocabulary)
@@ -168,14 +168,14 @@ def candidates_kernel(
 
 @triton.jit
 def _log_prob(z, top, log_sum, inv_temperature):
-    return (z - top) * inv_temperature - log_sum
+    return tl.fma(z - top, inv_temperature, -log_sum)
 
 
 @triton.jit
 def _compare(log_q, log_p, mix, MIXTURE: tl.constexpr):
     """q, p, log(p/m), log(q/m), q (q - p)/m of words; 0 for what the mixture leaves out.
 
-    With d = log q - log p and r = exp(-|d|) in [0, 1], m over the larger of p and q is w = 1 + c (r - 1), where c weighs
+    With d = log q - log p and r = exp(-|d|) in [0, 1], m over the larger of p and q is w = 1 + c (r - 1), c weighing
     the smaller one: nothing overflows, no log of 0 at an interior mixture, and w is exactly 1 where p = q.
     """
     d = log_q - log_p
@@ -235,10 +235,7 @@ def divergence_kernel(
             kl_q = tl.fma(q, log_q_m, kl_q)
         if MIXTURE == INTERIOR:
             skewed += q_skew
-    if MIXTURE == STUDENT:
-        center = 0.0  # sum q - sum p
-    else:
-        center = skew * tl.sum(skewed, axis=0) + b * tl.sum(kl_q, axis=0)
+    center = skew * tl.sum(skewed, axis=0) + b * tl.sum(kl_q, axis=0)  # at m = q the skew sum is sum q - sum p = 0
     value = a * tl.sum(kl_p, axis=0) + b * tl.sum(kl_q, axis=0)
     tl.store(value_ptr + row, tl.where(value > INFINITE, float("inf"), value))
     tl.store(center_ptr + row, center)
@@ -275,68 +272,88 @@ def _gradient(
 
 
 @triton.jit
+def _row_scalars(row, s_stats_ptr, t_stats_ptr, center_ptr, dense_ptr, dense_stride, MIXTURE: tl.constexpr):
+    """Statistics and coefficients of a row, in the order in which _gradient takes them."""
+    s_stats_ptr += row * 4
+    t_stats_ptr += row * 4
+    t_max = 0.0
+    t_tempered = 0.0
+    center = 0.0
+    c_divergence = 0.0
+    if MIXTURE != NONE:
+        t_max = tl.load(t_stats_ptr)
+        t_tempered = tl.load(t_stats_ptr + 3)
+        center = tl.load(center_ptr + row)
+        c_divergence = tl.load(dense_ptr + row)
+    c_entropy = tl.load(dense_ptr + dense_stride + row)
+    c_softmax = tl.load(dense_ptr + 2 * dense_stride + row)
+    s_max = tl.load(s_stats_ptr)
+    s_log_sum = tl.load(s_stats_ptr + 1)
+    s_entropy = tl.load(s_stats_ptr + 2)
+    s_tempered = tl.load(s_stats_ptr + 3)
+    return s_max, s_log_sum, s_entropy, s_tempered, t_max, t_tempered, center, c_divergence, c_entropy, c_softmax
+
+
+@triton.jit
+def scatter_kernel(
+    s_ptr, s_stride, s_scale, s_softcap, s_stats_ptr, t_ptr, t_stride, t_scale, t_softcap, t_stats_ptr, vocabulary,
+    b, mix, skew, inv_temperature, center_ptr, dense_ptr, dense_stride, ids_ptr, scatter_ptr, at_ids_ptr, n_ids,
+    IDS: tl.constexpr, MIXTURE: tl.constexpr, TEMPERED: tl.constexpr, S_SOFTCAP: tl.constexpr, T_SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """The gradient of all terms at ``ids`` alone, in fp32, with ``scatter`` added; of equal ids each gets the sum."""
+    row = tl.program_id(0).to(tl.int64)
+    ids_ptr += row * n_ids
+    scatter_ptr += row * n_ids
+    slot = tl.arange(0, IDS)
+    ids = tl.load(ids_ptr + slot, mask=slot < n_ids, other=-1)
+    inside = (ids >= 0) & (ids < vocabulary)
+    added = tl.zeros([IDS], tl.float32)
+    for j in range(n_ids):
+        added += tl.where(ids == tl.load(ids_ptr + j), tl.load(scatter_ptr + j), 0.0)
+    s_max, s_log_sum, s_entropy, s_tempered, t_max, t_tempered, center, c_divergence, c_entropy, c_softmax = (
+        _row_scalars(row, s_stats_ptr, t_stats_ptr, center_ptr, dense_ptr, dense_stride, MIXTURE)
+    )
+    gradient = _gradient(
+        ids, inside, added, s_ptr + row * s_stride, s_scale, s_softcap, t_ptr + row * t_stride, t_scale, t_softcap,
+        s_max, s_log_sum, s_entropy, s_tempered, t_max, t_tempered, center, c_divergence, c_entropy, c_softmax,
+        b, mix, skew, inv_temperature, MIXTURE, TEMPERED, S_SOFTCAP, T_SOFTCAP,
+    )  # fmt: skip
+    tl.store(at_ids_ptr + row * n_ids + slot, gradient, mask=slot < n_ids)
+
+
+@triton.jit
 def gradient_kernel(
     s_ptr, s_stride, s_scale, s_softcap, s_stats_ptr, t_ptr, t_stride, t_scale, t_softcap, t_stats_ptr, vocabulary,
-    b, mix, skew, inv_temperature, center_ptr, dense_ptr, dense_stride, ids_ptr, scatter_ptr, n_ids, out_ptr, out_stride,
+    b, mix, skew, inv_temperature, center_ptr, dense_ptr, dense_stride, ids_ptr, at_ids_ptr, n_ids, out_ptr, out_stride,
     BLOCK: tl.constexpr, IDS: tl.constexpr, MIXTURE: tl.constexpr, TEMPERED: tl.constexpr,
     S_SOFTCAP: tl.constexpr, T_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of all terms, written over the student's logits by ascending blocks.
+    """The gradient of all terms, written over the student's logits by ascending blocks, then what belongs at ``ids``.
 
-    Narrow words over wide ones (bf16 over fp32): block n's words of the output lie over words of blocks <= n of the
-    logits, of which other warps may not have read theirs yet: they may be late by a whole block, and even within a block
-    loads and stores need not share a layout. So every block is read, then a barrier, then written: behind the
-    barrier all warps have read all blocks <= n, and nobody writes over block n + 1, which the fast ones read already.
-
-    ``scatter`` is added in fp32, before rounding. The gradient at ``ids`` is computed up front, while the logits are
-    still there, and stored after the sweep; equal ids add up and store the same number.
+    Narrow words over wide ones (bf16 over fp32): block n of the output lies over words of blocks <= n of the logits, of
+    which other warps may not have read theirs yet: they may be late by a whole block, and even within a block loads
+    and stores need not share a layout. So every block is read, then a barrier, then written: behind the barrier all
+    warps have read all blocks <= n, and nobody writes over block n + 1, which the fast ones may be reading already.
     """
     row = tl.program_id(0).to(tl.int64)
-    s_ptr += row * s_stride
-    t_ptr += row * t_stride
     out_ptr += row * out_stride
-    ids_ptr += row * n_ids
-    scatter_ptr += row * n_ids
-    s_max = tl.load(s_stats_ptr + row * 4)
-    s_log_sum = tl.load(s_stats_ptr + row * 4 + 1)
-    s_entropy = tl.load(s_stats_ptr + row * 4 + 2)
-    s_tempered = tl.load(s_stats_ptr + row * 4 + 3)
-    c_entropy = tl.load(dense_ptr + dense_stride + row)
-    c_softmax = tl.load(dense_ptr + 2 * dense_stride + row)
-    if MIXTURE == NONE:
-        t_max = 0.0
-        t_tempered = 0.0
-        center = 0.0
-        c_divergence = 0.0
-    else:
-        t_max = tl.load(t_stats_ptr + row * 4)
-        t_tempered = tl.load(t_stats_ptr + row * 4 + 3)
-        center = tl.load(center_ptr + row)
-        c_divergence = tl.load(dense_ptr + row)
-
-    if IDS > 0:
-        slot = tl.arange(0, IDS)
-        ids = tl.load(ids_ptr + slot, mask=slot < n_ids, other=-1)
-        listed = (ids >= 0) & (ids < vocabulary)
-        added = tl.zeros([IDS], tl.float32)
-        for j in range(n_ids):
-            added += tl.where(ids == tl.load(ids_ptr + j), tl.load(scatter_ptr + j), 0.0)
-        at_ids = _gradient(
-            ids, listed, added, s_ptr, s_scale, s_softcap, t_ptr, t_scale, t_softcap,
-            s_max, s_log_sum, s_entropy, s_tempered, t_max, t_tempered, center, c_divergence, c_entropy, c_softmax,
-            b, mix, skew, inv_temperature, MIXTURE, TEMPERED, S_SOFTCAP, T_SOFTCAP,
-        )  # fmt: skip
-
+    s_max, s_log_sum, s_entropy, s_tempered, t_max, t_tempered, center, c_divergence, c_entropy, c_softmax = (
+        _row_scalars(row, s_stats_ptr, t_stats_ptr, center_ptr, dense_ptr, dense_stride, MIXTURE)
+    )
     for first in range(0, vocabulary, BLOCK):
         words = first + tl.arange(0, BLOCK)
         inside = words < vocabulary
         gradient = _gradient(
-            words, inside, tl.zeros([BLOCK], tl.float32), s_ptr, s_scale, s_softcap, t_ptr, t_scale, t_softcap,
+            words, inside, 0.0, s_ptr + row * s_stride, s_scale, s_softcap, t_ptr + row * t_stride, t_scale, t_softcap,
             s_max, s_log_sum, s_entropy, s_tempered, t_max, t_tempered, center, c_divergence, c_entropy, c_softmax,
             b, mix, skew, inv_temperature, MIXTURE, TEMPERED, S_SOFTCAP, T_SOFTCAP,
         )  # fmt: skip
         tl.debug_barrier()
         tl.store(out_ptr + words, gradient.to(out_ptr.dtype.element_ty), mask=inside)
-    if IDS > 0:
-        tl.debug_barrier()
-        tl.store(out_ptr + ids, at_ids.to(out_ptr.dtype.element_ty), mask=listed)
+    if n_ids > 0:
+        slot = tl.arange(0, IDS)
+        ids = tl.load(ids_ptr + row * n_ids + slot, mask=slot < n_ids, other=-1)
+        gradient = tl.load(at_ids_ptr + row * n_ids + slot, mask=slot < n_ids, other=0.0)
+        inside = (ids >= 0) & (ids < vocabulary)
+        tl.debug_barrier()  # over the words the sweep wrote there
+        tl.store(out_ptr + ids, gradient.to(out_ptr.dtype.element_ty), mask=inside)
