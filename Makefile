@@ -1,4 +1,4 @@
-# make install | demo | test | test-slow | gsm8k | lint. Everything lives in .venv; nothing outside this folder is touched.
+# make install | demo | test | test-slow | bench | gsm8k | lint | clean. Everything lives in .venv; nothing outside this folder is touched.
 PYTHON ?= python3
 PY := .venv/bin/python
 PIP := PIP_CONSTRAINT=constraints.txt $(PY) -m pip install --quiet --disable-pip-version-check
@@ -7,7 +7,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 
-.PHONY: install demo gsm8k test test-slow lint clean
+.PHONY: install demo gsm8k test test-slow bench lint clean
 
 install: .venv/installed
 
@@ -35,6 +35,9 @@ test: install lint
 
 test-slow: install
 	$(PY) -m pytest -m slow
+
+bench: install
+	$(PY) benchmarks/objectives_cpu.py
 
 lint: install
 	$(PY) -m ruff check .

@@ -20,6 +20,7 @@ Axes: N tokens, n tokens of a part, V vocabulary, H hidden, K candidates.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
 from typing import NamedTuple
 
@@ -162,6 +163,8 @@ class _Loop:
         fixed = self.backend.workspace(self.vocabulary) + max(gemm.workspace(w, self.operand, dtype) for w in widths)
         row_bytes = [self.vocabulary * dtype.itemsize + 2 * w * self.operand.itemsize for w in widths] + [0]
         budget = plan.DEFAULT_BUDGET if call.memory_budget is None else call.memory_budget
+        if not isinstance(budget, int):
+            raise TypeError(f"memory_budget: expected an int (bytes) or None, got {budget!r}")
         count = max(1, len(layout))
         rows, self.teacher_rows = plan.chunk_rows(budget, fixed, row_bytes[0], row_bytes[1], count)
         lengths = layout.lengths if program.selects else (len(layout),)
@@ -275,7 +278,11 @@ def _row_coefficients(
 
 def run(call: Call, needs: Needs = Needs()) -> Result | None:  # noqa: B008 - an immutable default
     """Evaluates a program over all tokens; None where there are none."""
-    return _Loop(call, needs).run() if len(call.layout) else None
+    if not len(call.layout):
+        return None
+    device = call.student.hidden.device.type
+    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+        return _Loop(call, needs).run()
 
 
 # ---- autograd --------------------------------------------------------------------------------------------------------
@@ -329,7 +336,7 @@ def evaluate(call: Call, per_token: str | None = None) -> tuple[Tensor, Result |
 
     ``call.student`` holds the caller's tensors here; gradients flow to those that require them, in grad mode only.
     """
-    student, teacher = call.student, call.teacher
+    student, teacher = call.student.autocast(), call.teacher and call.teacher.autocast()
     inputs = (student.hidden, student.weight, student.bias)
     needs = Needs(*(t is not None and t.requires_grad and torch.is_grad_enabled() for t in inputs))
     call = replace(call, student=_detached(student), teacher=teacher and _detached(teacher))

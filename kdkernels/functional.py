@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .chunked import Call, Program, Tokens, evaluate, run
 from .divergences import Divergence
-from .heads import Head
+from .heads import Head, autocast_dtype, shared_vocabulary
 from .layout import Layout
 
 __all__ = ["TokenStatistics", "cross_entropy", "divergence", "entropy", "plackett_luce", "statistics"]
@@ -62,7 +62,7 @@ def check_teacher(student: Head, teacher: object, same_positions: bool = True) -
         raise ValueError(
             f"teacher: expected device {student.hidden.device} (the student's), got {teacher.hidden.device}"
         )
-    if teacher.hidden.dtype != student.hidden.dtype:
+    if teacher.hidden.dtype != student.hidden.dtype and autocast_dtype(student.hidden.device) is None:
         raise TypeError(f"teacher: expected dtype {student.hidden.dtype} (the student's), got {teacher.hidden.dtype}")
     if same_positions and teacher.hidden.shape[:-1] != student.hidden.shape[:-1]:
         raise ValueError(
@@ -194,8 +194,9 @@ def statistics(
     check_head("student", student)
     if teacher is not None:
         check_teacher(student, teacher)
-    if not isinstance(topk, int) or topk < 0:
-        raise ValueError(f"topk: expected an int >= 0, got {topk!r}")
+    words = shared_vocabulary(student, teacher)
+    if not isinstance(topk, int) or not 0 <= topk <= words:
+        raise ValueError(f"topk: expected an int in [0, {words}], got {topk!r}")
     shape = student.hidden.shape[:-1]
     if target is not None:
         check_ids("target", target, shape, student.vocabulary, student.hidden.device)
@@ -205,7 +206,10 @@ def statistics(
     layout = _everything(student)
     options = {"memory_budget": memory_budget, "logits_dtype": logits_dtype}
     with torch.no_grad():
-        result = run(Call(program, student, teacher, layout, layout.index, target, **options))
+        call = Call(
+            program, student.autocast(), teacher and teacher.autocast(), layout, layout.index, target, **options
+        )
+        result = run(call)
     if result is None:
         raise ValueError(f"student: expected at least one token, got hidden of shape {list(student.hidden.shape)}")
     return _statistics(result.tokens, shape)
@@ -213,7 +217,7 @@ def statistics(
 
 def _statistics(tokens: Tokens, shape: torch.Size) -> TokenStatistics:
     def shaped(t: Tensor | None) -> Tensor | None:
-        return None if t is None else t.view(*shape, *t.shape[1:])
+        return None if t is None else t.view((*shape, *t.shape[1:]))
 
     return TokenStatistics(
         lse=shaped(tokens.lse),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 _UPCAST_WORDS = 4096  # words per step where the operands have to be widened
+_ADDED_WORDS = 512  # words per step of adding 16-bit products to fp32 sums: they stay in the cache
 
 
 def workspace(hidden_size: int, operand: torch.dtype, logits: torch.dtype) -> int:
@@ -56,7 +57,10 @@ class WeightGradient:
         else:
             self.words.addmm_(dz.t(), hidden)
         if self.accumulator is not None:
-            self.accumulator += self.words  # no CPU GEMM adds bf16 products into an fp32 matrix
+            # No CPU GEMM adds bf16 products into an fp32 matrix, and adding them at once would first widen all of them.
+            for first in range(0, len(self.words), _ADDED_WORDS):
+                words = slice(first, first + _ADDED_WORDS)
+                self.accumulator[words] += self.words[words]
         self.empty = False
 
     def result(self) -> Tensor:

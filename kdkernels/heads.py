@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ class Head:
         vocab_size: real vocabulary where ``weight`` is padded beyond it; the padding rows have probability 0.
 
     Raises:
-        TypeError: a tensor of the wrong kind, or hidden, weight and bias of different dtypes.
+        TypeError: a tensor of the wrong kind, or hidden, weight and bias of different dtypes (autocast makes them one).
         ValueError: shapes or devices that do not fit, a soft-cap that is not positive, a vocab_size outside [1, V].
     """
 
@@ -43,7 +43,7 @@ class Head:
                 raise TypeError(f"{name}: expected a floating-point tensor, got {got}")
             if tensor.device != self.hidden.device:
                 raise ValueError(f"{name}: expected device {self.hidden.device} (that of hidden), got {tensor.device}")
-            if tensor.dtype != self.hidden.dtype:
+            if tensor.dtype != self.hidden.dtype and autocast_dtype(self.hidden.device) is None:
                 raise TypeError(f"{name}: expected dtype {self.hidden.dtype} (that of hidden), got {tensor.dtype}")
         if self.weight.dim() != 2 or 0 in self.weight.shape:
             raise ValueError(f"weight: expected shape [V, H], got {list(self.weight.shape)}")
@@ -66,6 +66,14 @@ class Head:
         """Number of words with a probability: ``vocab_size`` or the rows of weight."""
         return self.vocab_size or self.weight.shape[0]
 
+    def autocast(self) -> Head:
+        """This head in autocast's dtype where that is on; differentiable: gradients come in the parameters' dtype."""
+        dtype = autocast_dtype(self.hidden.device)
+        if dtype is None:
+            return self
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return replace(self, hidden=self.hidden.to(dtype), weight=self.weight.to(dtype), bias=bias)
+
     @classmethod
     def from_model(cls, model, hidden: Tensor, vocab_size: int | None = None) -> Head:
         """The head of a transformers causal LM over ``hidden`` [..., H], with its bias, soft-cap and logit scale.
@@ -84,16 +92,41 @@ class Head:
                 "pass kd.Head(hidden, weight, ...) with the effective weight instead"
             )
         config = model.config.get_text_config()
-        divisor = getattr(config, "logits_scaling", None)
-        scale = 1.0 / divisor if divisor else getattr(config, "logit_scale", None) or 1.0
         return cls(
             hidden,
             layer.weight,
             layer.bias,
-            softcap=getattr(config, "final_logit_softcapping", None),
-            scale=float(scale),
+            softcap=_first(config, _SOFTCAPS),
+            scale=_scale(config),
             vocab_size=vocab_size or min(config.vocab_size, layer.weight.shape[0]),
         )
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype of ``torch.autocast`` where it is on, else None."""
+    kind = device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
+# What transformers' configs call them (5.23).
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+_FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
+
+
+def _first(config, names: tuple[str, ...]):
+    """The first of these attributes that the config has, else None."""
+    return next((value for name in names if (value := getattr(config, name, None)) is not None), None)
+
+
+def _scale(config) -> float:
+    """Factor on the raw logits. Granite divides by its logits_scaling, HyperCLOVA X multiplies by it."""
+    scaling = _first(config, ("logits_scaling",))
+    if scaling is not None:
+        return float(scaling) if config.model_type.startswith("hyperclovax") else 1.0 / scaling
+    factor = _first(config, _FACTORS)
+    return 1.0 if factor is None else float(factor)
 
 
 def shared_vocabulary(student: Head, teacher: Head | None) -> int:

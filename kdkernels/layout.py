@@ -46,8 +46,7 @@ class Layout:
     @classmethod
     def from_labels(cls, labels: Tensor, ignore_index: int = -100) -> Layout:
         """From Hugging Face labels [B, L] (the token *at* t, or ``ignore_index``), which it shifts for you."""
-        if labels.dim() != 2 or labels.is_floating_point():
-            raise ValueError(f"labels: expected int [B, L], got {labels.dtype} {list(labels.shape)}")
+        _check_integers("labels", labels)
         mask = torch.zeros_like(labels, dtype=torch.bool)
         mask[:, :-1] = labels[:, 1:] != ignore_index
         return cls.from_mask(mask)
@@ -55,8 +54,7 @@ class Layout:
     @classmethod
     def from_segments(cls, ids: Tensor) -> Layout:
         """From integer ids [B, L]: 0 is unscored, equal ids in a row are one response (packed or multi-turn rows)."""
-        if ids.dim() != 2 or ids.is_floating_point():
-            raise ValueError(f"ids: expected int [B, L], got {ids.dtype} {list(ids.shape)}")
+        _check_integers("ids", ids)
         flat = ids.flatten()
         index = flat.nonzero()[:, 0]
         keys = torch.stack([index // max(1, ids.shape[1]), flat[index]])  # responses are distinct (row, id) pairs
@@ -107,3 +105,10 @@ class Layout:
         table = values.new_full((self.responses, max(self.lengths)), fill)
         table[self.response, self.position] = values
         return table
+
+
+def _check_integers(name: str, values: object) -> None:
+    if not isinstance(values, Tensor) or values.is_floating_point():
+        raise TypeError(f"{name}: expected an integer tensor, got {getattr(values, 'dtype', type(values).__name__)}")
+    if values.dim() != 2:
+        raise ValueError(f"{name}: expected shape [B, L], got {list(values.shape)}")

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 logger = logging.getLogger("kdkernels")
 
-DEFAULT_BUDGET = 384 * 2**20  # bytes; for 151936 words in bf16: 1000 student rows and 256 teacher rows
+DEFAULT_BUDGET = 384 * 2**20  # bytes; for 151936 words in bf16: 1150 student rows and 160 teacher rows
 SMALLEST_GOOD_CHUNK = 256  # rows; below, reading the weights once per chunk dominates
 TEACHER_ROWS = 256  # the teacher's logits only feed the row kernels: a smaller buffer does
 

@@ -22,7 +22,7 @@ def of_the_engine(path: Path) -> bool:
 def pytest_collection_modifyitems(items):
     for item in items:
         if of_the_engine(item.path):
-            item.add_marker(STRICT)
+            item.add_marker(STRICT, append=False)  # a test's own filters win
 
 
 @pytest.fixture(autouse=True)

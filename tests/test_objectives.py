@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 import truth
+from batches import OBJECTIVES, fixed, loss_of, positions, random_batch, run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from selections import Recorder, assert_within_rounding
@@ -38,7 +39,7 @@ class Shape:
         generator = torch.Generator().manual_seed(self.numbers)
         shape = (self.rows, self.length)
         mask = torch.rand(shape, generator=generator) < self.density
-        batch = truth.random_batch(
+        batch = random_batch(
             self.numbers, mask, self.words, *self.hidden, *self.padding, self.bias, self.softcap, self.scale,
             self.weights, dtype,
         )  # fmt: skip
@@ -54,7 +55,7 @@ class Shape:
         elif self.layout == "teacher_mask":  # the teacher reads a longer prompt
             wide = torch.zeros(self.rows, self.length + 3, dtype=torch.bool)
             wide[:, 3:] = mask
-            batch.teacher_mask, batch.teacher_responses = wide, truth.positions(wide)
+            batch.teacher_mask, batch.teacher_responses = wide, positions(wide)
             hidden = torch.randn(self.rows, self.length + 3, self.hidden[1]).to(dtype).double()
             batch.teacher = replace(batch.teacher, hidden=hidden)
         return batch
@@ -100,14 +101,6 @@ def of_terms(options: dict) -> dict:
 
 def keywords(batch: truth.Batch, **more) -> dict:
     return {"weights": batch.weights, "teacher_mask": batch.teacher_mask, **more}
-
-
-def run(objective, batch: truth.Batch, **more) -> kd.objectives.Output:
-    teacher = batch.teacher if objective.needs_teacher else None
-    teacher_mask = batch.teacher_mask if objective.needs_teacher else None
-    return objective(
-        batch.student, teacher, batch.mask, weights=batch.weights, teacher_mask=teacher_mask, **more
-    )  # fmt: skip
 
 
 def compare(out: kd.objectives.Output, small: truth.Batch, batch: truth.Batch, dense):
@@ -197,14 +190,6 @@ def test_tsd_kd_is_the_reference(shape, options):
 # ---- metrics ---------------------------------------------------------------------------------------------------------
 
 
-def fixed(dtype=F32, lengths=(5, 1, 9, 0, 3), longest=10, **more) -> truth.Batch:
-    """A batch whose responses have the given lengths, each after two positions of prompt."""
-    mask = torch.zeros(len(lengths), longest + 2, dtype=torch.bool)
-    for row, n in enumerate(lengths):
-        mask[row, 2 : 2 + n] = True
-    return truth.random_batch(3, mask, dtype=dtype, **more).to(dtype)
-
-
 def test_metrics_of_tsd_kd(backend):
     batch = fixed(weights=True)
     objective = kd.TSDKD(k=4, opener=0.4, tau=0.5, entropy_ratio=0.3)
@@ -251,17 +236,6 @@ def test_metrics_of_gkd_and_sft(backend):
 
 
 # ---- what is read and what is not ------------------------------------------------------------------------------------
-
-OBJECTIVES = [
-    pytest.param(lambda: kd.TSDKD(k=4, opener=0.5), id="TSDKD"),
-    pytest.param(kd.GKD, id="GKD"),
-    pytest.param(kd.SFT, id="SFT"),
-]
-
-
-def loss_of(make, batch, **more) -> torch.Tensor:
-    objective = make()
-    return run(objective, batch, **({"target": batch.target} if objective.needs_target else {}), **more).loss
 
 
 @pytest.mark.parametrize("make", OBJECTIVES)

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import truth
+from batches import random_batch
 
 import kdkernels as kd
 from kdkernels import reference
@@ -288,7 +289,7 @@ def test_objectives_against_the_formulas():
     """reference.tsd_kd, gkd and sft on ragged batches against an independent, token-by-token selection."""
     for seed in range(5):
         mask = torch.rand(4, 11, generator=torch.Generator().manual_seed(seed)) < 0.7
-        batch = truth.random_batch(seed, mask, words=20)
+        batch = random_batch(seed, mask, words=20)
         z_s, z_t = truth.token_logits(batch)
         parts = truth.slices(batch)
         s, t = [z_s[r] for r in parts], [z_t[r] for r in parts]

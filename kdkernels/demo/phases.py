@@ -21,7 +21,7 @@ from kdkernels.training.schema import read_toml
 RECIPES = Path(__file__).parents[2] / "recipes" / "demo"
 ROOT, SEED = "runs/demo/", "seed-0/"  # the demo's directory and the seed's in it, as the recipes spell them
 MEASURE = Path(__file__).with_name("measure.py")
-PROBLEMS = {"teacher": 16000, "few": 600, "many": 2400, "new": 9600, "test": 1000}  # in each data file
+PROBLEMS = {"teacher": 19200, "few": 600, "many": 1200, "new": 9600, "test": 1000}  # in each data file
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,11 @@ FROM_STUDENT = (
     Phase("sft-new", "SFT on new solutions", "sft", "new", ("data.train=runs/demo/data/new.jsonl",)),
 )
 FROM_STRONG_STUDENT = (
-    Phase("strong-sft", "continued SFT", "sft", "many", (*_FROM_STRONG, *_MANY)),
-    Phase("strong-gkd", "GKD", "gkd", None, _FROM_STRONG),
-    Phase("strong-tsd-kd", f"TSD-KD, {PAPER}", "tsd-kd", None, _FROM_STRONG),
+    Phase("strong-sft", "strong, continued SFT", "sft", "many", (*_FROM_STRONG, *_MANY)),
+    Phase("strong-gkd", "strong, GKD", "gkd", None, _FROM_STRONG),
+    Phase("strong-tsd-kd", f"strong, TSD-KD, {PAPER}", "tsd-kd", None, _FROM_STRONG),
 )
+PHASES = (TEACHER, STUDENTS[0], *FROM_STUDENT, STUDENTS[1], *FROM_STRONG_STUDENT)  # as they stand in the report
 
 
 def directory(phase: Phase, output: Path, seed: int) -> Path:

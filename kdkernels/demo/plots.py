@@ -44,14 +44,15 @@ def plot_accuracy(arms: Sequence[Arm], path: Path) -> None:
 def plot_curves(arms: Sequence[Arm], path: Path) -> None:
     """The training curves of all arms that have a teacher, means over seeds, smoothed over a few steps."""
     figure, panels = pyplot.subplots(2, 3, figsize=(14, 7), layout="constrained")
+    distilled = [arm for arm in arms if "teacher_entropy" in arm.steps[0][0]]
     for axes, (name, title) in zip(panels.flat, CURVES.items(), strict=True):
-        for arm in arms:
-            if "teacher_entropy" not in arm.steps[0][0] or name not in arm.steps[0][0]:
+        for number, arm in enumerate(distilled):
+            if name not in arm.steps[0][0]:
                 continue
             values = np.mean([[line[name] for line in lines] for lines in arm.steps], axis=0)
             window = min(SMOOTHING, len(values))
             smooth = np.convolve(values, np.full(window, 1 / window), mode="valid")
-            axes.plot(np.arange(window, len(values) + 1), smooth, label=arm.phase.name)
+            axes.plot(np.arange(window, len(values) + 1), smooth, color=f"C{number}", label=arm.phase.name)
         axes.set_title(title)
         axes.set_xlabel("step")
         axes.set_yscale("log" if name in ("loss", "direct") else "linear")

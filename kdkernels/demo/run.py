@@ -11,6 +11,7 @@ from kdkernels.demo.arithmetic import generate, write_jsonl
 from kdkernels.demo.phases import (
     FROM_STRONG_STUDENT,
     FROM_STUDENT,
+    PHASES,
     PROBLEMS,
     RECIPES,
     STUDENTS,
@@ -39,16 +40,15 @@ def run_demo(output: Path, seeds: int = 1, overrides: Sequence[str] = ()) -> Pat
     start_afresh(output)
     write_problems(output / "data")
     workers, numbers = Workers(output / "logs"), range(seeds)
-    arms = [*FROM_STUDENT, *FROM_STRONG_STUDENT]
     _say("DeepSpeed compiles a communication library on its first use: half a minute, once")
     costs = workers.run({"deepspeed": [sys.executable, "-c", PREPARE]})
     costs |= workers.run(train_commands([TEACHER], output, [0], overrides))
     costs |= workers.run(train_commands(STUDENTS, output, numbers, overrides))
-    longest_first = sorted(arms, key=lambda phase: phase.recipe == "sft")
+    longest_first = sorted((*FROM_STUDENT, *FROM_STRONG_STUDENT), key=lambda phase: phase.recipe == "sft")
     costs |= workers.run(train_commands(longest_first, output, numbers, overrides))
 
     _say("evaluating the differences between arms")
-    results = [load_arm(phase, output, numbers, costs) for phase in (TEACHER, *STUDENTS, *arms)]
+    results = [load_arm(phase, output, numbers, costs) for phase in PHASES]
     plot_accuracy(results, output / "accuracy.png")
     plot_curves(results, output / "curves.png")
     report = output / "report.md"

@@ -78,6 +78,8 @@ class Objective(Program, nn.Module):
             check_teacher(student, teacher, same_positions=teacher_mask is None)
         elif teacher is not None:
             raise TypeError(f"teacher: {type(self).__name__} has none; expected None, got {type(teacher).__name__}")
+        elif teacher_mask is not None:
+            raise TypeError(f"teacher_mask: {type(self).__name__} has no teacher; expected None")
         if self.needs_target and target is None:
             raise TypeError(f"target: {type(self).__name__} needs the token each position predicts, got None")
         shape, device = student.hidden.shape[:-1], student.hidden.device
@@ -86,10 +88,7 @@ class Objective(Program, nn.Module):
             check_ids("target", target, shape, student.vocabulary, device, chosen.view(shape))
             target = target.flatten()[layout.index]
         if weights is not None:
-            if weights.shape != shape or not weights.is_floating_point():
-                raise ValueError(
-                    f"weights: expected a float tensor {list(shape)}, got {weights.dtype} {list(weights.shape)}"
-                )
+            _check_weights(weights, shape, device)
             weights = weights.detach().flatten()[layout.index]
         count = self.count(layout)
         call = Call(
@@ -143,6 +142,16 @@ def _layout(name: str, mask: Tensor | Layout, head: Head) -> Layout:
             f"{name}: expected shape {list(head.hidden.shape[:-1])} (that of hidden), got {list(layout.shape)}"
         )
     return layout.to(head.hidden.device)
+
+
+def _check_weights(weights: object, shape: torch.Size, device: torch.device) -> None:
+    if not isinstance(weights, Tensor) or not weights.is_floating_point():
+        got = getattr(weights, "dtype", type(weights).__name__)
+        raise TypeError(f"weights: expected a floating-point tensor, got {got}")
+    if weights.shape != shape:
+        raise ValueError(f"weights: expected shape {list(shape)}, got {list(weights.shape)}")
+    if weights.device != device:
+        raise ValueError(f"weights: expected device {device}, got {weights.device}")
 
 
 def _teacher_index(layout: Layout, teacher: Head | None, teacher_mask: Tensor | Layout | None) -> Tensor | None:

@@ -12,6 +12,10 @@ if not torch.accelerator.is_available():
 import deepspeed
 from deepspeed.accelerator import get_accelerator
 
+# DeepSpeed would compile an all-reduce for CPU processes on its first use: a minute, a need for ninja, and a lock that
+# blocks every later run where that compile was killed. gloo does the same.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
 
 def start() -> None:
     """Joins the launcher's processes; without one, makes this process a world of its own. May be called again."""

@@ -8,6 +8,7 @@ from kdkernels.demo import phases
 from kdkernels.demo.phases import (
     FROM_STRONG_STUDENT,
     FROM_STUDENT,
+    PHASES,
     RECIPES,
     STUDENTS,
     TEACHER,
@@ -17,8 +18,6 @@ from kdkernels.demo.phases import (
 )
 from kdkernels.demo.run import MARKER, start_afresh, write_problems
 from kdkernels.training import load_config
-
-ARMS = (*FROM_STUDENT, *FROM_STRONG_STUDENT)
 
 
 @pytest.fixture
@@ -35,7 +34,7 @@ def output(tmp_path, monkeypatch):
 
 def test_every_phase_is_a_recipe_with_all_its_paths_moved(output):
     configs = {}
-    for phase in (TEACHER, *STUDENTS, *ARMS):
+    for phase in PHASES:
         config = load_config(RECIPES / f"{phase.recipe}.toml", settings(phase, output, 3))
         configs[phase.name] = config
         assert config.run.seed == 3

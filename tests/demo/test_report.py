@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from kdkernels.demo.phases import FROM_STRONG_STUDENT, FROM_STUDENT, STUDENTS, TEACHER, Cost
+from kdkernels.demo.phases import PHASES, TEACHER, Cost
 from kdkernels.demo.plots import plot_accuracy, plot_curves
 from kdkernels.demo.report import difference, interval, render
 from kdkernels.demo.results import Arm
@@ -25,7 +25,7 @@ def make_arm(phase, seeds, shares=SHARES):
 
 
 def make_arms(seeds=1, shares=SHARES):
-    return [make_arm(phase, seeds, shares) for phase in (TEACHER, *STUDENTS, *FROM_STUDENT, *FROM_STRONG_STUDENT)]
+    return [make_arm(phase, seeds, shares) for phase in PHASES]
 
 
 def row(report, start):

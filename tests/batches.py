@@ -1,0 +1,79 @@
+"""Random batches, and the objectives run over them. Axes: B rows, L length, V vocabulary, H hidden."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from truth import Batch
+
+import kdkernels as kd
+
+
+def random_head(
+    shape, hidden, words, padding=0, bias=False, softcap=None, scale=1.0, spread=2.0, grad=False
+) -> kd.Head:
+    """A head in fp64 whose logits have a standard deviation of about ``spread`` / scale."""
+    rows = words + padding
+    return kd.Head(
+        torch.randn(*shape, hidden, dtype=torch.float64).requires_grad_(grad),
+        (torch.randn(rows, hidden, dtype=torch.float64) * spread / hidden**0.5).requires_grad_(grad),
+        torch.randn(rows, dtype=torch.float64).requires_grad_(grad) if bias else None,
+        softcap=softcap,
+        scale=scale,
+        vocab_size=words if padding else None,
+    )
+
+
+def positions(mask: Tensor) -> list[list[int]]:
+    """Flat positions of each non-empty row of a mask [B, L]."""
+    length = mask.shape[1]
+    rows = [[b * length + t for t in range(length) if row[t]] for b, row in enumerate(mask.tolist())]
+    return [r for r in rows if r]
+
+
+def random_batch(
+    seed, mask, words=60, hidden_s=8, hidden_t=12, padding_s=0, padding_t=0, bias=False, softcap=None, scale=1.0,
+    weights=False, dtype=torch.float64, spread=2.0,
+) -> Batch:  # fmt: skip
+    """Numbers that ``dtype`` holds exactly, in fp64."""
+    torch.manual_seed(seed)
+    shape = tuple(mask.shape)
+    student = random_head(shape, hidden_s, words, padding_s, bias, softcap, scale, spread, grad=True)
+    teacher = random_head(shape, hidden_t, words, padding_t, bias, softcap, scale, spread)
+    batch = Batch(
+        student, teacher, mask, positions(mask), None, positions(mask),
+        target=torch.randint(0, words, shape),
+        weights=torch.rand(shape, dtype=torch.float64) + 0.1 if weights else None,
+    )  # fmt: skip
+    return batch.to(dtype).to(torch.float64)
+
+
+def fixed(dtype=torch.float32, lengths=(5, 1, 9, 0, 3), longest=10, **more) -> Batch:
+    """A batch whose responses have the given lengths, each after two positions of prompt."""
+    mask = torch.zeros(len(lengths), longest + 2, dtype=torch.bool)
+    for row, n in enumerate(lengths):
+        mask[row, 2 : 2 + n] = True
+    return random_batch(3, mask, dtype=dtype, **more).to(dtype)
+
+
+# ---- the objectives ---
+
+OBJECTIVES = [
+    pytest.param(lambda: kd.TSDKD(k=4, opener=0.5), id="TSDKD"),
+    pytest.param(kd.GKD, id="GKD"),
+    pytest.param(kd.SFT, id="SFT"),
+]
+
+
+def loss_of(make, batch, **more) -> torch.Tensor:
+    objective = make()
+    return run(objective, batch, **({"target": batch.target} if objective.needs_target else {}), **more).loss
+
+
+def run(objective, batch: Batch, **more) -> kd.objectives.Output:
+    teacher = batch.teacher if objective.needs_teacher else None
+    teacher_mask = batch.teacher_mask if objective.needs_teacher else None
+    return objective(
+        batch.student, teacher, batch.mask, weights=batch.weights, teacher_mask=teacher_mask, **more
+    )  # fmt: skip

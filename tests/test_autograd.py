@@ -1,0 +1,195 @@
+"""What is differentiated, when, how often, and which matrix products that takes."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import truth
+from batches import OBJECTIVES, fixed, loss_of, run
+from products import Products
+
+import kdkernels as kd
+from kdkernels import gemm
+
+N, HS, HT, V = 18, 8, 12, 60  # of fixed(): response tokens of 60 positions, hidden sizes, words
+
+
+def frozen(batch: truth.Batch, *names: str) -> truth.Batch:
+    tensors = {name: getattr(batch.student, name).detach() for name in names}
+    return replace(batch, student=replace(batch.student, **tensors))
+
+
+@pytest.mark.parametrize("make", OBJECTIVES)
+def test_only_response_tokens_are_multiplied_by_the_heads(backend, make):
+    batch = fixed()
+    with Products() as products:
+        loss_of(make, batch).backward()
+    assert products.between(N, HS, V) == 3  # logits, d_hidden, d_weight
+    assert products.between(N, HT, V) == (0 if make is kd.SFT else 1)
+    assert len(products.shapes) == 3 + (make is not kd.SFT)
+
+
+@pytest.mark.parametrize("make", OBJECTIVES)
+def test_a_frozen_head_costs_no_weight_gradient(backend, make, monkeypatch):
+    batch = fixed()
+    expected = truth.gradients(loss_of(make, batch), batch.student)
+
+    def forbidden(*_):
+        raise AssertionError("no weight gradient was asked for")
+
+    monkeypatch.setattr(gemm, "WeightGradient", forbidden)
+    batch = frozen(batch, "weight")
+    with Products() as products:
+        loss_of(make, batch).backward()
+    assert products.between(N, HS, V) == 2
+    assert torch.equal(batch.student.hidden.grad, expected[0])
+
+
+@pytest.mark.parametrize("make", OBJECTIVES)
+def test_a_detached_trunk_costs_no_hidden_gradient(backend, make):
+    batch = fixed(bias=True)
+    expected = truth.gradients(loss_of(make, batch), batch.student)
+    batch = frozen(batch, "hidden")
+    with Products() as products:
+        got = truth.gradients(loss_of(make, batch), batch.student)
+    assert products.between(N, HS, V) == 2
+    assert all(torch.equal(g, e) for g, e in zip(got, expected[1:], strict=True))
+
+
+def test_a_bias_alone(backend):
+    batch = fixed(bias=True)
+    expected = truth.gradients(loss_of(kd.GKD, batch), batch.student)[2]
+    batch = frozen(batch, "hidden", "weight")
+    with Products() as products:
+        (got,) = truth.gradients(loss_of(kd.GKD, batch), batch.student)
+    assert products.between(N, HS, V) == 1
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("make", OBJECTIVES)
+def test_no_grad_does_no_gradient_work(backend, make, monkeypatch):
+    batch = fixed()
+    expected = loss_of(make, batch)
+    module = __import__(f"kdkernels.rows.{backend}", fromlist=["gradient_"])
+
+    def forbidden(*_):
+        raise AssertionError("no gradient was asked for")
+
+    monkeypatch.setattr(module, "gradient_", forbidden)
+    with torch.no_grad(), Products() as products:
+        loss = loss_of(make, batch)
+    assert not loss.requires_grad and torch.equal(loss, expected.detach())
+    assert products.between(N, HS, V) == 1
+    nothing_to_train = frozen(batch, "hidden", "weight")
+    loss = loss_of(make, nothing_to_train)
+    assert not loss.requires_grad and torch.equal(loss, expected.detach())
+
+
+@pytest.mark.parametrize("make", OBJECTIVES)
+def test_a_second_backward_gives_the_same(backend, make):
+    batch = fixed(bias=True)
+    loss = loss_of(make, batch)
+    first = torch.autograd.grad(loss, truth.leaves(batch.student), retain_graph=True)
+    kept = [g.clone() for g in first]
+    second = torch.autograd.grad(5 * loss, truth.leaves(batch.student))
+    for a, b, kept_a in zip(first, second, kept, strict=True):
+        assert torch.equal(a, kept_a), "the buffers handed out belong to the caller"
+        torch.testing.assert_close(b, 5 * a, rtol=1e-5, atol=1e-8)
+        assert a.norm() > 0
+
+
+def test_gradients_accumulate(backend):
+    batches = [fixed(), fixed()]
+    batches[1].student = replace(batches[1].student, weight=batches[0].student.weight)
+    batches[1].target = batches[0].target.flip(0)
+    weight = batches[0].student.weight
+    expected = torch.zeros_like(weight)
+    for batch in batches:
+        expected += torch.autograd.grad(loss_of(kd.SFT, batch), weight)[0]
+    for batch in batches:
+        loss_of(kd.SFT, batch).backward()
+    torch.testing.assert_close(weight.grad, expected)
+
+
+def test_one_loss_used_twice_and_scaled(backend):
+    batch = fixed()
+    expected = truth.gradients(loss_of(kd.GKD, batch), batch.student)
+    loss = loss_of(kd.GKD, batch)
+    for g, e in zip(truth.gradients(3 * loss - loss / 2, batch.student), expected, strict=True):
+        torch.testing.assert_close(g, 2.5 * e, rtol=1e-5, atol=1e-8)
+
+
+def test_gradients_flow_through_computed_weights(backend):
+    """A low-rank update of the head gets its gradient."""
+    batch = fixed()
+    expected = truth.gradients(loss_of(kd.GKD, batch), batch.student)[1]
+    up, down = torch.randn(V, 2, requires_grad=True), torch.randn(2, HS)
+    base = batch.student.weight.detach()
+    batch.student = replace(batch.student, weight=base + (up - up.detach()) @ down)
+    loss_of(kd.GKD, batch).backward()
+    torch.testing.assert_close(up.grad, expected @ down.t())
+
+
+def test_changing_an_input_before_backward_is_an_error(backend):
+    batch = fixed()
+    loss = loss_of(kd.GKD, batch)
+    with torch.no_grad():
+        batch.student.weight.add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_there_is_no_second_derivative(backend):
+    batch = fixed()
+    (g,) = torch.autograd.grad(loss_of(kd.GKD, batch), batch.student.hidden, create_graph=True)
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad(g.sum(), batch.student.hidden)
+
+
+def test_backward_after_grad_mode_changed(backend):
+    """What is needed is decided in the forward, where grad mode is visible."""
+    batch = fixed()
+    expected = truth.gradients(loss_of(kd.GKD, batch), batch.student)
+    loss = run(kd.GKD(), batch).loss
+    with torch.no_grad():
+        got = truth.gradients(loss, batch.student)
+    assert all(torch.equal(g, e) for g, e in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("make", OBJECTIVES)
+def test_autocast_casts_the_operands(backend, make):
+    """The numbers of bf16 operands, the gradients in the parameters' own dtype; hidden states may be bf16 already."""
+    batch = fixed(bias=True)
+    narrow = batch.to(torch.bfloat16)
+    expected_loss = loss_of(make, narrow)
+    expected = truth.gradients(expected_loss, narrow.student)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        wide_loss = loss_of(make, batch)
+        hidden = batch.student.hidden.detach().to(torch.bfloat16).requires_grad_()
+        mixed = replace(batch, student=replace(batch.student, hidden=hidden))
+        mixed_loss = loss_of(make, mixed)
+        statistics = kd.statistics(batch.student, batch.teacher)
+    for loss, student in ((wide_loss, batch.student), (mixed_loss, mixed.student)):
+        assert torch.equal(loss, expected_loss)
+        for leaf, g, e in zip(truth.leaves(student), truth.gradients(loss, student), expected, strict=True):
+            assert g.dtype == leaf.dtype and torch.equal(g, e.to(g.dtype))
+    assert torch.equal(statistics.entropy, kd.statistics(narrow.student).entropy)
+    assert torch.equal(statistics.teacher.entropy, kd.statistics(narrow.teacher).entropy)
+
+
+def test_backward_inside_autocast_casts_nothing(backend):
+    batch = fixed()
+    loss = loss_of(kd.GKD, batch)
+    first = torch.autograd.grad(loss, truth.leaves(batch.student), retain_graph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        second = torch.autograd.grad(loss, truth.leaves(batch.student))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_a_second_backward_after_autocast(backend):
+    batch = fixed()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = loss_of(kd.GKD, batch)
+    first = torch.autograd.grad(loss, truth.leaves(batch.student), retain_graph=True)
+    second = torch.autograd.grad(loss, truth.leaves(batch.student))
+    assert all(torch.equal(a, b) and a.dtype == torch.float32 for a, b in zip(first, second, strict=True))

@@ -1,0 +1,130 @@
+"""What the engine does not accept: each error names the argument, what was expected and what came."""
+
+import pytest
+import torch
+from batches import fixed, run
+
+import kdkernels as kd
+
+MASK = torch.ones(2, 5, dtype=torch.bool)
+TARGET = torch.zeros(2, 5, dtype=torch.int64)
+
+
+def head(shape=(2, 5), hidden=4, words=20, dtype=torch.float32, device="cpu", **more) -> kd.Head:
+    return kd.Head(
+        torch.randn(*shape, hidden).to(device, dtype), torch.randn(words, hidden).to(device, dtype), **more
+    )  # fmt: skip
+
+
+def tsd(student=None, teacher=None, mask=MASK, objective=None, **more):
+    return (objective or kd.TSDKD(k=3))(head() if student is None else student, teacher or head(), mask, **more)
+
+
+def sft(mask=MASK, **more):
+    return kd.SFT()(head(), None, mask, **{"target": TARGET, **more})
+
+
+BAD_CALLS = {
+    # heads
+    "student is a tensor": (lambda: tsd(torch.zeros(2, 5, 4)), TypeError, ["student", "kd.Head", "Tensor"]),
+    "teacher missing": (lambda: kd.GKD()(head(), None, MASK), TypeError, ["teacher", "kd.Head", "NoneType"]),
+    "teacher of SFT": (lambda: kd.SFT()(head(), head(), MASK, target=TARGET), TypeError, ["teacher", "SFT", "Head"]),
+    "teacher's dtype": (lambda: tsd(teacher=head(dtype=torch.bfloat16)), TypeError, ["teacher", "float32", "bfloat16"]),
+    "teacher's device": (lambda: tsd(teacher=head(device="meta")), ValueError, ["teacher", "cpu", "meta"]),
+    "teacher's shape": (lambda: tsd(teacher=head((2, 6))), ValueError, ["teacher", "[2, 5, 'H']", "[2, 6, 4]"]),
+    "teacher's vocabulary": (lambda: tsd(teacher=head(words=19)), ValueError, ["teacher", "20", "19", "vocab_size"]),
+    "teacher's real vocabulary": (
+        lambda: tsd(head(vocab_size=18), head(words=30, vocab_size=17)), ValueError, ["teacher", "18", "17"],
+    ),
+    # masks
+    "mask of floats": (lambda: tsd(mask=torch.ones(2, 5)), TypeError, ["mask", "bool", "float32"]),
+    "mask of integers": (lambda: tsd(mask=TARGET), TypeError, ["mask", "bool", "int64"]),
+    "mask is a list": (lambda: tsd(mask=[[True] * 5] * 2), TypeError, ["mask", "bool", "list"]),
+    "mask's rank": (lambda: tsd(mask=MASK[0]), ValueError, ["mask", "[B, L]", "[5]"]),
+    "mask's shape": (lambda: tsd(mask=MASK[:, :4]), ValueError, ["mask", "[2, 5]", "[2, 4]"]),
+    "layout's shape": (lambda: tsd(mask=kd.Layout.from_mask(MASK[:1])), ValueError, ["mask", "[2, 5]", "[1, 5]"]),
+    "hidden states without a batch": (lambda: tsd(head((10,)), head((10,))), ValueError, ["mask", "[10]", "[2, 5]"]),
+    "teacher_mask's shape": (lambda: tsd(teacher_mask=MASK[:, :4]), ValueError, ["teacher_mask", "[2, 5]", "[2, 4]"]),
+    "teacher_mask's tokens": (lambda: tsd(teacher_mask=MASK.tril(3)), ValueError, ["teacher_mask", "[5, 5]", "[4, 5]"]),
+    "teacher_mask of SFT": (lambda: sft(teacher_mask=MASK), TypeError, ["teacher_mask", "SFT", "None"]),
+    # per-token inputs
+    "target missing": (lambda: sft(target=None), TypeError, ["target", "SFT", "None"]),
+    "target's dtype": (lambda: sft(target=TARGET.int()), TypeError, ["target", "int64", "int32"]),
+    "target's shape": (lambda: sft(target=TARGET[:, :4]), ValueError, ["target", "[2, 5]", "[2, 4]"]),
+    "target's device": (lambda: sft(target=TARGET.to("meta")), ValueError, ["target", "cpu", "meta"]),
+    "target out of range": (lambda: sft(target=TARGET + 20), ValueError, ["target", "[0, 20)", "20"]),
+    "target negative": (lambda: sft(target=TARGET - 100), ValueError, ["target", "[0, 20)", "-100"]),
+    "weights' shape": (lambda: tsd(weights=torch.ones(5, 2)), ValueError, ["weights", "[2, 5]", "[5, 2]"]),
+    "weights of integers": (lambda: tsd(weights=TARGET), TypeError, ["weights", "float", "int64"]),
+    "weights are a list": (lambda: tsd(weights=[1.0]), TypeError, ["weights", "float", "list"]),
+    "weights' device": (lambda: tsd(weights=torch.ones(2, 5, device="meta")), ValueError, ["weights", "cpu", "meta"]),
+    "from_teacher": (lambda: tsd(from_teacher=MASK[:, 0]), TypeError, ["from_teacher", "TSDKD", "None"]),
+    # options
+    "k above the vocabulary": (lambda: tsd(objective=kd.TSDKD(k=21)), ValueError, ["k", "20", "21"]),
+    "k above the real vocabulary": (
+        lambda: tsd(head(vocab_size=9), objective=kd.TSDKD(k=10)), ValueError, ["k", "9", "10"],
+    ),
+    "k of nothing": (lambda: kd.TSDKD(k=0), ValueError, ["k", "1", "0"]),
+    "k of a half": (lambda: kd.TSDKD(k=2.5), ValueError, ["k", "int", "2.5"]),
+    "beta": (lambda: kd.TSDKD(beta=1.1), ValueError, ["beta", "[0, 1]", "1.1"]),
+    "beta of GKD": (lambda: kd.GKD(beta=-0.1), ValueError, ["beta", "[0, 1]", "-0.1"]),
+    "alpha": (lambda: kd.SkewKL(2.0), ValueError, ["alpha", "[0, 1]", "2.0"]),
+    "nan": (lambda: kd.JSD(float("nan")), ValueError, ["beta", "nan"]),
+    "tau": (lambda: kd.TSDKD(tau=0.0), ValueError, ["tau", "positive", "0.0"]),
+    "opener": (lambda: kd.TSDKD(opener=1.5), ValueError, ["opener", "[0, 1]", "1.5"]),
+    "entropy_ratio": (lambda: kd.TSDKD(entropy_ratio=-1), ValueError, ["entropy_ratio", "[0, 1]", "-1"]),
+    "temperature": (lambda: kd.GKD(temperature=0), ValueError, ["temperature", "positive", "0"]),
+    "memory_budget too small": (lambda: tsd(memory_budget=100), ValueError, ["memory_budget", "bytes", "100"]),
+    "memory_budget negative": (lambda: sft(memory_budget=-1), ValueError, ["memory_budget", "-1"]),
+    "memory_budget in words": (lambda: sft(memory_budget="1G"), TypeError, ["memory_budget", "int", "1G"]),
+    "logits_dtype of integers": (lambda: sft(logits_dtype=torch.int64), ValueError, ["logits_dtype", "int64"]),
+    "logits_dtype narrower than the operands": (
+        lambda: sft(logits_dtype=torch.bfloat16), ValueError, ["logits_dtype", "float32", "bfloat16"],
+    ),
+    # per-token functions
+    "divergence without its number": (
+        lambda: kd.divergence(head(), head(), kd.JSD), TypeError, ["kind", "kd.JSD(0.9)"],
+    ),
+    "divergence by name": (lambda: kd.divergence(head(), head(), "jsd"), TypeError, ["kind", "jsd"]),
+    "temperature of a divergence": (
+        lambda: kd.divergence(head(), head(), kd.ForwardKL(), temperature=-1.0), ValueError, ["temperature", "-1.0"],
+    ),
+    "teacher of a divergence": (
+        lambda: kd.divergence(head(), head((5, 2)), kd.JSD(0.5)), ValueError, ["teacher", "[2, 5, 'H']", "[5, 2, 4]"],
+    ),
+    "entropy of logits": (lambda: kd.entropy(torch.zeros(2, 5)), TypeError, ["student", "kd.Head", "Tensor"]),
+    "cross-entropy's target": (lambda: kd.cross_entropy(head(), None), TypeError, ["target", "int64", "NoneType"]),
+    "cross-entropy's shape": (lambda: kd.cross_entropy(head(), TARGET.t()), ValueError, ["target", "[2, 5]", "[5, 2]"]),
+    "cross-entropy's range": (
+        lambda: kd.cross_entropy(head(vocab_size=9), TARGET + 9), ValueError, ["target", "[0, 9)", "9"],
+    ),
+    "plackett_luce's k": (lambda: kd.plackett_luce(head(), head(), k=40), ValueError, ["k", "20", "40"]),
+    "statistics' topk": (lambda: kd.statistics(head(), topk=21), ValueError, ["topk", "20", "21"]),
+    "statistics' negative topk": (lambda: kd.statistics(head(), topk=-1), ValueError, ["topk", "-1"]),
+    "statistics' target": (lambda: kd.statistics(head(), target=TARGET + 20), ValueError, ["target", "[0, 20)", "20"]),
+    "statistics of nothing": (lambda: kd.statistics(head((0,))), ValueError, ["student", "token", "[0, 4]"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_CALLS)
+def test_errors_name_argument_expected_and_actual(backend, name):
+    call, error, words = BAD_CALLS[name]
+    with pytest.raises(error) as raised:
+        call()
+    missing = [word for word in words if word not in str(raised.value)]
+    assert not missing, f"{missing} not in: {raised.value}"
+    assert str(raised.value).startswith(words[0]), f"does not begin with the argument's name: {raised.value}"
+
+
+def test_targets_outside_the_mask_are_free(backend):
+    """Prompt and padding hold whatever the data set puts there."""
+    batch = fixed()
+    expected = run(kd.SFT(), batch, target=batch.target).loss
+    batch.target[~batch.mask] = -100
+    assert torch.equal(run(kd.SFT(), batch, target=batch.target).loss, expected)
+
+
+def test_a_teacher_padded_less_than_the_student(backend):
+    """The real vocabulary decides, not the rows: 20 words padded to 32, a teacher of 24 rows."""
+    out = tsd(head(words=32, vocab_size=20), head(words=24))
+    assert out.loss.isfinite()

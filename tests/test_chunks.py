@@ -1,0 +1,112 @@
+"""Small budgets: several chunks, teacher sub-chunks, responses in pieces; the same numbers as in one chunk."""
+
+import logging
+import re
+
+import pytest
+import torch
+import truth
+from batches import OBJECTIVES, fixed, loss_of
+from products import Products
+
+import kdkernels as kd
+from kdkernels import plan
+
+F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
+LENGTHS = (5, 1, 9, 0, 3, 30, 2, 7)
+V, HS, HT = 60, 8, 12
+
+
+def budget(make, batch: truth.Batch, tokens: int) -> int:
+    """Bytes for about so many tokens, from what the error about too small a budget says one token takes."""
+    with pytest.raises(ValueError, match="memory_budget") as error:
+        loss_of(make, batch, memory_budget=1)
+    itemsize = batch.student.hidden.element_size()
+    row = itemsize * (V + 2 * HS + (V + 2 * HT if make is not kd.SFT else 0))
+    return int(re.search(r"at least (\d+) bytes", str(error.value))[1]) + (tokens - 1) * row
+
+
+def measure(make, batch, **more) -> tuple[Products, list[torch.Tensor]]:
+    """The forward's products, and loss and gradients."""
+    with Products() as products:
+        loss = loss_of(make, batch, **more)
+    return products, [loss.detach(), *truth.gradients(loss, batch.student)]
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 12, 24])
+@pytest.mark.parametrize("make", OBJECTIVES)
+def test_chunks_change_nothing(backend, make, tokens):
+    """In fp64 (eager) and fp32; the single chunk is compared with dense autograd elsewhere."""
+    dtype = F64 if backend == "eager" else F32
+    batch = fixed(dtype, LENGTHS, longest=30, bias=True)
+    whole, expected = measure(make, batch)
+    assert whole.between(sum(LENGTHS), HS, V) == 3
+    several, got = measure(make, batch, memory_budget=budget(make, batch, tokens))
+    pieces = [shape for shape in several.shapes if shape[1:] == (HS, V)]
+    assert len(pieces) >= 2 and max(rows for rows, *_ in pieces) < sum(LENGTHS)
+    for g, e in zip(got, expected, strict=True):
+        assert truth.relative(g, e) < (1e-12 if dtype == F64 else 1e-6)
+        assert e.norm() > 0
+
+
+def test_a_response_longer_than_a_chunk_is_looked_at_first(backend):
+    """Selection needs the whole response: one more student product over it, and only over it."""
+    batch = fixed(F32, (4, 20, 4), longest=20)
+    make, tokens = OBJECTIVES[0].values[0], 5
+    products, got = measure(make, batch, memory_budget=budget(make, batch, tokens))
+    student = [rows for rows, *rest in products.shapes if rest == [HS, V]]
+    teacher = [rows for rows, *rest in products.shapes if rest == [HT, V]]
+    assert sum(student) == 28 + 20 and sum(teacher) == 28
+    assert len(teacher) > len(student) - 20 // max(student), "the teacher's chunks are no larger than the student's"
+    for g, e in zip(got, measure(make, batch)[1], strict=True):
+        assert truth.relative(g, e) < 1e-6
+    gkd, _ = measure(kd.GKD, batch, memory_budget=budget(kd.GKD, batch, tokens))
+    assert sum(rows for rows, *rest in gkd.shapes if rest == [HS, V]) == 28, "GKD selects nothing"
+
+
+def test_bf16_sums_chunks_of_the_weight_gradient_in_fp32(backend):
+    """600 chunks of one token: bf16 sums would lose most of them."""
+    batch = fixed(BF16, (600,), longest=600)
+    batch.student.weight.data /= 4  # flat distributions: every token pulls a little
+    exact = batch.to(F64)
+    expected = truth.gradients(truth.gkd(exact, beta=0.0), exact.student)
+    loss = kd.GKD(beta=0.0)(
+        batch.student, batch.teacher, batch.mask, memory_budget=budget(lambda: kd.GKD(0.0), batch, 1)
+    ).loss
+    for g, e in zip(truth.gradients(loss, batch.student), expected, strict=True):
+        assert truth.relative(g, e) < 0.02
+
+
+def test_second_backward_through_chunks(backend):
+    make = OBJECTIVES[0].values[0]
+    batch = fixed(F32, LENGTHS, longest=30)
+    loss = loss_of(make, batch, memory_budget=budget(make, batch, 6))
+    first = torch.autograd.grad(loss, truth.leaves(batch.student), retain_graph=True)
+    second = torch.autograd.grad(loss, truth.leaves(batch.student))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_fp32_logits_of_bf16_operands(backend):
+    """logits_dtype=float32: nearer to the truth than bf16 logits, and the gradient still comes in bf16."""
+    batch = fixed(BF16, (40, 40), longest=40, hidden_s=16, spread=4.0)
+    exact = batch.to(F64)
+    expected = truth.gradients(truth.gkd(exact, beta=0.5), exact.student)
+    errors = {}
+    for logits_dtype in (F32, BF16):
+        out = kd.GKD(0.5)(batch.student, batch.teacher, batch.mask, logits_dtype=logits_dtype)
+        got = truth.gradients(out.loss, batch.student)
+        assert all(g.dtype == BF16 for g in got)
+        errors[logits_dtype] = [truth.relative(g, e) for g, e in zip(got, expected, strict=True)]
+    assert all(wide < 0.006 for wide in errors[F32])
+    assert all(wide < narrow for wide, narrow in zip(errors[F32], errors[BF16], strict=True))
+
+
+def test_a_tight_budget_warns_once(backend, caplog, monkeypatch):
+    monkeypatch.setattr(plan, "_warned", False)
+    batch = fixed(F32, (300,), longest=300)
+    with caplog.at_level(logging.WARNING, logger="kdkernels"):
+        for _ in range(2):
+            loss_of(kd.GKD, batch, memory_budget=budget(kd.GKD, batch, 40))
+    assert len(caplog.records) == 1
+    message = caplog.records[0].getMessage()
+    assert "memory_budget" in message and "256" in message

@@ -1,0 +1,119 @@
+"""Heads read from transformers models give the log-probabilities of the models themselves."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import transformers
+import truth
+
+import kdkernels as kd
+
+SMALL = dict(
+    vocab_size=99, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+    num_key_value_heads=1, head_dim=8, pad_token_id=0, bos_token_id=1, eos_token_id=2, initializer_range=0.5,
+)  # fmt: skip
+MODELS = {
+    "qwen2": {},
+    "gemma2": {"final_logit_softcapping": 3.0, "query_pre_attn_scalar": 8},
+    "gemma3_text": {"final_logit_softcapping": None},
+    "cohere": {"logit_scale": 0.25},
+    "granite": {"logits_scaling": 4.0},
+    "phi": {},  # its lm_head has a bias
+    "hyperclovax": {"logits_scaling": 4.0},
+    "falcon_h1": {"lm_head_multiplier": 3.0, "mamba_d_ssm": 16, "mamba_n_heads": 2, "mamba_d_head": 8},
+    "recurrent_gemma": {"logits_soft_cap": 0.5, "num_hidden_layers": 3},
+}
+
+
+def tiny(model_type: str):
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(model_type, **{**SMALL, **MODELS[model_type]})
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    bias = model.get_output_embeddings().bias
+    if bias is not None:
+        torch.nn.init.normal_(bias)
+    return model
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("model_type", MODELS)
+def test_from_model(backend, model_type):
+    model = tiny(model_type)
+    ids = torch.randint(3, 99, (2, 5))
+    with torch.no_grad():
+        logits = model(ids, use_cache=False).logits
+        head = kd.Head.from_model(model, model.base_model(ids, use_cache=False).last_hidden_state)
+        target = torch.randint(0, 99, (2, 5))
+        expected = logits.log_softmax(-1)
+        got = kd.statistics(head, topk=99, target=target)
+    torch.testing.assert_close(got.topk_log_probs, expected.gather(-1, got.topk_indices), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        got.target_log_prob, expected.gather(-1, target[..., None])[..., 0], rtol=1e-5, atol=1e-5
+    )
+    assert head.weight is model.get_output_embeddings().weight
+    assert (head.bias is not None) == (model_type == "phi")
+    assert expected.std() > 0.1
+    if model_type not in ("qwen2", "gemma3_text"):  # what is read of the others matters
+        plain = kd.statistics(replace(head, softcap=None, scale=1.0, bias=None), target=target)
+        assert (plain.target_log_prob - got.target_log_prob).abs().max() > 1e-2
+
+
+def test_real_vocabulary(backend):
+    """A padded embedding: the words beyond ``vocab_size`` have probability 0."""
+    model = tiny("qwen2")
+    hidden = torch.randn(3, 16)
+    head = kd.Head.from_model(model, hidden, vocab_size=90)
+    assert head.vocabulary == 90
+    z = (hidden @ model.lm_head.weight.T)[:, :90]
+    torch.testing.assert_close(kd.entropy(head), truth.entropy(z), rtol=1e-5, atol=1e-6)
+    assert kd.Head.from_model(model, hidden).vocabulary == 99
+
+
+@pytest.mark.filterwarnings("default")
+def test_an_adapter_on_the_head_is_refused():
+    """Reading ``.weight`` would lose it: fused code that does trains nothing."""
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(tiny("qwen2"), peft.LoraConfig(target_modules=["lm_head"]))
+    with pytest.raises(TypeError, match=r"model: expected a plain torch\.nn\.Linear.*effective weight"):
+        kd.Head.from_model(model, torch.zeros(1, 16))
+
+
+def test_a_model_without_a_head_is_refused():
+    config = transformers.AutoConfig.for_model("qwen2", **SMALL)
+    with pytest.raises(TypeError, match="model"):
+        kd.Head.from_model(transformers.AutoModel.from_config(config), torch.zeros(1, 16))
+
+
+HIDDEN, WEIGHT = torch.zeros(2, 3), torch.zeros(7, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        (dict(hidden=[1.0]), TypeError, ["hidden", "floating-point tensor", "list"]),
+        (dict(hidden=HIDDEN.long()), TypeError, ["hidden", "int64"]),
+        (dict(weight=None), TypeError, ["weight", "NoneType"]),
+        (dict(weight=WEIGHT.double()), TypeError, ["weight", "float32", "float64"]),
+        (dict(weight=WEIGHT.to("meta")), ValueError, ["weight", "cpu", "meta"]),
+        (dict(weight=WEIGHT[0]), ValueError, ["weight", "[V, H]", "[3]"]),
+        (dict(weight=WEIGHT[:0]), ValueError, ["weight", "[0, 3]"]),
+        (dict(hidden=torch.zeros(2, 4)), ValueError, ["hidden", "[..., 3]", "[2, 4]"]),
+        (dict(hidden=torch.zeros(())), ValueError, ["hidden", "[]"]),
+        (dict(bias=torch.zeros(6)), ValueError, ["bias", "[7]", "[6]"]),
+        (dict(bias=torch.zeros(7, dtype=torch.bfloat16)), TypeError, ["bias", "float32", "bfloat16"]),
+        (dict(bias=torch.zeros(7, device="meta")), ValueError, ["bias", "meta"]),
+        (dict(softcap=0.0), ValueError, ["softcap", "positive", "0.0"]),
+        (dict(softcap=-3.0), ValueError, ["softcap", "-3.0"]),
+        (dict(softcap=float("nan")), ValueError, ["softcap", "nan"]),
+        (dict(scale=0.0), ValueError, ["scale", "0.0"]),
+        (dict(scale=float("nan")), ValueError, ["scale", "nan"]),
+        (dict(vocab_size=8), ValueError, ["vocab_size", "7", "8"]),
+        (dict(vocab_size=0), ValueError, ["vocab_size", "0"]),
+    ],
+    ids=lambda x: "-".join(x) if isinstance(x, dict) else None,
+)
+def test_bad_input(arguments, error, words):
+    with pytest.raises(error) as raised:
+        kd.Head(**{"hidden": HIDDEN, "weight": WEIGHT, **arguments})
+    assert all(word in str(raised.value) for word in words), str(raised.value)
