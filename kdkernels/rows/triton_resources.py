@@ -36,6 +36,10 @@ _POINTERS = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64"
 }  # fmt: skip
 _KINDS = (ForwardKL(), ReverseKL(), JSD(0.9), SkewKL(0.1))  # one for every place of the mixture
+_KERNELS = [
+    backend.kernels.statistics_kernel, backend.kernels.candidates_kernel, backend.kernels.divergence_kernel,
+    backend.kernels.scatter_kernel, backend.kernels.gradient_kernel,
+]  # fmt: skip
 _F32, _BF16, _F16 = torch.float32, torch.bfloat16, torch.float16
 
 
@@ -73,7 +77,8 @@ def variants() -> tuple[Variant, ...]:
                 _gradients(found, f"{options}, {kind.name}", rows, kind, temperature)
             _gradients(found, options, rows, None, temperature)
     # calls that differ in an option launch the same variant of the kernels that do not have it
-    return tuple({_key(v): v for v in reversed(found)}.values())[::-1]
+    distinct = {_key(v): v for v in reversed(found)}.values()
+    return tuple(sorted(reversed(distinct), key=lambda v: _KERNELS.index(v.kernel)))
 
 
 def _key(variant: Variant) -> tuple:
