@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import gemm, plan
+from . import gemm, memory, plan
 from .divergences import Divergence
 from .heads import Head, shared_vocabulary
 from .layout import Layout
@@ -110,13 +110,14 @@ class Result:
     coefficients: dict[str, Tensor]
     gradients: tuple[Tensor | None, ...]  # of the student's hidden, weight, bias
 
+    def term(self, name: str) -> Tensor:
+        """sum over tokens of coefficient * value, in fp64; a token without a coefficient does not count, NaN or not."""
+        c = self.coefficients[name].double()
+        return torch.where(c == 0, 0, c * getattr(self.tokens, name).double()).sum()
+
     def loss(self) -> Tensor:
-        """sum over tokens and terms of coefficient * value, summed in fp64."""
-        total = torch.zeros((), dtype=torch.float64, device=self.tokens.entropy.device)
-        for term, c in self.coefficients.items():
-            value = getattr(self.tokens, term)
-            total += torch.where(c == 0, 0, c.double() * value.double()).sum()
-        return total.to(self.tokens.entropy.dtype)
+        """The sum of all terms."""
+        return sum(self.term(name) for name in self.coefficients).to(self.tokens.entropy.dtype)
 
 
 def default_logits_dtype(device: torch.device, operand: torch.dtype) -> torch.dtype:
@@ -127,13 +128,14 @@ def default_logits_dtype(device: torch.device, operand: torch.dtype) -> torch.dt
 class _Side:
     """One head: the words both heads share, and one logits buffer for all its chunks."""
 
-    def __init__(self, head: Head, index: Tensor, vocabulary: int, rows: int, dtype: torch.dtype):
+    def __init__(self, head: Head, index: Tensor, buffer: Tensor):
+        vocabulary = buffer.shape[1]
         self.flat = head.hidden.reshape(-1, head.hidden.shape[-1])
         self.index = index
         self.weight = head.weight[:vocabulary]
         self.bias = None if head.bias is None else head.bias[:vocabulary]
         self.scale, self.softcap = float(head.scale), head.softcap
-        self.buffer = self.flat.new_empty((rows, vocabulary), dtype=dtype)
+        self.buffer = buffer
 
     def hidden(self, tokens: slice) -> Tensor:
         return self.flat.index_select(0, self.index[tokens])
@@ -154,14 +156,15 @@ class _Loop:
         if dtype != self.operand and (dtype != torch.float32 or self.operand.itemsize > 4):
             raise ValueError(f"logits_dtype: expected {self.operand} (the operands') or float32, got {dtype}")
         self.call, self.needs = call, needs
-        self.backend = backend_for(device, dtype)
+        self.backend = backend_for(device, dtype, self.operand)
         self.vocabulary = shared_vocabulary(student, teacher)
         if program.topk > self.vocabulary:
             raise ValueError(f"k: expected at most the vocabulary's {self.vocabulary} words, got {program.topk}")
 
         widths = [head.hidden.shape[-1] for head in (student, teacher) if head]
         fixed = self.backend.workspace(self.vocabulary) + max(gemm.workspace(w, self.operand, dtype) for w in widths)
-        row_bytes = [self.vocabulary * dtype.itemsize + 2 * w * self.operand.itemsize for w in widths] + [0]
+        hidden_bytes = 2 * self.operand.itemsize + (dtype.itemsize if dtype != self.operand else 0)
+        row_bytes = [self.vocabulary * dtype.itemsize + w * hidden_bytes for w in widths] + [0]
         budget = plan.DEFAULT_BUDGET if call.memory_budget is None else call.memory_budget
         if not isinstance(budget, int):
             raise TypeError(f"memory_budget: expected an int (bytes) or None, got {budget!r}")
@@ -170,8 +173,10 @@ class _Loop:
         lengths = layout.lengths if program.selects else (len(layout),)
         self.chunks = plan.chunks(lengths, rows)
 
-        self.student = _Side(student, layout.index, self.vocabulary, rows, dtype)
-        self.teacher = teacher and _Side(teacher, call.teacher_index, self.vocabulary, self.teacher_rows, dtype)
+        shapes = [(rows, self.vocabulary)] + ([(self.teacher_rows, self.vocabulary)] if teacher else [])
+        self.block, buffers = memory.borrow([(shape, dtype) for shape in shapes], device)
+        self.student = _Side(student, layout.index, buffers[0])
+        self.teacher = teacher and _Side(teacher, call.teacher_index, buffers[1])
         self.values: list[Tokens] = []
         self.coefficients: list[dict[str, Tensor]] = []
         self.d_hidden = self.d_weight = self.d_bias = None
@@ -218,7 +223,7 @@ class _Loop:
         if self.d_weight is not None:
             self.d_weight.add(d_logits, self.student.hidden(piece))
         if self.d_bias is not None:
-            self.d_bias[: self.vocabulary] += d_logits.sum(0, dtype=self.d_bias.dtype)
+            gemm.add_column_sums(d_logits, self.d_bias[: self.vocabulary])
 
     def _tokens(self, tokens: slice, student: Rows, selected: dict[str, Tensor], d_logits: Tensor) -> None:
         """Values and coefficients of some tokens of a chunk, and the gradient of their logits."""
@@ -282,7 +287,11 @@ def run(call: Call, needs: Needs = Needs()) -> Result | None:  # noqa: B008 - an
         return None
     device = call.student.hidden.device.type
     with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
-        return _Loop(call, needs).run()
+        loop = _Loop(call, needs)
+        try:
+            return loop.run()
+        finally:
+            memory.give_back(loop.block)
 
 
 # ---- autograd --------------------------------------------------------------------------------------------------------
@@ -299,7 +308,9 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     def forward(ctx, call: Call, needs: Needs, per_token: str | None, out: list, hidden, weight, bias):
         ctx.call, ctx.needs, ctx.per_token = call, needs, per_token
-        ctx.save_for_backward(hidden, weight, bias)  # so that an in-place change before backward is an error
+        # The teacher's too: an in-place change before backward must be an error, not another gradient.
+        teacher = call.teacher and (call.teacher.hidden, call.teacher.weight, call.teacher.bias)
+        ctx.save_for_backward(hidden, weight, bias, *(teacher or ()))
         result = run(call, Needs() if per_token else needs)
         out.append(result)
         ctx.gradients = None
@@ -311,9 +322,10 @@ class _Chunked(torch.autograd.Function):
         return result.loss()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        saved, call = ctx.saved_tensors, ctx.call
+        if torch.is_grad_enabled():
+            raise RuntimeError("kdkernels has no second derivatives: expected a backward without create_graph=True")
+        saved, call = ctx.saved_tensors[:3], ctx.call
         gradients, ctx.gradients = ctx.gradients, None
         if len(call.layout) == 0:
             gradients = [torch.zeros_like(t) if need else None for t, need in zip(saved, ctx.needs, strict=True)]

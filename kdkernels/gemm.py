@@ -35,6 +35,13 @@ def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) ->
             torch.addmm(bias[words].to(out.dtype), hidden, weight[words].to(out.dtype).t(), out=out[:, words])
 
 
+def add_column_sums(dz: Tensor, out: Tensor) -> None:
+    """out [V] += the sums of dz [C, V] over its rows, in out's dtype; a few words at a time: no chunk is widened."""
+    for first in range(0, len(out), _ADDED_WORDS):
+        words = slice(first, first + _ADDED_WORDS)
+        out[words] += dz[:, words].sum(0, dtype=out.dtype)
+
+
 class WeightGradient:
     """dW [V, H] = sum over chunks of dz.T @ hidden, summed in fp32 where there is more than one chunk.
 

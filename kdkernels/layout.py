@@ -100,6 +100,11 @@ class Layout:
         starts = self._lengths.cumsum(0) - self._lengths
         return torch.arange(len(self), device=self.index.device) - starts[self.response]
 
+    @cached_property
+    def row(self) -> Tensor:
+        """[responses] batch row of each response."""
+        return self.index[self.position == 0] // max(1, self.shape[1])
+
     def spread(self, values: Tensor, fill: float) -> Tensor:
         """Token values [N] as a [responses, longest] table, the rest ``fill``: one row is one response."""
         table = values.new_full((self.responses, max(self.lengths)), fill)

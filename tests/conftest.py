@@ -9,6 +9,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import pytest
 import torch
 
+from kdkernels import memory
+
 HERE = Path(__file__).parent
 BACKENDS = os.environ.get("KDKERNELS_TEST_BACKENDS", "eager,native").split(",")  # test_triton.py runs the third
 # Triton's interpreter computes with NumPy, which remarks on every infinity and NaN.
@@ -26,11 +28,12 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(autouse=True)
-def poisoned_memory(request):
+def poisoned_memory(request, monkeypatch):
     """Fresh tensors hold NaN (integers: the largest), so that reading what nobody wrote shows."""
     if not of_the_engine(request.path):
         yield
         return
+    monkeypatch.setattr(memory, "give_back", lambda block: None)  # a kept block would hold old logits, not NaN
     torch.use_deterministic_algorithms(True)  # what torch.utils.deterministic.fill_uninitialized_memory needs
     yield
     torch.use_deterministic_algorithms(False)

@@ -139,11 +139,21 @@ def test_changing_an_input_before_backward_is_an_error(backend):
         loss.backward()
 
 
-def test_there_is_no_second_derivative(backend):
+@pytest.mark.parametrize("name", ["hidden", "weight"])
+def test_changing_the_teacher_before_backward_is_an_error(backend, name):
     batch = fixed()
-    (g,) = torch.autograd.grad(loss_of(kd.GKD, batch), batch.student.hidden, create_graph=True)
-    with pytest.raises(RuntimeError):
-        torch.autograd.grad(g.sum(), batch.student.hidden)
+    value = kd.divergence(batch.student, batch.teacher, kd.JSD(0.9)).sum()
+    with torch.no_grad():
+        getattr(batch.teacher, name).mul_(3.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        value.backward()
+
+
+def test_there_is_no_second_derivative(backend):
+    """A gradient penalty would silently be a constant: refused when the graph of the gradient is asked for."""
+    batch = fixed()
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        torch.autograd.grad(loss_of(kd.GKD, batch), batch.student.hidden, create_graph=True)
 
 
 def test_backward_after_grad_mode_changed(backend):

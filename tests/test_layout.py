@@ -59,6 +59,7 @@ def test_per_token_tables():
 
 def test_a_part_is_a_layout_of_its_own():
     layout = kd.Layout.from_mask(torch.tensor([[1, 1, 0], [1, 0, 1], [0, 0, 1]]).bool())
+    assert responses(layout.part(0, 1)) == [[0, 1]] and len(layout.part(1, 2).index) == 2
     part = layout.part(1, 3)
     assert responses(part) == [[3, 5], [8]] and part.shape == (3, 3)
     assert part.response.tolist() == [0, 0, 1]

@@ -1,4 +1,4 @@
-"""Peak resident memory of TSD-KD at a real vocabulary, in a process of its own."""
+"""Peak resident memory of TSD-KD at a real vocabulary, and the block of logits that is kept between calls."""
 
 import json
 import subprocess
@@ -6,6 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from batches import fixed, loss_of
+
+import kdkernels as kd
+from kdkernels import memory
+from kdkernels.memory import borrow, give_back  # conftest.py replaces the module's give_back
+
+CPU = torch.device("cpu")
 
 MEASURE = """
 import json, re, sys
@@ -57,25 +65,88 @@ def measure(*problem) -> dict:
     return result
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def linux():
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("peak memory is read from Linux's /proc")
 
 
-def test_the_default_budget_at_a_real_vocabulary():
+def test_the_default_budget_at_a_real_vocabulary(linux):
     """512 tokens of 151936 words, 896 and 1536 hidden, bf16: one chunk, no accumulator."""
     assert measure(4, 128, 151936, 896, 1536, None)["beyond"] <= LIMIT
 
 
-def test_several_chunks():
+def test_several_chunks(linux):
     """2048 tokens of 100003 words: beyond the budget only the one fp32 accumulator of dW."""
     result = measure(8, 256, 100003, 64, 96, None)
     assert result["beyond"] - result["accumulator"] <= LIMIT
 
 
-def test_a_smaller_budget_is_kept():
+def test_a_smaller_budget_is_kept(linux):
     """Nothing as large as a weight is allocated on the side: 98 MiB here, were it one."""
     budget = 100
     result = measure(16, 64, 100003, 256, 96, budget * 2**20)
     assert result["beyond"] - result["accumulator"] <= budget + 16
+
+
+@pytest.fixture
+def kept(monkeypatch) -> list[torch.Tensor]:
+    """The blocks kept, with the real ``give_back`` in place."""
+    monkeypatch.setattr(memory, "give_back", give_back)
+    monkeypatch.setattr(memory, "_kept", [])
+    return memory._kept
+
+
+def test_matrices_do_not_overlap_and_are_aligned(kept):
+    sizes = [((3, 7), torch.bfloat16), ((5, 11), torch.float32), ((1, 1), torch.float64)]
+    _, matrices = borrow(sizes, CPU)
+    for i, (matrix, (shape, dtype)) in enumerate(zip(matrices, sizes, strict=True)):
+        assert matrix.shape == shape and matrix.dtype == dtype
+        assert matrix.data_ptr() % 64 == 0
+        matrix.fill_(i + 1)
+    assert [matrix.unique().tolist() for matrix in matrices] == [[1], [2], [3]]
+
+
+def test_the_block_serves_the_next_call(kept):
+    block, _ = borrow([((100, 10), torch.float32)], CPU)
+    give_back(block)
+    smaller, (matrix,) = borrow([((50, 10), torch.float32)], CPU)
+    assert smaller is block and matrix.data_ptr() == block.data_ptr() and not kept
+    other, _ = borrow([((50, 10), torch.float32)], CPU)
+    assert other.data_ptr() != block.data_ptr(), "a call inside a call has its own"
+    give_back(block)
+    give_back(other)
+    assert len(kept) == 1
+    larger, _ = borrow([((200, 10), torch.float32)], CPU)
+    assert len(larger) == 8000 and not kept
+
+
+def test_calls_share_one_block(kept, backend):
+    batch = fixed()
+    first = loss_of(kd.GKD, batch)
+    (block,) = kept
+    for _ in range(2):
+        loss = loss_of(kd.GKD, batch)
+        loss.backward()
+        assert torch.equal(loss, first) and kept[0] is block and len(kept) == 1
+
+
+def test_a_block_from_inference_mode_serves_training(kept, backend):
+    batch = fixed()
+    with torch.inference_mode():
+        expected = loss_of(kd.GKD, batch)
+    loss = loss_of(kd.GKD, batch)
+    loss.backward()
+    assert torch.equal(loss.detach(), expected) and batch.student.weight.grad.norm() > 0
+
+
+def test_an_error_gives_the_block_back(kept, backend, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("broken")
+
+    batch = fixed()
+    loss_of(kd.GKD, batch)
+    monkeypatch.setattr(f"kdkernels.rows.{backend}.divergence", broken)
+    with pytest.raises(RuntimeError, match="broken"):
+        loss_of(kd.GKD, batch)
+    assert len(kept) == 1

@@ -300,6 +300,19 @@ def test_bf16_gradient_over_fp32_logits(backend, words):
     assert words == 1 or wide.norm() > 0
 
 
+def test_rounding_to_bf16_is_torchs(backend):
+    """To nearest, ties to even, with infinities and NaN."""
+    ulp = 2.0**-7
+    values = [1 + ulp / 2, 1 + 3 * ulp / 2, -1 - ulp / 2, 1 + ulp / 2 + 2e-7, 3.39e38, -3.4e38, INF, NAN, 1e-39, 0.0]
+    x, scatter = torch.zeros(1, len(values)), torch.tensor([values])
+    out = x.view(BF16)[:, : len(values)]
+    rows = backend_for(x.device, F32)
+    s = rows.statistics(x, 1.0, None, 1.0, 1, None)
+    coefficients = Coefficients(torch.zeros(3, 1), torch.arange(len(values))[None], scatter)
+    rows.gradient_(s, None, None, 1.0, None, coefficients, out)
+    torch.testing.assert_close(out, scatter.to(BF16), rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
 def test_rows_with_room_between_them(backend, dtype):
     """Logits may be columns of a wider buffer; what lies beside them is neither read nor written."""

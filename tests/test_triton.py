@@ -54,13 +54,6 @@ def test_the_kernels_compute_what_the_reference_says():
     assert passed > 100 and "skipped" not in run.stdout
 
 
-def test_the_backend_is_not_for_cpu_tensors(monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setenv("KDKERNELS_BACKEND", "triton")
-    with pytest.raises(RuntimeError, match="KDKERNELS_BACKEND=triton: it runs on cuda, not on cpu"):
-        backend_for(torch.device("cpu"), torch.float32)
-
-
 def test_a_gpu_without_triton_is_told_why_it_is_slow(monkeypatch, caplog):
     monkeypatch.delenv("KDKERNELS_BACKEND", raising=False)
     monkeypatch.setitem(sys.modules, "kdkernels.rows.triton", None)

@@ -40,7 +40,7 @@ def run_demo(output: Path, seeds: int = 1, overrides: Sequence[str] = ()) -> Pat
     start_afresh(output)
     write_problems(output / "data")
     workers, numbers = Workers(output / "logs"), range(seeds)
-    _say("DeepSpeed compiles a communication library on its first use: half a minute, once")
+    _say("starting DeepSpeed once, so that no training pays for its first import")
     costs = workers.run({"deepspeed": [sys.executable, "-c", PREPARE]})
     costs |= workers.run(train_commands([TEACHER], output, [0], overrides))
     costs |= workers.run(train_commands(STUDENTS, output, numbers, overrides))

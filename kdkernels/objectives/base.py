@@ -107,8 +107,8 @@ class Objective(Program, nn.Module):
         metrics = {}
         if result is not None:
             metrics = {"loss": loss.detach(), **self.metrics(result.tokens)}
-            for term, coefficient in result.coefficients.items():
-                metrics[self.names[term]] = (coefficient * getattr(result.tokens, term)).sum()
+            for term in result.coefficients:
+                metrics[self.names[term]] = result.term(term).to(loss.dtype)
         return Output(loss, torch.tensor(count, device=device), metrics)
 
     def count(self, layout: Layout) -> int:
@@ -158,9 +158,11 @@ def _teacher_index(layout: Layout, teacher: Head | None, teacher_mask: Tensor | 
     if teacher is None or teacher_mask is None:
         return layout.index
     other = _layout("teacher_mask", teacher_mask, teacher)
-    if other.lengths != layout.lengths:
+    if other.shape[0] != layout.shape[0]:
+        raise ValueError(f"teacher_mask: expected {layout.shape[0]} rows as in mask, got {other.shape[0]}")
+    if other.lengths != layout.lengths or not torch.equal(other.row, layout.row):
         raise ValueError(
-            f"teacher_mask: expected as many tokens per response as in mask, {list(layout.lengths)}, "
-            f"got {list(other.lengths)}"
+            f"teacher_mask: expected as many tokens per response as in mask, {list(layout.lengths)} in rows "
+            f"{layout.row.tolist()}, got {list(other.lengths)} in rows {other.row.tolist()}"
         )
     return other.index

@@ -2,7 +2,7 @@
 
 A backend is a module with
 
-    supports(dtype) -> bool                          logits dtypes it computes with
+    supports(dtype) -> bool                          dtypes of logits and of their gradient
     workspace(vocabulary) -> int                     bytes it may allocate beside its outputs
     statistics(logits, scale, softcap, temperature, topk, gather) -> Rows
     divergence(student, teacher, kind, temperature) -> (value [C], center [C])

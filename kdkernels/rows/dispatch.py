@@ -24,8 +24,8 @@ def _load(name: str) -> tuple[ModuleType | None, str]:
         return None, f"{type(error).__name__}: {error}"
 
 
-def _why_not(name: str, device: str, dtype: torch.dtype) -> str:
-    """Empty when backend ``name`` can run logits of ``dtype`` on ``device``, else the reason."""
+def _why_not(name: str, device: str, dtype: torch.dtype, operand: torch.dtype) -> str:
+    """Empty when backend ``name`` can run these dtypes of logits and operands on ``device``, else the reason."""
     if name not in _BACKENDS:
         return f"expected one of {', '.join(_BACKENDS)}"
     interpreted = name == "triton" and device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
@@ -34,25 +34,29 @@ def _why_not(name: str, device: str, dtype: torch.dtype) -> str:
     module, error = _load(name)
     if module is None:
         return f"it does not load ({error})"
-    return "" if module.supports(dtype) else f"it does not compute with {dtype} logits"
+    for name_of_it, each in (("logits", dtype), ("gradients", operand)):  # a gradient has the operands' dtype
+        if not module.supports(each):
+            return f"it does not compute with {each} {name_of_it}"
+    return ""
 
 
-def backend_for(device: torch.device, dtype: torch.dtype) -> ModuleType:
-    """The backend for logits of ``dtype`` on ``device``.
+def backend_for(device: torch.device, dtype: torch.dtype, operand: torch.dtype | None = None) -> ModuleType:
+    """The backend for logits of ``dtype`` over operands of ``operand`` (default: the same) on ``device``.
 
     ``KDKERNELS_BACKEND`` forces one. Otherwise the device's own, or eager with one warning that names the reason.
 
     Raises:
         RuntimeError: the forced backend does not exist or cannot run.
     """
+    operand = operand or dtype
     forced = os.environ.get("KDKERNELS_BACKEND")
     if forced:
-        reason = _why_not(forced, device.type, dtype)
+        reason = _why_not(forced, device.type, dtype, operand)
         if reason:
             raise RuntimeError(f"KDKERNELS_BACKEND={forced}: {reason}")
         return _load(forced)[0]
     wanted = _DESERVED.get(device.type)
-    reason = _why_not(wanted, device.type, dtype) if wanted else f"{device.type} has no backend of its own yet"
+    reason = _why_not(wanted, device.type, dtype, operand) if wanted else f"{device.type} has no backend of its own yet"
     if not reason:
         return _load(wanted)[0]
     if reason not in _warned:
@@ -73,7 +77,7 @@ def info() -> dict:
     native, _ = _load("native")
     home = {name: _DEVICE[name] if _DEVICE.get(name) in devices else "cpu" for name in _BACKENDS}
     return {
-        "backends": {name: _why_not(name, home[name], torch.float32) or "ok" for name in _BACKENDS},
+        "backends": {n: _why_not(n, home[n], torch.float32, torch.float32) or "ok" for n in _BACKENDS},
         "devices": chosen,
         "cpu_isa": native.isa() if native else None,
     }

@@ -74,13 +74,16 @@ def save(engine, directory: Path, progress: dict[str, int], keep: int) -> None:
 
     write_directory(directory / f"{PREFIX}{progress['step']:06d}", write)
     if distributed.rank() == 0:
+        for left_over in directory.glob(f"{UNFINISHED}*"):  # of a deletion or a write that was killed
+            shutil.rmtree(left_over)
         for old in complete(directory)[:-keep]:
             remove_directory(old)
 
 
 def complete(directory: Path) -> list[Path]:
     """The complete checkpoints in `directory`, oldest first."""
-    return sorted(directory.glob(f"{PREFIX}*"), key=lambda path: int(path.name.removeprefix(PREFIX)))
+    numbers = {path: path.name.removeprefix(PREFIX) for path in directory.glob(f"{PREFIX}*")}
+    return sorted((path for path, number in numbers.items() if number.isdecimal()), key=lambda path: int(numbers[path]))
 
 
 def read_progress(directory: Path) -> dict[str, int]:

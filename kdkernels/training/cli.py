@@ -8,7 +8,6 @@ from transformers.utils.logging import disable_progress_bar
 
 from kdkernels.training.config import load_config
 from kdkernels.training.plan import plan
-from kdkernels.training.schema import InputError
 from kdkernels.training.trainer import train
 
 
@@ -25,9 +24,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(plan(config, resume=options.resume))
         else:
             train(config, resume=options.resume)
-    except (InputError, FloatingPointError) as error:
+    except FloatingPointError as error:
         print(f"kdkernels: {error}", file=sys.stderr)
-        return 2 if isinstance(error, InputError) else 1
+        return 1
+    except (ValueError, OSError) as error:  # InputError, and what transformers or the file system say of the input
+        print(f"kdkernels: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

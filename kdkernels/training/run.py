@@ -42,7 +42,8 @@ class RunDirectory:
         if not resume:
             if self.root.exists() and any(self.root.iterdir()):
                 raise InputError(
-                    f"[run] output: {self.root} is not empty: continue its run with --resume, or give another directory"
+                    f"[run] output: {self.root} is not empty: continue its run with --resume, delete it, or give "
+                    "another directory"
                 )
             return
         if not self.config.is_file():
