@@ -31,14 +31,14 @@ struct Stats {
 // dD/dq up to a constant is  skew * (q - p) / m + b * log(q / m).
 struct Divergence {
   float a, b, mix, skew;
-  float temperature;
+  double temperature;
 };
 
 struct RowKernels {
   const char* name;
 
   // Statistics, the k largest z with their indices (ties: smaller index first), and z at `gather_ids` [C, n_gather].
-  void (*statistics)(Matrix x, int64_t vocab, int64_t begin, int64_t end, float temperature, Stats* stats,
+  void (*statistics)(Matrix x, int64_t vocab, int64_t begin, int64_t end, double temperature, Stats* stats,
                      int64_t k, float* top_values, int64_t* top_indices,
                      int64_t n_gather, const int64_t* gather_ids, float* gathered);
 

@@ -136,7 +136,8 @@ void top_of_row(const Row& row, int64_t vocab, const float* maxima, TopK top) {
 }
 
 template <bool Tempered>
-Stats row_statistics(const Row& row, int64_t vocab, float inv_temperature, float* maxima) {
+Stats row_statistics(const Row& row, int64_t vocab, double temperature, float* maxima) {
+  const float inverse = float(1 / temperature), rest = float(1 / temperature - inverse);
   float top = -INFINITY;
   double total = 0, weighted = 0, tempered = 0;        // sums of e, e * (z - top), e^(1/T), where e = exp(z - top)
   Block z;
@@ -152,7 +153,7 @@ Stats row_statistics(const Row& row, int64_t vocab, float inv_temperature, float
         double shift = double(top) - block_top, factor = std::exp(shift);
         weighted = factor * (weighted + shift * total);
         total *= factor;
-        tempered *= std::exp(shift * inv_temperature);
+        tempered *= std::exp(shift / temperature);
       }
       top = block_top;
     }
@@ -162,7 +163,7 @@ Stats row_statistics(const Row& row, int64_t vocab, float inv_temperature, float
       vf e = exp(x);
       e_sum += e;
       w_sum += e * x;
-      if constexpr (Tempered) t_sum += exp(x * inv_temperature);
+      if constexpr (Tempered) t_sum += exp(x * inverse + x * rest);
     }
     total += sum(e_sum);
     weighted += sum(w_sum);
@@ -172,13 +173,13 @@ Stats row_statistics(const Row& row, int64_t vocab, float inv_temperature, float
   return {top, float(logsum), float(logsum - weighted / total), float(Tempered ? std::log(tempered) : logsum)};
 }
 
-void statistics(Matrix x, int64_t vocab, int64_t begin, int64_t end, float temperature, Stats* stats, int64_t k,
+void statistics(Matrix x, int64_t vocab, int64_t begin, int64_t end, double temperature, Stats* stats, int64_t k,
                 float* top_values, int64_t* top_indices, int64_t n_gather, const int64_t* gather_ids, float* gathered) {
   float* maxima = new float[(vocab + kBlock - 1) / kBlock * kLanes];
   for (int64_t r = begin; r < end; ++r) {
     Row row(x, r);
-    stats[r] = temperature == 1.0f ? row_statistics<false>(row, vocab, 1.0f, maxima)
-                                   : row_statistics<true>(row, vocab, 1.0f / temperature, maxima);
+    stats[r] = temperature == 1.0f ? row_statistics<false>(row, vocab, 1, maxima)
+                                   : row_statistics<true>(row, vocab, temperature, maxima);
     top_of_row(row, vocab, maxima, TopK{k, 0, top_values + r * k, top_indices + r * k});
     for (int64_t j = 0; j < n_gather; ++j) gathered[r * n_gather + j] = unmasked(row.at(gather_ids[r * n_gather + j]));
   }
@@ -233,38 +234,46 @@ inline Words compare(vf lq, vf lp, float mix) {
   return o;
 }
 
-// log-probabilities of a block at a temperature: (z - max) / T - log-sum at T.
+// log-probabilities of a block at a temperature: (z - max) / T - log-sum at T, with 1 / T in two parts for accuracy (the
+// second is 0 at T = 1).
 struct LogProb {
-  float max, inv_temperature, logsum;
-  LogProb(const Stats& s, float temperature)
-      : max(s.max), inv_temperature(1.0f / temperature), logsum(temperature == 1.0f ? s.logsum : s.tempered) {}
-  vf operator()(vf z) const { return (z - max) * inv_temperature - logsum; }
+  float max, inverse, rest, logsum;
+  LogProb(const Stats& s, double temperature)
+      : max(s.max), inverse(float(1 / temperature)), rest(float(1 / temperature - inverse)),
+        logsum(temperature == 1 ? s.logsum : s.tempered) {}
+  vf operator()(vf z) const {
+    vf x = z - max;
+    return x * inverse + (x * rest - logsum);
+  }
 };
 
 template <Mixture M>
 void row_divergence(const Row& student, const Row& teacher, int64_t vocab, const Stats& s, const Stats& t,
                     const Divergence& kind, float& value, float& center) {
   const LogProb log_q(s, kind.temperature), log_p(t, kind.temperature);
-  double kl_p = 0, kl_q = 0, skew = 0;                 // sums of p log(p/m), q log(q/m), q (q - p) / m
+  double kl_p = 0, kl_q = 0, skew = 0, mass = 0;                // sums of p log(p/m), q log(q/m), q (q - p) / m
   Block zs, zt;
   for (int64_t first = 0; first < vocab; first += kBlock) {
     int64_t n = min64(kBlock, vocab - first);
     student.read(first, n, zs);
     teacher.read(first, n, zt);
-    vf p_sum{}, q_sum{}, s_sum{};
+    vf p_sum{}, q_sum{}, s_sum{}, mass_sum{};
     for (int64_t i = 0; i < n; i += kLanes) {
       Words w = compare<M>(log_q(load(zs.v + i)), log_p(load(zt.v + i)), kind.mix);
       p_sum += w.p * w.log_p_m;
       q_sum += w.q * w.log_q_m;
-      if constexpr (M == kInterior) s_sum += w.q_skew;
+      mass_sum += w.q;
+      if constexpr (M == kInterior || M == kStudent) s_sum += w.q_skew;
     }
     kl_p += sum(p_sum);
     kl_q += sum(q_sum);
-    if constexpr (M == kInterior) skew += sum(s_sum);
+    mass += sum(mass_sum);
+    if constexpr (M == kInterior || M == kStudent) skew += sum(s_sum);
   }
   double total = kind.a * kl_p + kind.b * kl_q;
   value = total > kInfinite ? INFINITY : float(total);
-  center = float(kind.skew * skew + kind.b * kl_q);    // at m = q the skew sum is sum q - sum p = 0
+  // Over the mass, and with sum q - sum p not taken for 0 at m = q: rounded log-sums cancel out of the gradient.
+  center = float((kind.skew * skew + kind.b * kl_q) / mass);
 }
 
 void divergence(Matrix student, Matrix teacher, int64_t vocab, int64_t begin, int64_t end, const Stats* s,

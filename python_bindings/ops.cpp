@@ -80,7 +80,7 @@ void row_statistics(Tensor logits, double scale, double softcap, double temperat
   }
   const kd::RowKernels& isa = kernels();               // an error in a parallel region would lose its message
   torch::stable::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
-    isa.statistics(x, vocab, begin, end, float(temperature), data<kd::Stats>(out_stats), k,
+    isa.statistics(x, vocab, begin, end, temperature, data<kd::Stats>(out_stats), k,
                    data<float>(top_values), data<int64_t>(top_indices), n_gather,
                    gather_ids ? data<int64_t>(*gather_ids) : nullptr,
                    gathered ? data<float>(*gathered) : nullptr);
@@ -88,7 +88,7 @@ void row_statistics(Tensor logits, double scale, double softcap, double temperat
 }
 
 kd::Divergence divergence_kind(double a, double b, double mix, double skew, double temperature) {
-  return {float(a), float(b), float(mix), float(skew), float(temperature)};
+  return {float(a), float(b), float(mix), float(skew), temperature};
 }
 
 void row_divergence(Tensor student, double s_scale, double s_softcap, Tensor s_stats, Tensor teacher, double t_scale,
