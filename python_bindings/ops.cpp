@@ -111,7 +111,7 @@ void row_divergence(Tensor student, double s_scale, double s_softcap, Tensor s_s
 void row_gradient(Tensor student, double s_scale, double s_softcap, Tensor s_stats, std::optional<Tensor> teacher,
                   double t_scale, double t_softcap, std::optional<Tensor> t_stats, double a, double b, double mix,
                   double skew, double temperature, std::optional<Tensor> center, Tensor coefficients, Tensor ids,
-                  Tensor scatter, bool bf16_out) {
+                  Tensor scatter, ScalarType out_dtype) {
   kd::Matrix s = matrix("student", student, s_scale, s_softcap), t = s;
   int64_t rows = student.size(0), vocab = student.size(1);
   const kd::Stats *ss = stats("s_stats", s_stats, rows), *ts = nullptr;
@@ -120,7 +120,9 @@ void row_gradient(Tensor student, double s_scale, double s_softcap, Tensor s_sta
   check("ids", ids, ScalarType::Long, rows, n_scatter);
   check("scatter", scatter, ScalarType::Float, rows, n_scatter);
   check_ids("ids", ids, vocab);
-  STD_TORCH_CHECK(bf16_out || s.dtype == kd::Dtype::f32, "bf16_out: bfloat16 logits have no room for a float32 gradient");
+  bool narrow = out_dtype == ScalarType::BFloat16;
+  STD_TORCH_CHECK(narrow || out_dtype == student.scalar_type(),
+                  "out_dtype: expected bfloat16 or the logits' own, for which they have room");
   kd::Divergence kind = divergence_kind(a, b, mix, skew, temperature);
   if (teacher) {
     t = matrix("teacher", *teacher, t_scale, t_softcap);
@@ -134,7 +136,7 @@ void row_gradient(Tensor student, double s_scale, double s_softcap, Tensor s_sta
   const kd::RowKernels& isa = kernels();
   torch::stable::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
     isa.gradient(s, t, vocab, begin, end, ss, ts, teacher ? &kind : nullptr,
-                 center ? data<float>(*center) : nullptr, bf16_out ? kd::Dtype::bf16 : kd::Dtype::f32, c,
+                 center ? data<float>(*center) : nullptr, narrow ? kd::Dtype::bf16 : kd::Dtype::f32, c,
                  c + rows, c + 2 * rows, n_scatter, data<int64_t>(ids), data<float>(scatter));
   });
 }
@@ -152,7 +154,7 @@ STABLE_TORCH_LIBRARY(kdkernels, m) {
         "Tensor(a!) value, Tensor(b!) center) -> ()");
   m.def("row_gradient_(Tensor(a!) student, float s_scale, float s_softcap, Tensor s_stats, Tensor? teacher, "
         "float t_scale, float t_softcap, Tensor? t_stats, float a, float b, float mix, float skew, float temperature, "
-        "Tensor? center, Tensor coefficients, Tensor ids, Tensor scatter, bool bf16_out) -> ()");
+        "Tensor? center, Tensor coefficients, Tensor ids, Tensor scatter, ScalarType out_dtype) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kdkernels, CompositeExplicitAutograd, m) { m.impl("cpu_isa", TORCH_BOX(&cpu_isa)); }

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 MASKED = tl.constexpr(-1e30)
-INFINITE = tl.constexpr(1e25)  # a divergence beyond it met a word that one side masks and the other does not
+INFINITE = tl.constexpr(1e12)  # no log-probability is below -1e12 but a masked word's; a divergence beyond 1e12 met one
 
 # Where the mixture m = mix p + (1 - mix) q lies; JSD is an interior mixture whose skew coefficient is 0 (no division).
 NONE, STUDENT, TEACHER, JSD, INTERIOR = (tl.constexpr(i) for i in range(5))
@@ -20,7 +20,7 @@ NONE, STUDENT, TEACHER, JSD, INTERIOR = (tl.constexpr(i) for i in range(5))
 
 @triton.jit
 def _exp_rough(x):
-    """e^x to about 1e-7 (1 + |x|): enough where many are summed or where x is near 0."""
+    """e^x to about 1e-7 (1 + |x|): enough where what is multiplied by it matters the less, the smaller it is."""
     return tl.exp2(x * 1.4426950408889634)
 
 
@@ -55,6 +55,12 @@ def _tanh(y):
 
 
 @triton.jit
+def _over_temperature(x, inverse, inverse_rest):
+    """x / T, from 1 / T in two parts: one rounded 1 / T would be another temperature."""
+    return tl.fma(x, inverse, x * inverse_rest)
+
+
+@triton.jit
 def _z(x_ptr, words, inside, scale, softcap, SOFTCAP: tl.constexpr):
     """z of a row's words; MASKED for -inf and where not ``inside``."""
     z = tl.load(x_ptr + words, mask=inside, other=-float("inf")).to(tl.float32) * scale
@@ -68,10 +74,12 @@ def _z(x_ptr, words, inside, scale, softcap, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def statistics_kernel(
-    x_ptr, x_stride, vocabulary, scale, softcap, inv_temperature, stats_ptr, maxima_ptr, groups,
+    x_ptr, x_stride, vocabulary, scale, softcap, inverse, inverse_rest, stats_ptr, maxima_ptr, groups,
     GROUPS: tl.constexpr, GROUP: tl.constexpr, TEMPERED: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """Max, log-sum, entropy, log-sum at a temperature; and the maximum of each group of GROUP consecutive words.
+
+    A row without any word (all -inf) has no distribution: NaN.
 
     Every position in a block has a running maximum of its own, so that no step waits for one over the block. With
     x = z - maximum, ``rest`` sums e^x over all words but the maximum, ``weighted`` sums x e^x. Leaving the maximum out
@@ -95,9 +103,9 @@ def statistics_kernel(
 
         rises = z > top
         x = -tl.abs(z - top)
-        e = _exp_rough(x)
+        e = _exp(x)
         if TEMPERED:
-            e_tempered = _exp_rough(x * inv_temperature)
+            e_tempered = _exp_rough(_over_temperature(x, inverse, inverse_rest))
             tempered = tl.fma(e_tempered, tl.where(rises, tempered + 1.0, 1.0), tl.where(rises, 0.0, tempered))
         moved = tl.where(rises, rest + 1.0, 1.0)  # what e multiplies: all there was, or the new word
         weighted = tl.fma(e, x * moved, weighted * tl.where(rises, e, 1.0))
@@ -105,8 +113,9 @@ def statistics_kernel(
         top = tl.maximum(top, z)
 
     highest = tl.max(top)
+    highest = tl.where(highest > MASKED, highest, float("nan"))
     x = top - highest
-    e = _exp_rough(x)
+    e = _exp(x)
     ties = tl.sum(tl.where(x == 0, 1.0, 0.0)) - 1.0
     total = tl.sum(e * rest + tl.where(x == 0, 0.0, e)) + ties
     log_sum = _log1p(total)
@@ -115,7 +124,7 @@ def statistics_kernel(
     tl.store(stats_ptr + 1, log_sum)
     tl.store(stats_ptr + 2, log_sum - tl.sum(e * (weighted + x * (rest + 1.0))) / (1.0 + total))
     if TEMPERED:
-        e = _exp_rough(x * inv_temperature)
+        e = _exp_rough(_over_temperature(x, inverse, inverse_rest))
         log_sum = _log1p(tl.sum(e * tempered + tl.where(x == 0, 0.0, e)) + ties)
     tl.store(stats_ptr + 3, log_sum)
 
@@ -167,8 +176,11 @@ def candidates_kernel(
 
 
 @triton.jit
-def _log_prob(z, top, log_sum, inv_temperature):
-    return tl.fma(z - top, inv_temperature, -log_sum)
+def _log_prob(z, top, log_sum, inverse, inverse_rest, TEMPERED: tl.constexpr):
+    x = z - top
+    if TEMPERED:
+        return tl.fma(x, inverse, tl.fma(x, inverse_rest, -log_sum))
+    return x - log_sum
 
 
 @triton.jit
@@ -190,7 +202,7 @@ def _compare(log_q, log_p, mix, MIXTURE: tl.constexpr):
     q_skew = tl.zeros_like(d)
     if MIXTURE == STUDENT:
         log_p_m = -d
-        q_skew = q - p
+        q_skew = tl.where(log_q > -INFINITE, q - p, 0.0)
     elif MIXTURE == TEACHER:
         log_q_m = d
     else:
@@ -207,8 +219,9 @@ def _compare(log_q, log_p, mix, MIXTURE: tl.constexpr):
 @triton.jit
 def divergence_kernel(
     s_ptr, s_stride, s_scale, s_softcap, s_stats_ptr, t_ptr, t_stride, t_scale, t_softcap, t_stats_ptr, vocabulary,
-    a, b, mix, skew, inv_temperature, value_ptr, center_ptr,
-    BLOCK: tl.constexpr, MIXTURE: tl.constexpr, S_SOFTCAP: tl.constexpr, T_SOFTCAP: tl.constexpr,
+    a, b, mix, skew, inverse, inverse_rest, value_ptr, center_ptr,
+    BLOCK: tl.constexpr, MIXTURE: tl.constexpr, TEMPERED: tl.constexpr,
+    S_SOFTCAP: tl.constexpr, T_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """a KL(p || m) + b KL(q || m), and the expectation under q that the gradient subtracts."""
     row = tl.program_id(0).to(tl.int64)
@@ -221,21 +234,24 @@ def divergence_kernel(
     kl_p = tl.zeros([BLOCK], tl.float32)
     kl_q = tl.zeros([BLOCK], tl.float32)
     skewed = tl.zeros([BLOCK], tl.float32)
+    mass = tl.zeros([BLOCK], tl.float32)
     for first in range(0, vocabulary, BLOCK):
         words = first + tl.arange(0, BLOCK)
         inside = words < vocabulary
         z_s = _z(s_ptr, words, inside, s_scale, s_softcap, S_SOFTCAP)
         z_t = _z(t_ptr, words, inside, t_scale, t_softcap, T_SOFTCAP)
-        log_q = _log_prob(z_s, s_max, s_log_sum, inv_temperature)
-        log_p = _log_prob(z_t, t_max, t_log_sum, inv_temperature)
+        log_q = _log_prob(z_s, s_max, s_log_sum, inverse, inverse_rest, TEMPERED)
+        log_p = _log_prob(z_t, t_max, t_log_sum, inverse, inverse_rest, TEMPERED)
         q, p, log_p_m, log_q_m, q_skew = _compare(log_q, log_p, mix, MIXTURE)
         if MIXTURE != TEACHER:
             kl_p = tl.fma(p, log_p_m, kl_p)
         if MIXTURE != STUDENT:
             kl_q = tl.fma(q, log_q_m, kl_q)
-        if MIXTURE == INTERIOR:
+        if (MIXTURE == INTERIOR) | (MIXTURE == STUDENT):
             skewed += q_skew
-    center = skew * tl.sum(skewed, axis=0) + b * tl.sum(kl_q, axis=0)  # at m = q the skew sum is sum q - sum p = 0
+        mass += q
+    # Over the mass, and with sum q - sum p not taken for 0 at m = q: rounded log-sums cancel out of the gradient's sum.
+    center = (skew * tl.sum(skewed, axis=0) + b * tl.sum(kl_q, axis=0)) / tl.sum(mass, axis=0)
     value = a * tl.sum(kl_p, axis=0) + b * tl.sum(kl_q, axis=0)
     tl.store(value_ptr + row, tl.where(value > INFINITE, float("inf"), value))
     tl.store(center_ptr + row, center)
@@ -245,23 +261,21 @@ def divergence_kernel(
 def _gradient(
     words, inside, added, s_ptr, s_scale, s_softcap, t_ptr, t_scale, t_softcap,
     s_max, s_log_sum, s_entropy, s_tempered, t_max, t_tempered, center, c_divergence, c_entropy, c_softmax,
-    b, mix, skew, inv_temperature,
+    b, mix, skew, inverse, inverse_rest,
     MIXTURE: tl.constexpr, TEMPERED: tl.constexpr, S_SOFTCAP: tl.constexpr, T_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """d loss / d logit of some words of a row: divergence, entropy, softmax, what is ``added``, then the chain rule."""
     z = _z(s_ptr, words, inside, s_scale, s_softcap, S_SOFTCAP)
-    log_q = _log_prob(z, s_max, s_log_sum, 1.0)
+    log_q = _log_prob(z, s_max, s_log_sum, inverse, inverse_rest, False)
     if MIXTURE == NONE:
         q = _exp(log_q)
         gradient = added
     else:
         z_t = _z(t_ptr, words, inside, t_scale, t_softcap, T_SOFTCAP)
-        log_p = _log_prob(z_t, t_max, t_tempered, inv_temperature)
-        if TEMPERED:
-            q, _, _, log_q_m, q_skew = _compare(_log_prob(z, s_max, s_tempered, inv_temperature), log_p, mix, MIXTURE)
-        else:
-            q, _, _, log_q_m, q_skew = _compare(log_q, log_p, mix, MIXTURE)
-        gradient = tl.fma(c_divergence * inv_temperature, skew * q_skew + q * (b * log_q_m - center), added)
+        log_p = _log_prob(z_t, t_max, t_tempered, inverse, inverse_rest, TEMPERED)
+        log_q_tempered = _log_prob(z, s_max, s_tempered, inverse, inverse_rest, True) if TEMPERED else log_q
+        q, _, _, log_q_m, q_skew = _compare(log_q_tempered, log_p, mix, MIXTURE)
+        gradient = tl.fma(c_divergence * inverse, skew * q_skew + q * (b * log_q_m - center), added)
         if TEMPERED:
             q = _exp(log_q)
     gradient = tl.fma(q, c_softmax - c_entropy * (log_q + s_entropy), gradient) * s_scale
@@ -297,7 +311,7 @@ def _row_scalars(row, s_stats_ptr, t_stats_ptr, center_ptr, dense_ptr, dense_str
 @triton.jit
 def scatter_kernel(
     s_ptr, s_stride, s_scale, s_softcap, s_stats_ptr, t_ptr, t_stride, t_scale, t_softcap, t_stats_ptr, vocabulary,
-    b, mix, skew, inv_temperature, center_ptr, dense_ptr, dense_stride, ids_ptr, scatter_ptr, at_ids_ptr, n_ids,
+    b, mix, skew, inverse, inverse_rest, center_ptr, dense_ptr, dense_stride, ids_ptr, scatter_ptr, at_ids_ptr, n_ids,
     IDS: tl.constexpr, MIXTURE: tl.constexpr, TEMPERED: tl.constexpr, S_SOFTCAP: tl.constexpr, T_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """The gradient of all terms at ``ids`` alone, in fp32, with ``scatter`` added; of equal ids each gets the sum."""
@@ -316,7 +330,7 @@ def scatter_kernel(
     gradient = _gradient(
         ids, inside, added, s_ptr + row * s_stride, s_scale, s_softcap, t_ptr + row * t_stride, t_scale, t_softcap,
         s_max, s_log_sum, s_entropy, s_tempered, t_max, t_tempered, center, c_divergence, c_entropy, c_softmax,
-        b, mix, skew, inv_temperature, MIXTURE, TEMPERED, S_SOFTCAP, T_SOFTCAP,
+        b, mix, skew, inverse, inverse_rest, MIXTURE, TEMPERED, S_SOFTCAP, T_SOFTCAP,
     )  # fmt: skip
     tl.store(at_ids_ptr + row * n_ids + slot, gradient, mask=slot < n_ids)
 
@@ -324,8 +338,8 @@ def scatter_kernel(
 @triton.jit
 def gradient_kernel(
     s_ptr, s_stride, s_scale, s_softcap, s_stats_ptr, t_ptr, t_stride, t_scale, t_softcap, t_stats_ptr, vocabulary,
-    b, mix, skew, inv_temperature, center_ptr, dense_ptr, dense_stride, ids_ptr, at_ids_ptr, n_ids, out_ptr, out_stride,
-    BLOCK: tl.constexpr, IDS: tl.constexpr, MIXTURE: tl.constexpr, TEMPERED: tl.constexpr,
+    b, mix, skew, inverse, inverse_rest, center_ptr, dense_ptr, dense_stride, ids_ptr, at_ids_ptr, n_ids,
+    out_ptr, out_stride, BLOCK: tl.constexpr, IDS: tl.constexpr, MIXTURE: tl.constexpr, TEMPERED: tl.constexpr,
     S_SOFTCAP: tl.constexpr, T_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """The gradient of all terms, written over the student's logits by ascending blocks, then what belongs at ``ids``.
@@ -346,7 +360,7 @@ def gradient_kernel(
         gradient = _gradient(
             words, inside, 0.0, s_ptr + row * s_stride, s_scale, s_softcap, t_ptr + row * t_stride, t_scale, t_softcap,
             s_max, s_log_sum, s_entropy, s_tempered, t_max, t_tempered, center, c_divergence, c_entropy, c_softmax,
-            b, mix, skew, inv_temperature, MIXTURE, TEMPERED, S_SOFTCAP, T_SOFTCAP,
+            b, mix, skew, inverse, inverse_rest, MIXTURE, TEMPERED, S_SOFTCAP, T_SOFTCAP,
         )  # fmt: skip
         tl.debug_barrier()
         tl.store(out_ptr + words, gradient.to(out_ptr.dtype.element_ty), mask=inside)

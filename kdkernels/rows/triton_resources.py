@@ -29,6 +29,7 @@ from triton.compiler import ASTSource
 from ..divergences import JSD, ForwardKL, ReverseKL, SkewKL
 from . import triton as backend
 from .interface import Coefficients, Rows
+from .operators import NAMES, Operators
 
 TARGETS = (80, 90, 100)
 VOCABULARY = 151936
@@ -40,6 +41,7 @@ _KERNELS = [
     backend.kernels.statistics_kernel, backend.kernels.candidates_kernel, backend.kernels.divergence_kernel,
     backend.kernels.scatter_kernel, backend.kernels.gradient_kernel,
 ]  # fmt: skip
+_FUNCTIONS = Operators(*(getattr(backend, name) for name in NAMES))  # tensors without memory would get the fake ones
 _F32, _BF16, _F16 = torch.float32, torch.bfloat16, torch.float16
 
 
@@ -71,9 +73,9 @@ def variants() -> tuple[Variant, ...]:
         for dtype, softcap, temperature in product((_F32, _BF16, _F16), (None, 30.0), (1.0, 2.0)):
             options = f"{_short(dtype)}{', soft-cap' if softcap else ''}{', tempered' if temperature != 1 else ''}"
             logits = torch.empty(1024, VOCABULARY, dtype=dtype)
-            rows = _record(found, options, backend.statistics, logits, 1.0, softcap, temperature, 10, ids)
+            rows = _record(found, options, _FUNCTIONS.statistics, logits, 1.0, softcap, temperature, 10, ids)
             for kind in _KINDS:
-                _record(found, f"{options}, {kind.name}", backend.divergence, rows, rows, kind, temperature)
+                _record(found, f"{options}, {kind.name}", _FUNCTIONS.divergence, rows, rows, kind, temperature)
                 _gradients(found, f"{options}, {kind.name}", rows, kind, temperature)
             _gradients(found, options, rows, None, temperature)
     # calls that differ in an option launch the same variant of the kernels that do not have it
@@ -94,7 +96,7 @@ def _gradients(found: list[Variant], options: str, rows: Rows, kind, temperature
     for dtype in {_F32: (_F32, _BF16, _F16)}.get(rows.logits.dtype, (rows.logits.dtype,)):
         out = rows.logits.new_empty((1024, VOCABULARY * rows.logits.itemsize // dtype.itemsize), dtype=dtype)
         name = f"{options}, out {_short(dtype)}"
-        _record(found, name, backend.gradient_, rows, rows, kind, temperature, center, c, out[:, :VOCABULARY])
+        _record(found, name, _FUNCTIONS.gradient_, rows, rows, kind, temperature, center, c, out[:, :VOCABULARY])
 
 
 def _short(dtype: torch.dtype) -> str:
