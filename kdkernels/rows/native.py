@@ -12,8 +12,7 @@ _library = next(Path(__file__).parent.parent.glob("_C*.so"), None)
 if _library is None:
     raise ImportError("kdkernels._C is not built: install the package (pip install .) where a C++ compiler is at hand")
 torch.ops.load_library(_library)
-# csrc/rows.h: struct Stats. The centre in fp64: rounded, it leaves a gradient that does not sum to 0.
-_operators = Operators.registered("", stats=7, center=torch.float64)
+_operators = Operators.registered("")
 statistics, divergence, gradient_ = _operators.statistics, _operators.divergence, _operators.gradient_
 
 

@@ -22,6 +22,9 @@ from torch import Tensor
 from ..divergences import Divergence
 from .interface import Coefficients, Rows
 
+STATS = 7  # max, log-sum, entropy, log-sum at the temperature (interface.py); then for these operators alone:
+# what the log-sums are the logarithms of, and E_q[z - max]. A rounded log-sum of 10 would err by 4 ulp of every q.
+
 NAMES = ("row_statistics", "row_divergence", "row_gradient_")
 
 
@@ -32,22 +35,19 @@ class Operators:
     row_statistics: Callable
     row_divergence: Callable
     row_gradient_: Callable
-    stats: int = 4  # columns of Rows.stats
-    center: torch.dtype = torch.float32
 
     @staticmethod
-    def registered(prefix: str, **options) -> Operators:
+    def registered(prefix: str) -> Operators:
         """torch.ops.kdkernels.<prefix>*, which get their fake kernels: nothing is returned, so nothing to do."""
         for name in NAMES:
             torch.library.register_fake(f"kdkernels::{prefix}{name}", lambda *_: None)
-        functions = (getattr(torch.ops.kdkernels, prefix + name).default for name in NAMES)
-        return Operators(*functions, **options)
+        return Operators(*(getattr(torch.ops.kdkernels, prefix + name).default for name in NAMES))
 
     def statistics(
         self, logits: Tensor, scale: float, softcap: float | None, temperature: float, topk: int, gather: Tensor | None
     ) -> Rows:
         rows = logits.shape[0]
-        stats, values = (logits.new_empty((rows, n), dtype=torch.float32) for n in (self.stats, topk))
+        stats, values = (logits.new_empty((rows, n), dtype=torch.float32) for n in (STATS, topk))
         indices = logits.new_empty((rows, topk), dtype=torch.int64)
         gathered = None if gather is None else stats.new_empty(gather.shape)
         self.row_statistics(logits, scale, softcap or 0.0, temperature, stats, values, indices, gather, gathered)
@@ -55,7 +55,7 @@ class Operators:
 
     def divergence(self, student: Rows, teacher: Rows, kind: Divergence, temperature: float) -> tuple[Tensor, Tensor]:
         value = student.stats.new_empty(student.logits.shape[0])
-        center = torch.empty_like(value, dtype=self.center)
+        center = torch.empty_like(value, dtype=torch.float64)  # a rounded one leaves a gradient that does not sum to 0
         self.row_divergence(*_side(student), *_side(teacher), *_scalars(kind), temperature, value, center)
         return value, center
 

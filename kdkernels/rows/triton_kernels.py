@@ -14,6 +14,8 @@ import triton.language as tl
 MASKED = tl.constexpr(-1e30)
 INFINITE = tl.constexpr(1e12)  # no log-probability is below -1e12 but a masked word's; a divergence beyond 1e12 met one
 
+STATS = tl.constexpr(7)  # numbers per row, in the order of operators.py
+
 # Where the mixture m = mix p + (1 - mix) q lies; JSD is an interior mixture whose skew coefficient is 0 (no division).
 NONE, STUDENT, TEACHER, JSD, INTERIOR = (tl.constexpr(i) for i in range(5))
 
@@ -119,14 +121,19 @@ def statistics_kernel(
     ties = tl.sum(tl.where(x == 0, 1.0, 0.0)) - 1.0
     total = tl.sum(e * rest + tl.where(x == 0, 0.0, e)) + ties
     log_sum = _log1p(total)
-    stats_ptr += row * 4
+    mean = tl.sum(e * (weighted + x * (rest + 1.0))) / (1.0 + total)
+    stats_ptr += row * STATS
     tl.store(stats_ptr, highest)
     tl.store(stats_ptr + 1, log_sum)
-    tl.store(stats_ptr + 2, log_sum - tl.sum(e * (weighted + x * (rest + 1.0))) / (1.0 + total))
+    tl.store(stats_ptr + 2, log_sum - mean)
+    tl.store(stats_ptr + 4, 1.0 + total)
+    tl.store(stats_ptr + 6, mean)
     if TEMPERED:
         e = _exp_rough(_over_temperature(x, inverse, inverse_rest))
-        log_sum = _log1p(tl.sum(e * tempered + tl.where(x == 0, 0.0, e)) + ties)
+        total = tl.sum(e * tempered + tl.where(x == 0, 0.0, e)) + ties
+        log_sum = _log1p(total)
     tl.store(stats_ptr + 3, log_sum)
+    tl.store(stats_ptr + 5, 1.0 + total)
 
 
 @triton.jit
@@ -176,25 +183,26 @@ def candidates_kernel(
 
 
 @triton.jit
-def _log_prob(z, top, log_sum, inverse, inverse_rest, TEMPERED: tl.constexpr):
+def _below_max(z, top, inverse, inverse_rest, TEMPERED: tl.constexpr):
+    """x = (z - max) / T; the probability is e^x / sum."""
     x = z - top
     if TEMPERED:
-        return tl.fma(x, inverse, tl.fma(x, inverse_rest, -log_sum))
-    return x - log_sum
+        x = _over_temperature(x, inverse, inverse_rest)
+    return x
 
 
 @triton.jit
-def _compare(log_q, log_p, mix, MIXTURE: tl.constexpr):
+def _compare(x_q, x_p, norm_q, norm_p, gap, mix, MIXTURE: tl.constexpr):
     """q, p, log(p/m), log(q/m), q (q - p)/m of words; 0 for what the mixture leaves out.
 
     With d = log q - log p and r = exp(-|d|) in [0, 1], m over the larger of p and q is w = 1 + c (r - 1), c weighing
     the smaller one: nothing overflows, no log of 0 at an interior mixture, and w is exactly 1 where p = q.
     """
-    d = log_q - log_p
+    d = (x_q - x_p) - gap
     r = _exp_rough(-tl.abs(d))
-    big = _exp(tl.maximum(log_q, log_p))
-    small = big * r
     student_leads = d >= 0
+    big = _exp(tl.where(student_leads, x_q, x_p)) * tl.where(student_leads, norm_q, norm_p)
+    small = big * r
     q = tl.where(student_leads, big, small)
     p = tl.where(student_leads, small, big)
     log_p_m = tl.zeros_like(d)
@@ -202,18 +210,29 @@ def _compare(log_q, log_p, mix, MIXTURE: tl.constexpr):
     q_skew = tl.zeros_like(d)
     if MIXTURE == STUDENT:
         log_p_m = -d
-        q_skew = tl.where(log_q > -INFINITE, q - p, 0.0)
+        q_skew = tl.where(x_q > -INFINITE, q - p, 0.0)
     elif MIXTURE == TEACHER:
         log_q_m = d
     else:
-        gap = r - 1.0
-        w = tl.fma(tl.where(student_leads, mix, 1.0 - mix), gap, 1.0)
+        less = r - 1.0
+        w = tl.fma(tl.where(student_leads, mix, 1.0 - mix), less, 1.0)
         log_w = tl.log(w)
         log_p_m = -log_w - tl.maximum(d, 0.0)
         log_q_m = tl.minimum(d, 0.0) - log_w
         if MIXTURE == INTERIOR:
-            q_skew = q * tl.where(student_leads, -gap, gap) / w
+            q_skew = q * tl.where(student_leads, -less, less) / w
     return q, p, log_p_m, log_q_m, q_skew
+
+
+@triton.jit
+def _pair(s_stats_ptr, t_stats_ptr, row, TEMPERED: tl.constexpr):
+    """Both sides' max and 1 / sum at the temperature, and log-sum of q minus that of p."""
+    s_stats_ptr += row * STATS
+    t_stats_ptr += row * STATS
+    s_sum = tl.load(s_stats_ptr + (5 if TEMPERED else 4))
+    t_sum = tl.load(t_stats_ptr + (5 if TEMPERED else 4))
+    gap = tl.log(tl.div_rn(s_sum, t_sum))
+    return tl.load(s_stats_ptr), tl.load(t_stats_ptr), tl.div_rn(1.0, s_sum), tl.div_rn(1.0, t_sum), gap
 
 
 @triton.jit
@@ -227,10 +246,7 @@ def divergence_kernel(
     row = tl.program_id(0).to(tl.int64)
     s_ptr += row * s_stride
     t_ptr += row * t_stride
-    s_max = tl.load(s_stats_ptr + row * 4)
-    t_max = tl.load(t_stats_ptr + row * 4)
-    s_log_sum = tl.load(s_stats_ptr + row * 4 + 3)
-    t_log_sum = tl.load(t_stats_ptr + row * 4 + 3)
+    s_max, t_max, norm_q, norm_p, gap = _pair(s_stats_ptr, t_stats_ptr, row, TEMPERED)
     kl_p = tl.zeros([BLOCK], tl.float32)
     kl_q = tl.zeros([BLOCK], tl.float32)
     skewed = tl.zeros([BLOCK], tl.float32)
@@ -240,9 +256,9 @@ def divergence_kernel(
         inside = words < vocabulary
         z_s = _z(s_ptr, words, inside, s_scale, s_softcap, S_SOFTCAP)
         z_t = _z(t_ptr, words, inside, t_scale, t_softcap, T_SOFTCAP)
-        log_q = _log_prob(z_s, s_max, s_log_sum, inverse, inverse_rest, TEMPERED)
-        log_p = _log_prob(z_t, t_max, t_log_sum, inverse, inverse_rest, TEMPERED)
-        q, p, log_p_m, log_q_m, q_skew = _compare(log_q, log_p, mix, MIXTURE)
+        x_q = _below_max(z_s, s_max, inverse, inverse_rest, TEMPERED)
+        x_p = _below_max(z_t, t_max, inverse, inverse_rest, TEMPERED)
+        q, p, log_p_m, log_q_m, q_skew = _compare(x_q, x_p, norm_q, norm_p, gap, mix, MIXTURE)
         if MIXTURE != TEACHER:
             kl_p = tl.fma(p, log_p_m, kl_p)
         if MIXTURE != STUDENT:
@@ -250,9 +266,10 @@ def divergence_kernel(
         if (MIXTURE == INTERIOR) | (MIXTURE == STUDENT):
             skewed += q_skew
         mass += q
-    # Over the mass, and with sum q - sum p not taken for 0 at m = q: rounded log-sums cancel out of the gradient's sum.
-    center = (skew * tl.sum(skewed, axis=0) + b * tl.sum(kl_q, axis=0)) / tl.sum(mass, axis=0)
-    value = a * tl.sum(kl_p, axis=0) + b * tl.sum(kl_q, axis=0)
+    # Over the mass, and with sum q - sum p at m = q not taken for 0: what is rounded leaves a gradient that sums to 0.
+    kl_q_sum = tl.sum(kl_q.to(tl.float64), axis=0)
+    center = (skew * tl.sum(skewed.to(tl.float64), axis=0) + b * kl_q_sum) / tl.sum(mass.to(tl.float64), axis=0)
+    value = (a * tl.sum(kl_p.to(tl.float64), axis=0) + b * kl_q_sum).to(tl.float32)
     tl.store(value_ptr + row, tl.where(value > INFINITE, float("inf"), value))
     tl.store(center_ptr + row, center)
 
@@ -260,25 +277,26 @@ def divergence_kernel(
 @triton.jit
 def _gradient(
     words, inside, added, s_ptr, s_scale, s_softcap, t_ptr, t_scale, t_softcap,
-    s_max, s_log_sum, s_entropy, s_tempered, t_max, t_tempered, center, c_divergence, c_entropy, c_softmax,
+    s_max, s_norm, s_mean, t_max, norm_q, norm_p, gap, center, center_rest, c_divergence, c_entropy, c_softmax,
     b, mix, skew, inverse, inverse_rest,
     MIXTURE: tl.constexpr, TEMPERED: tl.constexpr, S_SOFTCAP: tl.constexpr, T_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """d loss / d logit of some words of a row: divergence, entropy, softmax, what is ``added``, then the chain rule."""
     z = _z(s_ptr, words, inside, s_scale, s_softcap, S_SOFTCAP)
-    log_q = _log_prob(z, s_max, s_log_sum, inverse, inverse_rest, False)
+    x = z - s_max
     if MIXTURE == NONE:
-        q = _exp(log_q)
+        q = _exp(x) * s_norm
         gradient = added
     else:
         z_t = _z(t_ptr, words, inside, t_scale, t_softcap, T_SOFTCAP)
-        log_p = _log_prob(z_t, t_max, t_tempered, inverse, inverse_rest, TEMPERED)
-        log_q_tempered = _log_prob(z, s_max, s_tempered, inverse, inverse_rest, True) if TEMPERED else log_q
-        q, _, _, log_q_m, q_skew = _compare(log_q_tempered, log_p, mix, MIXTURE)
-        gradient = tl.fma(c_divergence * inverse, skew * q_skew + q * (b * log_q_m - center), added)
+        x_q = _below_max(z, s_max, inverse, inverse_rest, TEMPERED)
+        x_p = _below_max(z_t, t_max, inverse, inverse_rest, TEMPERED)
+        q, _, _, log_q_m, q_skew = _compare(x_q, x_p, norm_q, norm_p, gap, mix, MIXTURE)
+        from_center = tl.fma(b, log_q_m, -center) - center_rest
+        gradient = tl.fma(c_divergence * inverse, skew * q_skew + q * from_center, added)
         if TEMPERED:
-            q = _exp(log_q)
-    gradient = tl.fma(q, c_softmax - c_entropy * (log_q + s_entropy), gradient) * s_scale
+            q = _exp(x) * s_norm
+    gradient = tl.fma(q, c_softmax - c_entropy * (x - s_mean), gradient) * s_scale
     if S_SOFTCAP:
         y = z * (1.0 / s_softcap)
         gradient *= 1.0 - y * y
@@ -286,26 +304,26 @@ def _gradient(
 
 
 @triton.jit
-def _row_scalars(row, s_stats_ptr, t_stats_ptr, center_ptr, dense_ptr, dense_stride, MIXTURE: tl.constexpr):
+def _row_scalars(
+    row, s_stats_ptr, t_stats_ptr, center_ptr, dense_ptr, dense_stride, MIXTURE: tl.constexpr, TEMPERED: tl.constexpr
+):
     """Statistics and coefficients of a row, in the order in which _gradient takes them."""
-    s_stats_ptr += row * 4
-    t_stats_ptr += row * 4
-    t_max = 0.0
-    t_tempered = 0.0
+    s_max, t_max, norm_q, norm_p, gap = _pair(s_stats_ptr, t_stats_ptr, row, TEMPERED)
+    s_norm = tl.div_rn(1.0, tl.load(s_stats_ptr + row * STATS + 4))
+    s_mean = tl.load(s_stats_ptr + row * STATS + 6)
     center = 0.0
+    center_rest = 0.0
     c_divergence = 0.0
     if MIXTURE != NONE:
-        t_max = tl.load(t_stats_ptr)
-        t_tempered = tl.load(t_stats_ptr + 3)
-        center = tl.load(center_ptr + row)
+        exact = tl.load(center_ptr + row)
+        center = exact.to(tl.float32)
+        center_rest = (exact - center.to(tl.float64)).to(tl.float32)
         c_divergence = tl.load(dense_ptr + row)
     c_entropy = tl.load(dense_ptr + dense_stride + row)
     c_softmax = tl.load(dense_ptr + 2 * dense_stride + row)
-    s_max = tl.load(s_stats_ptr)
-    s_log_sum = tl.load(s_stats_ptr + 1)
-    s_entropy = tl.load(s_stats_ptr + 2)
-    s_tempered = tl.load(s_stats_ptr + 3)
-    return s_max, s_log_sum, s_entropy, s_tempered, t_max, t_tempered, center, c_divergence, c_entropy, c_softmax
+    return (
+        s_max, s_norm, s_mean, t_max, norm_q, norm_p, gap, center, center_rest, c_divergence, c_entropy, c_softmax
+    )  # fmt: skip
 
 
 @triton.jit
@@ -324,12 +342,12 @@ def scatter_kernel(
     added = tl.zeros([IDS], tl.float32)
     for j in range(n_ids):
         added += tl.where(ids == tl.load(ids_ptr + j), tl.load(scatter_ptr + j), 0.0)
-    s_max, s_log_sum, s_entropy, s_tempered, t_max, t_tempered, center, c_divergence, c_entropy, c_softmax = (
-        _row_scalars(row, s_stats_ptr, t_stats_ptr, center_ptr, dense_ptr, dense_stride, MIXTURE)
+    s_max, s_norm, s_mean, t_max, norm_q, norm_p, gap, center, center_rest, c_divergence, c_entropy, c_softmax = (
+        _row_scalars(row, s_stats_ptr, t_stats_ptr, center_ptr, dense_ptr, dense_stride, MIXTURE, TEMPERED)
     )
     gradient = _gradient(
         ids, inside, added, s_ptr + row * s_stride, s_scale, s_softcap, t_ptr + row * t_stride, t_scale, t_softcap,
-        s_max, s_log_sum, s_entropy, s_tempered, t_max, t_tempered, center, c_divergence, c_entropy, c_softmax,
+        s_max, s_norm, s_mean, t_max, norm_q, norm_p, gap, center, center_rest, c_divergence, c_entropy, c_softmax,
         b, mix, skew, inverse, inverse_rest, MIXTURE, TEMPERED, S_SOFTCAP, T_SOFTCAP,
     )  # fmt: skip
     tl.store(at_ids_ptr + row * n_ids + slot, gradient, mask=slot < n_ids)
@@ -351,15 +369,15 @@ def gradient_kernel(
     """
     row = tl.program_id(0).to(tl.int64)
     out_ptr += row * out_stride
-    s_max, s_log_sum, s_entropy, s_tempered, t_max, t_tempered, center, c_divergence, c_entropy, c_softmax = (
-        _row_scalars(row, s_stats_ptr, t_stats_ptr, center_ptr, dense_ptr, dense_stride, MIXTURE)
+    s_max, s_norm, s_mean, t_max, norm_q, norm_p, gap, center, center_rest, c_divergence, c_entropy, c_softmax = (
+        _row_scalars(row, s_stats_ptr, t_stats_ptr, center_ptr, dense_ptr, dense_stride, MIXTURE, TEMPERED)
     )
     for first in range(0, vocabulary, BLOCK):
         words = first + tl.arange(0, BLOCK)
         inside = words < vocabulary
         gradient = _gradient(
             words, inside, 0.0, s_ptr + row * s_stride, s_scale, s_softcap, t_ptr + row * t_stride, t_scale, t_softcap,
-            s_max, s_log_sum, s_entropy, s_tempered, t_max, t_tempered, center, c_divergence, c_entropy, c_softmax,
+            s_max, s_norm, s_mean, t_max, norm_q, norm_p, gap, center, center_rest, c_divergence, c_entropy, c_softmax,
             b, mix, skew, inverse, inverse_rest, MIXTURE, TEMPERED, S_SOFTCAP, T_SOFTCAP,
         )  # fmt: skip
         tl.debug_barrier()

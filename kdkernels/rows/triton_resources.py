@@ -34,7 +34,8 @@ from .operators import NAMES, Operators
 TARGETS = (80, 90, 100)
 VOCABULARY = 151936
 _POINTERS = {
-    torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64"
+    torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16",
+    torch.int64: "*i64",
 }  # fmt: skip
 _KINDS = (ForwardKL(), ReverseKL(), JSD(0.9), SkewKL(0.1))  # one for every place of the mixture
 _KERNELS = [
@@ -91,7 +92,7 @@ def _key(variant: Variant) -> tuple:
 
 
 def _gradients(found: list[Variant], options: str, rows: Rows, kind, temperature: float) -> None:
-    center = rows.stats[:, 0]
+    center = torch.empty(1024, dtype=torch.float64)
     c = Coefficients(torch.empty(3, 1024), torch.empty(1024, 11, dtype=torch.int64), torch.empty(1024, 11))
     for dtype in {_F32: (_F32, _BF16, _F16)}.get(rows.logits.dtype, (rows.logits.dtype,)):
         out = rows.logits.new_empty((1024, VOCABULARY * rows.logits.itemsize // dtype.itemsize), dtype=dtype)
