@@ -10,5 +10,5 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # milliseconds per bloc
 EXAMPLES = 2 if INTERPRETED else 40
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
-_DTYPES = {"eager": (F64, F32, BF16), "native": (F32, BF16), "triton": (F32, BF16)}
-PRECISIONS = [(name, dtype) for name in BACKENDS for dtype in _DTYPES[name]]  # fp16 products are very slow on CPUs
+_DTYPES = {"eager": (F64, F32, BF16), "native": (F32, BF16, F16), "triton": (F32,) if INTERPRETED else (F32, BF16, F16)}
+PRECISIONS = [(name, dtype) for name in BACKENDS for dtype in _DTYPES[name]]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import reference
+from ..checks import check_count, check_positive, check_share
 from ..chunked import Tokens
 from ..divergences import JSD
-from ..functional import check_candidates, check_positive
 from ..layout import Layout
 from . import selection
 from .base import Objective, weighted
@@ -51,10 +51,9 @@ class TSDKD(Objective):
         super().__init__()
         check_positive("tau", tau)
         check_positive("temperature", temperature)
-        check_candidates(k)
+        check_count("k", k, 1)
         for name, share in (("opener", opener), ("entropy_ratio", entropy_ratio)):
-            if not 0 <= share <= 1:
-                raise ValueError(f"{name}: expected a share in [0, 1], got {share!r}")
+            check_share(name, share)
         self.tau, self.opener, self.entropy_ratio = tau, opener, entropy_ratio
         self.indirect_weight, self.direct_weight, self.entropy_weight = indirect_weight, direct_weight, entropy_weight
         self.divergence, self.temperature, self.topk = JSD(beta), temperature, k

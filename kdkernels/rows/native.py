@@ -1,4 +1,4 @@
-"""Row kernels in C++ for CPU tensors (csrc/): float32 and bfloat16 logits, fp32 arithmetic."""
+"""Row kernels in C++ for CPU tensors (csrc/): float32, bfloat16 and float16 logits, fp32 arithmetic."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ statistics, divergence, gradient_ = _operators.statistics, _operators.divergence
 
 
 def supports(dtype: torch.dtype) -> bool:
-    return dtype in (torch.float32, torch.bfloat16)
+    return dtype in (torch.float32, torch.bfloat16, torch.float16)
 
 
 def isa() -> str:
