@@ -45,7 +45,7 @@ struct RowKernels {
                      int64_t k, float* top_values, int64_t* top_indices,
                      int64_t n_gather, const int64_t* gather_ids, float* gathered);
 
-  // value[r] = D and center[r] = E_q[dD/dq], which the gradient subtracts.
+  // value[r] = D and center[3 r ..] = E_q of b log(q/m), (q - p)/m and p/m, with which the gradient is centred.
   void (*divergence)(Matrix student, Matrix teacher, int64_t vocab, int64_t begin, int64_t end,
                      const Stats* s, const Stats* t, Divergence kind, float* value, double* center);
 

@@ -17,7 +17,7 @@ constexpr int64_t kBlock = 64 * kLanes;  // a lane adds 64 words in fp32 before 
 // -inf logits become this: finite, so that log-ratios of two masked words are 0 instead of NaN; exp of it is 0.
 constexpr float kMasked = -1e30f;
 // A divergence beyond this met a word that one side masks and the other does not: infinite.
-constexpr float kInfinite = 1e25f;
+constexpr float kInfinite = 1e12f;
 
 // A word's z as callers see it.
 inline float unmasked(float z) { return z <= kMasked ? -INFINITY : z; }
@@ -213,7 +213,7 @@ inline Mixture mixture_of(const Divergence* d) {
 struct Words {
   vf q, p;
   vf log_p_m, log_q_m;     // log(p / m), log(q / m)
-  vf q_skew;               // q * (q - p) / m
+  vf q_skew, q_p;          // q * (q - p) / m, q * p / m
 };
 
 // One side's softmax at a temperature: x = (z - max) / T, probability = exp(x) / sum. 1 / T comes in two parts: rounded, it
@@ -256,10 +256,12 @@ struct Pair {
     vf small = big * r;
     o.q = student ? big : small;
     o.p = student ? small : big;
-    o.log_p_m = o.log_q_m = o.q_skew = vf{};
+    o.log_p_m = o.log_q_m = o.q_skew = o.q_p = vf{};
     if constexpr (M == kStudent) {
       o.log_p_m = -d;
-      o.q_skew = o.q - o.p;
+      vi seen = x_q > -kInfinite;                      // nothing moves a word that the student masks
+      o.q_skew = seen ? o.q - o.p : vf{};
+      o.q_p = seen ? o.p : vf{};
     } else if constexpr (M == kTeacher) {
       o.log_q_m = d;
     } else {
@@ -268,7 +270,11 @@ struct Pair {
       vf log_w = log(w);
       o.log_p_m = -log_w - max(d, vf{});
       o.log_q_m = min(d, vf{}) - log_w;
-      if constexpr (M == kInterior) o.q_skew = o.q * (student ? -gap : gap) / w;
+      if constexpr (M == kInterior) {
+        vf q_w = o.q / w;
+        o.q_skew = q_w * (student ? -gap : gap);
+        o.q_p = student ? q_w * r : q_w;
+      }
     }
     return o;
   }
@@ -276,31 +282,39 @@ struct Pair {
 
 template <Mixture M, bool Tempered>
 void row_divergence(const Row& student, const Row& teacher, int64_t vocab, const Stats& s, const Stats& t,
-                    const Divergence& kind, float& value, double& center) {
+                    const Divergence& kind, float& value, double* center) {
   const Pair<Tempered> pair(s, t, kind);
-  double kl_p = 0, kl_q = 0, skew = 0, mass = 0;       // sums of p log(p/m), q log(q/m), q (q - p) / m, q
+  double kl_p = 0, kl_q = 0, skew = 0, shared = 0, mass = 0;  // sums of p log(p/m), q log(q/m), q (q - p)/m, q p/m, q
   Block zs, zt;
   for (int64_t first = 0; first < vocab; first += kBlock) {
     int64_t n = min64(kBlock, vocab - first);
     student.read(first, n, zs);
     teacher.read(first, n, zt);
-    vf p_sum{}, q_sum{}, s_sum{}, mass_sum{};
+    vf p_sum{}, q_sum{}, s_sum{}, shared_sum{}, mass_sum{};
     for (int64_t i = 0; i < n; i += kLanes) {
       Words w = pair.template compare<M>(load(zs.v + i), load(zt.v + i));
       p_sum += w.p * w.log_p_m;
       q_sum += w.q * w.log_q_m;
       mass_sum += w.q;
-      if constexpr (M == kInterior || M == kStudent) s_sum += w.q_skew;
+      if constexpr (M == kInterior || M == kStudent) {
+        s_sum += w.q_skew;
+        shared_sum += w.q_p;
+      }
     }
     kl_p += sum(p_sum);
     kl_q += sum(q_sum);
     mass += sum(mass_sum);
-    if constexpr (M == kInterior || M == kStudent) skew += sum(s_sum);
+    if constexpr (M == kInterior || M == kStudent) {
+      skew += sum(s_sum);
+      shared += sum(shared_sum);
+    }
   }
   double total = kind.a * kl_p + kind.b * kl_q;
   value = total > kInfinite ? INFINITY : float(total);
   // Over the mass, and with sum q - sum p at m = q not taken for 0: what is rounded leaves a gradient that sums to 0.
-  center = (kind.skew * skew + kind.b * kl_q) / mass;
+  center[0] = kind.b * kl_q / mass;
+  center[1] = skew / mass;
+  center[2] = shared / mass;
 }
 
 template <Mixture M>
@@ -318,7 +332,7 @@ void divergence(Matrix student, Matrix teacher, int64_t vocab, int64_t begin, in
     default: break;
   }
   for (int64_t r = begin; r < end; ++r)
-    row(Row(student, r), Row(teacher, r), vocab, s[r], t[r], kind, value[r], center[r]);
+    row(Row(student, r), Row(teacher, r), vocab, s[r], t[r], kind, value[r], center + 3 * r);
 }
 
 struct Coefficients {
@@ -327,11 +341,12 @@ struct Coefficients {
 
 template <Mixture M, bool Tempered>
 void row_gradient(const Row& student, const Row& teacher, int64_t vocab, const Stats& s, const Stats& t,
-                  const Divergence& kind, double center, Coefficients c, Dtype out, int64_t n_scatter,
+                  const Divergence& kind, const double* center, Coefficients c, Dtype out, int64_t n_scatter,
                   const int64_t* ids, const float* scatter) {
   const Softmax<false> softmax(s, 1);
   const Pair<Tempered> pair(s, t, kind);
-  const float c_div = c.divergence / kind.temperature, center_high = center, center_low = center - center_high;
+  const float c_div = c.divergence / kind.temperature;
+  const float center_high = center[0], center_low = center[0] - center_high, skew = center[1], shared = center[2];
   const float scale = student.m.scale, softcap = student.m.softcap;
   Block zs, zt;
   for (int64_t first = 0; first < vocab; first += kBlock) {
@@ -346,7 +361,10 @@ void row_gradient(const Row& student, const Row& teacher, int64_t vocab, const S
         q = exp(x) * softmax.norm;
       } else {
         Words w = pair.template compare<M>(load(zs.v + i), load(zt.v + i));
-        g = c_div * (kind.skew * w.q_skew + w.q * (kind.b * w.log_q_m - center_high - center_low));
+        // As q = (1 - mix) q_skew + q_p, this is q_skew less q times its mean; here nothing large cancels where p/m is small.
+        if constexpr (M == kInterior || M == kStudent) g = kind.skew * (shared * w.q_skew - skew * w.q_p);
+        if constexpr (M != kStudent) g += w.q * (kind.b * w.log_q_m - center_high - center_low);
+        g *= c_div;
         q = Tempered ? exp(x) * softmax.norm : w.q;
       }
       g += q * (c.softmax - c.entropy * (x - s.mean));
@@ -377,6 +395,7 @@ void gradient(Matrix student, Matrix teacher, int64_t vocab, int64_t begin, int6
               const float* c_entropy, const float* c_softmax, int64_t n_scatter, const int64_t* ids,
               const float* scatter) {
   const Divergence none{0, 0, 0, 0, 1};
+  const double nothing[3] = {};
   auto row = row_gradient<kNone, false>;
   switch (mixture_of(kind)) {
     case kStudent: row = select_gradient<kStudent>(kind->temperature); break;
@@ -387,7 +406,7 @@ void gradient(Matrix student, Matrix teacher, int64_t vocab, int64_t begin, int6
   }
   for (int64_t r = begin; r < end; ++r)
     row(Row(student, r), Row(kind ? teacher : student, r), vocab, s[r], kind ? t[r] : s[r], kind ? *kind : none,
-        kind ? center[r] : 0, {kind ? c_divergence[r] : 0, c_entropy[r], c_softmax[r]}, out, n_scatter,
+        kind ? center + 3 * r : nothing, {kind ? c_divergence[r] : 0, c_entropy[r], c_softmax[r]}, out, n_scatter,
         ids + r * n_scatter, scatter + r * n_scatter);
 }
 

@@ -77,19 +77,29 @@ def divergence_gradient(z_s: Tensor, z_t: Tensor, kind: Divergence, temperature:
 
     ``Divergence.skew`` derives g. q * g is formed from exponentials of summed logs: no 0 * inf, and a word whose q
     underflows keeps its gradient (forward KL: -p). It is 0 where the student masks the word.
+    As q = (1 - mix) q (q - p)/m + q p/m,
+
+        q ((q - p)/m - E_q[(q - p)/m]) = q (q - p)/m E_q[p/m] - q p/m E_q[(q - p)/m]
+
+    where nothing large cancels when p and q hardly overlap (p/m small wherever q is not).
     """
     log_q = (z_s / temperature).log_softmax(-1)
     log_p = (z_t / temperature).log_softmax(-1)
     log_m = log_mixture(log_p, log_q, kind.mix)
     q, log_q_m = log_q.exp(), log_q - log_m
-    q_g = torch.zeros_like(q)
+
+    def mean(x: Tensor) -> Tensor:
+        return x.sum(-1, keepdim=True) / q.sum(-1, keepdim=True)  # rounded probabilities do not sum to 1
+
+    gradient = torch.zeros_like(q)
     if kind.skew:
-        q_g = q_g + kind.skew * ((log_q + log_q_m).exp() - (log_p + log_q_m).exp())
+        q_p = torch.where(log_q.isneginf(), 0, (log_p + log_q_m).exp())
+        q_skew = torch.where(log_q.isneginf(), 0, (log_q + log_q_m).exp()) - q_p
+        gradient = gradient + kind.skew * (q_skew * mean(q_p) - q_p * mean(q_skew))
     if kind.b:
-        q_g = q_g + kind.b * xlogy(q, log_q_m)
-    q_g = torch.where(log_q.isneginf(), 0, q_g)
-    mean = q_g.sum(-1, keepdim=True) / q.sum(-1, keepdim=True)  # rounded probabilities do not sum to 1
-    return (q_g - q * mean) / temperature
+        q_log = xlogy(q, log_q_m)
+        gradient = gradient + kind.b * (q_log - q * mean(q_log))
+    return gradient / temperature
 
 
 def missing_mass(log_p: Tensor) -> Tensor:

@@ -105,7 +105,7 @@ void row_divergence(Tensor student, double s_scale, double s_softcap, Tensor s_s
                   ", got ", shape(teacher));
   const kd::Stats *ss = stats("s_stats", s_stats, rows), *ts = stats("t_stats", t_stats, rows);
   check("value", value, ScalarType::Float, rows, -1);
-  check("center", center, ScalarType::Double, rows, -1);
+  check("center", center, ScalarType::Double, rows, 3);
   kd::Divergence kind = divergence_kind(a, b, mix, skew, temperature);
   const kd::RowKernels& isa = kernels();
   torch::stable::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
@@ -134,7 +134,7 @@ void row_gradient(Tensor student, double s_scale, double s_softcap, Tensor s_sta
                     ", got ", shape(*teacher));
     STD_TORCH_CHECK(t_stats && center, "t_stats, center: expected with a teacher");
     ts = stats("t_stats", *t_stats, rows);
-    check("center", *center, ScalarType::Double, rows, -1);
+    check("center", *center, ScalarType::Double, rows, 3);
   }
   const float* c = data<float>(coefficients);
   const kd::RowKernels& isa = kernels();

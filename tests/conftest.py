@@ -8,11 +8,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
+from backends import BACKENDS
 
 from kdkernels import memory
 
 HERE = Path(__file__).parent
-BACKENDS = os.environ.get("KDKERNELS_TEST_BACKENDS", "eager,native").split(",")  # test_triton.py runs the third
 # Triton's interpreter computes with NumPy, which remarks on every infinity and NaN.
 STRICT = pytest.mark.filterwarnings("error", "ignore::RuntimeWarning:triton.runtime.interpreter")
 

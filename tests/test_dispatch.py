@@ -1,6 +1,7 @@
 """One backend decides, says so, and never steps in silently."""
 
 import logging
+import sys
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 import kdkernels as kd
 from kdkernels.rows import backend_for, dispatch
 
-CPU = torch.device("cpu")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 def head(dtype=torch.float32) -> kd.Head:
@@ -103,3 +104,56 @@ def test_the_usual_way_is_silent(warned):
     kd.entropy(head())
     kd.entropy(head(torch.bfloat16))
     assert not warned()
+
+
+# ---- GPUs, as far as they can be pretended ---------------------------------------------------------------------------
+
+
+def name_of(device, *dtypes) -> str:
+    return backend_for(device, *dtypes).__name__.rsplit(".", 1)[-1]
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    pytest.importorskip("triton", reason="Triton is for Linux")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+
+def test_a_gpu_gets_triton(gpu, warned):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert name_of(CUDA, torch.float32, dtype) == name_of(CUDA, dtype) == "triton"
+    assert kd.info()["devices"] == {"cpu": "native", "cuda": "triton"}
+    assert set(kd.info()["backends"].values()) == {"ok"}
+    assert not warned()
+
+
+def test_float64_on_a_gpu_is_slow_and_says_so(gpu, warned):
+    assert [name_of(CUDA, torch.float64) for _ in range(2)] == ["eager", "eager"]
+    assert warned() == [
+        "kdkernels uses its slow eager backend on cuda: triton: it does not compute with torch.float64 logits"
+    ]
+
+
+def test_a_gpu_without_triton_is_told_why_it_is_slow(gpu, monkeypatch, warned):
+    monkeypatch.setitem(sys.modules, "kdkernels.rows.triton", None)
+    info = kd.info()
+    assert "it does not load" in info["backends"]["triton"] and info["devices"]["cuda"] == "eager"
+    assert not warned(), "asking is not using"
+    assert [name_of(CUDA, torch.float32) for _ in range(2)] == ["eager", "eager"]
+    assert len(warned()) == 1 and "eager backend on cuda: triton: it does not load" in warned()[0]
+
+
+def test_a_backend_forced_on_all_devices_but_able_on_one(gpu, monkeypatch):
+    monkeypatch.setenv("KDKERNELS_BACKEND", "native")
+    with pytest.raises(RuntimeError, match="KDKERNELS_BACKEND=native: it runs on cpu, not on cuda"):
+        backend_for(CUDA, torch.float32)
+    devices = kd.info()["devices"]
+    assert devices == {"cpu": "native", "cuda": "KDKERNELS_BACKEND=native: it runs on cpu, not on cuda"}
+
+
+def test_triton_on_a_cpu_only_interpreted(monkeypatch):
+    pytest.importorskip("triton", reason="Triton is for Linux")
+    assert kd.info()["backends"]["triton"] == "it runs on cuda, not on cpu"
+    monkeypatch.setenv("KDKERNELS_BACKEND", "triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert name_of(CPU, torch.float32) == "triton"

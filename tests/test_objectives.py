@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 import truth
+from backends import EXAMPLES, PRECISIONS
 from batches import OBJECTIVES, fixed, loss_of, positions, random_batch, run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -90,7 +91,7 @@ OPTIONS = st.fixed_dictionaries(
     }
 )
 DRAWN = settings(
-    max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=EXAMPLES, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 
@@ -159,8 +160,6 @@ def compare(dtype: torch.dtype, shape: Shape, objective, dense, targeted: bool =
 
 
 # ---- against dense autograd ------------------------------------------------------------------------------------------
-
-PRECISIONS = [("eager", F64), ("eager", F32), ("native", F32), ("eager", BF16), ("native", BF16), ("native", F16)]
 
 
 @pytest.fixture(params=PRECISIONS, ids=lambda p: f"{p[0]}-{str(p[1])[6:]}")

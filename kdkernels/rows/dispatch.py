@@ -40,6 +40,21 @@ def _why_not(name: str, device: str, dtype: torch.dtype, operand: torch.dtype) -
     return ""
 
 
+def _choose(device: str, dtype: torch.dtype, operand: torch.dtype) -> tuple[str, str]:
+    """The backend's name, and why it is not the one the device deserves (empty where it is, or where it was forced)."""
+    forced = os.environ.get("KDKERNELS_BACKEND")
+    if forced:
+        reason = _why_not(forced, device, dtype, operand)
+        if reason:
+            raise RuntimeError(f"KDKERNELS_BACKEND={forced}: {reason}")
+        return forced, ""
+    wanted = _DESERVED.get(device)
+    if wanted is None:
+        return "eager", f"{device} has no backend of its own yet"
+    reason = _why_not(wanted, device, dtype, operand)
+    return ("eager", f"{wanted}: {reason}") if reason else (wanted, "")
+
+
 def backend_for(device: torch.device, dtype: torch.dtype, operand: torch.dtype | None = None) -> ModuleType:
     """The backend for logits of ``dtype`` over operands of ``operand`` (default: the same) on ``device``.
 
@@ -48,36 +63,31 @@ def backend_for(device: torch.device, dtype: torch.dtype, operand: torch.dtype |
     Raises:
         RuntimeError: the forced backend does not exist or cannot run.
     """
-    operand = operand or dtype
-    forced = os.environ.get("KDKERNELS_BACKEND")
-    if forced:
-        reason = _why_not(forced, device.type, dtype, operand)
-        if reason:
-            raise RuntimeError(f"KDKERNELS_BACKEND={forced}: {reason}")
-        return _load(forced)[0]
-    wanted = _DESERVED.get(device.type)
-    reason = _why_not(wanted, device.type, dtype, operand) if wanted else f"{device.type} has no backend of its own yet"
-    if not reason:
-        return _load(wanted)[0]
-    if reason not in _warned:
+    name, reason = _choose(device.type, dtype, operand or dtype)
+    if reason and reason not in _warned:
         _warned.add(reason)
-        logger.warning(
-            "kdkernels uses its slow eager backend on %s: %s", device, f"{wanted}: {reason}" if wanted else reason
-        )
-    return _load("eager")[0]
+        logger.warning("kdkernels uses its slow eager backend on %s: %s", device, reason)
+    return _load(name)[0]
 
 
 def info() -> dict:
     """Backends found, which one each device gets (float32 logits), and why not where one cannot run.
 
     ``{"backends": {name: "ok" | reason}, "devices": {device: name}, "cpu_isa": "avx512" | "avx2" | "portable" | None}``
+    (where ``KDKERNELS_BACKEND`` forces a backend that cannot run on a device, the device has the reason for a name).
     """
+    fp32 = torch.float32
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-    chosen = {d: backend_for(torch.device(d), torch.float32).__name__.rsplit(".", 1)[-1] for d in devices}
-    native, _ = _load("native")
     home = {name: _DEVICE[name] if _DEVICE.get(name) in devices else "cpu" for name in _BACKENDS}
+    chosen = {}
+    for device in devices:
+        try:
+            chosen[device] = _choose(device, fp32, fp32)[0]
+        except RuntimeError as error:
+            chosen[device] = str(error)
+    native, _ = _load("native")
     return {
-        "backends": {n: _why_not(n, home[n], torch.float32, torch.float32) or "ok" for n in _BACKENDS},
+        "backends": {name: _why_not(name, home[name], fp32, fp32) or "ok" for name in _BACKENDS},
         "devices": chosen,
         "cpu_isa": native.isa() if native else None,
     }

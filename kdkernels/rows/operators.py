@@ -55,7 +55,7 @@ class Operators:
 
     def divergence(self, student: Rows, teacher: Rows, kind: Divergence, temperature: float) -> tuple[Tensor, Tensor]:
         value = student.stats.new_empty(student.logits.shape[0])
-        center = torch.empty_like(value, dtype=torch.float64)  # a rounded one leaves a gradient that does not sum to 0
+        center = value.new_empty((len(value), 3), dtype=torch.float64)  # rounded, the gradient would not sum to 0
         self.row_divergence(*_side(student), *_side(teacher), *_scalars(kind), temperature, value, center)
         return value, center
 

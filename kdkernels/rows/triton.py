@@ -95,7 +95,7 @@ def row_gradient_(
         common |= {"b": 0.0, "mix": 0.0, "skew": 0.0, "MIXTURE": kernels.NONE}
     else:
         common |= {**_side("t", teacher, t_scale, t_softcap, t_stats), **_inverse(temperature)}
-        common |= _mixture(b, mix, skew)
+        common |= {**_mixture(b, mix, skew), "skew": skew}
     common |= {"center_ptr": center, "dense_ptr": coefficients, "dense_stride": count, "ids_ptr": ids, **_sizes(ids)}
     at_ids = torch.empty_like(scatter)
     if ids.shape[1]:
@@ -129,7 +129,7 @@ def _side(key: str, logits: Tensor, scale: float, softcap: float, stats: Tensor)
 def _mixture(b: float, mix: float, skew: float) -> dict:
     interior = kernels.INTERIOR if skew else kernels.JSD
     mixture = {0.0: kernels.STUDENT, 1.0: kernels.TEACHER}.get(mix, interior)
-    return {"b": b, "mix": mix, "skew": skew, "MIXTURE": mixture}
+    return {"b": b, "mix": mix, "MIXTURE": mixture}
 
 
 def _inverse(temperature: float) -> dict:

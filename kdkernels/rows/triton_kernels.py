@@ -193,7 +193,7 @@ def _below_max(z, top, inverse, inverse_rest, TEMPERED: tl.constexpr):
 
 @triton.jit
 def _compare(x_q, x_p, norm_q, norm_p, gap, mix, MIXTURE: tl.constexpr):
-    """q, p, log(p/m), log(q/m), q (q - p)/m of words; 0 for what the mixture leaves out.
+    """q, p, log(p/m), log(q/m), q (q - p)/m, q p/m of words; 0 for what the mixture leaves out.
 
     With d = log q - log p and r = exp(-|d|) in [0, 1], m over the larger of p and q is w = 1 + c (r - 1), c weighing
     the smaller one: nothing overflows, no log of 0 at an interior mixture, and w is exactly 1 where p = q.
@@ -208,9 +208,12 @@ def _compare(x_q, x_p, norm_q, norm_p, gap, mix, MIXTURE: tl.constexpr):
     log_p_m = tl.zeros_like(d)
     log_q_m = tl.zeros_like(d)
     q_skew = tl.zeros_like(d)
+    q_p = tl.zeros_like(d)
     if MIXTURE == STUDENT:
         log_p_m = -d
-        q_skew = tl.where(x_q > -INFINITE, q - p, 0.0)
+        seen = x_q > -INFINITE  # nothing moves a word that the student masks
+        q_skew = tl.where(seen, q - p, 0.0)
+        q_p = tl.where(seen, p, 0.0)
     elif MIXTURE == TEACHER:
         log_q_m = d
     else:
@@ -220,8 +223,10 @@ def _compare(x_q, x_p, norm_q, norm_p, gap, mix, MIXTURE: tl.constexpr):
         log_p_m = -log_w - tl.maximum(d, 0.0)
         log_q_m = tl.minimum(d, 0.0) - log_w
         if MIXTURE == INTERIOR:
-            q_skew = q * tl.where(student_leads, -less, less) / w
-    return q, p, log_p_m, log_q_m, q_skew
+            q_w = q / w
+            q_skew = q_w * tl.where(student_leads, -less, less)
+            q_p = tl.where(student_leads, q_w * r, q_w)
+    return q, p, log_p_m, log_q_m, q_skew, q_p
 
 
 @triton.jit
@@ -238,11 +243,11 @@ def _pair(s_stats_ptr, t_stats_ptr, row, TEMPERED: tl.constexpr):
 @triton.jit
 def divergence_kernel(
     s_ptr, s_stride, s_scale, s_softcap, s_stats_ptr, t_ptr, t_stride, t_scale, t_softcap, t_stats_ptr, vocabulary,
-    a, b, mix, skew, inverse, inverse_rest, value_ptr, center_ptr,
+    a, b, mix, inverse, inverse_rest, value_ptr, center_ptr,
     BLOCK: tl.constexpr, MIXTURE: tl.constexpr, TEMPERED: tl.constexpr,
     S_SOFTCAP: tl.constexpr, T_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """a KL(p || m) + b KL(q || m), and the expectation under q that the gradient subtracts."""
+    """a KL(p || m) + b KL(q || m), and E_q of b log(q/m), (q - p)/m and p/m, with which the gradient is centred."""
     row = tl.program_id(0).to(tl.int64)
     s_ptr += row * s_stride
     t_ptr += row * t_stride
@@ -250,6 +255,7 @@ def divergence_kernel(
     kl_p = tl.zeros([BLOCK], tl.float32)
     kl_q = tl.zeros([BLOCK], tl.float32)
     skewed = tl.zeros([BLOCK], tl.float32)
+    shared = tl.zeros([BLOCK], tl.float32)
     mass = tl.zeros([BLOCK], tl.float32)
     for first in range(0, vocabulary, BLOCK):
         words = first + tl.arange(0, BLOCK)
@@ -258,30 +264,39 @@ def divergence_kernel(
         z_t = _z(t_ptr, words, inside, t_scale, t_softcap, T_SOFTCAP)
         x_q = _below_max(z_s, s_max, inverse, inverse_rest, TEMPERED)
         x_p = _below_max(z_t, t_max, inverse, inverse_rest, TEMPERED)
-        q, p, log_p_m, log_q_m, q_skew = _compare(x_q, x_p, norm_q, norm_p, gap, mix, MIXTURE)
+        q, p, log_p_m, log_q_m, q_skew, q_p = _compare(x_q, x_p, norm_q, norm_p, gap, mix, MIXTURE)
         if MIXTURE != TEACHER:
             kl_p = tl.fma(p, log_p_m, kl_p)
         if MIXTURE != STUDENT:
             kl_q = tl.fma(q, log_q_m, kl_q)
         if (MIXTURE == INTERIOR) | (MIXTURE == STUDENT):
             skewed += q_skew
+            shared += q_p
         mass += q
     # Over the mass, and with sum q - sum p at m = q not taken for 0: what is rounded leaves a gradient that sums to 0.
     kl_q_sum = tl.sum(kl_q.to(tl.float64), axis=0)
-    center = (skew * tl.sum(skewed.to(tl.float64), axis=0) + b * kl_q_sum) / tl.sum(mass.to(tl.float64), axis=0)
+    total = tl.sum(mass.to(tl.float64), axis=0)
+    tl.store(center_ptr + row * 3, b * kl_q_sum / total)
+    tl.store(center_ptr + row * 3 + 1, tl.sum(skewed.to(tl.float64), axis=0) / total)
+    tl.store(center_ptr + row * 3 + 2, tl.sum(shared.to(tl.float64), axis=0) / total)
     value = (a * tl.sum(kl_p.to(tl.float64), axis=0) + b * kl_q_sum).to(tl.float32)
     tl.store(value_ptr + row, tl.where(value > INFINITE, float("inf"), value))
-    tl.store(center_ptr + row, center)
 
 
 @triton.jit
 def _gradient(
     words, inside, added, s_ptr, s_scale, s_softcap, t_ptr, t_scale, t_softcap,
-    s_max, s_norm, s_mean, t_max, norm_q, norm_p, gap, center, center_rest, c_divergence, c_entropy, c_softmax,
-    b, mix, skew, inverse, inverse_rest,
+    scalars, b, mix, skew, inverse, inverse_rest,
     MIXTURE: tl.constexpr, TEMPERED: tl.constexpr, S_SOFTCAP: tl.constexpr, T_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """d loss / d logit of some words of a row: divergence, entropy, softmax, what is ``added``, then the chain rule."""
+    """d loss / d logit of some words of a row: divergence, entropy, softmax, what is ``added``, then the chain rule.
+
+    ``scalars``: what _row_scalars returns.
+    """
+    (
+        s_max, s_norm, s_mean, t_max, norm_q, norm_p, gap, center, center_rest, skewed, shared,
+        c_divergence, c_entropy, c_softmax,
+    ) = scalars  # fmt: skip
     z = _z(s_ptr, words, inside, s_scale, s_softcap, S_SOFTCAP)
     x = z - s_max
     if MIXTURE == NONE:
@@ -291,9 +306,14 @@ def _gradient(
         z_t = _z(t_ptr, words, inside, t_scale, t_softcap, T_SOFTCAP)
         x_q = _below_max(z, s_max, inverse, inverse_rest, TEMPERED)
         x_p = _below_max(z_t, t_max, inverse, inverse_rest, TEMPERED)
-        q, _, _, log_q_m, q_skew = _compare(x_q, x_p, norm_q, norm_p, gap, mix, MIXTURE)
-        from_center = tl.fma(b, log_q_m, -center) - center_rest
-        gradient = tl.fma(c_divergence * inverse, skew * q_skew + q * from_center, added)
+        q, _, _, log_q_m, q_skew, q_p = _compare(x_q, x_p, norm_q, norm_p, gap, mix, MIXTURE)
+        d_divergence = tl.zeros_like(q)
+        # As q = (1 - mix) q_skew + q_p, this is q_skew less q times its mean; nothing large cancels where p/m is small.
+        if (MIXTURE == INTERIOR) | (MIXTURE == STUDENT):
+            d_divergence = skew * (shared * q_skew - skewed * q_p)
+        if MIXTURE != STUDENT:
+            d_divergence += q * (tl.fma(b, log_q_m, -center) - center_rest)
+        gradient = tl.fma(c_divergence * inverse, d_divergence, added)
         if TEMPERED:
             q = _exp(x) * s_norm
     gradient = tl.fma(q, c_softmax - c_entropy * (x - s_mean), gradient) * s_scale
@@ -313,16 +333,21 @@ def _row_scalars(
     s_mean = tl.load(s_stats_ptr + row * STATS + 6)
     center = 0.0
     center_rest = 0.0
+    skewed = 0.0
+    shared = 0.0
     c_divergence = 0.0
     if MIXTURE != NONE:
-        exact = tl.load(center_ptr + row)
+        exact = tl.load(center_ptr + row * 3)
+        skewed = tl.load(center_ptr + row * 3 + 1).to(tl.float32)
+        shared = tl.load(center_ptr + row * 3 + 2).to(tl.float32)
         center = exact.to(tl.float32)
         center_rest = (exact - center.to(tl.float64)).to(tl.float32)
         c_divergence = tl.load(dense_ptr + row)
     c_entropy = tl.load(dense_ptr + dense_stride + row)
     c_softmax = tl.load(dense_ptr + 2 * dense_stride + row)
     return (
-        s_max, s_norm, s_mean, t_max, norm_q, norm_p, gap, center, center_rest, c_divergence, c_entropy, c_softmax
+        s_max, s_norm, s_mean, t_max, norm_q, norm_p, gap, center, center_rest, skewed, shared,
+        c_divergence, c_entropy, c_softmax
     )  # fmt: skip
 
 
@@ -342,13 +367,10 @@ def scatter_kernel(
     added = tl.zeros([IDS], tl.float32)
     for j in range(n_ids):
         added += tl.where(ids == tl.load(ids_ptr + j), tl.load(scatter_ptr + j), 0.0)
-    s_max, s_norm, s_mean, t_max, norm_q, norm_p, gap, center, center_rest, c_divergence, c_entropy, c_softmax = (
-        _row_scalars(row, s_stats_ptr, t_stats_ptr, center_ptr, dense_ptr, dense_stride, MIXTURE, TEMPERED)
-    )
+    scalars = _row_scalars(row, s_stats_ptr, t_stats_ptr, center_ptr, dense_ptr, dense_stride, MIXTURE, TEMPERED)
     gradient = _gradient(
         ids, inside, added, s_ptr + row * s_stride, s_scale, s_softcap, t_ptr + row * t_stride, t_scale, t_softcap,
-        s_max, s_norm, s_mean, t_max, norm_q, norm_p, gap, center, center_rest, c_divergence, c_entropy, c_softmax,
-        b, mix, skew, inverse, inverse_rest, MIXTURE, TEMPERED, S_SOFTCAP, T_SOFTCAP,
+        scalars, b, mix, skew, inverse, inverse_rest, MIXTURE, TEMPERED, S_SOFTCAP, T_SOFTCAP,
     )  # fmt: skip
     tl.store(at_ids_ptr + row * n_ids + slot, gradient, mask=slot < n_ids)
 
@@ -369,16 +391,13 @@ def gradient_kernel(
     """
     row = tl.program_id(0).to(tl.int64)
     out_ptr += row * out_stride
-    s_max, s_norm, s_mean, t_max, norm_q, norm_p, gap, center, center_rest, c_divergence, c_entropy, c_softmax = (
-        _row_scalars(row, s_stats_ptr, t_stats_ptr, center_ptr, dense_ptr, dense_stride, MIXTURE, TEMPERED)
-    )
+    scalars = _row_scalars(row, s_stats_ptr, t_stats_ptr, center_ptr, dense_ptr, dense_stride, MIXTURE, TEMPERED)
     for first in range(0, vocabulary, BLOCK):
         words = first + tl.arange(0, BLOCK)
         inside = words < vocabulary
         gradient = _gradient(
             words, inside, 0.0, s_ptr + row * s_stride, s_scale, s_softcap, t_ptr + row * t_stride, t_scale, t_softcap,
-            s_max, s_norm, s_mean, t_max, norm_q, norm_p, gap, center, center_rest, c_divergence, c_entropy, c_softmax,
-            b, mix, skew, inverse, inverse_rest, MIXTURE, TEMPERED, S_SOFTCAP, T_SOFTCAP,
+            scalars, b, mix, skew, inverse, inverse_rest, MIXTURE, TEMPERED, S_SOFTCAP, T_SOFTCAP,
         )  # fmt: skip
         tl.debug_barrier()
         tl.store(out_ptr + words, gradient.to(out_ptr.dtype.element_ty), mask=inside)

@@ -92,7 +92,7 @@ def _key(variant: Variant) -> tuple:
 
 
 def _gradients(found: list[Variant], options: str, rows: Rows, kind, temperature: float) -> None:
-    center = torch.empty(1024, dtype=torch.float64)
+    center = torch.empty(1024, 3, dtype=torch.float64)
     c = Coefficients(torch.empty(3, 1024), torch.empty(1024, 11, dtype=torch.int64), torch.empty(1024, 11))
     for dtype in {_F32: (_F32, _BF16, _F16)}.get(rows.logits.dtype, (rows.logits.dtype,)):
         out = rows.logits.new_empty((1024, VOCABULARY * rows.logits.itemsize // dtype.itemsize), dtype=dtype)
