@@ -9,7 +9,7 @@ from .divergences import JSD, ForwardKL, ReverseKL, SkewKL, SkewReverseKL
 from .functional import TokenStatistics, cross_entropy, divergence, entropy, plackett_luce, statistics
 from .heads import Head
 from .layout import Layout
-from .objectives import GKD, SFT, TSDKD
+from .objectives import GKD, SFT, TSDKD, VCRD, AdaptiveOpener, DistiLLM2
 from .rows import info
 
 __all__ = [
@@ -17,6 +17,9 @@ __all__ = [
     "JSD",
     "SFT",
     "TSDKD",
+    "VCRD",
+    "AdaptiveOpener",
+    "DistiLLM2",
     "ForwardKL",
     "Head",
     "Layout",

@@ -6,7 +6,8 @@ A *program* (an objective, or a per-token function) says which terms each token 
 
     loss = sum_t sum_term coefficient[term](t) * value[term](t)
 
-over the terms divergence, entropy, cross_entropy and plackett_luce.
+over the terms divergence, entropy, cross_entropy and plackett_luce. A program may have another divergence for responses
+that the teacher wrote: these tokens come first, and the row kernels see one kind at a time.
 
 Coefficients are constants to the gradient, so one sweep writes d loss / d logits of all terms over the student's
 logits. Chunks hold whole responses wherever they fit. A response longer than a chunk gets a statistics pass first
@@ -21,6 +22,7 @@ Axes: N tokens, n tokens of a part, V vocabulary, H hidden, K candidates.
 from __future__ import annotations
 
 from contextlib import nullcontext
+from copy import copy
 from dataclasses import dataclass, field, fields, replace
 from typing import NamedTuple
 
@@ -45,7 +47,10 @@ class Tokens:
     top_log_probs: Tensor | None = None  # [n, K]
     cross_entropy: Tensor | None = None  # -log q(target)
     teacher: Tokens | None = None  # the teacher's entropy, lse, argmax, cross_entropy at the same positions
+    at_student_argmax: Tensor | None = None  # the teacher's log p(argmax q)
+    collision: Tensor | None = None  # sum of the teacher's Program.collision largest p_i^2
     divergence: Tensor | None = None
+    divergence_from_teacher: Tensor | None = None  # 0 where the student wrote, as divergence is where the teacher did
     plackett_luce: Tensor | None = None
     length: Tensor | None = None  # tokens of the token's response
     weight: Tensor | None = None  # the caller's per-token weight
@@ -67,12 +72,19 @@ class Program:
     """What the chunk loop asks of an objective. The defaults are a program without terms: statistics only."""
 
     divergence: Divergence | None = None
+    divergence_from_teacher: Divergence | None = None  # a term of its own, of the responses that the teacher wrote
     temperature: float = 1.0
-    topk: int = 0  # the student's candidates per token; with a teacher also their Plackett-Luce value
+    topk: int = 0  # the student's candidates per token; with a teacher also its probability of the first
+    plackett_luce: bool = False  # the likelihood of the teacher's order of the candidates
+    collision: int = 0  # the teacher's so many largest probabilities (all, if there are fewer) give its collision
     selects: bool = False  # select() needs whole responses
+    selects_by_teacher: bool = False  # ... and the teacher's entropies: one more product with its head
 
-    def select(self, entropy: Tensor, layout: Layout) -> dict[str, Tensor]:
-        """Constants [n] that depend on whole responses, from the student's entropies [n] in ``layout``."""
+    def select(self, entropy: Tensor, teacher_entropy: Tensor | None, layout: Layout) -> dict[str, Tensor]:
+        """Constants [n] that depend on whole responses, from entropies [n] in ``layout``; once per response, in order.
+
+        ``teacher_entropy`` is there for a program that ``selects_by_teacher``.
+        """
         return {}
 
     def coefficients(self, tokens: Tokens) -> dict[str, Tensor]:
@@ -99,6 +111,8 @@ class Call:
     teacher_index: Tensor | None = None  # [N] flat positions in the teacher's hidden states
     target: Tensor | None = None  # [N] token ids
     weight: Tensor | None = None  # [N]
+    from_teacher: int = 0  # so many tokens come first that are of responses the teacher wrote
+    coefficients: dict[str, Tensor] | None = None  # term -> [N]: given, not asked of the program
     scale: float = 1.0  # on every coefficient: one over what the loss is a mean of
     memory_budget: int | None = None
     logits_dtype: torch.dtype | None = None
@@ -160,6 +174,7 @@ class _Loop:
         self.vocabulary = shared_vocabulary(student, teacher)
         if program.topk > self.vocabulary:
             raise ValueError(f"k: expected at most the vocabulary's {self.vocabulary} words, got {program.topk}")
+        self.collision = min(program.collision, self.vocabulary)
 
         widths = [head.hidden.shape[-1] for head in (student, teacher) if head]
         fixed = self.backend.workspace(self.vocabulary) + max(gemm.workspace(w, self.operand, dtype) for w in widths)
@@ -190,30 +205,39 @@ class _Loop:
 
     def run(self) -> Result:
         for chunk in self.chunks:
-            part = self.call.layout.part(chunk.first, chunk.last) if self.call.program.selects else self.call.layout
-            selected = self._select_ahead(chunk, part)
+            selected = self._select_ahead(chunk)
             for piece in chunk.pieces:
-                self._piece(piece, part, selected, chunk.pieces[0].start)
+                self._piece(piece, chunk, selected)
         coefficients = {term: torch.cat([c[term] for c in self.coefficients]) for term in self.coefficients[0]}
         d_weight = self.d_weight and self.d_weight.result()
         d_bias = None if self.d_bias is None else self.d_bias.to(self.operand)
         return Result(Tokens.cat(self.values), coefficients, (self.d_hidden, d_weight, d_bias))
 
-    def _select_ahead(self, chunk: plan.Chunk, part: Layout) -> dict[str, Tensor] | None:
+    def _select_ahead(self, chunk: plan.Chunk) -> dict[str, Tensor] | None:
         """What a response in several pieces selects, from a statistics pass; None where one piece shows it all."""
-        if len(chunk.pieces) == 1 or not self.call.program.selects:
-            return None
-        entropies = [self.student.rows(self.backend, piece, 1.0, 1, None).entropy for piece in chunk.pieces]
-        return self.call.program.select(torch.cat(entropies), part)
+        if not self.call.program.selects or self.call.coefficients is not None:
+            return {}
+        return None if len(chunk.pieces) == 1 else self._select(chunk, self._entropies(self.student, chunk.pieces))
 
-    def _piece(self, piece: slice, part: Layout, selected: dict[str, Tensor] | None, origin: int) -> None:
+    def _select(self, chunk: plan.Chunk, entropy: Tensor) -> dict[str, Tensor]:
+        program, teacher_entropy = self.call.program, None
+        if program.selects_by_teacher:
+            pieces = plan.split(chunk.pieces[0].start, chunk.pieces[-1].stop, self.teacher_rows)
+            teacher_entropy = self._entropies(self.teacher, pieces)
+        return program.select(entropy, teacher_entropy, self.call.layout.part(chunk.first, chunk.last))
+
+    def _entropies(self, side: _Side, pieces: list[slice]) -> Tensor:
+        return torch.cat([side.rows(self.backend, piece, 1.0, 1, None).entropy for piece in pieces])
+
+    def _piece(self, piece: slice, chunk: plan.Chunk, selected: dict[str, Tensor] | None) -> None:
         call, program = self.call, self.call.program
         target = None if call.target is None else call.target[piece, None]
         student = self.student.rows(self.backend, piece, program.temperature, max(1, program.topk), target)
         if selected is None:
-            selected = program.select(student.entropy, part)
+            selected = self._select(chunk, student.entropy)
+        origin = chunk.pieces[0].start
         d_logits = student.logits.view(self.operand)[:, : self.vocabulary]  # the gradient overwrites the logits
-        for tokens in plan.split(piece.start, piece.stop, self.teacher_rows):
+        for tokens in plan.split(piece.start, piece.stop, self.teacher_rows, call.from_teacher):
             here = slice(tokens.start - piece.start, tokens.stop - piece.start)
             chosen = {key: v[tokens.start - origin : tokens.stop - origin] for key, v in selected.items()}
             self._tokens(tokens, student[here], chosen, d_logits[here])
@@ -226,8 +250,11 @@ class _Loop:
             gemm.add_column_sums(d_logits, self.d_bias[: self.vocabulary])
 
     def _tokens(self, tokens: slice, student: Rows, selected: dict[str, Tensor], d_logits: Tensor) -> None:
-        """Values and coefficients of some tokens of a chunk, and the gradient of their logits."""
+        """Values and coefficients of some tokens of a chunk, by one kind of author, and the gradient of their logits."""
         call, program = self.call, self.call.program
+        terms = [term for term in ("divergence", "divergence_from_teacher") if getattr(program, term)]
+        own = "divergence_from_teacher" if tokens.start < call.from_teacher else "divergence"
+        kind = getattr(program, own)
         target = None if call.target is None else call.target[tokens, None]
         values = _summary(student, target is not None)
         values.selected = selected
@@ -237,22 +264,30 @@ class _Loop:
         if self.teacher:
             asked = [ids for ids in (student.top_indices if program.topk else None, target) if ids is not None]
             gather = torch.cat(asked, dim=1) if asked else None
-            teacher = self.teacher.rows(self.backend, tokens, program.temperature, 1, gather)
+            teacher = self.teacher.rows(self.backend, tokens, program.temperature, max(1, self.collision), gather)
             values.teacher = _summary(teacher, target is not None)
             if program.topk:
+                values.teacher.at_student_argmax = teacher.log_prob(teacher.gathered[:, :1])[:, 0]
+            if program.collision:
+                values.teacher.collision = (2 * teacher.log_prob(teacher.top_values)).exp().sum(-1)
+            if program.plackett_luce:
                 candidates = teacher.gathered[:, : program.topk]
                 values.plackett_luce, d_candidates = plackett_luce(student.top_values, candidates)
-            if program.divergence:
-                values.divergence, center = self.backend.divergence(
-                    student, teacher, program.divergence, program.temperature
-                )
+            if kind:
+                value, center = self.backend.divergence(student, teacher, kind, program.temperature)
+                for term in terms:
+                    setattr(values, term, value if term == own else torch.zeros_like(value))
         if program.topk:
             values.top_indices, values.top_log_probs = student.top_indices, student.log_prob(student.top_values)
-        c = {term: call.scale * each for term, each in program.coefficients(values).items()}
+        if call.coefficients is not None:
+            c = {term: each[tokens] for term, each in call.coefficients.items()}
+        else:
+            c = {term: call.scale * each for term, each in program.coefficients(values).items()}
+            c |= {term: torch.zeros_like(c[term]) for term in terms if term in c and term != own}
         self.values.append(values)
         self.coefficients.append(c)
         if any(self.needs):
-            kind = program.divergence if "divergence" in c else None
+            kind = kind if own in c else None
             row_coefficients = _row_coefficients(student, target, d_candidates, c)
             self.backend.gradient_(student, teacher, kind, program.temperature, center, row_coefficients, d_logits)
 
@@ -269,9 +304,9 @@ def _row_coefficients(
     """Coefficients of the terms as the row kernels take them: a cross-entropy is q minus one at the target."""
     dense = rows.stats.new_zeros(3, len(rows.stats))
     ids, scatter = [rows.top_indices[:, :0]], [rows.top_values[:, :0]]
-    for row, term in enumerate(("divergence", "entropy", "cross_entropy")):
+    for term, row in (("divergence", 0), ("divergence_from_teacher", 0), ("entropy", 1), ("cross_entropy", 2)):
         if term in c:
-            dense[row] = c[term]
+            dense[row] += c[term]
     if "cross_entropy" in c:
         ids.append(target)
         scatter.append(-dense[2, :, None])
@@ -282,14 +317,12 @@ def _row_coefficients(
 
 
 def run(call: Call, needs: Needs = Needs()) -> Result | None:  # noqa: B008 - an immutable default
-    """Evaluates a program over all tokens; None where there are none."""
-    if not len(call.layout):
-        return None
+    """Evaluates a program over all tokens; None where there are none, after the same checks."""
     device = call.student.hidden.device.type
     with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
         loop = _Loop(call, needs)
         try:
-            return loop.run()
+            return loop.run() if loop.chunks else None
         finally:
             memory.give_back(loop.block)
 
@@ -301,7 +334,7 @@ class _Chunked(torch.autograd.Function):
     """Scalar loss of a program, or with ``per_token`` one term's values [N].
 
     A loss has its coefficients in the forward, so its gradients are computed there and backward only scales them, in
-    place; a second backward through the same graph recomputes them. Per-token values get their coefficients, the
+    place; a second backward through the same graph recomputes them, with the same coefficients. Per-token values get their coefficients, the
     incoming gradients, in the backward, which recomputes the logits.
     """
 
@@ -319,6 +352,8 @@ class _Chunked(torch.autograd.Function):
         if per_token:
             return getattr(result.tokens, per_token)
         ctx.gradients = result.gradients
+        # What a second backward needs: the program's options and state may change in between.
+        ctx.call = replace(call, program=copy(call.program), coefficients=result.coefficients)
         return result.loss()
 
     @staticmethod

@@ -24,6 +24,7 @@ class _PerToken(Program):
 
     def __init__(self, term: str, kind: Divergence | None = None, temperature: float = 1.0, topk: int = 0):
         self.term, self.divergence, self.temperature, self.topk = term, kind, temperature, topk
+        self.plackett_luce = term == "plackett_luce"
 
     def coefficients(self, tokens: Tokens) -> dict[str, Tensor]:
         return {} if tokens.weight is None else {self.term: tokens.weight}
