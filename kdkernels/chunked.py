@@ -250,7 +250,7 @@ class _Loop:
             gemm.add_column_sums(d_logits, self.d_bias[: self.vocabulary])
 
     def _tokens(self, tokens: slice, student: Rows, selected: dict[str, Tensor], d_logits: Tensor) -> None:
-        """Values and coefficients of some tokens of a chunk, by one kind of author, and the gradient of their logits."""
+        """Values, coefficients and logits' gradient of some tokens of a chunk, all written by the same model."""
         call, program = self.call, self.call.program
         terms = [term for term in ("divergence", "divergence_from_teacher") if getattr(program, term)]
         own = "divergence_from_teacher" if tokens.start < call.from_teacher else "divergence"
@@ -334,8 +334,8 @@ class _Chunked(torch.autograd.Function):
     """Scalar loss of a program, or with ``per_token`` one term's values [N].
 
     A loss has its coefficients in the forward, so its gradients are computed there and backward only scales them, in
-    place; a second backward through the same graph recomputes them, with the same coefficients. Per-token values get their coefficients, the
-    incoming gradients, in the backward, which recomputes the logits.
+    place; a second backward through the same graph recomputes them, with the same coefficients. Per-token values get
+    their coefficients, the incoming gradients, in the backward, which recomputes the logits.
     """
 
     @staticmethod

@@ -143,7 +143,7 @@ def likelihood_ratio(log_p_proposal: Tensor, collision: Tensor) -> Tensor:
 
 
 def validity_weights(student: Tensor, teacher: Tensor, kind: str = "ratio") -> Tensor:
-    """w from the judge's scores r_S = r(c, a_S), r_T = r(c, a_T) of both models' proposals at a prefix (VCRD, eq. 1)."""
+    """w from a judge's scores r_S = r(c, a_S), r_T = r(c, a_T) of both models' proposals at a prefix  (VCRD eq. 1)."""
     r_s, r_t = student.detach(), teacher.detach()
     ratio = r_s / (r_t + 1e-8)
     return {
@@ -239,10 +239,7 @@ def distillm2(
 ) -> Tensor:
     """E over responses of mean_t SKL(t) where the teacher wrote the response, of mean_t SRKL(t) elsewhere."""
     kinds = {True: SkewKL(alpha_teacher), False: SkewReverseKL(alpha_student, detach)}
-    means = [
-        divergence(s, t, kinds[written]).mean()
-        for s, t, written in zip(z_s, z_t, from_teacher, strict=True)
-    ]
+    means = [divergence(s, t, kinds[written]).mean() for s, t, written in zip(z_s, z_t, from_teacher, strict=True)]
     return torch.stack(means).mean()
 
 

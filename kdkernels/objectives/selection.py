@@ -11,7 +11,8 @@ from ..layout import Layout
 def opener(entropy: Tensor, share: float | Tensor, layout: Layout) -> Tensor:
     """The first m tokens of each response, m smallest with cumulative entropy >= share * total; [n] -> bool [n].
 
-    ``share`` may be one per response [R]. fp64 sums; token m is included; without any entropy m = 1  (TSD-KD, section 3.1).
+    ``share`` may be one per response [R]. fp64 sums; token m is included; without any entropy m = 1
+    (TSD-KD, section 3.1).
     """
     table = layout.spread(entropy.double(), 0.0)  # one response a row: a NaN stays in its own
     cumulative = table.cumsum(1)
