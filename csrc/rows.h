@@ -25,6 +25,9 @@ struct Stats {
   float logsum;            // log sum exp(z - max)
   float entropy;           // nats
   float tempered;          // log sum exp((z - max) / temperature)
+  // For the gradient: a rounded log-sum of 10 would err by 4 ulp of every probability, a rounded entropy likewise.
+  float sum, tempered_sum; // what the log-sums are the logarithms of
+  float mean;              // E_q[z - max]
 };
 
 // D = a KL(p || m) + b KL(q || m), m = mix p + (1 - mix) q; q student, p teacher.
@@ -44,13 +47,13 @@ struct RowKernels {
 
   // value[r] = D and center[r] = E_q[dD/dq], which the gradient subtracts.
   void (*divergence)(Matrix student, Matrix teacher, int64_t vocab, int64_t begin, int64_t end,
-                     const Stats* s, const Stats* t, Divergence kind, float* value, float* center);
+                     const Stats* s, const Stats* t, Divergence kind, float* value, double* center);
 
   // Overwrites the student's x with d loss / d x, in `out` precision (rows keep their byte stride):
   //   divergence[r] * dD/dz + entropy[r] * dH/dz + softmax[r] * q, plus `scatter` [C, n_scatter] added at `ids`.
   // kind == nullptr: no divergence; teacher, t, center and c_divergence are then unused.
   void (*gradient)(Matrix student, Matrix teacher, int64_t vocab, int64_t begin, int64_t end,
-                   const Stats* s, const Stats* t, const Divergence* kind, const float* center, Dtype out,
+                   const Stats* s, const Stats* t, const Divergence* kind, const double* center, Dtype out,
                    const float* c_divergence, const float* c_entropy, const float* c_softmax,
                    int64_t n_scatter, const int64_t* ids, const float* scatter);
 };

@@ -169,8 +169,10 @@ Stats row_statistics(const Row& row, int64_t vocab, double temperature, float* m
     weighted += sum(w_sum);
     if constexpr (Tempered) tempered += sum(t_sum);
   }
+  if (!Tempered) tempered = total;
   double logsum = std::log(total);
-  return {top, float(logsum), float(logsum - weighted / total), float(Tempered ? std::log(tempered) : logsum)};
+  return {top, float(logsum), float(logsum - weighted / total), float(std::log(tempered)),
+          float(total), float(tempered), float(weighted / total)};
 }
 
 void statistics(Matrix x, int64_t vocab, int64_t begin, int64_t end, double temperature, Stats* stats, int64_t k,
@@ -205,53 +207,69 @@ struct Words {
   vf q_skew;               // q * (q - p) / m
 };
 
-// With d = log q - log p and r = exp(-|d|) in [0, 1], m over the larger of p and q is w = 1 + c (r - 1), where c weighs
-// the smaller one: nothing overflows, no log of 0 at an interior mixture, and w is exactly 1 where p = q.
-template <Mixture M>
-inline Words compare(vf lq, vf lp, float mix) {
-  Words o;
-  vf d = lq - lp;
-  vf r = exp(-abs(d));
-  vf big = exp(max(lq, lp));
-  vf small = big * r;
-  vi student = d >= 0.0f;
-  o.q = student ? big : small;
-  o.p = student ? small : big;
-  o.log_p_m = o.log_q_m = o.q_skew = vf{};
-  if constexpr (M == kStudent) {
-    o.log_p_m = -d;
-    o.q_skew = o.q - o.p;
-  } else if constexpr (M == kTeacher) {
-    o.log_q_m = d;
-  } else {
-    vf gap = r - 1.0f;
-    vf w = 1.0f + (student ? splat(mix) : splat(1.0f - mix)) * gap;
-    vf log_w = log(w);
-    o.log_p_m = -log_w - max(d, vf{});
-    o.log_q_m = min(d, vf{}) - log_w;
-    if constexpr (M == kInterior) o.q_skew = o.q * (student ? -gap : gap) / w;
+// One side's softmax at a temperature: x = (z - max) / T, probability = exp(x) / sum. 1 / T comes in two parts: rounded, it
+// would err by more than all the rest where |x| is large.
+template <bool Tempered>
+struct Softmax {
+  float max, inverse, rest, norm;
+  double logsum;
+  Softmax(const Stats& s, double temperature)
+      : max(s.max), inverse(float(1 / temperature)), rest(float(1 / temperature - inverse)) {
+    double total = Tempered ? s.tempered_sum : s.sum;
+    norm = float(1 / total);
+    logsum = std::log(total);
   }
-  return o;
-}
-
-// log-probabilities of a block at a temperature: (z - max) / T - log-sum at T, with 1 / T in two parts for accuracy (the
-// second is 0 at T = 1).
-struct LogProb {
-  float max, inverse, rest, logsum;
-  LogProb(const Stats& s, double temperature)
-      : max(s.max), inverse(float(1 / temperature)), rest(float(1 / temperature - inverse)),
-        logsum(temperature == 1 ? s.logsum : s.tempered) {}
   vf operator()(vf z) const {
     vf x = z - max;
-    return x * inverse + (x * rest - logsum);
+    if constexpr (Tempered) x = x * inverse + x * rest;
+    return x;
   }
 };
 
-template <Mixture M>
+// Both sides and the mixture's weight of p.
+template <bool Tempered>
+struct Pair {
+  Softmax<Tempered> q, p;
+  float gap, mix;          // gap: log-sum of q minus that of p
+  Pair(const Stats& s, const Stats& t, const Divergence& kind)
+      : q(s, kind.temperature), p(t, kind.temperature), gap(float(q.logsum - p.logsum)), mix(kind.mix) {}
+
+  // With d = log q - log p and r = exp(-|d|) in [0, 1], m over the larger of p and q is w = 1 + c (r - 1), where c weighs
+  // the smaller one: nothing overflows, no log of 0 at an interior mixture, and w is exactly 1 where p = q.
+  template <Mixture M>
+  Words compare(vf z_q, vf z_p) const {
+    Words o;
+    vf x_q = q(z_q), x_p = p(z_p);
+    vf d = (x_q - x_p) - gap;
+    vf r = exp(-abs(d));
+    vi student = d >= 0.0f;
+    vf big = exp(student ? x_q : x_p) * (student ? splat(q.norm) : splat(p.norm));
+    vf small = big * r;
+    o.q = student ? big : small;
+    o.p = student ? small : big;
+    o.log_p_m = o.log_q_m = o.q_skew = vf{};
+    if constexpr (M == kStudent) {
+      o.log_p_m = -d;
+      o.q_skew = o.q - o.p;
+    } else if constexpr (M == kTeacher) {
+      o.log_q_m = d;
+    } else {
+      vf gap = r - 1.0f;
+      vf w = 1.0f + (student ? splat(mix) : splat(1.0f - mix)) * gap;
+      vf log_w = log(w);
+      o.log_p_m = -log_w - max(d, vf{});
+      o.log_q_m = min(d, vf{}) - log_w;
+      if constexpr (M == kInterior) o.q_skew = o.q * (student ? -gap : gap) / w;
+    }
+    return o;
+  }
+};
+
+template <Mixture M, bool Tempered>
 void row_divergence(const Row& student, const Row& teacher, int64_t vocab, const Stats& s, const Stats& t,
-                    const Divergence& kind, float& value, float& center) {
-  const LogProb log_q(s, kind.temperature), log_p(t, kind.temperature);
-  double kl_p = 0, kl_q = 0, skew = 0, mass = 0;                // sums of p log(p/m), q log(q/m), q (q - p) / m
+                    const Divergence& kind, float& value, double& center) {
+  const Pair<Tempered> pair(s, t, kind);
+  double kl_p = 0, kl_q = 0, skew = 0, mass = 0;       // sums of p log(p/m), q log(q/m), q (q - p) / m, q
   Block zs, zt;
   for (int64_t first = 0; first < vocab; first += kBlock) {
     int64_t n = min64(kBlock, vocab - first);
@@ -259,7 +277,7 @@ void row_divergence(const Row& student, const Row& teacher, int64_t vocab, const
     teacher.read(first, n, zt);
     vf p_sum{}, q_sum{}, s_sum{}, mass_sum{};
     for (int64_t i = 0; i < n; i += kLanes) {
-      Words w = compare<M>(log_q(load(zs.v + i)), log_p(load(zt.v + i)), kind.mix);
+      Words w = pair.template compare<M>(load(zs.v + i), load(zt.v + i));
       p_sum += w.p * w.log_p_m;
       q_sum += w.q * w.log_q_m;
       mass_sum += w.q;
@@ -272,17 +290,22 @@ void row_divergence(const Row& student, const Row& teacher, int64_t vocab, const
   }
   double total = kind.a * kl_p + kind.b * kl_q;
   value = total > kInfinite ? INFINITY : float(total);
-  // Over the mass, and with sum q - sum p not taken for 0 at m = q: rounded log-sums cancel out of the gradient.
-  center = float((kind.skew * skew + kind.b * kl_q) / mass);
+  // Over the mass, and with sum q - sum p at m = q not taken for 0: what is rounded leaves a gradient that sums to 0.
+  center = (kind.skew * skew + kind.b * kl_q) / mass;
+}
+
+template <Mixture M>
+auto select_divergence(double temperature) {
+  return temperature == 1 ? row_divergence<M, false> : row_divergence<M, true>;
 }
 
 void divergence(Matrix student, Matrix teacher, int64_t vocab, int64_t begin, int64_t end, const Stats* s,
-                const Stats* t, Divergence kind, float* value, float* center) {
-  auto row = row_divergence<kInterior>;
+                const Stats* t, Divergence kind, float* value, double* center) {
+  auto row = select_divergence<kInterior>(kind.temperature);
   switch (mixture_of(&kind)) {
-    case kStudent: row = row_divergence<kStudent>; break;
-    case kTeacher: row = row_divergence<kTeacher>; break;
-    case kJsd: row = row_divergence<kJsd>; break;
+    case kStudent: row = select_divergence<kStudent>(kind.temperature); break;
+    case kTeacher: row = select_divergence<kTeacher>(kind.temperature); break;
+    case kJsd: row = select_divergence<kJsd>(kind.temperature); break;
     default: break;
   }
   for (int64_t r = begin; r < end; ++r)
@@ -295,10 +318,11 @@ struct Coefficients {
 
 template <Mixture M, bool Tempered>
 void row_gradient(const Row& student, const Row& teacher, int64_t vocab, const Stats& s, const Stats& t,
-                  const Divergence& kind, float center, Coefficients c, Dtype out, int64_t n_scatter,
+                  const Divergence& kind, double center, Coefficients c, Dtype out, int64_t n_scatter,
                   const int64_t* ids, const float* scatter) {
-  const LogProb log_q1(s, 1.0f), log_q(s, kind.temperature), log_p(t, kind.temperature);
-  const float c_div = c.divergence / kind.temperature;
+  const Softmax<false> softmax(s, 1);
+  const Pair<Tempered> pair(s, t, kind);
+  const float c_div = c.divergence / kind.temperature, center_high = center, center_low = center - center_high;
   const float scale = student.m.scale, softcap = student.m.softcap;
   Block zs, zt;
   for (int64_t first = 0; first < vocab; first += kBlock) {
@@ -307,16 +331,16 @@ void row_gradient(const Row& student, const Row& teacher, int64_t vocab, const S
     if constexpr (M != kNone) teacher.read(first, n, zt);
     Block& dz = zt;                                    // the teacher's words are used up as the gradient appears
     for (int64_t i = 0; i < n; i += kLanes) {
-      vf lq1 = log_q1(load(zs.v + i));
+      vf x = softmax(load(zs.v + i));
       vf q, g{};
       if constexpr (M == kNone) {
-        q = exp(lq1);
+        q = exp(x) * softmax.norm;
       } else {
-        Words w = compare<M>(Tempered ? log_q(load(zs.v + i)) : lq1, log_p(load(zt.v + i)), kind.mix);
-        g = c_div * (kind.skew * w.q_skew + w.q * (kind.b * w.log_q_m - center));
-        q = Tempered ? exp(lq1) : w.q;
+        Words w = pair.template compare<M>(load(zs.v + i), load(zt.v + i));
+        g = c_div * (kind.skew * w.q_skew + w.q * (kind.b * w.log_q_m - center_high - center_low));
+        q = Tempered ? exp(x) * softmax.norm : w.q;
       }
-      g += q * (c.softmax - c.entropy * (lq1 + s.entropy));
+      g += q * (c.softmax - c.entropy * (x - s.mean));
       store(dz.v + i, g);
     }
     for (int64_t j = 0; j < n_scatter; ++j)
@@ -340,7 +364,7 @@ auto select_gradient(float temperature) {
 }
 
 void gradient(Matrix student, Matrix teacher, int64_t vocab, int64_t begin, int64_t end, const Stats* s, const Stats* t,
-              const Divergence* kind, const float* center, Dtype out, const float* c_divergence,
+              const Divergence* kind, const double* center, Dtype out, const float* c_divergence,
               const float* c_entropy, const float* c_softmax, int64_t n_scatter, const int64_t* ids,
               const float* scatter) {
   const Divergence none{0, 0, 0, 0, 1};

@@ -75,26 +75,23 @@ def divergence(z_s: Tensor, z_t: Tensor, kind: Divergence, temperature: float = 
 
 
 def divergence_gradient(z_s: Tensor, z_t: Tensor, kind: Divergence, temperature: float = 1.0) -> Tensor:
-    """dD/dz_s = q (g - E_q[g]) / T with g = dD/dq = -a (1 - mix) p/m + b [log(q/m) - (1 - mix) q/m]  (constants drop).
+    """dD/dz_s = q (g - E_q[g]) / T with g = dD/dq = skew (q - p) / m + b log(q/m) and a constant, which drops.
 
-    A detached mixture leaves g = b log(q/m).
-
-    q * g is formed from exponentials of summed logs: no 0 * inf, and a word whose q underflows keeps its gradient
-    (forward KL: -p). It is 0 where the student masks the word.
+    ``Divergence.skew`` derives g. q * g is formed from exponentials of summed logs: no 0 * inf, and a word whose q
+    underflows keeps its gradient (forward KL: -p). It is 0 where the student masks the word.
     """
     log_q = (z_s / temperature).log_softmax(-1)
     log_p = (z_t / temperature).log_softmax(-1)
     log_m = log_mixture(log_p, log_q, kind.mix)
     q, log_q_m = log_q.exp(), log_q - log_m
     q_g = torch.zeros_like(q)
-    if kind.a and not kind.detached:
-        q_g = q_g - kind.a * (1 - kind.mix) * (log_p + log_q_m).exp()
+    if kind.skew:
+        q_g = q_g + kind.skew * ((log_q + log_q_m).exp() - (log_p + log_q_m).exp())
     if kind.b:
         q_g = q_g + kind.b * xlogy(q, log_q_m)
-        if kind.mix < 1 and not kind.detached:
-            q_g = q_g - kind.b * (1 - kind.mix) * (log_q + log_q_m).exp()
     q_g = torch.where(log_q.isneginf(), 0, q_g)
-    return (q_g - q * q_g.sum(-1, keepdim=True)) / temperature
+    mean = q_g.sum(-1, keepdim=True) / q.sum(-1, keepdim=True)  # rounded probabilities do not sum to 1
+    return (q_g - q * mean) / temperature
 
 
 def candidates(z_s: Tensor, k: int) -> Tensor:

@@ -48,8 +48,7 @@ kd::Matrix matrix(const char* name, const Tensor& t, double scale, double softca
 }
 
 const kd::Stats* stats(const char* name, const Tensor& t, int64_t rows) {
-  static_assert(sizeof(kd::Stats) == 4 * sizeof(float));
-  check(name, t, ScalarType::Float, rows, 4);
+  check(name, t, ScalarType::Float, rows, sizeof(kd::Stats) / sizeof(float));
   return static_cast<const kd::Stats*>(t.data_ptr());
 }
 
@@ -100,11 +99,11 @@ void row_divergence(Tensor student, double s_scale, double s_softcap, Tensor s_s
                   ", got ", shape(teacher));
   const kd::Stats *ss = stats("s_stats", s_stats, rows), *ts = stats("t_stats", t_stats, rows);
   check("value", value, ScalarType::Float, rows, -1);
-  check("center", center, ScalarType::Float, rows, -1);
+  check("center", center, ScalarType::Double, rows, -1);
   kd::Divergence kind = divergence_kind(a, b, mix, skew, temperature);
   const kd::RowKernels& isa = kernels();
   torch::stable::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
-    isa.divergence(s, t, vocab, begin, end, ss, ts, kind, data<float>(value), data<float>(center));
+    isa.divergence(s, t, vocab, begin, end, ss, ts, kind, data<float>(value), data<double>(center));
   });
 }
 
@@ -128,13 +127,13 @@ void row_gradient(Tensor student, double s_scale, double s_softcap, Tensor s_sta
                     ", got ", shape(*teacher));
     STD_TORCH_CHECK(t_stats && center, "t_stats, center: expected with a teacher");
     ts = stats("t_stats", *t_stats, rows);
-    check("center", *center, ScalarType::Float, rows, -1);
+    check("center", *center, ScalarType::Double, rows, -1);
   }
   const float* c = data<float>(coefficients);
   const kd::RowKernels& isa = kernels();
   torch::stable::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
     isa.gradient(s, t, vocab, begin, end, ss, ts, teacher ? &kind : nullptr,
-                 center ? data<float>(*center) : nullptr, bf16_out ? kd::Dtype::bf16 : kd::Dtype::f32, c,
+                 center ? data<double>(*center) : nullptr, bf16_out ? kd::Dtype::bf16 : kd::Dtype::f32, c,
                  c + rows, c + 2 * rows, n_scatter, data<int64_t>(ids), data<float>(scatter));
   });
 }

@@ -42,7 +42,7 @@ def shares_of(module: kd.AdaptiveOpener, gaps: list[float]) -> list[float]:
 
 
 def test_reference_by_hand():
-    """Window 3: the averages are -.5, -.125, .25, .75 and, the -.5 long gone, .5; a lower edge belongs to its interval."""
+    """Averages over 3: -.5, -.125, .25, .75 and, the first two gone, .5; a lower edge belongs to its interval."""
     gaps = torch.tensor([-0.5, 0.25, 1.0, 1.0, -0.5], dtype=F64)
     got = reference.adaptive_shares(gaps, gaps[:0], (-0.2, 0.5), SHARES, window=3)
     assert got.tolist() == [0.1, 0.4, 0.4, 0.8, 0.8]

@@ -12,9 +12,9 @@ class Rows:
     """The logits of a chunk with their statistics; slicing takes tokens.
 
     ``logits`` [C, V] is what the lm_head GEMM wrote; z = softcap * tanh(scale * logits / softcap) is what everything
-    else is computed from. ``stats`` [C, 4] float32 (float64 for float64 logits): max z, log-sum of exp(z - max),
-    entropy (nats), log-sum of exp((z - max) / temperature). max and log-sum stay apart because their sum, rounded,
-    loses the entropy at |z| ~ 1e4.
+    else is computed from. ``stats`` [C, 4 or more], float32 (float64 for float64 logits): max z, log-sum of
+    exp(z - max), entropy (nats), log-sum of exp((z - max) / temperature); what follows is the backend's own. max and
+    log-sum stay apart because their sum, rounded, loses the entropy at |z| ~ 1e4.
     """
 
     logits: Tensor

@@ -17,6 +17,9 @@ torch.ops.load_library(_library)
 _ops = torch.ops.kdkernels
 
 
+_STATS = 7  # csrc/rows.h: struct Stats
+
+
 def supports(dtype: torch.dtype) -> bool:
     return dtype in (torch.float32, torch.bfloat16)
 
@@ -34,7 +37,7 @@ def statistics(
     logits: Tensor, scale: float, softcap: float | None, temperature: float, topk: int, gather: Tensor | None
 ) -> Rows:
     rows = logits.shape[0]
-    stats, values = (logits.new_empty((rows, n), dtype=torch.float32) for n in (4, topk))
+    stats, values = (logits.new_empty((rows, n), dtype=torch.float32) for n in (_STATS, topk))
     indices = logits.new_empty((rows, topk), dtype=torch.int64)
     gathered = None if gather is None else stats.new_empty(gather.shape)
     _ops.row_statistics(logits, scale, softcap or 0.0, temperature, stats, values, indices, gather, gathered)
@@ -42,7 +45,8 @@ def statistics(
 
 
 def divergence(student: Rows, teacher: Rows, kind: Divergence, temperature: float) -> tuple[Tensor, Tensor]:
-    value, center = student.stats.new_empty(2, student.logits.shape[0])
+    value = student.stats.new_empty(student.logits.shape[0])
+    center = torch.empty_like(value, dtype=torch.float64)  # a rounded one leaves a gradient that does not sum to 0
     _ops.row_divergence(*_sides(student), *_sides(teacher), *_scalars(kind), temperature, value, center)
     return value, center
 
