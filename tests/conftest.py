@@ -41,3 +41,19 @@ def backend(request, monkeypatch):
     """Forces one backend after the other: one that cannot run raises, it is never skipped."""
     monkeypatch.setenv("KDKERNELS_BACKEND", request.param)
     return request.param
+
+
+PRECISIONS = [
+    ("eager", torch.float64),
+    ("eager", torch.float32),
+    ("native", torch.float32),
+    ("eager", torch.bfloat16),
+    ("native", torch.bfloat16),
+]
+
+
+@pytest.fixture(params=PRECISIONS, ids=lambda p: f"{p[0]}-{str(p[1])[6:]}")
+def dtype(request, monkeypatch) -> torch.dtype:
+    """The operands' dtype, on each backend that computes with it."""
+    monkeypatch.setenv("KDKERNELS_BACKEND", request.param[0])
+    return request.param[1]
