@@ -239,7 +239,8 @@ def by_author(batch: Batch, alpha_teacher: float, alpha_student: float, detach: 
 
 
 def distillm2(batch: Batch, alpha_teacher=0.1, alpha_student=0.1, detach=False) -> Tensor:
-    values, w = by_author(batch, alpha_teacher, alpha_student, detach), token_weights(batch, batch.student.hidden)
+    values = by_author(batch, alpha_teacher, alpha_student, detach)
+    w = token_weights(batch, torch.cat(values))
     return torch.stack([(w[r] * d).mean() for r, d in zip(slices(batch), values, strict=True)]).mean()
 
 
@@ -257,7 +258,8 @@ def vcrd(
     batch: Batch, proposal: Tensor | None = None, alpha=0.1, lambda_teacher=1.0, lambda_student=1.0, tokens=False
 ) -> Tensor:
     """With the students' proposals [N] the likelihood-ratio weights, on top of the caller's."""
-    values, w = by_author(batch, alpha, alpha), token_weights(batch, batch.student.hidden)
+    values = by_author(batch, alpha, alpha)
+    w = token_weights(batch, torch.cat(values))
     if proposal is not None:
         w = w * vcrd_weight(token_logits(batch)[1], proposal)
     total = 0.0
