@@ -98,6 +98,19 @@ def test_a_second_backward_gives_the_same(backend, make):
         assert a.norm() > 0
 
 
+@pytest.mark.parametrize("make", OBJECTIVES)
+def test_a_second_backward_is_the_forwards_whatever_changed(backend, make):
+    """Schedules change an objective's options between steps; the graph of an earlier step is still that step's."""
+    batch, objective = fixed(), make()
+    target = {"target": batch.target} if objective.needs_target else {}
+    loss = run(objective, batch, **target).loss
+    first = torch.autograd.grad(loss, truth.leaves(batch.student), retain_graph=True)
+    objective.divergence, objective.divergence_from_teacher, objective.temperature = kd.ReverseKL(), kd.ForwardKL(), 3.0
+    objective.coefficients, objective.topk, objective.selects = None, 0, False
+    second = torch.autograd.grad(loss, truth.leaves(batch.student))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
 def test_gradients_accumulate(backend):
     batches = [fixed(), fixed()]
     batches[1].student = replace(batches[1].student, weight=batches[0].student.weight)

@@ -54,8 +54,11 @@ class TSDKD(Objective):
         check_positive("temperature", temperature)
         check_candidates(k)
         self.selects_by_teacher = isinstance(opener, AdaptiveOpener)
-        for name, share in (("opener", opener), ("entropy_ratio", entropy_ratio)):
-            if not isinstance(share, AdaptiveOpener) and not 0 <= share <= 1:
+        if not self.selects_by_teacher and not isinstance(opener, int | float):
+            raise TypeError(f"opener: expected a share or an AdaptiveOpener, got {opener!r}")
+        shares = {"entropy_ratio": entropy_ratio} if self.selects_by_teacher else {"opener": opener, "entropy_ratio": entropy_ratio}
+        for name, share in shares.items():
+            if not 0 <= share <= 1:
                 raise ValueError(f"{name}: expected a share in [0, 1], got {share!r}")
         self.tau, self.opener, self.entropy_ratio = tau, opener, entropy_ratio
         self.indirect_weight, self.direct_weight, self.entropy_weight = indirect_weight, direct_weight, entropy_weight
