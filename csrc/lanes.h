@@ -37,17 +37,40 @@ inline float maximum(vf v) {
   return top;
 }
 
-inline vf load(const uint16_t* p) {          // bf16 is the upper half of a float
+// The narrow types: exact when read; rounded to nearest, ties to even, when written; NaN stays NaN.
+struct bf16 { uint16_t bits; };
+struct f16 { uint16_t bits; };
+
+inline vu load_half(const void* p) {
   vh half;
   std::memcpy(&half, p, sizeof half);
-  return bits_to_float((vi)(__builtin_convertvector(half, vu) << 16));
+  return __builtin_convertvector(half, vu);
 }
-inline void store(uint16_t* p, vf v) {       // round to nearest even; NaN stays NaN
+inline void store_half(void* p, vu bits) {
+  vh half = __builtin_convertvector(bits, vh);
+  std::memcpy(p, &half, sizeof half);
+}
+
+inline vf load(const bf16* p) { return bits_to_float((vi)(load_half(p) << 16)); }   // the upper half of a float
+inline void store(bf16* p, vf v) {
   vu bits = (vu)float_to_bits(v);
   vu rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   vu quiet = (bits >> 16) | 0x40;
-  vh half = __builtin_convertvector(v == v ? rounded : quiet, vh);
-  std::memcpy(p, &half, sizeof half);
+  store_half(p, v == v ? rounded : quiet);
+}
+
+inline vf load(const f16* p) {
+  vu half = load_half(p), sign = (half & 0x8000) << 16, magnitude = (half & 0x7fff) << 13;
+  vf value = bits_to_float((vi)magnitude) * 0x1p112f;  // the exponents' biases differ by 112
+  vu finite = (vu)float_to_bits(value), infinite = magnitude | 0x7f800000;
+  return bits_to_float((vi)(sign | ((half & 0x7c00) == 0x7c00 ? infinite : finite)));
+}
+inline void store(f16* p, vf v) {
+  vu sign = ((vu)float_to_bits(v) >> 16) & 0x8000, a = (vu)float_to_bits(abs(v));
+  vu normal = ((a + 0xfff + ((a >> 13) & 1)) >> 13) - (112 << 10);
+  vu subnormal = (vu)float_to_bits(abs(v) + 0.5f) - 0x3f000000;   // an ulp of 0.5 is the step of subnormal halves
+  vu large = v == v ? vu{} + 0x7c00 : vu{} + 0x7e00;
+  store_half(p, sign | (a >= 0x47800000 ? large : a < 0x38800000 ? subnormal : normal));
 }
 
 // e^x for x <= 88, 0 below -86.6 (2^-125); relative error below 1e-7. exp(0) is exactly 1: identical rows must cancel.

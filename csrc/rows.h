@@ -9,7 +9,7 @@
 
 namespace kd {
 
-enum class Dtype { f32, bf16 };
+enum class Dtype { f32, bf16, f16 };
 
 struct Matrix {            // logits of C tokens: row r starts at data + r * stride (in elements)
   void* data;

@@ -54,19 +54,28 @@ struct Row {
   Row(const Matrix& matrix, int64_t r)
       : m(matrix), base(static_cast<char*>(m.data) + r * m.stride * (m.dtype == Dtype::f32 ? 4 : 2)) {}
 
+  template <class T>
+  T* words(int64_t first) const { return reinterpret_cast<T*>(base) + first; }
+
   void read(int64_t first, int64_t n, Block& out) const {
-    if (m.dtype == Dtype::f32) load_block(reinterpret_cast<const float*>(base) + first, n, m.scale, m.softcap, out);
-    else load_block(reinterpret_cast<const uint16_t*>(base) + first, n, m.scale, m.softcap, out);
+    switch (m.dtype) {
+      case Dtype::f32: return load_block(words<const float>(first), n, m.scale, m.softcap, out);
+      case Dtype::bf16: return load_block(words<const bf16>(first), n, m.scale, m.softcap, out);
+      case Dtype::f16: return load_block(words<const f16>(first), n, m.scale, m.softcap, out);
+    }
   }
   float at(int64_t i) const {                          // z of one word
     Block one;
     read(i, 1, one);
     return one.v[0];
   }
-  // Ascending blocks may overwrite fp32 logits with a bf16 gradient: byte 2i is behind every word still to be read.
+  // Ascending blocks may overwrite fp32 logits with a narrow gradient: byte 2i is behind every word still to be read.
   void write(int64_t first, int64_t n, const Block& v, Dtype out) const {
-    if (out == Dtype::f32) store_block(reinterpret_cast<float*>(base) + first, n, v);
-    else store_block(reinterpret_cast<uint16_t*>(base) + first, n, v);
+    switch (out) {
+      case Dtype::f32: return store_block(words<float>(first), n, v);
+      case Dtype::bf16: return store_block(words<bf16>(first), n, v);
+      case Dtype::f16: return store_block(words<f16>(first), n, v);
+    }
   }
   template <class T>
   static void store_block(T* p, int64_t n, const Block& v) {

@@ -5,9 +5,10 @@ out = kd.TSDKD()(kd.Head(hidden_s, weight_s), kd.Head(hidden_t, weight_t), mask)
 out.loss.backward()
 """
 
+from . import modules
 from .divergences import JSD, ForwardKL, ReverseKL, SkewKL, SkewReverseKL
 from .functional import TokenStatistics, cross_entropy, divergence, entropy, plackett_luce, statistics
-from .heads import Head
+from .heads import Head, Logits, TopK
 from .layout import Layout
 from .objectives import GKD, SFT, TSDKD, VCRD, AdaptiveOpener, DistiLLM2
 from .rows import info
@@ -23,14 +24,17 @@ __all__ = [
     "ForwardKL",
     "Head",
     "Layout",
+    "Logits",
     "ReverseKL",
     "SkewKL",
     "SkewReverseKL",
     "TokenStatistics",
+    "TopK",
     "cross_entropy",
     "divergence",
     "entropy",
     "info",
+    "modules",
     "plackett_luce",
     "statistics",
 ]

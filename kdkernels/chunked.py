@@ -21,17 +21,17 @@ Axes: N tokens, n tokens of a part, V vocabulary, H hidden, K candidates.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from copy import copy
 from dataclasses import dataclass, field, fields, replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import gemm, memory, plan
+from . import coarse, memory, plan, sides
 from .divergences import Divergence
-from .heads import Head, shared_vocabulary
+from .heads import Head, Logits, Source, TopK, shared_vocabulary
 from .layout import Layout
 from .rows import Coefficients, Rows, backend_for, plackett_luce
 
@@ -46,9 +46,9 @@ class Tokens:
     top_indices: Tensor | None = None  # [n, K]
     top_log_probs: Tensor | None = None  # [n, K]
     cross_entropy: Tensor | None = None  # -log q(target)
+    collision: Tensor | None = None  # sum of the largest squared probabilities
     teacher: Tokens | None = None  # the teacher's entropy, lse, argmax, cross_entropy at the same positions
     at_student_argmax: Tensor | None = None  # the teacher's log p(argmax q)
-    collision: Tensor | None = None  # sum of the teacher's Program.collision largest p_i^2
     divergence: Tensor | None = None
     divergence_from_teacher: Tensor | None = None  # 0 where the student wrote, as divergence is where the teacher did
     plackett_luce: Tensor | None = None
@@ -76,9 +76,11 @@ class Program:
     temperature: float = 1.0
     topk: int = 0  # the student's candidates per token; with a teacher also its probability of the first
     plackett_luce: bool = False  # the likelihood of the teacher's order of the candidates
-    collision: int = 0  # the teacher's so many largest probabilities (all, if there are fewer) give its collision
+    collision: int = 0  # how many of the largest probabilities each side's collision sums up
+    teacher_collision: int = 0  # the same of the teacher alone; all words where there are fewer
     selects: bool = False  # select() needs whole responses
     selects_by_teacher: bool = False  # ... and the teacher's entropies: one more product with its head
+    all_words: bool = False  # needs the teacher's distribution over all words: kd.TopK will not do
 
     def select(self, entropy: Tensor, teacher_entropy: Tensor | None, layout: Layout) -> dict[str, Tensor]:
         """Constants [n] that depend on whole responses, from entropies [n] in ``layout``; once per response, in order.
@@ -92,28 +94,20 @@ class Program:
         return {}
 
 
-class Needs(NamedTuple):
-    """Which gradients are wanted; nothing is computed for the others."""
-
-    hidden: bool = False
-    weight: bool = False
-    bias: bool = False
-
-
 @dataclass(frozen=True)
 class Call:
     """One evaluation of a program. ``student`` and ``teacher`` hold detached tensors; [N] tensors follow ``layout``."""
 
     program: Program
-    student: Head
-    teacher: Head | None
+    student: Head | Logits
+    teacher: Source | None
     layout: Layout
-    teacher_index: Tensor | None = None  # [N] flat positions in the teacher's hidden states
+    teacher_index: Tensor | None = None  # [N] flat positions on the teacher's side
     target: Tensor | None = None  # [N] token ids
     weight: Tensor | None = None  # [N]
     from_teacher: int = 0  # so many tokens come first that are of responses the teacher wrote
     coefficients: dict[str, Tensor] | None = None  # term -> [N]: given, not asked of the program
-    scale: float = 1.0  # on every coefficient: one over what the loss is a mean of
+    scale: float = 1.0  # on the loss: one over what it is a mean of
     memory_budget: int | None = None
     logits_dtype: torch.dtype | None = None
 
@@ -122,86 +116,64 @@ class Call:
 class Result:
     tokens: Tokens
     coefficients: dict[str, Tensor]
-    gradients: tuple[Tensor | None, ...]  # of the student's hidden, weight, bias
+    gradients: tuple[Tensor | None, ...]  # of the student's tensors
+    scale: float  # what coefficients and gradients still have to be multiplied with
 
     def term(self, name: str) -> Tensor:
-        """sum over tokens of coefficient * value, in fp64; a token without a coefficient does not count, NaN or not."""
+        """scale * sum of coefficient * value, in fp64; a token without a coefficient does not count, NaN or not."""
         c = self.coefficients[name].double()
-        return torch.where(c == 0, 0, c * getattr(self.tokens, name).double()).sum()
+        return self.scale * torch.where(c == 0, 0, c * getattr(self.tokens, name).double()).sum()
 
     def loss(self) -> Tensor:
         """The sum of all terms."""
         return sum(self.term(name) for name in self.coefficients).to(self.tokens.entropy.dtype)
 
 
-def default_logits_dtype(device: torch.device, operand: torch.dtype) -> torch.dtype:
-    """fp32 on GPUs, whose GEMMs give it for nothing; the operands' own on CPUs, where it would double the GEMM."""
-    return torch.float32 if device.type != "cpu" and operand.itemsize < 4 else operand
-
-
-class _Side:
-    """One head: the words both heads share, and one logits buffer for all its chunks."""
-
-    def __init__(self, head: Head, index: Tensor, buffer: Tensor):
-        vocabulary = buffer.shape[1]
-        self.flat = head.hidden.reshape(-1, head.hidden.shape[-1])
-        self.index = index
-        self.weight = head.weight[:vocabulary]
-        self.bias = None if head.bias is None else head.bias[:vocabulary]
-        self.scale, self.softcap = float(head.scale), head.softcap
-        self.buffer = buffer
-
-    def hidden(self, tokens: slice) -> Tensor:
-        return self.flat.index_select(0, self.index[tokens])
-
-    def rows(self, backend, tokens: slice, temperature: float, topk: int, gather: Tensor | None) -> Rows:
-        logits = self.buffer[: tokens.stop - tokens.start]
-        gemm.project(self.hidden(tokens), self.weight, self.bias, logits)
-        return backend.statistics(logits, self.scale, self.softcap, temperature, topk, gather)
-
-
 class _Loop:
     """One pass over all tokens."""
 
-    def __init__(self, call: Call, needs: Needs):
+    def __init__(self, call: Call, needs: tuple[bool, ...]):
         student, teacher, program, layout = call.student, call.teacher, call.program, call.layout
-        device, self.operand = student.hidden.device, student.hidden.dtype
-        dtype = call.logits_dtype or default_logits_dtype(device, self.operand)
-        if dtype != self.operand and (dtype != torch.float32 or self.operand.itemsize > 4):
-            raise ValueError(f"logits_dtype: expected {self.operand} (the operands') or float32, got {dtype}")
+        device, self.operand = student.device, student.dtype
+        dtype = sides.logits_dtype(student, call.logits_dtype)
+        teacher_dtype = torch.promote_types(dtype, teacher.dtype) if teacher else dtype
         self.call, self.needs = call, needs
+        # fp16 loses small gradients of logits: they get the scale after the products. Elsewhere that would be one more
+        # pass over dW, 2 % of the call on a CPU.
+        self.scale = 1.0 if self.operand == torch.float16 else call.scale
         self.backend = backend_for(device, dtype, self.operand)
         self.vocabulary = shared_vocabulary(student, teacher)
         if program.topk > self.vocabulary:
             raise ValueError(f"k: expected at most the vocabulary's {self.vocabulary} words, got {program.topk}")
-        self.collision = min(program.collision, self.vocabulary)
 
-        widths = [head.hidden.shape[-1] for head in (student, teacher) if head]
-        fixed = self.backend.workspace(self.vocabulary) + max(gemm.workspace(w, self.operand, dtype) for w in widths)
-        hidden_bytes = 2 * self.operand.itemsize + (dtype.itemsize if dtype != self.operand else 0)
-        row_bytes = [self.vocabulary * dtype.itemsize + w * hidden_bytes for w in widths] + [0]
+        fixed, row_bytes = sides.costs(student, self.vocabulary, dtype)
+        teacher_fixed, teacher_row = sides.costs(teacher, self.vocabulary, teacher_dtype) if teacher else (0, 0)
+        stored = isinstance(teacher, TopK)
+        if stored:  # it has no logits, so no chunks of its own
+            row_bytes, teacher_row = row_bytes + teacher_row, 0
+        fixed = self.backend.workspace(self.vocabulary) + max(fixed, teacher_fixed)
         budget = plan.DEFAULT_BUDGET if call.memory_budget is None else call.memory_budget
-        if not isinstance(budget, int):
-            raise TypeError(f"memory_budget: expected an int (bytes) or None, got {budget!r}")
         count = max(1, len(layout))
-        rows, self.teacher_rows = plan.chunk_rows(budget, fixed, row_bytes[0], row_bytes[1], count)
+        rows, self.teacher_rows = plan.chunk_rows(budget, fixed, row_bytes, teacher_row, count)
         lengths = layout.lengths if program.selects else (len(layout),)
         self.chunks = plan.chunks(lengths, rows)
 
-        shapes = [(rows, self.vocabulary)] + ([(self.teacher_rows, self.vocabulary)] if teacher else [])
-        self.block, buffers = memory.borrow([(shape, dtype) for shape in shapes], device)
-        self.student = _Side(student, layout.index, buffers[0])
-        self.teacher = teacher and _Side(teacher, call.teacher_index, buffers[1])
+        sizes = [((rows, self.vocabulary), dtype)]
+        if teacher and not stored:
+            sizes.append(((self.teacher_rows, self.vocabulary), teacher_dtype))
+        self.block, (buffer, *others) = memory.borrow(sizes, device)
         self.values: list[Tokens] = []
         self.coefficients: list[dict[str, Tensor]] = []
-        self.d_hidden = self.d_weight = self.d_bias = None
-        if needs.hidden:
-            self.d_hidden = torch.zeros_like(student.hidden, memory_format=torch.contiguous_format)
-        if needs.weight:
-            pieces = sum(len(chunk.pieces) for chunk in self.chunks)
-            self.d_weight = gemm.WeightGradient(student.weight, self.vocabulary, pieces)
-        if needs.bias:
-            self.d_bias = torch.zeros_like(student.bias, dtype=torch.promote_types(self.operand, torch.float32))
+        self.student = self._side(student, layout.index, buffer, needs)
+        self.teacher = teacher and self._side(teacher, call.teacher_index, *others)
+
+    def _side(self, source: Source, index: Tensor, buffer: Tensor | None = None, needs: tuple[bool, ...] | None = None):
+        needs = needs or (False,) * len(source.tensors)
+        if isinstance(source, Head):
+            return sides.HeadSide(source, index, buffer, needs, sum(len(chunk.pieces) for chunk in self.chunks))
+        if isinstance(source, Logits):
+            return sides.LogitsSide(source, index, buffer, needs)
+        return sides.TopKSide(source, index, self.vocabulary)
 
     def run(self) -> Result:
         for chunk in self.chunks:
@@ -209,9 +181,8 @@ class _Loop:
             for piece in chunk.pieces:
                 self._piece(piece, chunk, selected)
         coefficients = {term: torch.cat([c[term] for c in self.coefficients]) for term in self.coefficients[0]}
-        d_weight = self.d_weight and self.d_weight.result()
-        d_bias = None if self.d_bias is None else self.d_bias.to(self.operand)
-        return Result(Tokens.cat(self.values), coefficients, (self.d_hidden, d_weight, d_bias))
+        left = self.call.scale / self.scale
+        return Result(Tokens.cat(self.values), coefficients, self.student.gradients(), left)
 
     def _select_ahead(self, chunk: plan.Chunk) -> dict[str, Tensor] | None:
         """What a response in several pieces selects, from a statistics pass; None where one piece shows it all."""
@@ -226,80 +197,105 @@ class _Loop:
             teacher_entropy = self._entropies(self.teacher, pieces)
         return program.select(entropy, teacher_entropy, self.call.layout.part(chunk.first, chunk.last))
 
-    def _entropies(self, side: _Side, pieces: list[slice]) -> Tensor:
+    def _entropies(self, side, pieces: list[slice]) -> Tensor:
         return torch.cat([side.rows(self.backend, piece, 1.0, 1, None).entropy for piece in pieces])
 
     def _piece(self, piece: slice, chunk: plan.Chunk, selected: dict[str, Tensor] | None) -> None:
-        call, program = self.call, self.call.program
-        target = None if call.target is None else call.target[piece, None]
-        student = self.student.rows(self.backend, piece, program.temperature, max(1, program.topk), target)
+        program = self.call.program
+        words = self.teacher.words(piece) if isinstance(self.teacher, sides.TopKSide) else None
+        gather = _beside(words and words[0], self._target(piece))
+        largest = max(1, program.topk, program.collision)
+        student = self.student.rows(self.backend, piece, program.temperature, largest, gather)
         if selected is None:
             selected = self._select(chunk, student.entropy)
         origin = chunk.pieces[0].start
         d_logits = student.logits.view(self.operand)[:, : self.vocabulary]  # the gradient overwrites the logits
-        for tokens in plan.split(piece.start, piece.stop, self.teacher_rows, call.from_teacher):
+        for tokens in plan.split(piece.start, piece.stop, self.teacher_rows, self.call.from_teacher):
             here = slice(tokens.start - piece.start, tokens.stop - piece.start)
             chosen = {key: v[tokens.start - origin : tokens.stop - origin] for key, v in selected.items()}
-            self._tokens(tokens, student[here], chosen, d_logits[here])
-        if self.d_hidden is not None:
-            rows = torch.mm(d_logits, self.student.weight)
-            self.d_hidden.view(-1, rows.shape[-1]).index_copy_(0, call.layout.index[piece], rows)
-        if self.d_weight is not None:
-            self.d_weight.add(d_logits, self.student.hidden(piece))
-        if self.d_bias is not None:
-            gemm.add_column_sums(d_logits, self.d_bias[: self.vocabulary])
+            self._tokens(tokens, student[here], chosen, d_logits[here], words and tuple(each[here] for each in words))
+        self.student.add(piece, d_logits)
 
-    def _tokens(self, tokens: slice, student: Rows, selected: dict[str, Tensor], d_logits: Tensor) -> None:
+    def _target(self, tokens: slice) -> Tensor | None:
+        """Ids [n, 1]; 0 for what is no word: CPUs have raised an error, asking a GPU would be a sync."""
+        if self.call.target is None:
+            return None
+        target = self.call.target[tokens, None]
+        return torch.where((target >= 0) & (target < self.vocabulary), target, 0)
+
+    def _tokens(
+        self,
+        tokens: slice,
+        student: Rows,
+        selected: dict[str, Tensor],
+        d_logits: Tensor,
+        words: tuple[Tensor, Tensor] | None,
+    ) -> None:
         """Values, coefficients and logits' gradient of some tokens of a chunk, all written by the same model."""
         call, program = self.call, self.call.program
         terms = [term for term in ("divergence", "divergence_from_teacher") if getattr(program, term)]
         own = "divergence_from_teacher" if tokens.start < call.from_teacher else "divergence"
-        kind = getattr(program, own)
-        target = None if call.target is None else call.target[tokens, None]
-        values = _summary(student, target is not None)
+        kind, temperature = getattr(program, own), program.temperature
+        target = self._target(tokens)
+        values = _summary(student, target is not None, program.collision)
+        if target is not None:
+            values.cross_entropy.masked_fill_(target[:, 0] != call.target[tokens], torch.nan)
+        candidates = student.top_indices[:, : program.topk]
         values.selected = selected
         values.length = call.layout.length[tokens]
         values.weight = None if call.weight is None else call.weight[tokens]
-        teacher = center = d_candidates = None
-        if self.teacher:
-            asked = [ids for ids in (student.top_indices if program.topk else None, target) if ids is not None]
-            gather = torch.cat(asked, dim=1) if asked else None
-            teacher = self.teacher.rows(self.backend, tokens, program.temperature, max(1, self.collision), gather)
-            values.teacher = _summary(teacher, target is not None)
+        teacher = center = d_candidates = outcomes = value = None
+        if words:
+            outcomes = coarse.divergence(self.backend, student, *words, kind, temperature, self.teacher.renormalize)
+            value = outcomes.value
+        elif self.teacher:
+            gather = _beside(candidates if program.topk else None, target)
+            largest = max(program.collision, min(program.teacher_collision, self.vocabulary))
+            teacher = self.teacher.rows(self.backend, tokens, temperature, max(1, largest), gather)
+            values.teacher = _summary(teacher, target is not None, largest)
             if program.topk:
                 values.teacher.at_student_argmax = teacher.log_prob(teacher.gathered[:, :1])[:, 0]
-            if program.collision:
-                values.teacher.collision = (2 * teacher.log_prob(teacher.top_values)).exp().sum(-1)
             if program.plackett_luce:
-                candidates = teacher.gathered[:, : program.topk]
-                values.plackett_luce, d_candidates = plackett_luce(student.top_values, candidates)
+                values.plackett_luce, d_candidates = plackett_luce(
+                    student.top_values[:, : program.topk], teacher.gathered[:, : program.topk]
+                )
             if kind:
-                value, center = self.backend.divergence(student, teacher, kind, program.temperature)
-                for term in terms:
-                    setattr(values, term, value if term == own else torch.zeros_like(value))
+                value, center = self.backend.divergence(student, teacher, kind, temperature)
+        for term in terms:
+            setattr(values, term, value if term == own else torch.zeros_like(value))
         if program.topk:
-            values.top_indices, values.top_log_probs = student.top_indices, student.log_prob(student.top_values)
+            values.top_indices = candidates
+            values.top_log_probs = student.log_prob(student.top_values[:, : program.topk])
         if call.coefficients is not None:
             c = {term: each[tokens] for term, each in call.coefficients.items()}
         else:
-            c = {term: call.scale * each for term, each in program.coefficients(values).items()}
+            c = {term: self.scale * each for term, each in program.coefficients(values).items()}
             c |= {term: torch.zeros_like(c[term]) for term in terms if term in c and term != own}
         self.values.append(values)
         self.coefficients.append(c)
-        if any(self.needs):
+        if any(self.needs) and outcomes:
+            coarse.gradient_(self.backend, student, outcomes, c[own], d_logits)
+        elif any(self.needs):
             kind = kind if own in c else None
-            row_coefficients = _row_coefficients(student, target, d_candidates, c)
-            self.backend.gradient_(student, teacher, kind, program.temperature, center, row_coefficients, d_logits)
+            row_coefficients = _row_coefficients(student, target, candidates, d_candidates, c)
+            self.backend.gradient_(student, teacher, kind, temperature, center, row_coefficients, d_logits)
 
 
-def _summary(rows: Rows, targeted: bool) -> Tokens:
+def _beside(*ids: Tensor | None) -> Tensor | None:
+    """Columns of ids [n, ...] side by side; None where there are none."""
+    asked = [each for each in ids if each is not None]
+    return torch.cat(asked, dim=1) if asked else None
+
+
+def _summary(rows: Rows, targeted: bool, largest: int) -> Tokens:
     """The statistics of one side; the target, where there is one, is the last id gathered."""
     cross_entropy = -rows.log_prob(rows.gathered[:, -1:])[:, 0] if targeted else None
-    return Tokens(rows.entropy, rows.lse, rows.argmax, cross_entropy=cross_entropy)
+    collision = (2 * rows.log_prob(rows.top_values[:, :largest])).exp().sum(-1) if largest else None
+    return Tokens(rows.entropy, rows.lse, rows.argmax, cross_entropy=cross_entropy, collision=collision)
 
 
 def _row_coefficients(
-    rows: Rows, target: Tensor | None, d_candidates: Tensor | None, c: dict[str, Tensor]
+    rows: Rows, target: Tensor | None, candidates: Tensor, d_candidates: Tensor | None, c: dict[str, Tensor]
 ) -> Coefficients:
     """Coefficients of the terms as the row kernels take them: a cross-entropy is q minus one at the target."""
     dense = rows.stats.new_zeros(3, len(rows.stats))
@@ -311,14 +307,21 @@ def _row_coefficients(
         ids.append(target)
         scatter.append(-dense[2, :, None])
     if "plackett_luce" in c:
-        ids.append(rows.top_indices)
+        ids.append(candidates)
         scatter.append(c["plackett_luce"][:, None].to(dense.dtype) * d_candidates)
     return Coefficients(dense, torch.cat(ids, dim=1), torch.cat(scatter, dim=1))
 
 
-def run(call: Call, needs: Needs = Needs()) -> Result | None:  # noqa: B008 - an immutable default
-    """Evaluates a program over all tokens; None where there are none, after the same checks."""
-    device = call.student.hidden.device.type
+def run(call: Call, needs: tuple[bool, ...] = ()) -> Result | None:
+    """Evaluates a program over all tokens, with gradients of those of the student's tensors in ``needs``; None where
+    there are no tokens, after the same checks.
+
+    Raises:
+        TypeError: the program needs more of the teacher than its K words.
+    """
+    if isinstance(call.teacher, TopK):
+        _check_stored(call.program, call.teacher)
+    device = call.student.device.type
     with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
         loop = _Loop(call, needs)
         try:
@@ -327,31 +330,39 @@ def run(call: Call, needs: Needs = Needs()) -> Result | None:  # noqa: B008 - an
             memory.give_back(loop.block)
 
 
+def _check_stored(program: Program, teacher: TopK) -> None:
+    if program.topk or program.all_words or program.divergence is None:
+        raise TypeError(
+            "teacher: expected kd.Head or kd.Logits, got TopK: this needs the teacher's distribution over all words"
+        )
+    if program.temperature != 1 and not teacher.renormalize:
+        raise ValueError(
+            f"temperature: expected 1 with a kd.TopK teacher that keeps a bucket of all other words, got "
+            f"{program.temperature}; renormalize=True drops the bucket"
+        )
+
+
 # ---- autograd --------------------------------------------------------------------------------------------------------
 
 
 class _Chunked(torch.autograd.Function):
-    """Scalar loss of a program, or with ``per_token`` one term's values [N].
+    """Scalar loss of a program.
 
-    A loss has its coefficients in the forward, so its gradients are computed there and backward only scales them, in
-    place; a second backward through the same graph recomputes them, with the same coefficients. Per-token values get
-    their coefficients, the incoming gradients, in the backward, which recomputes the logits.
+    Its coefficients are known in the forward, so its gradients are computed there and backward only scales them, in
+    place; a second backward through the same graph recomputes them, with the same coefficients.
     """
 
     @staticmethod
-    def forward(ctx, call: Call, needs: Needs, per_token: str | None, out: list, hidden, weight, bias):
-        ctx.call, ctx.needs, ctx.per_token = call, needs, per_token
+    def forward(ctx, call: Call, needs: tuple[bool, ...], out: list, *tensors):
+        ctx.call, ctx.needs = call, needs
         # The teacher's too: an in-place change before backward must be an error, not another gradient.
-        teacher = call.teacher and (call.teacher.hidden, call.teacher.weight, call.teacher.bias)
-        ctx.save_for_backward(hidden, weight, bias, *(teacher or ()))
-        result = run(call, Needs() if per_token else needs)
+        ctx.save_for_backward(*tensors, *(call.teacher.tensors if call.teacher else ()))
+        result = run(call, needs)
         out.append(result)
         ctx.gradients = None
         if result is None:
-            return hidden.new_zeros((0,) if per_token else (), dtype=_accurate(hidden.dtype))
-        if per_token:
-            return getattr(result.tokens, per_token)
-        ctx.gradients = result.gradients
+            return tensors[0].new_zeros((), dtype=torch.promote_types(tensors[0].dtype, torch.float32))
+        ctx.gradients, ctx.scale = result.gradients, result.scale
         # What a second backward needs: the program's options and state may change in between.
         ctx.call = replace(call, program=copy(call.program), coefficients=result.coefficients)
         return result.loss()
@@ -360,38 +371,43 @@ class _Chunked(torch.autograd.Function):
     def backward(ctx, grad):
         if torch.is_grad_enabled():
             raise RuntimeError("kdkernels has no second derivatives: expected a backward without create_graph=True")
-        saved, call = ctx.saved_tensors[:3], ctx.call
+        saved, call = ctx.saved_tensors, ctx.call
         gradients, ctx.gradients = ctx.gradients, None
         if len(call.layout) == 0:
-            gradients = [torch.zeros_like(t) if need else None for t, need in zip(saved, ctx.needs, strict=True)]
-        elif ctx.per_token:
-            gradients = run(replace(call, weight=grad), ctx.needs).gradients
+            gradients = [torch.zeros_like(t) if need else None for t, need in zip(saved, ctx.needs, strict=False)]
         else:
             if gradients is None:
                 gradients = run(call, ctx.needs).gradients
-            known_one = grad.device.type == "cpu" and grad.item() == 1  # saves a pass over dW; a GPU would have to sync
-            gradients = [g if g is None or known_one else g.mul_(grad) for g in gradients]
-        return None, None, None, None, *gradients
+            scale_(gradients, ctx.scale * grad)
+        return None, None, None, *gradients
 
 
-def _accurate(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+def scale_(gradients: Sequence[Tensor | None], factor: Tensor) -> None:
+    """gradients *= factor [], a scalar of at least fp32, in its precision: AMP's loss scale has no fp16 value."""
+    if factor.device.type == "cpu":
+        factor = factor.item()
+        if factor == 1:  # saves a pass over dW; a GPU would have to sync to know
+            return
+    else:
+        factor = factor[None]  # one dimension makes it take part in type promotion
+    for gradient in gradients:
+        if gradient is not None:
+            gradient.mul_(factor)
 
 
-def evaluate(call: Call, per_token: str | None = None) -> tuple[Tensor, Result | None]:
-    """The differentiable loss of ``call`` (or one term's per-token values [N]) and everything computed on the way.
+def evaluate(call: Call) -> tuple[Tensor, Result | None]:
+    """The differentiable loss of ``call`` and everything computed on the way.
 
     ``call.student`` holds the caller's tensors here; gradients flow to those that require them, in grad mode only.
     """
-    student, teacher = call.student.autocast(), call.teacher and call.teacher.autocast()
-    inputs = (student.hidden, student.weight, student.bias)
-    needs = Needs(*(t is not None and t.requires_grad and torch.is_grad_enabled() for t in inputs))
-    call = replace(call, student=_detached(student), teacher=teacher and _detached(teacher))
+    student, teacher = call.student.autocast(), call.teacher and call.teacher.autocast().detach()
+    needs = needed(student)
+    call = replace(call, student=student.detach(), teacher=teacher)
     out: list[Result | None] = []
-    value = _Chunked.apply(call, needs, per_token, out, *inputs)
+    value = _Chunked.apply(call, needs, out, *student.tensors)
     return value, out[0]
 
 
-def _detached(head: Head) -> Head:
-    bias = None if head.bias is None else head.bias.detach()
-    return replace(head, hidden=head.hidden.detach(), weight=head.weight.detach(), bias=bias)
+def needed(student: Source) -> tuple[bool, ...]:
+    """Which of the student's tensors want a gradient; nothing is computed for the others."""
+    return tuple(t is not None and t.requires_grad and torch.is_grad_enabled() for t in student.tensors)

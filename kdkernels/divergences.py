@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .checks import check_share
+
 __all__ = ["JSD", "Divergence", "ForwardKL", "ReverseKL", "SkewKL", "SkewReverseKL"]
 
 
@@ -36,12 +38,6 @@ class Divergence:
         return 0.0 if self.detached else (1 - self.mix) * (self.a * (1 - self.mix) - self.b * self.mix)
 
 
-def _unit_interval(name: str, value: float) -> float:
-    if not 0.0 <= value <= 1.0:
-        raise ValueError(f"{name}: expected a number in [0, 1], got {value!r}")
-    return float(value)
-
-
 def ForwardKL() -> Divergence:
     """KL(p || q), mode covering."""
     return Divergence("ForwardKL", a=1.0, b=0.0, mix=0.0)
@@ -58,7 +54,7 @@ def JSD(beta: float) -> Divergence:
     beta -> 0 behaves as the forward and beta -> 1 as the reverse KL. At the ends the formula itself vanishes
     identically; there JSD(0) *is* ForwardKL and JSD(1) *is* ReverseKL.
     """
-    beta = _unit_interval("beta", beta)
+    check_share("beta", beta)
     if beta == 0.0:
         return ForwardKL()
     if beta == 1.0:
@@ -68,7 +64,7 @@ def JSD(beta: float) -> Divergence:
 
 def SkewKL(alpha: float) -> Divergence:
     """KL(p || alpha * p + (1 - alpha) * q)  (DistiLLM; VCRD on teacher prefixes). 0 for alpha = 1."""
-    alpha = _unit_interval("alpha", alpha)
+    check_share("alpha", alpha)
     return Divergence(f"SkewKL({alpha:g})", a=1.0 if alpha < 1 else 0.0, b=0.0, mix=alpha)
 
 
@@ -78,5 +74,5 @@ def SkewReverseKL(alpha: float, detach: bool = False) -> Divergence:
     ``detach`` makes the mixture a constant to the gradient, as DistiLLM-2's released code does: the gradient is then
     q (log(q/m) - KL(q || m)). The papers' formula differentiates the mixture too.
     """
-    alpha = _unit_interval("alpha", alpha)
+    check_share("alpha", alpha)
     return Divergence(f"SkewReverseKL({alpha:g})", a=0.0, b=1.0 if alpha < 1 else 0.0, mix=1 - alpha, detached=detach)

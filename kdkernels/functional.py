@@ -1,7 +1,11 @@
 """Per-token functions: values [...], differentiable under any later weighting; the backward recomputes the logits.
 
-All take ``memory_budget`` (bytes of logits and workspace) and ``logits_dtype``, keyword-only. ``[...]`` are the
-leading dimensions of ``student.hidden``.
+``[...]`` are the leading dimensions of the student's hidden states or logits. All take, keyword-only:
+
+    rows            the positions to compute, the others being 0: distinct int64 positions [n] over the flattened
+                    leading dimensions, a bool mask [...] (on a GPU it costs a sync), or a kd.Layout
+    memory_budget   bytes of logits and workspace
+    logits_dtype    of the logits that a head multiplies
 """
 
 from __future__ import annotations
@@ -11,156 +15,212 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .chunked import Call, Program, Tokens, evaluate, run
+from . import operators
+from .checks import check_count, check_positive
+from .chunked import needed
 from .divergences import Divergence
-from .heads import Head, autocast_dtype, shared_vocabulary
+from .heads import Head, Logits, Source, TopK, autocast_dtype, shared_vocabulary
 from .layout import Layout
 
 __all__ = ["TokenStatistics", "cross_entropy", "divergence", "entropy", "plackett_luce", "statistics"]
 
 
-class _PerToken(Program):
-    """One term, weighted by whatever gradient comes in."""
-
-    def __init__(self, term: str, kind: Divergence | None = None, temperature: float = 1.0, topk: int = 0):
-        self.term, self.divergence, self.temperature, self.topk = term, kind, temperature, topk
-        self.plackett_luce = term == "plackett_luce"
-
-    def coefficients(self, tokens: Tokens) -> dict[str, Tensor]:
-        return {} if tokens.weight is None else {self.term: tokens.weight}
+# ---- checks ----------------------------------------------------------------------------------------------------------
 
 
-def check_head(name: str, head: object) -> None:
-    if not isinstance(head, Head):
-        raise TypeError(f"{name}: expected kd.Head, got {type(head).__name__}")
+def check_student(student: object) -> None:
+    if not isinstance(student, (Head, Logits)):
+        raise TypeError(f"student: expected kd.Head or kd.Logits, got {type(student).__name__}")
 
 
-def check_ids(
-    name: str, ids: Tensor, shape: torch.Size, vocabulary: int, device: torch.device, valid: Tensor | None = None
-):
-    """Token ids of the given shape and device; in range on CPUs, where looking costs nothing."""
+def check_teacher(student: Head | Logits, teacher: object, same_positions: bool = True) -> None:
+    """A teacher that fits the student: device, dtype and, unless a mask maps them, leading dimensions."""
+    if not isinstance(teacher, Source):
+        raise TypeError(f"teacher: expected kd.Head, kd.Logits or kd.TopK, got {type(teacher).__name__}")
+    if teacher.device != student.device:
+        raise ValueError(f"teacher: expected device {student.device} (the student's), got {teacher.device}")
+    if isinstance(teacher, Head) and isinstance(student, Head) and autocast_dtype(student.device) is None:
+        fits = teacher.dtype == student.dtype
+    else:  # logits are read as they are; only fp64 would be lost on the student's side
+        fits = teacher.dtype != torch.float64 or student.dtype == torch.float64 or isinstance(teacher, TopK)
+    if not fits:
+        raise TypeError(f"teacher: expected dtype {student.dtype} (the student's), got {teacher.dtype}")
+    if same_positions and teacher.shape != student.shape:
+        last, what = {Head: ("H", "hidden"), Logits: ("V", "logits"), TopK: ("K", "log_probs")}[type(teacher)]
+        raise ValueError(
+            f"teacher: expected {what} of shape {[*student.shape, last]}, got {list(teacher.tensors[0].shape)}"
+        )
+
+
+def check_ids(name: str, ids: Tensor, shape: torch.Size, device: torch.device) -> None:
+    """Token ids of the given shape and device. Their range is looked at where they are used, on CPUs."""
     if not isinstance(ids, Tensor) or ids.dtype != torch.int64:
         raise TypeError(f"{name}: expected an int64 tensor, got {getattr(ids, 'dtype', type(ids).__name__)}")
     if ids.shape != shape:
         raise ValueError(f"{name}: expected shape {list(shape)}, got {list(ids.shape)}")
     if ids.device != device:
         raise ValueError(f"{name}: expected device {device}, got {ids.device}")
-    looked_at = ids if valid is None else ids[valid]
-    if (
-        ids.device.type == "cpu"
-        and looked_at.numel()
-        and not 0 <= int(looked_at.min()) <= int(looked_at.max()) < vocabulary
-    ):
-        raise ValueError(
-            f"{name}: expected ids in [0, {vocabulary}), got {int(looked_at.min())} to {int(looked_at.max())}"
-        )
 
 
-def check_teacher(student: Head, teacher: object, same_positions: bool = True) -> None:
-    """A teacher that fits the student: device, dtype and, unless a mask maps them, leading dimensions."""
-    check_head("teacher", teacher)
-    if teacher.hidden.device != student.hidden.device:
-        raise ValueError(
-            f"teacher: expected device {student.hidden.device} (the student's), got {teacher.hidden.device}"
-        )
-    if teacher.hidden.dtype != student.hidden.dtype and autocast_dtype(student.hidden.device) is None:
-        raise TypeError(f"teacher: expected dtype {student.hidden.dtype} (the student's), got {teacher.hidden.dtype}")
-    if same_positions and teacher.hidden.shape[:-1] != student.hidden.shape[:-1]:
-        raise ValueError(
-            f"teacher: expected hidden of shape {[*student.hidden.shape[:-1], 'H']}, got {list(teacher.hidden.shape)}"
-        )
+def check_limits(memory_budget: int | None, logits_dtype: torch.dtype | None) -> None:
+    if memory_budget is not None and (isinstance(memory_budget, bool) or not isinstance(memory_budget, int)):
+        raise TypeError(f"memory_budget: expected an int (bytes) or None, got {memory_budget!r}")
+    if logits_dtype is not None and not isinstance(logits_dtype, torch.dtype):
+        raise TypeError(f"logits_dtype: expected a torch.dtype or None, got {logits_dtype!r}")
 
 
-def _everything(student: Head, index: Tensor | None = None) -> Layout:
-    """All positions (or those of ``index``) as one response."""
-    total = student.hidden.shape[:-1].numel()
-    index = torch.arange(total, device=student.hidden.device) if index is None else index
-    return Layout(index, (len(index),) if len(index) else (), (1, total))
+def _check_rows(rows: Tensor | Layout | None, student: Source) -> Tensor | None:
+    if rows is None:
+        return None
+    if isinstance(rows, Layout):
+        if rows.shape != student.shape:
+            raise ValueError(f"rows: expected a layout of shape {list(student.shape)}, got {list(rows.shape)}")
+        return rows.index.to(student.device, non_blocking=True)
+    if not isinstance(rows, Tensor) or rows.dtype not in (torch.int64, torch.bool):
+        got = getattr(rows, "dtype", type(rows).__name__)
+        raise TypeError(f"rows: expected int64 positions, a bool mask or a kd.Layout, got {got}")
+    expected = student.shape if rows.dtype == torch.bool else (rows.numel(),)
+    if rows.shape != expected:
+        raise ValueError(f"rows: expected shape {list(expected)}, got {list(rows.shape)}")
+    if rows.device != student.device:
+        raise ValueError(f"rows: expected device {student.device} (the student's), got {rows.device}")
+    return rows
 
 
-def _per_token(
-    program: _PerToken, student: Head, teacher: Head | None, target: Tensor | None = None, **options
+# ---- differentiable --------------------------------------------------------------------------------------------------
+
+
+def _term(
+    name: str,
+    student: Head | Logits,
+    teacher: Source | None = None,
+    *,
+    kind: Divergence | None = None,
+    temperature: float = 1.0,
+    topk: int = 0,
+    target: Tensor | None = None,
+    ignore_index: int | None = None,
+    rows: Tensor | Layout | None,
+    memory_budget: int | None,
+    logits_dtype: torch.dtype | None,
 ) -> Tensor:
-    layout = _everything(student)
-    call = Call(program, student, teacher, layout, teacher_index=layout.index, target=target, **options)
-    return evaluate(call, per_token=program.term)[0].view(student.hidden.shape[:-1])
+    """One term's value at every position."""
+    check_limits(memory_budget, logits_dtype)
+    rows = _check_rows(rows, student)
+    student, teacher = student.autocast(), teacher and teacher.autocast().detach()
+    tensors, *about_student = operators.unpacked(student)
+    return operators.token_values(
+        tensors,
+        *about_student,
+        *operators.unpacked(teacher),
+        target,
+        rows,
+        name,
+        [kind.a, kind.b, kind.mix, kind.detached] if kind else [],
+        float(temperature),
+        topk,
+        ignore_index,
+        memory_budget,
+        logits_dtype,
+        list(needed(student))[: len(tensors)],
+    )
 
 
 def cross_entropy(
-    student: Head, target: Tensor, ignore_index: int = -100, *, memory_budget=None, logits_dtype=None
+    student: Head | Logits,
+    target: Tensor,
+    ignore_index: int = -100,
+    *,
+    rows: Tensor | Layout | None = None,
+    memory_budget: int | None = None,
+    logits_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """-log q(target) in nats; target [...] int64 -> [...] fp32. 0 where target == ignore_index.
 
+    CPUs skip ignored positions; GPUs compute them, because finding them would cost a sync (``rows=`` skips everywhere).
+
     Raises:
-        TypeError, ValueError: target is not int64, has another shape or device than hidden, or an id outside the
-        vocabulary.
+        TypeError, ValueError: target is not int64, has another shape or device than the student, or (on CPUs; on GPUs
+        the value is NaN) an id outside the vocabulary.
     """
-    check_head("student", student)
-    keep = target != ignore_index
-    check_ids("target", target, student.hidden.shape[:-1], student.vocabulary, student.hidden.device, keep)
-    layout = _everything(student, keep.flatten().nonzero()[:, 0])
-    call = Call(
-        _PerToken("cross_entropy"),
-        student,
-        None,
-        layout,
-        target=target.flatten()[layout.index],
-        memory_budget=memory_budget,
-        logits_dtype=logits_dtype,
-    )
-    values = evaluate(call, per_token="cross_entropy")[0]
-    return values.new_zeros(keep.numel()).index_copy(0, layout.index, values).view(keep.shape)
+    check_student(student)
+    check_ids("target", target, student.shape, student.device)
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index: expected an int, got {ignore_index!r}")
+    options = {"rows": rows, "memory_budget": memory_budget, "logits_dtype": logits_dtype}
+    return _term("cross_entropy", student, target=target, ignore_index=ignore_index, **options)
 
 
-def entropy(student: Head, *, memory_budget=None, logits_dtype=None) -> Tensor:
-    """H(q) = -sum_v q_v log q_v in nats -> [...] fp32."""
-    check_head("student", student)
-    program = _PerToken("entropy")
-    return _per_token(program, student, None, memory_budget=memory_budget, logits_dtype=logits_dtype)
+def entropy(
+    student: Head | Logits,
+    *,
+    rows: Tensor | Layout | None = None,
+    memory_budget: int | None = None,
+    logits_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """H(q) = -sum_v q_v log q_v in nats -> [...] fp32.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    check_student(student)
+    return _term("entropy", student, rows=rows, memory_budget=memory_budget, logits_dtype=logits_dtype)
 
 
 def divergence(
-    student: Head, teacher: Head, kind: Divergence, temperature: float = 1.0, *, memory_budget=None, logits_dtype=None
+    student: Head | Logits,
+    teacher: Head | Logits | TopK,
+    kind: Divergence,
+    temperature: float = 1.0,
+    *,
+    rows: Tensor | Layout | None = None,
+    memory_budget: int | None = None,
+    logits_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """D(p, q) of teacher p and student q at ``temperature`` (no T^2 factor), in nats -> [...] fp32.
 
     ``kind``: kd.ForwardKL(), kd.ReverseKL(), kd.JSD(beta), kd.SkewKL(alpha) or kd.SkewReverseKL(alpha).
+    With a kd.TopK teacher both distributions are coarsened to its words and one bucket for all others.
 
     Raises:
-        TypeError, ValueError: heads that do not fit each other, a temperature that is not positive.
+        TypeError, ValueError: sides that do not fit each other, a temperature that is not positive, or not 1 with a
+        TopK that keeps its bucket.
     """
-    check_head("student", student)
+    check_student(student)
     check_teacher(student, teacher)
     if not isinstance(kind, Divergence):
         raise TypeError(f"kind: expected a divergence such as kd.JSD(0.9), got {kind!r}")
     check_positive("temperature", temperature)
-    program = _PerToken("divergence", kind, temperature)
-    return _per_token(program, student, teacher, memory_budget=memory_budget, logits_dtype=logits_dtype)
+    options = {"rows": rows, "memory_budget": memory_budget, "logits_dtype": logits_dtype}
+    return _term("divergence", student, teacher, kind=kind, temperature=temperature, **options)
 
 
-def plackett_luce(student: Head, teacher: Head, k: int = 10, *, memory_budget=None, logits_dtype=None) -> Tensor:
+def plackett_luce(
+    student: Head | Logits,
+    teacher: Head | Logits,
+    k: int = 10,
+    *,
+    rows: Tensor | Layout | None = None,
+    memory_budget: int | None = None,
+    logits_dtype: torch.dtype | None = None,
+) -> Tensor:
     """NLL of the teacher's order of the student's k most likely words (TSD-KD eq. 4) -> [...] fp32.
 
     sum_{j=1..k} [ logsumexp(z_s[pi(j..k)]) - z_s[pi(j)] ], pi the teacher's descending order of them.
 
     Raises:
-        TypeError, ValueError: heads that do not fit each other, k outside [1, vocabulary].
+        TypeError, ValueError: sides that do not fit each other, a kd.TopK teacher, k outside [1, vocabulary].
     """
-    check_head("student", student)
+    check_student(student)
     check_teacher(student, teacher)
-    check_candidates(k)
-    program = _PerToken("plackett_luce", topk=k)
-    return _per_token(program, student, teacher, memory_budget=memory_budget, logits_dtype=logits_dtype)
+    check_count("k", k, 1, shared_vocabulary(student, teacher))
+    options = {"rows": rows, "memory_budget": memory_budget, "logits_dtype": logits_dtype}
+    return _term("plackett_luce", student, teacher, topk=k, **options)
 
 
-def check_positive(name: str, value: float) -> None:
-    if not value > 0:
-        raise ValueError(f"{name}: expected a positive number, got {value!r}")
+# ---- statistics ------------------------------------------------------------------------------------------------------
 
-
-def check_candidates(k: int) -> None:
-    if not isinstance(k, int) or k < 1:
-        raise ValueError(f"k: expected an int of at least 1 candidate, got {k!r}")
+_LARGEST = 128  # probabilities of a collision
 
 
 @dataclass(frozen=True)
@@ -173,59 +233,71 @@ class TokenStatistics:
     topk_indices: Tensor | None = None  # [..., K] by descending probability, ties to the smaller id
     topk_log_probs: Tensor | None = None  # [..., K]
     target_log_prob: Tensor | None = None
+    collision: Tensor | None = None  # sum of the squares of the largest probabilities
     teacher: TokenStatistics | None = None
 
 
 def statistics(
-    student: Head,
-    teacher: Head | None = None,
+    student: Head | Logits,
+    teacher: Head | Logits | None = None,
     topk: int = 0,
     target: Tensor | None = None,
     *,
-    memory_budget=None,
-    logits_dtype=None,
+    collision: int = 0,
+    rows: Tensor | Layout | None = None,
+    memory_budget: int | None = None,
+    logits_dtype: torch.dtype | None = None,
 ) -> TokenStatistics:
-    """Entropy, log-sum-exp, argmax, topk words and log q(target) of every token; no gradients.
+    """Entropy, log-sum-exp, argmax, topk words, log q(target) and collision of every token; no gradients.
 
-    With a teacher, its statistics of the same positions under ``.teacher``.
+    ``collision``: how many of the largest probabilities, at most 128, have their squares summed up. With a teacher, its
+    statistics of the same positions (without topk words) under ``.teacher``.
 
     Raises:
-        TypeError, ValueError: heads or target that do not fit, topk outside [0, vocabulary].
+        TypeError, ValueError: sides or target that do not fit, a kd.TopK teacher, topk outside [0, vocabulary] or
+        collision outside [0, min(128, vocabulary)].
     """
-    check_head("student", student)
+    check_student(student)
     if teacher is not None:
         check_teacher(student, teacher)
+        if isinstance(teacher, TopK):
+            raise TypeError("teacher: expected kd.Head or kd.Logits, got TopK: statistics are of all words")
     words = shared_vocabulary(student, teacher)
-    if not isinstance(topk, int) or not 0 <= topk <= words:
-        raise ValueError(f"topk: expected an int in [0, {words}], got {topk!r}")
-    shape = student.hidden.shape[:-1]
+    check_count("topk", topk, 0, words)
+    check_count("collision", collision, 0, min(_LARGEST, words))
     if target is not None:
-        check_ids("target", target, shape, student.vocabulary, student.hidden.device)
-        target = target.flatten()
-    program = Program()
-    program.topk = topk
-    layout = _everything(student)
-    options = {"memory_budget": memory_budget, "logits_dtype": logits_dtype}
-    with torch.no_grad():
-        call = Call(
-            program, student.autocast(), teacher and teacher.autocast(), layout, layout.index, target, **options
-        )
-        result = run(call)
-    if result is None:
-        raise ValueError(f"student: expected at least one token, got hidden of shape {list(student.hidden.shape)}")
-    return _statistics(result.tokens, shape)
+        check_ids("target", target, student.shape, student.device)
+    check_limits(memory_budget, logits_dtype)
+    rows = _check_rows(rows, student)
+    student, teacher = (side and side.autocast().detach() for side in (student, teacher))
+    values = operators.token_statistics(
+        *operators.unpacked(student),
+        *operators.unpacked(teacher),
+        target,
+        rows,
+        topk,
+        collision,
+        memory_budget,
+        logits_dtype,
+    )
+    names = operators.statistic_names(topk, target is not None, collision)
+    other = (
+        None
+        if teacher is None
+        else _statistics(operators.statistic_names(0, target is not None, collision), values[len(names) :])
+    )
+    return _statistics(names, values[: len(names)], other)
 
 
-def _statistics(tokens: Tokens, shape: torch.Size) -> TokenStatistics:
-    def shaped(t: Tensor | None) -> Tensor | None:
-        return None if t is None else t.view((*shape, *t.shape[1:]))
-
+def _statistics(names: list[str], values: list[Tensor], teacher: TokenStatistics | None = None) -> TokenStatistics:
+    found = dict(zip(names, values, strict=True))
     return TokenStatistics(
-        lse=shaped(tokens.lse),
-        entropy=shaped(tokens.entropy),
-        argmax=shaped(tokens.argmax),
-        topk_indices=shaped(tokens.top_indices),
-        topk_log_probs=shaped(tokens.top_log_probs),
-        target_log_prob=None if tokens.cross_entropy is None else -shaped(tokens.cross_entropy),
-        teacher=None if tokens.teacher is None else _statistics(tokens.teacher, shape),
+        lse=found["lse"],
+        entropy=found["entropy"],
+        argmax=found["argmax"],
+        topk_indices=found.get("top_indices"),
+        topk_log_probs=found.get("top_log_probs"),
+        target_log_prob=-found["cross_entropy"] if "cross_entropy" in found else None,
+        collision=found.get("collision"),
+        teacher=teacher,
     )

@@ -1,17 +1,56 @@
-"""Where logits come from: hidden states and the lm_head over them, kept apart until a chunk is due."""
+"""Where a model's distribution over the next word comes from: a head over hidden states, logits, or stored top-k words.
+
+Axes: V vocabulary, H hidden, K stored words; [...] are any leading dimensions.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-__all__ = ["Head"]
+from .checks import check_count, check_positive
+
+__all__ = ["Head", "Logits", "TopK"]
+
+
+class Source:
+    """What heads, logits and stored words have in common. ``names`` are the fields that hold tensors."""
+
+    names: tuple[str, ...]
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return tuple(getattr(self, name) for name in self.names)
+
+    def with_tensors(self, tensors: Sequence[Tensor | None]) -> Source:
+        return replace(self, **dict(zip(self.names, tensors, strict=True)))
+
+    def detach(self) -> Source:
+        return self.with_tensors([None if t is None else t.detach() for t in self.tensors])
+
+    @property
+    def shape(self) -> torch.Size:
+        """The leading dimensions."""
+        return self.tensors[0].shape[:-1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.tensors[0].device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tensors[0].dtype
+
+    def autocast(self) -> Source:
+        """This source as autocast wants it: only a head multiplies matrices."""
+        return self
 
 
 @dataclass(frozen=True)
-class Head:
+class Head(Source):
     """Logits that are never materialised: z = softcap * tanh(scale * (hidden @ weight.T + bias) / softcap).
 
     Args:
@@ -34,13 +73,13 @@ class Head:
     scale: float = 1.0
     vocab_size: int | None = None
 
+    names = ("hidden", "weight", "bias")
+
     def __post_init__(self):
         for name, tensor in (("hidden", self.hidden), ("weight", self.weight), ("bias", self.bias)):
             if tensor is None and name == "bias":
                 continue
-            if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-                got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-                raise TypeError(f"{name}: expected a floating-point tensor, got {got}")
+            _check_floating(name, tensor)
             if tensor.device != self.hidden.device:
                 raise ValueError(f"{name}: expected device {self.hidden.device} (that of hidden), got {tensor.device}")
             if tensor.dtype != self.hidden.dtype and autocast_dtype(self.hidden.device) is None:
@@ -54,12 +93,10 @@ class Head:
             )
         if self.bias is not None and self.bias.shape != (rows,):
             raise ValueError(f"bias: expected shape [{rows}], got {list(self.bias.shape)}")
-        if self.softcap is not None and not self.softcap > 0:
-            raise ValueError(f"softcap: expected a positive number or None, got {self.softcap!r}")
-        if not self.scale > 0:
-            raise ValueError(f"scale: expected a positive number, got {self.scale!r}")
-        if self.vocab_size is not None and not 1 <= self.vocab_size <= rows:
-            raise ValueError(f"vocab_size: expected 1 to {rows} (the rows of weight), got {self.vocab_size}")
+        if self.softcap is not None:
+            check_positive("softcap", self.softcap)
+        check_positive("scale", self.scale)
+        _check_vocab_size(self.vocab_size, rows, "the rows of weight")
 
     @property
     def vocabulary(self) -> int:
@@ -67,7 +104,7 @@ class Head:
         return self.vocab_size or self.weight.shape[0]
 
     def autocast(self) -> Head:
-        """This head in autocast's dtype where that is on; differentiable: gradients come in the parameters' dtype."""
+        """In autocast's dtype where that is on; differentiable: gradients come in the parameters' dtype."""
         dtype = autocast_dtype(self.hidden.device)
         if dtype is None:
             return self
@@ -102,6 +139,104 @@ class Head:
         )
 
 
+@dataclass(frozen=True)
+class Logits(Source):
+    """Logits that exist already, as teacher or as student (the gradient then goes to them).
+
+    They are copied into the chunk buffers, never written to. A teacher's may be of another dtype than the student's
+    operands (stored in bf16, say); both sides are computed from their own values.
+
+    Args:
+        logits: [..., V], after scale and soft-cap: what the softmax is taken of.
+        vocab_size: real vocabulary where V is padded beyond it; the padding has probability 0.
+
+    Raises:
+        TypeError: not a floating-point tensor, or a vocab_size that is not an int.
+        ValueError: no last dimension, or a vocab_size outside [1, V].
+    """
+
+    logits: Tensor
+    vocab_size: int | None = None
+
+    names = ("logits",)
+
+    def __post_init__(self):
+        _check_floating("logits", self.logits)
+        if self.logits.dim() < 1 or self.logits.shape[-1] == 0:
+            raise ValueError(f"logits: expected shape [..., V], got {list(self.logits.shape)}")
+        _check_vocab_size(self.vocab_size, self.logits.shape[-1], "the columns of logits")
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of words with a probability."""
+        return self.vocab_size or self.logits.shape[-1]
+
+
+@dataclass(frozen=True)
+class TopK(Source):
+    """A teacher known at K words per token, stored or served. Divergences take it; what needs more raises TypeError.
+
+    Both distributions are coarsened to K + 1 outcomes, the K words and one bucket for all others: the teacher's
+    bucket has the missing mass 1 - sum p, the student's the mass of its other words. ``renormalize=True`` drops the
+    bucket: teacher and student are normalised over the K words. A temperature other than 1 needs that, because a bucket
+    has no temperature. With K = V there is no bucket.
+
+    Each token's ids must be distinct words of the shared vocabulary. A log-probability of -inf (probability 0) may pad
+    a list, its id must still be such a word. Probabilities may sum to 1 + 1e-3 (16-bit: 1 + 2e-2) through rounding and
+    are then normalised. On CPUs anything else is a ValueError at the call; asking a GPU would cost a sync: there such
+    a token's divergence is NaN and metrics count it. The bucket has at least 2^-23, what fp32 lists lose in rounding:
+    with 0 one confident token would make a reverse KL infinite.
+
+    Args:
+        indices: [..., K] int64 token ids.
+        log_probs: [..., K] log p of these words, natural logarithm, at temperature 1.
+        renormalize: drop the bucket of all other words.
+
+    Raises:
+        TypeError: dtypes other than int64 and floating point, or renormalize not a bool.
+        ValueError: shapes or devices that do not fit.
+    """
+
+    indices: Tensor
+    log_probs: Tensor
+    renormalize: bool = False
+
+    names = ("log_probs", "indices")
+
+    def __post_init__(self):
+        _check_floating("log_probs", self.log_probs)
+        if not isinstance(self.indices, Tensor) or self.indices.dtype != torch.int64:
+            got = getattr(self.indices, "dtype", type(self.indices).__name__)
+            raise TypeError(f"indices: expected an int64 tensor, got {got}")
+        if self.log_probs.dim() < 1 or self.log_probs.shape[-1] == 0:
+            raise ValueError(f"log_probs: expected shape [..., K], got {list(self.log_probs.shape)}")
+        if self.indices.shape != self.log_probs.shape:
+            raise ValueError(
+                f"indices: expected shape {list(self.log_probs.shape)} (that of log_probs), got "
+                f"{list(self.indices.shape)}"
+            )
+        if self.indices.device != self.log_probs.device:
+            raise ValueError(
+                f"indices: expected device {self.log_probs.device} (that of log_probs), got {self.indices.device}"
+            )
+        if not isinstance(self.renormalize, bool):
+            raise TypeError(f"renormalize: expected a bool, got {self.renormalize!r}")
+
+
+def _check_floating(name: str, tensor: object) -> None:
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise TypeError(f"{name}: expected a floating-point tensor, got {got}")
+
+
+def _check_vocab_size(vocab_size: int | None, most: int, what: str) -> None:
+    if vocab_size is None:
+        return
+    check_count("vocab_size", vocab_size, 1)
+    if vocab_size > most:
+        raise ValueError(f"vocab_size: expected at most {most} ({what}), got {vocab_size}")
+
+
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype of ``torch.autocast`` where it is on, else None."""
     kind = device.type
@@ -129,18 +264,18 @@ def _scale(config) -> float:
     return 1.0 if factor is None else float(factor)
 
 
-def shared_vocabulary(student: Head, teacher: Head | None) -> int:
-    """The words both can score: min over the heads of ``vocab_size`` or rows.
+def shared_vocabulary(student: Head | Logits, teacher: Source | None) -> int:
+    """The words both can score: min over both sides of ``vocab_size`` or all words; stored words are the student's.
 
     Raises:
         ValueError: the teacher has fewer words than the student. Cutting the student to the teacher's size must be
             asked for, by passing that ``vocab_size`` to the student.
     """
-    if teacher is None:
+    if teacher is None or isinstance(teacher, TopK):
         return student.vocabulary
     if teacher.vocabulary < student.vocabulary:
         raise ValueError(
             f"teacher: expected a vocabulary of at least the student's {student.vocabulary} words, got "
-            f"{teacher.vocabulary}; if the student's rest is padding, say vocab_size={teacher.vocabulary} in its Head"
+            f"{teacher.vocabulary}; if the student's rest is padding, say vocab_size={teacher.vocabulary} there"
         )
     return student.vocabulary

@@ -22,11 +22,21 @@ class Layout:
         index: [N] int64, flat positions b * L + t.
         lengths: tokens of each non-empty response, in order; they sum to N.
         shape: (B, L) of the batch.
+
+    Raises:
+        ValueError: lengths that are not positive or do not sum to N.
     """
 
     index: Tensor
     lengths: tuple[int, ...]
     shape: tuple[int, int]
+
+    def __post_init__(self):
+        if any(length < 1 for length in self.lengths) or sum(self.lengths) != len(self.index):
+            raise ValueError(
+                f"lengths: expected positive lengths that sum to the {len(self.index)} positions of index, got "
+                f"{list(self.lengths)}"
+            )
 
     @classmethod
     def from_mask(cls, mask: Tensor) -> Layout:

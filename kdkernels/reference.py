@@ -94,6 +94,29 @@ def divergence_gradient(z_s: Tensor, z_t: Tensor, kind: Divergence, temperature:
     return (q_g - q * mean) / temperature
 
 
+def missing_mass(log_p: Tensor) -> Tensor:
+    """log(1 - sum_i p_i) [C, 1] of log_p [C, K]: what a list of K words leaves to all others.
+
+    At least 2^-23, the rounding of fp32 lists: a reverse KL would be infinite where nothing is left.
+    """
+    return (1 - log_p.exp().sum(-1, keepdim=True)).clamp(min=2.0**-23).log()
+
+
+def topk_divergence(
+    z_s: Tensor, indices: Tensor, log_p: Tensor, kind: Divergence, temperature: float = 1.0, renormalize: bool = False
+) -> Tensor:
+    """The divergence of both distributions coarsened to K + 1 outcomes: K words and one bucket for all others.
+
+    indices, log_p [C, K]: distinct ids and log p of K words. The teacher's bucket has the mass 1 - sum p, the student's
+    that of its other words. ``renormalize`` (and K = V) drops the bucket. z_s [C, V] -> [C].
+    """
+    at_words = z_s.gather(-1, indices)
+    if renormalize or indices.shape[-1] == z_s.shape[-1]:
+        return divergence(at_words, log_p, kind, temperature)
+    others = z_s.scatter(-1, indices, -math.inf).logsumexp(-1, keepdim=True)
+    return divergence(torch.cat([at_words, others], -1), torch.cat([log_p, missing_mass(log_p)], -1), kind)
+
+
 def candidates(z_s: Tensor, k: int) -> Tensor:
     """The student's k largest logits, largest first, ties to the smaller index; [C, V] -> indices [C, K]."""
     return z_s.sort(dim=-1, descending=True, stable=True).indices[:, :k]

@@ -38,13 +38,19 @@ void check(const char* name, const Tensor& t, ScalarType dtype, int64_t rows, in
                   columns < 0 ? std::string() : " of " + std::to_string(columns), ", got shape ", shape(t));
 }
 
+kd::Dtype dtype_of(const char* name, ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float: return kd::Dtype::f32;
+    case ScalarType::BFloat16: return kd::Dtype::bf16;
+    case ScalarType::Half: return kd::Dtype::f16;
+    default: STD_TORCH_CHECK(false, name, ": expected float32, bfloat16 or float16");
+  }
+}
+
 kd::Matrix matrix(const char* name, const Tensor& t, double scale, double softcap) {
   STD_TORCH_CHECK(t.is_cpu() && t.dim() == 2 && t.stride(1) == 1 && t.size(1) > 0, name,
                   ": expected a [C, V] CPU tensor with contiguous rows, got shape ", shape(t));
-  ScalarType dtype = t.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, name, ": expected float32 or bfloat16");
-  return {t.data_ptr(), t.stride(0), dtype == ScalarType::Float ? kd::Dtype::f32 : kd::Dtype::bf16, float(scale),
-          float(softcap)};
+  return {t.data_ptr(), t.stride(0), dtype_of(name, t.scalar_type()), float(scale), float(softcap)};
 }
 
 const kd::Stats* stats(const char* name, const Tensor& t, int64_t rows) {
@@ -110,7 +116,7 @@ void row_divergence(Tensor student, double s_scale, double s_softcap, Tensor s_s
 void row_gradient(Tensor student, double s_scale, double s_softcap, Tensor s_stats, std::optional<Tensor> teacher,
                   double t_scale, double t_softcap, std::optional<Tensor> t_stats, double a, double b, double mix,
                   double skew, double temperature, std::optional<Tensor> center, Tensor coefficients, Tensor ids,
-                  Tensor scatter, bool bf16_out) {
+                  Tensor scatter, ScalarType out_dtype) {
   kd::Matrix s = matrix("student", student, s_scale, s_softcap), t = s;
   int64_t rows = student.size(0), vocab = student.size(1);
   const kd::Stats *ss = stats("s_stats", s_stats, rows), *ts = nullptr;
@@ -119,7 +125,8 @@ void row_gradient(Tensor student, double s_scale, double s_softcap, Tensor s_sta
   check("ids", ids, ScalarType::Long, rows, n_scatter);
   check("scatter", scatter, ScalarType::Float, rows, n_scatter);
   check_ids("ids", ids, vocab);
-  STD_TORCH_CHECK(bf16_out || s.dtype == kd::Dtype::f32, "bf16_out: bfloat16 logits have no room for a float32 gradient");
+  STD_TORCH_CHECK(out_dtype != ScalarType::Float || s.dtype == kd::Dtype::f32,
+                  "out_dtype: 16-bit logits have no room for a float32 gradient");
   kd::Divergence kind = divergence_kind(a, b, mix, skew, temperature);
   if (teacher) {
     t = matrix("teacher", *teacher, t_scale, t_softcap);
@@ -133,7 +140,7 @@ void row_gradient(Tensor student, double s_scale, double s_softcap, Tensor s_sta
   const kd::RowKernels& isa = kernels();
   torch::stable::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
     isa.gradient(s, t, vocab, begin, end, ss, ts, teacher ? &kind : nullptr,
-                 center ? data<double>(*center) : nullptr, bf16_out ? kd::Dtype::bf16 : kd::Dtype::f32, c,
+                 center ? data<double>(*center) : nullptr, dtype_of("out_dtype", out_dtype), c,
                  c + rows, c + 2 * rows, n_scatter, data<int64_t>(ids), data<float>(scatter));
   });
 }
@@ -151,7 +158,7 @@ STABLE_TORCH_LIBRARY(kdkernels, m) {
         "Tensor(a!) value, Tensor(b!) center) -> ()");
   m.def("row_gradient_(Tensor(a!) student, float s_scale, float s_softcap, Tensor s_stats, Tensor? teacher, "
         "float t_scale, float t_softcap, Tensor? t_stats, float a, float b, float mix, float skew, float temperature, "
-        "Tensor? center, Tensor coefficients, Tensor ids, Tensor scatter, bool bf16_out) -> ()");
+        "Tensor? center, Tensor coefficients, Tensor ids, Tensor scatter, ScalarType out_dtype) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kdkernels, CompositeExplicitAutograd, m) { m.impl("cpu_isa", TORCH_BOX(&cpu_isa)); }

@@ -45,7 +45,7 @@ def random_batch(
         student, teacher, mask, positions(mask), None, positions(mask),
         target=torch.randint(0, words, shape),
         weights=torch.rand(shape, dtype=torch.float64) + 0.1 if weights else None,
-        from_teacher=torch.rand(len(mask), generator=torch.Generator().manual_seed(seed + 6)) < 0.5,
+        from_teacher=torch.rand(len(mask), generator=torch.Generator().manual_seed(seed + 6), device="cpu") < 0.5,
     )  # fmt: skip
     return batch.to(dtype).to(torch.float64)
 

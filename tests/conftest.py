@@ -12,6 +12,9 @@ import torch
 from kdkernels import memory
 
 HERE = Path(__file__).parent
+BACKENDS = os.environ.get("KDKERNELS_TEST_BACKENDS", "eager,native").split(",")  # test_triton.py runs the third
+# Triton's interpreter computes with NumPy, which remarks on every infinity and NaN.
+STRICT = pytest.mark.filterwarnings("error", "ignore::RuntimeWarning:triton.runtime.interpreter")
 
 
 def of_the_engine(path: Path) -> bool:
@@ -21,7 +24,7 @@ def of_the_engine(path: Path) -> bool:
 def pytest_collection_modifyitems(items):
     for item in items:
         if of_the_engine(item.path):
-            item.add_marker(pytest.mark.filterwarnings("error"), append=False)  # a test's own filters win
+            item.add_marker(STRICT, append=False)  # a test's own filters win
 
 
 @pytest.fixture(autouse=True)
@@ -36,11 +39,13 @@ def poisoned_memory(request, monkeypatch):
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=["eager", "native"])
+@pytest.fixture(params=BACKENDS)
 def backend(request, monkeypatch):
     """Forces one backend after the other: one that cannot run raises, it is never skipped."""
     monkeypatch.setenv("KDKERNELS_BACKEND", request.param)
-    return request.param
+    on_gpu = request.param == "triton" and torch.cuda.is_available()
+    with torch.device("cuda" if on_gpu else "cpu"):
+        yield request.param
 
 
 PRECISIONS = [
@@ -49,6 +54,7 @@ PRECISIONS = [
     ("native", torch.float32),
     ("eager", torch.bfloat16),
     ("native", torch.bfloat16),
+    ("native", torch.float16),
 ]
 
 

@@ -61,7 +61,9 @@ BAD_CALLS = {
     "weights are a list": (lambda: tsd(weights=[1.0]), TypeError, ["weights", "float", "list"]),
     "weights' device": (lambda: tsd(weights=torch.ones(2, 5, device="meta")), ValueError, ["weights", "cpu", "meta"]),
     "from_teacher": (lambda: tsd(from_teacher=MASK[:, 0]), TypeError, ["from_teacher", "TSDKD", "None"]),
-    "from_teacher missing": (lambda: tsd(objective=kd.DistiLLM2()), TypeError, ["from_teacher", "DistiLLM2", "NoneType"]),
+    "from_teacher missing": (
+        lambda: tsd(objective=kd.DistiLLM2()), TypeError, ["from_teacher", "DistiLLM2", "NoneType"],
+    ),
     "from_teacher of integers": (
         lambda: tsd(objective=VCRD, from_teacher=TARGET[:, 0]), TypeError, ["from_teacher", "VCRD", "bool", "int64"],
     ),
@@ -90,7 +92,7 @@ BAD_CALLS = {
         lambda: tsd(head(vocab_size=9), objective=kd.TSDKD(k=10)), ValueError, ["k", "9", "10"],
     ),
     "k of nothing": (lambda: kd.TSDKD(k=0), ValueError, ["k", "1", "0"]),
-    "k of a half": (lambda: kd.TSDKD(k=2.5), ValueError, ["k", "int", "2.5"]),
+    "k of a half": (lambda: kd.TSDKD(k=2.5), TypeError, ["k", "int", "2.5"]),
     "beta": (lambda: kd.TSDKD(beta=1.1), ValueError, ["beta", "[0, 1]", "1.1"]),
     "beta of GKD": (lambda: kd.GKD(beta=-0.1), ValueError, ["beta", "[0, 1]", "-0.1"]),
     "alpha": (lambda: kd.SkewKL(2.0), ValueError, ["alpha", "[0, 1]", "2.0"]),
@@ -101,7 +103,7 @@ BAD_CALLS = {
     "weighting": (lambda: kd.VCRD(weighting="ratio"), ValueError, ["weighting", "likelihood_ratio", "'ratio'"]),
     "aggregation": (lambda: kd.VCRD(aggregation="mean"), ValueError, ["aggregation", "prompts", "'mean'"]),
     "alpha of VCRD": (lambda: kd.VCRD(alpha=1.5), ValueError, ["alpha", "[0, 1]", "1.5"]),
-    "opener by name": (lambda: kd.TSDKD(opener="adaptive"), TypeError, ["opener", "AdaptiveOpener", "adaptive"]),
+    "opener by name": (lambda: kd.TSDKD(opener="adaptive"), TypeError, ["opener", "number", "adaptive"]),
     "scores of integers": (lambda: validity_weights(TARGET, TARGET), TypeError, ["student", "float", "int64"]),
     "scores' shape": (
         lambda: validity_weights(torch.ones(2, 5), torch.ones(5)), ValueError, ["teacher", "[2, 5]", "[5]"],
@@ -138,7 +140,6 @@ BAD_CALLS = {
     "statistics' topk": (lambda: kd.statistics(head(), topk=21), ValueError, ["topk", "20", "21"]),
     "statistics' negative topk": (lambda: kd.statistics(head(), topk=-1), ValueError, ["topk", "-1"]),
     "statistics' target": (lambda: kd.statistics(head(), target=TARGET + 20), ValueError, ["target", "[0, 20)", "20"]),
-    "statistics of nothing": (lambda: kd.statistics(head((0,))), ValueError, ["student", "token", "[0, 4]"]),
 }  # fmt: skip
 
 

@@ -10,10 +10,23 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "kdkernels"
 
 # A unit is a module or package right under kdkernels/. Leaves may be imported by all, and import only leaves.
-LEAVES = {"divergences", "heads", "layout", "plan", "gemm", "memory"}
+LEAVES = {"checks", "divergences", "heads", "layout", "plan", "gemm", "memory"}
 # Each imports only what is to its left, leaves, and itself. The package's __init__ collects the core.
-ORDER = ["reference", "rows", "chunked", "functional", "modules", "objectives", "__init__", "training", "demo"]
-CORE = LEAVES | set(ORDER[:7])
+ORDER = [
+    "reference",
+    "rows",
+    "coarse",
+    "sides",
+    "chunked",
+    "operators",
+    "functional",
+    "modules",
+    "objectives",
+    "__init__",
+    "training",
+    "demo",
+]
+CORE = LEAVES | set(ORDER[:10])
 THIRD_PARTY_OF_THE_CORE = {"torch", "triton"}
 
 

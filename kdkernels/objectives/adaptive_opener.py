@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_count, check_share
 from ..layout import Layout
 
 
@@ -30,7 +32,7 @@ class AdaptiveOpener(nn.Module):
         window: responses in the moving average.
 
     Raises:
-        ValueError: naming the argument.
+        TypeError, ValueError: naming the argument.
     """
 
     def __init__(
@@ -40,14 +42,13 @@ class AdaptiveOpener(nn.Module):
         window: int = 5,
     ):
         super().__init__()
-        if not all(low < high for low, high in pairwise(edges)):
-            raise ValueError(f"edges: expected increasing numbers, got {edges!r}")
+        if not all(map(math.isfinite, edges)) or not all(low < high for low, high in pairwise(edges)):
+            raise ValueError(f"edges: expected increasing finite numbers, got {edges!r}")
         if len(shares) != len(edges) + 1:
             raise ValueError(f"shares: expected {len(edges) + 1}, one more than edges, got {len(shares)}")
-        if not all(0 <= share <= 1 for share in shares):
-            raise ValueError(f"shares: expected shares in [0, 1], got {shares!r}")
-        if not isinstance(window, int) or window < 1:
-            raise ValueError(f"window: expected an int of at least 1 response, got {window!r}")
+        for share in shares:
+            check_share("shares", share)
+        check_count("window", window, 1)
         self.edges, self.shares = tuple(edges), tuple(shares)
         self.register_buffer("gaps", torch.full((window,), torch.nan, dtype=torch.float64, device="cpu"))
 

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ..chunked import Call, Program, Tokens, evaluate
-from ..functional import check_head, check_ids, check_teacher
-from ..heads import Head
+from ..functional import check_ids, check_limits, check_student, check_teacher
+from ..heads import Head, Logits, Source
 from ..layout import Layout
+from ..operators import check_range
 
 
 @dataclass(frozen=True)
@@ -39,10 +40,16 @@ class Objective(Program, nn.Module):
     mean_over: str = "responses"  # or "tokens", "prompts": the denominator of the loss
     names: dict[str, str]
 
+    def __call__(self, *arguments, **options) -> Output:
+        call = super().__call__
+        if torch.compiler.is_compiling():  # one graph break. A decorator would load the compiler (3 s) at import
+            call = torch.compiler.disable(call)
+        return call(*arguments, **options)
+
     def forward(
         self,
-        student: Head,
-        teacher: Head | None,
+        student: Head | Logits,
+        teacher: Source | None,
         mask: Tensor | Layout,
         *,
         target: Tensor | None = None,
@@ -55,8 +62,8 @@ class Objective(Program, nn.Module):
         """The loss of a batch, with gradients for whatever of the student's hidden, weight and bias requires them.
 
         Args:
-            student, teacher: heads over hidden states [B, L, H]; the hidden sizes may differ. No gradient reaches
-                the teacher.
+            student, teacher: kd.Head over hidden states [B, L, H] (the hidden sizes may differ) or kd.Logits [B, L, V];
+                the teacher may be kd.TopK where the objective needs no more. No gradient reaches the teacher.
             mask: [B, L] bool, True where hidden[b, t] *predicts* a response token (the last prompt position is True,
                 the position of the final token False), or a ``kd.Layout``. Nothing shifts internally. Positions
                 outside are never multiplied by an lm_head. Without any True the loss is 0 and every gradient zero.
@@ -72,7 +79,8 @@ class Objective(Program, nn.Module):
         Raises:
             TypeError, ValueError: naming the argument, what was expected and what came.
         """
-        check_head("student", student)
+        check_student(student)
+        check_limits(memory_budget, logits_dtype)
         layout = _layout("mask", mask, student)
         if self.needs_teacher:
             check_teacher(student, teacher, same_positions=teacher_mask is None)
@@ -88,7 +96,7 @@ class Objective(Program, nn.Module):
             raise TypeError(f"weights: {type(self).__name__} needs a weight for each token, got None")
         if self.needs_target and target is None:
             raise TypeError(f"target: {type(self).__name__} needs the token each position predicts, got None")
-        shape, device = student.hidden.shape[:-1], student.hidden.device
+        shape, device = student.shape, student.device
         count = self.count(layout, from_teacher)
         teacher_layout = _teacher_layout(layout, teacher, teacher_mask)
         by_teacher = 0
@@ -99,12 +107,13 @@ class Objective(Program, nn.Module):
             by_teacher = sum(layout.lengths[: sum(written)])
         layout, teacher_layout = layout.to(device), teacher_layout.to(device)
         if target is not None:
-            chosen = torch.zeros(shape.numel(), dtype=torch.bool, device=device).index_fill_(0, layout.index, True)
-            check_ids("target", target, shape, student.vocabulary, device, chosen.view(shape))
+            check_ids("target", target, shape, device)
             target = target.flatten()[layout.index]
+            if device.type == "cpu":
+                check_range("target", target, student.vocabulary)
         if weights is not None:
             _check_weights(weights, shape, device)
-            weights = weights.detach().flatten()[layout.index]
+            weights = weights.flatten()[layout.index]
         call = Call(
             program=self,
             student=student,
@@ -150,7 +159,10 @@ class Objective(Program, nn.Module):
             finite &= tokens.teacher.entropy.isfinite()
             out["teacher_entropy"] = tokens.teacher.entropy.mean()
             out["argmax_agreement"] = (tokens.argmax == tokens.teacher.argmax).float().mean()
+        if tokens.divergence is not None:
+            finite &= tokens.divergence.isfinite()
         if tokens.cross_entropy is not None:
+            finite &= tokens.cross_entropy.isfinite()
             out["cross_entropy"] = tokens.cross_entropy.mean()
         out["nonfinite_tokens"] = (~finite).sum()
         return out
@@ -161,11 +173,11 @@ def weighted(coefficient: Tensor, tokens: Tokens) -> Tensor:
     return coefficient if tokens.weight is None else coefficient * tokens.weight
 
 
-def _layout(name: str, mask: Tensor | Layout, head: Head) -> Layout:
+def _layout(name: str, mask: Tensor | Layout, side: Source) -> Layout:
     layout = mask if isinstance(mask, Layout) else Layout.from_mask(mask)
-    if layout.shape != head.hidden.shape[:-1]:
+    if layout.shape != side.shape:
         raise ValueError(
-            f"{name}: expected shape {list(head.hidden.shape[:-1])} (that of hidden), got {list(layout.shape)}"
+            f"{name}: expected shape {list(side.shape)} (the leading dimensions of the model), got {list(layout.shape)}"
         )
     return layout
 
@@ -182,13 +194,15 @@ def _check_weights(weights: object, shape: torch.Size, device: torch.device) -> 
     if not isinstance(weights, Tensor) or not weights.is_floating_point():
         got = getattr(weights, "dtype", type(weights).__name__)
         raise TypeError(f"weights: expected a floating-point tensor, got {got}")
+    if weights.requires_grad:
+        raise ValueError("weights: expected a tensor that requires no gradient (it would get none); detach it")
     if weights.shape != shape:
         raise ValueError(f"weights: expected shape {list(shape)}, got {list(weights.shape)}")
     if weights.device != device:
         raise ValueError(f"weights: expected device {device}, got {weights.device}")
 
 
-def _teacher_layout(layout: Layout, teacher: Head | None, teacher_mask: Tensor | Layout | None) -> Layout:
+def _teacher_layout(layout: Layout, teacher: Source | None, teacher_mask: Tensor | Layout | None) -> Layout:
     if teacher is None or teacher_mask is None:
         return layout
     other = _layout("teacher_mask", teacher_mask, teacher)

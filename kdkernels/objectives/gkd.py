@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..checks import check_positive
 from ..chunked import Tokens
 from ..divergences import JSD
-from ..functional import check_positive
 from .base import Objective, weighted
 
 

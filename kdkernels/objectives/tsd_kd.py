@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import reference
+from ..checks import check_count, check_positive, check_share
 from ..chunked import Tokens
 from ..divergences import JSD
-from ..functional import check_candidates, check_positive
 from ..layout import Layout
 from . import selection
 from .adaptive_opener import AdaptiveOpener
@@ -52,14 +52,11 @@ class TSDKD(Objective):
         super().__init__()
         check_positive("tau", tau)
         check_positive("temperature", temperature)
-        check_candidates(k)
+        check_count("k", k, 1)
         self.selects_by_teacher = isinstance(opener, AdaptiveOpener)
-        if not self.selects_by_teacher and not isinstance(opener, int | float):
-            raise TypeError(f"opener: expected a share or an AdaptiveOpener, got {opener!r}")
-        shares = {"entropy_ratio": entropy_ratio} if self.selects_by_teacher else {"opener": opener, "entropy_ratio": entropy_ratio}
-        for name, share in shares.items():
-            if not 0 <= share <= 1:
-                raise ValueError(f"{name}: expected a share in [0, 1], got {share!r}")
+        if not self.selects_by_teacher:
+            check_share("opener", opener)
+        check_share("entropy_ratio", entropy_ratio)
         self.tau, self.opener, self.entropy_ratio = tau, opener, entropy_ratio
         self.indirect_weight, self.direct_weight, self.entropy_weight = indirect_weight, direct_weight, entropy_weight
         self.divergence, self.temperature, self.topk = JSD(beta), temperature, k

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..checks import check_number
 from ..chunked import Tokens
 from ..divergences import SkewKL, SkewReverseKL
 from .base import Objective, weighted
@@ -49,13 +50,15 @@ class VCRD(Objective):
         for name, value, known in (("weighting", weighting, WEIGHTINGS), ("aggregation", aggregation, AGGREGATIONS)):
             if value not in known:
                 raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+        check_number("lambda_teacher", lambda_teacher)
+        check_number("lambda_student", lambda_student)
         self.lambda_teacher, self.lambda_student = lambda_teacher, lambda_student
         self.weighting, self.aggregation = weighting, aggregation
         self.mean_over = AGGREGATIONS[aggregation]
         self.needs_weights = weighting == "given"
         self.divergence_from_teacher, self.divergence = SkewKL(alpha), SkewReverseKL(alpha)
         if weighting == "likelihood_ratio":
-            self.topk, self.collision = 1, 128
+            self.topk, self.teacher_collision, self.all_words = 1, 128, True
 
     def weight(self, tokens: Tokens) -> Tensor:
         """w(t), the caller's weights included [n]."""

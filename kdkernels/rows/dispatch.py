@@ -11,8 +11,9 @@ import torch
 
 logger = logging.getLogger("kdkernels")
 
-_BACKENDS = ("eager", "native")
-_DESERVED = {"cpu": "native"}  # what a device should run on; eager is the slower way out, and says so
+_BACKENDS = ("eager", "native", "triton")
+_DEVICE = {"native": "cpu", "triton": "cuda"}  # eager runs on any
+_DESERVED = {"cpu": "native", "cuda": "triton"}  # what a device should run on; eager is the slower way out, and says so
 _warned: set[str] = set()
 
 
@@ -27,8 +28,9 @@ def _why_not(name: str, device: str, dtype: torch.dtype, operand: torch.dtype) -
     """Empty when backend ``name`` can run these dtypes of logits and operands on ``device``, else the reason."""
     if name not in _BACKENDS:
         return f"expected one of {', '.join(_BACKENDS)}"
-    if name == "native" and device != "cpu":
-        return f"it runs on cpu, not on {device}"
+    interpreted = name == "triton" and device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    if name in _DEVICE and device != _DEVICE[name] and not interpreted:
+        return f"it runs on {_DEVICE[name]}, not on {device}"
     module, error = _load(name)
     if module is None:
         return f"it does not load ({error})"
@@ -73,8 +75,9 @@ def info() -> dict:
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     chosen = {d: backend_for(torch.device(d), torch.float32).__name__.rsplit(".", 1)[-1] for d in devices}
     native, _ = _load("native")
+    home = {name: _DEVICE[name] if _DEVICE.get(name) in devices else "cpu" for name in _BACKENDS}
     return {
-        "backends": {name: _why_not(name, "cpu", torch.float32, torch.float32) or "ok" for name in _BACKENDS},
+        "backends": {n: _why_not(n, home[n], torch.float32, torch.float32) or "ok" for n in _BACKENDS},
         "devices": chosen,
         "cpu_isa": native.isa() if native else None,
     }

@@ -1,0 +1,89 @@
+"""Divergences from a teacher known at K words: both distributions have K + 1 outcomes, the last one all other words.
+
+The student's bucket needs care: 1 - sum q has no correct digit once the bucket is small. So the K words leave the row
+of logits (the last K columns move into their places), and the backend's statistics of the remaining V - K columns *are*
+the bucket. The gradient is written over the same columns, a softmax with the bucket's own log-sum: no word of the list
+takes part in it, so nothing cancels there.
+
+Axes: n tokens, K words, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .divergences import Divergence
+from .rows import Coefficients, Rows
+
+
+@dataclass
+class Outcomes:
+    """Value [n] of the divergence and its gradient with respect to the outcomes' log-masses [n, K (+ 1)], fp64."""
+
+    value: Tensor
+    gradient: Tensor
+    words: Tensor  # [n, K] ids
+    rest: Bucket | None  # None: there is none, or it was dropped
+
+
+class Bucket:
+    """All words but K of each token, as the first V - K columns of the student's logits, in place."""
+
+    def __init__(self, backend, student: Rows, words: Tensor):
+        logits = student.logits
+        self.count = count = logits.shape[1] - words.shape[1]
+        inside = words < count
+        spare = torch.where(inside, words.shape[1], words - count)  # which of the last K columns are words themselves
+        taken = torch.zeros((len(words), words.shape[1] + 1), dtype=torch.uint8, device=words.device)
+        taken = taken.scatter_(1, spare, 1)[:, :-1]
+        # The j-th hole gets the j-th of the last columns that is no word. There are equally many; what is paired beyond
+        # them are words among the last columns, which nobody reads.
+        self.holes = words.gather(1, inside.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices)
+        self.last = count + taken.sort(dim=1, stable=True).indices
+        logits.scatter_(1, self.holes, logits.gather(1, self.last))
+        rows = backend.statistics(logits[:, :count], student.scale, student.softcap, 1.0, 1, None)
+        self.lse = rows.max.double() + rows.log_sum.double()
+        empty = rows.max.isneginf()  # every word masked
+        self.lse.masked_fill_(empty, -math.inf)
+        logits[:, 0].masked_fill_(empty, 0)  # a softmax that its coefficient 0 can be multiplied with
+        self.rows = replace(rows, stats=rows.stats.masked_fill(empty[:, None], 0))
+
+    def restore(self, values: Tensor) -> None:
+        """Moves what is written in the holes of values [n, V] back to the last columns."""
+        values.scatter_(1, self.last, values.gather(1, self.holes))
+
+
+def divergence(
+    backend, student: Rows, words: Tensor, log_p: Tensor, kind: Divergence, temperature: float, renormalize: bool
+) -> Outcomes:
+    """``student.gathered`` begins with z at ``words``; log_p [n, K] fp64. Uses up the student's logits."""
+    z, rest = student.gathered[:, : words.shape[1]].double(), None
+    if not renormalize and words.shape[1] < student.logits.shape[1]:
+        rest = Bucket(backend, student, words)
+        z = torch.cat([z, rest.lse[:, None]], dim=1)
+        log_p = torch.cat([log_p, reference.missing_mass(log_p)], dim=1)
+    value = reference.divergence(z, log_p, kind, temperature)
+    gradient = reference.divergence_gradient(z, log_p, kind, temperature)
+    return Outcomes(value.to(student.stats.dtype), gradient, words, rest)
+
+
+def gradient_(backend, student: Rows, outcomes: Outcomes, coefficient: Tensor, out: Tensor) -> None:
+    """Writes coefficient [n] times the gradient over the student's logits, which ``out`` [n, V] lies over."""
+    d_outcomes, words, rest = coefficient[:, None] * outcomes.gradient, outcomes.words, outcomes.rest
+    if rest is None:
+        out.zero_()
+    else:
+        dense = rest.rows.stats.new_zeros(3, len(words))
+        dense[2] = d_outcomes[:, -1]
+        nothing = rest.rows.top_values[:, :0]
+        coefficients = Coefficients(dense, words[:, :0].contiguous(), nothing.contiguous())
+        backend.gradient_(rest.rows, None, None, 1.0, None, coefficients, out[:, : rest.count])
+        rest.restore(out)
+    z = student.gathered[:, : words.shape[1]].double()
+    slope = student.scale * (1.0 if student.softcap is None else 1 - (z / student.softcap).square())
+    out.scatter_(1, words, (d_outcomes[:, : words.shape[1]] * slope).to(out.dtype))

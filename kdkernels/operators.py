@@ -1,0 +1,298 @@
+"""What PyTorch sees of the per-token functions: the functional operators kdkernels::token_values and token_statistics.
+
+    token_values(student, ...) -> [...]          its gradient: token_gradients(grad, student, ...) -> those asked for
+
+Operators take tensors and plain numbers, so heads, logits and stored words come unpacked. Which gradients are wanted is
+decided by the caller, where grad mode is visible. The backward recomputes the logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .chunked import Call, Program, Tokens, run, scale_
+from .divergences import Divergence
+from .heads import Head, Logits, Source, TopK
+from .layout import Layout
+
+# ---- unpacking -------------------------------------------------------------------------------------------------------
+
+_KINDS: dict[str, Callable[..., Source]] = {
+    "": lambda tensors, options: None,
+    "Head": lambda tensors, o: Head(*tensors, softcap=o[0] or None, scale=o[1], vocab_size=int(o[2])),
+    "Logits": lambda tensors, o: Logits(*tensors, vocab_size=int(o[0])),
+    "TopK": lambda tensors, o: TopK(*reversed(tensors), renormalize=bool(o[0])),
+}
+
+
+def unpacked(source: Source | None) -> tuple[list[Tensor], str, list[float]]:
+    """Tensors, kind and numbers of a source, as the operators take them."""
+    if source is None:
+        return [], "", []
+    tensors = [t for t in source.tensors if t is not None]
+    if isinstance(source, Head):
+        return tensors, "Head", [source.softcap or 0.0, source.scale, source.vocabulary]
+    if isinstance(source, Logits):
+        return tensors, "Logits", [source.vocabulary]
+    return tensors, "TopK", [source.renormalize]
+
+
+_SOURCES = (
+    "Tensor[] student, str student_kind, float[] student_options, "
+    "Tensor[] teacher, str teacher_kind, float[] teacher_options, Tensor? target, Tensor? rows"
+)
+_LIMITS = "int? memory_budget, ScalarType? logits_dtype"
+
+
+class Sources(NamedTuple):
+    """The first arguments of every operator. ``rows``: int64 positions [N] or bool [...]; None: all positions."""
+
+    student: list[Tensor]
+    student_kind: str
+    student_options: list[float]
+    teacher: list[Tensor]
+    teacher_kind: str
+    teacher_options: list[float]
+    target: Tensor | None
+    rows: Tensor | None
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.student[0].shape[:-1]
+
+    def call(self, program: Program, ignore_index: int | None, memory_budget, logits_dtype) -> Call:
+        """The positions asked for, less the ignored ones on CPUs: elsewhere, finding them would cost a sync."""
+        student = _KINDS[self.student_kind](self.student, self.student_options)
+        teacher = _KINDS[self.teacher_kind](self.teacher, self.teacher_options)
+        index = self.index()
+        target = None if self.target is None else self.target.flatten()[index]
+        if target is not None and index.device.type == "cpu":
+            if ignore_index is not None:
+                kept = target != ignore_index
+                index, target = index[kept], target[kept]
+            check_range("target", target, student.vocabulary)
+        layout = Layout(index, (len(index),) if len(index) else (), (1, self.shape.numel()))
+        return Call(
+            program, student, teacher, layout, index, target, memory_budget=memory_budget, logits_dtype=logits_dtype
+        )
+
+    def index(self) -> Tensor:
+        count = self.shape.numel()
+        if self.rows is None:
+            return torch.arange(count, device=self.student[0].device)
+        if self.rows.dtype == torch.bool:
+            return self.rows.flatten().nonzero()[:, 0]
+        if self.rows.device.type == "cpu":
+            check_range("rows", self.rows, count)
+            if len(self.rows.unique()) != len(self.rows):
+                raise ValueError("rows: expected distinct positions, got some of them twice")
+        return self.rows
+
+
+def check_range(name: str, ids: Tensor, count: int) -> None:
+    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < count:
+        raise ValueError(f"{name}: expected ids in [0, {count}), got {int(ids.min())} to {int(ids.max())}")
+
+
+def _spread(values: Tensor, call: Call, shape: torch.Size) -> Tensor:
+    """Values [N, ...] at their positions of the leading shape, 0 elsewhere."""
+    out = values.new_zeros((shape.numel(), *values.shape[1:]))
+    return out.index_copy_(0, call.layout.index, values).view((*shape, *values.shape[1:]))
+
+
+# ---- per-token values, differentiable --------------------------------------------------------------------------------
+
+
+class _Term(Program):
+    """One term, weighted by whatever gradient comes in."""
+
+    def __init__(self, term: str, kind: list[float], temperature: float, topk: int):
+        self.term, self.temperature, self.topk = term, temperature, topk
+        self.divergence = Divergence("", *kind) if kind else None
+        self.plackett_luce = term == "plackett_luce"
+
+    def coefficients(self, tokens: Tokens) -> dict[str, Tensor]:
+        return {} if tokens.weight is None else {self.term: tokens.weight}
+
+
+class _Values(NamedTuple):
+    """The arguments of token_values after the sources. ``kind``: a, b, mix and detached of a divergence, or nothing."""
+
+    term: str
+    kind: list[float]
+    temperature: float
+    topk: int
+    ignore_index: int | None
+    memory_budget: int | None
+    logits_dtype: torch.dtype | None
+    needs: list[bool]  # per tensor of the student
+
+    def program(self) -> _Term:
+        return _Term(self.term, self.kind, self.temperature, self.topk)
+
+
+_VALUES = f"{_SOURCES}, str term, float[] kind, float temperature, int topk, int? ignore_index, {_LIMITS}, bool[] needs"
+
+
+def _split(arguments: tuple) -> tuple[Sources, _Values]:
+    count = len(Sources._fields)
+    return Sources(*arguments[:count]), _Values(*arguments[count:])
+
+
+def _call(arguments: tuple) -> Call:
+    sources, values = _split(arguments)
+    return sources.call(values.program(), values.ignore_index, values.memory_budget, values.logits_dtype)
+
+
+def _token_values(*arguments) -> Tensor:
+    sources, values = _split(arguments)
+    call = _call(arguments)
+    result = run(call)
+    if result is None:
+        return _values_like(*arguments).zero_()
+    out = getattr(result.tokens, values.term)
+    if call.target is not None:
+        out = torch.where(call.target == values.ignore_index, 0, out)
+    return _spread(out, call, sources.shape)
+
+
+def _values_like(*arguments) -> Tensor:
+    student = Sources(*arguments[: len(Sources._fields)]).student[0]
+    return student.new_empty(student.shape[:-1], dtype=torch.promote_types(student.dtype, torch.float32))
+
+
+def _token_gradients(grad: Tensor, *arguments) -> list[Tensor]:
+    _, values = _split(arguments)
+    call = _call(arguments)
+    weight = grad.flatten()[call.layout.index]
+    if call.target is not None:
+        weight = torch.where(call.target == values.ignore_index, 0, weight)
+    needs = (*values.needs, *(False for _ in call.student.tensors[len(values.needs) :]))  # a bias that is not there
+    factor = weight.new_ones(())
+    if call.student.dtype == torch.float16 and len(weight):  # it would lose small gradients of logits
+        factor = _power_of_two(weight)
+        weight = weight / factor
+    result = run(replace(call, weight=weight), needs)
+    if result is None:
+        return [t.zero_() for t in _gradients_like(grad, *arguments)]
+    scale_(result.gradients, factor)
+    return [g for g in result.gradients if g is not None]
+
+
+def _power_of_two(weight: Tensor) -> Tensor:
+    """The power of two next to the largest finite weight: what divides without rounding."""
+    largest = weight.abs().nan_to_num(0, 0, 0).amax()
+    return torch.ldexp(torch.ones_like(largest), largest.frexp().exponent)
+
+
+def _gradients_like(grad: Tensor, *arguments) -> list[Tensor]:
+    sources, values = _split(arguments)
+    pairs = zip(sources.student, values.needs, strict=True)
+    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t, need in pairs if need]
+
+
+def _save(ctx, inputs: tuple, output: Tensor) -> None:
+    sources, ctx.values = _split(inputs)
+    # The teacher's too: an in-place change before backward must be an error, not another gradient.
+    ctx.save_for_backward(*sources.student, *sources.teacher, sources.target, sources.rows)
+    ctx.counts = len(sources.student), len(sources.teacher)
+    ctx.sources = sources._replace(student=[], teacher=[], target=None, rows=None)
+
+
+def _backward(ctx, grad: Tensor) -> tuple:
+    saved, (students, teachers) = list(ctx.saved_tensors), ctx.counts
+    student, teacher = saved[:students], saved[students : students + teachers]
+    target, rows = saved[students + teachers :]
+    sources = ctx.sources._replace(student=student, teacher=teacher, target=target, rows=rows)
+    gradients = iter(token_gradients(grad, *sources, *ctx.values))
+    d_student = [next(gradients) if need else None for need in ctx.values.needs]
+    return d_student, *(_no_gradient(each) for each in (*sources[1:], *ctx.values))
+
+
+def _no_gradient(argument: object) -> list[None] | None:
+    """As PyTorch wants it: one None for each tensor of a list of tensors."""
+    is_list = isinstance(argument, list) and all(isinstance(each, Tensor) for each in argument)
+    return [None] * len(argument) if is_list else None
+
+
+token_values = torch.library.custom_op(
+    "kdkernels::token_values", _token_values, mutates_args=(), schema=f"({_VALUES}) -> Tensor"
+)
+token_gradients = torch.library.custom_op(
+    "kdkernels::token_gradients", _token_gradients, mutates_args=(), schema=f"(Tensor grad, {_VALUES}) -> Tensor[]"
+)
+token_values.register_fake(_values_like)
+token_gradients.register_fake(_gradients_like)
+token_values.register_autograd(_backward, setup_context=_save)
+
+
+# ---- statistics ------------------------------------------------------------------------------------------------------
+
+
+class _Statistics(Program):
+    """No terms."""
+
+    def __init__(self, topk: int, collision: int):
+        self.topk, self.collision = topk, collision
+
+
+class _Asked(NamedTuple):
+    """The arguments of token_statistics after the sources."""
+
+    topk: int
+    collision: int
+    memory_budget: int | None
+    logits_dtype: torch.dtype | None
+
+
+def statistic_names(topk: int, targeted: bool, collision: int) -> list[str]:
+    """Fields of Tokens that token_statistics returns of one side, in order."""
+    names = ["lse", "entropy", "argmax"]
+    names += ["top_indices", "top_log_probs"] if topk else []
+    names += ["cross_entropy"] if targeted else []
+    return names + (["collision"] if collision else [])
+
+
+def _token_statistics(*arguments) -> list[Tensor]:
+    count = len(Sources._fields)
+    sources, asked = Sources(*arguments[:count]), _Asked(*arguments[count:])
+    call = sources.call(_Statistics(asked.topk, asked.collision), None, asked.memory_budget, asked.logits_dtype)
+    result = run(call)
+    if result is None:
+        return [t.zero_() for t in _statistics_like(*arguments)]
+    targeted = call.target is not None
+    values = [getattr(result.tokens, n) for n in statistic_names(asked.topk, targeted, asked.collision)]
+    if call.teacher:
+        values += [getattr(result.tokens.teacher, n) for n in statistic_names(0, targeted, asked.collision)]
+    return [_spread(v, call, sources.shape) for v in values]
+
+
+def _statistics_like(*arguments) -> list[Tensor]:
+    count = len(Sources._fields)
+    sources, asked = Sources(*arguments[:count]), _Asked(*arguments[count:])
+
+    def empty(side: list[Tensor], topk: int) -> list[Tensor]:
+        dtype = torch.promote_types(side[0].dtype, torch.float32)
+        return [
+            side[0].new_empty(
+                (*sources.shape, topk) if name.startswith("top_") else sources.shape,
+                dtype=torch.int64 if name in ("argmax", "top_indices") else dtype,
+            )
+            for name in statistic_names(topk, sources.target is not None, asked.collision)
+        ]
+
+    return empty(sources.student, asked.topk) + (empty(sources.teacher, 0) if sources.teacher else [])
+
+
+token_statistics = torch.library.custom_op(
+    "kdkernels::token_statistics",
+    _token_statistics,
+    mutates_args=(),
+    schema=f"({_SOURCES}, int topk, int collision, {_LIMITS}) -> Tensor[]",
+)
+token_statistics.register_fake(_statistics_like)

@@ -1,0 +1,175 @@
+"""Row kernels in Triton for CUDA tensors (triton_kernels.py): float32, bfloat16 and float16 logits, fp32 arithmetic.
+
+Block sizes and warps are fixed, so that results do not depend on what a tuner found that day. With TRITON_INTERPRET=1
+the kernels run on CPU tensors, slowly.
+"""
+
+from __future__ import annotations
+
+from ctypes import c_float
+
+import torch
+import triton
+from torch import Tensor
+
+from . import triton_kernels as kernels
+from .operators import Operators
+
+# Words per block and warps of each sweep. 8 words a thread: two 16-byte loads of fp32 in flight, 32 to 64 registers
+# (docs/triton-resources.md), so that 4 to 8 programs share a multiprocessor and 1000 rows still fill a large GPU.
+_STATISTICS = (2048, 8)
+_DIVERGENCE = (2048, 8)
+_GRADIENT = (2048, 8)
+_GROUP = 128  # words that share a maximum: one load of a warp; about sqrt(V / k) at V = 151936, k = 10
+_MAXIMA_PER_WARP = 1024  # few warps: choosing candidates is a chain of reductions, and those across warps are slow
+_SCATTER_WARPS = 4
+_LAUNCH_ROWS = 4096  # bounds the group maxima; six waves of programs on the largest GPUs
+
+
+def supports(dtype: torch.dtype) -> bool:
+    return dtype in (torch.float32, torch.bfloat16, torch.float16)
+
+
+def workspace(vocabulary: int) -> int:
+    return 4 * _LAUNCH_ROWS * (triton.cdiv(vocabulary, _GROUP) + 256)  # group maxima; gradients at ids
+
+
+# ---- the operators (operators.py) ------------------------------------------------------------------------------------
+
+
+def row_statistics(
+    logits: Tensor, scale: float, softcap: float, temperature: float,
+    stats: Tensor, top_values: Tensor, top_indices: Tensor, gather_ids: Tensor | None, gathered: Tensor | None,
+) -> None:  # fmt: skip
+    (count, vocabulary), topk = logits.shape, top_values.shape[1]
+    if not 1 <= topk <= vocabulary:
+        raise ValueError(f"topk: expected 1 to {vocabulary} (the vocabulary), got {topk}")
+    groups = triton.cdiv(vocabulary, _GROUP)
+    padded = triton.next_power_of_2(groups)
+    block, warps = _block(_STATISTICS, vocabulary, least=_GROUP)
+    maxima = stats.new_empty((min(count, _LAUNCH_ROWS), groups))
+    for first in range(0, count, _LAUNCH_ROWS):
+        rows = slice(first, first + _LAUNCH_ROWS)
+        x = logits[rows]
+        common = {"x_ptr": x, "x_stride": _stride("logits", x), "vocabulary": vocabulary, "maxima_ptr": maxima}
+        common |= {"scale": scale, "softcap": softcap, "SOFTCAP": softcap != 0, "groups": groups, "GROUP": _GROUP}
+        _launch(
+            kernels.statistics_kernel, len(x), warps, **common, **_inverse(temperature),
+            stats_ptr=stats[rows], GROUPS=block // _GROUP,
+        )  # fmt: skip
+        ids = None if gather_ids is None else gather_ids[rows]
+        _launch(
+            kernels.candidates_kernel, len(x), max(1, min(8, padded // _MAXIMA_PER_WARP)), **common,
+            values_ptr=top_values[rows], indices_ptr=top_indices[rows], k=topk, GROUPS=padded,
+            ids_ptr=ids, gathered_ptr=None if gathered is None else gathered[rows], **_sizes(ids),
+        )  # fmt: skip
+
+
+def row_divergence(
+    student: Tensor, s_scale: float, s_softcap: float, s_stats: Tensor,
+    teacher: Tensor, t_scale: float, t_softcap: float, t_stats: Tensor,
+    a: float, b: float, mix: float, skew: float, temperature: float, value: Tensor, center: Tensor,
+) -> None:  # fmt: skip
+    count, vocabulary = student.shape
+    block, warps = _block(_DIVERGENCE, vocabulary)
+    _launch(
+        kernels.divergence_kernel, count, warps, vocabulary=vocabulary,
+        **_side("s", student, s_scale, s_softcap, s_stats), **_side("t", teacher, t_scale, t_softcap, t_stats),
+        a=a, **_mixture(b, mix, skew), **_inverse(temperature), value_ptr=value, center_ptr=center, BLOCK=block,
+    )  # fmt: skip
+
+
+def row_gradient_(
+    student: Tensor, s_scale: float, s_softcap: float, s_stats: Tensor,
+    teacher: Tensor | None, t_scale: float, t_softcap: float, t_stats: Tensor | None,
+    a: float, b: float, mix: float, skew: float, temperature: float, center: Tensor | None,
+    coefficients: Tensor, ids: Tensor, scatter: Tensor, out_dtype: torch.dtype,
+) -> None:  # fmt: skip
+    count, vocabulary = student.shape
+    if out_dtype.itemsize > student.itemsize:
+        raise ValueError(f"out_dtype: expected none wider than the logits' {student.dtype}, got {out_dtype}")
+    out = student.view(out_dtype)[:, :vocabulary]
+    common = {"vocabulary": vocabulary, **_side("s", student, s_scale, s_softcap, s_stats)}
+    if teacher is None:  # nothing reads its side
+        common |= {**_side("t", student, 1.0, 0.0, s_stats), **_inverse(1.0)}
+        common |= {"b": 0.0, "mix": 0.0, "skew": 0.0, "MIXTURE": kernels.NONE}
+    else:
+        common |= {**_side("t", teacher, t_scale, t_softcap, t_stats), **_inverse(temperature)}
+        common |= _mixture(b, mix, skew)
+    common |= {"center_ptr": center, "dense_ptr": coefficients, "dense_stride": count, "ids_ptr": ids, **_sizes(ids)}
+    at_ids = torch.empty_like(scatter)
+    if ids.shape[1]:
+        _launch(kernels.scatter_kernel, count, _SCATTER_WARPS, **common, scatter_ptr=scatter, at_ids_ptr=at_ids)
+    block, warps = _block(_GRADIENT, vocabulary)
+    place = {"out_ptr": out, "out_stride": _stride("student", out)}
+    _launch(kernels.gradient_kernel, count, warps, **common, at_ids_ptr=at_ids, **place, BLOCK=block)
+
+
+def _block(default: tuple[int, int], vocabulary: int, least: int = 128) -> tuple[int, int]:
+    """Words per block and warps: the default, or a smaller block that the vocabulary fits in and its share of warps."""
+    block = max(least, min(default[0], triton.next_power_of_2(vocabulary)))
+    return block, max(1, default[1] * block // default[0])
+
+
+def _stride(name: str, matrix: Tensor) -> int:
+    """From row to row, in elements. The row after row is how narrow gradients find their place over wide logits."""
+    if matrix.dim() != 2 or matrix.stride(1) != 1:
+        raise ValueError(f"{name}: expected a matrix with contiguous rows, got strides {matrix.stride()}")
+    return matrix.stride(0)
+
+
+# ---- arguments that the kernels share --------------------------------------------------------------------------------
+
+
+def _side(key: str, logits: Tensor, scale: float, softcap: float, stats: Tensor) -> dict:
+    side = {f"{key}_ptr": logits, f"{key}_stride": _stride("logits", logits), f"{key}_scale": scale}
+    return side | {f"{key}_softcap": softcap, f"{key}_stats_ptr": stats, f"{key.upper()}_SOFTCAP": softcap != 0}
+
+
+def _mixture(b: float, mix: float, skew: float) -> dict:
+    interior = kernels.INTERIOR if skew else kernels.JSD
+    mixture = {0.0: kernels.STUDENT, 1.0: kernels.TEACHER}.get(mix, interior)
+    return {"b": b, "mix": mix, "skew": skew, "MIXTURE": mixture}
+
+
+def _inverse(temperature: float) -> dict:
+    """1 / T as the sum of two fp32 numbers."""
+    inverse = c_float(1 / temperature).value
+    return {"inverse": inverse, "inverse_rest": 1 / temperature - inverse, "TEMPERED": temperature != 1}
+
+
+def _sizes(ids: Tensor | None) -> dict:
+    """Ids per row, and the same rounded up: every size is a kernel of its own."""
+    count = 0 if ids is None else ids.shape[1]
+    return {"n_ids": count, "IDS": max(256, triton.next_power_of_2(count))}
+
+
+def _launch(kernel, programs: int, warps: int, **arguments) -> None:
+    """One program per row, on the device of the logits, without fused multiply-adds but where the kernels say so."""
+    if programs == 0:
+        return
+    tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
+    for name, tensor in tensors.items():
+        if name.replace("_ptr", "_stride") not in arguments and not tensor.is_contiguous():
+            raise ValueError(
+                f"{name.removesuffix('_ptr')}: expected a contiguous tensor, got strides {tensor.stride()}"
+            )
+    with torch.cuda.device_of(next(iter(tensors.values()))):
+        kernel[(programs,)](**arguments, num_warps=warps, enable_fp_fusion=False)
+
+
+def _register() -> Operators:
+    written = {
+        row_statistics: ("stats", "top_values", "top_indices", "gathered"),
+        row_divergence: ("value", "center"),
+        row_gradient_: ("student",),
+    }
+    for function, mutated in written.items():
+        name = f"kdkernels::triton_{function.__name__}"
+        torch.library.define(name, torch.library.infer_schema(function, mutates_args=mutated))
+        torch.library.impl(name, ("cuda", "cpu"))(function)  # custom_op would add 30 microseconds to every launch
+    return Operators.registered("triton_")
+
+
+_operators = _register()
+statistics, divergence, gradient_ = _operators.statistics, _operators.divergence, _operators.gradient_

@@ -1,0 +1,184 @@
+"""Registers and shared memory of every kernel variant, compiled ahead of time: no GPU needed.
+
+    python -m kdkernels.rows.triton_resources > docs/triton-resources.md
+
+A variant is what one call of a backend function launches, recorded instead of launched. Not for a process that
+interprets (TRITON_INTERPRET=1).
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import subprocess
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from ..divergences import JSD, ForwardKL, ReverseKL, SkewKL
+from . import triton as backend
+from .interface import Coefficients, Rows
+from .operators import NAMES, Operators
+
+TARGETS = (80, 90, 100)
+VOCABULARY = 151936
+_POINTERS = {
+    torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16",
+    torch.int64: "*i64",
+}  # fmt: skip
+_KINDS = (ForwardKL(), ReverseKL(), JSD(0.9), SkewKL(0.1))  # one for every place of the mixture
+_KERNELS = [
+    backend.kernels.statistics_kernel, backend.kernels.candidates_kernel, backend.kernels.divergence_kernel,
+    backend.kernels.scatter_kernel, backend.kernels.gradient_kernel,
+]  # fmt: skip
+_FUNCTIONS = Operators(*(getattr(backend, name) for name in NAMES))  # tensors without memory would get the fake ones
+_F32, _BF16, _F16 = torch.float32, torch.bfloat16, torch.float16
+
+
+@dataclass(frozen=True, eq=False)
+class Variant:
+    """A kernel as it would be launched: ``arguments`` by parameter name, tensors without memory."""
+
+    name: str
+    kernel: object
+    warps: int
+    arguments: dict
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Per thread: registers and bytes of stack (spills); per program: bytes of shared memory."""
+
+    registers: int
+    stack: int
+    shared: int
+
+
+@functools.cache
+def variants() -> tuple[Variant, ...]:
+    """Every kernel variant, for a 151936-word vocabulary; both sides with or without a soft-cap."""
+    found: list[Variant] = []
+    with torch.device("meta"):
+        ids = torch.empty(1024, 11, dtype=torch.int64)
+        for dtype, softcap, temperature in product((_F32, _BF16, _F16), (None, 30.0), (1.0, 2.0)):
+            options = f"{_short(dtype)}{', soft-cap' if softcap else ''}{', tempered' if temperature != 1 else ''}"
+            logits = torch.empty(1024, VOCABULARY, dtype=dtype)
+            rows = _record(found, options, _FUNCTIONS.statistics, logits, 1.0, softcap, temperature, 10, ids)
+            for kind in _KINDS:
+                _record(found, f"{options}, {kind.name}", _FUNCTIONS.divergence, rows, rows, kind, temperature)
+                _gradients(found, f"{options}, {kind.name}", rows, kind, temperature)
+            _gradients(found, options, rows, None, temperature)
+    # calls that differ in an option launch the same variant of the kernels that do not have it
+    distinct = {_key(v): v for v in reversed(found)}.values()
+    return tuple(sorted(reversed(distinct), key=lambda v: _KERNELS.index(v.kernel)))
+
+
+def _key(variant: Variant) -> tuple:
+    """What Triton compiles a kernel anew for."""
+    kinds = {k: v.dtype if isinstance(v, Tensor) else v for k, v in variant.arguments.items()}
+    constants = {k: v for k, v in kinds.items() if k.isupper() or not isinstance(v, (int, float))}
+    return variant.kernel, variant.warps, *((k, str(v)) for k, v in constants.items())
+
+
+def _gradients(found: list[Variant], options: str, rows: Rows, kind, temperature: float) -> None:
+    center = torch.empty(1024, dtype=torch.float64)
+    c = Coefficients(torch.empty(3, 1024), torch.empty(1024, 11, dtype=torch.int64), torch.empty(1024, 11))
+    for dtype in {_F32: (_F32, _BF16, _F16)}.get(rows.logits.dtype, (rows.logits.dtype,)):
+        out = rows.logits.new_empty((1024, VOCABULARY * rows.logits.itemsize // dtype.itemsize), dtype=dtype)
+        name = f"{options}, out {_short(dtype)}"
+        _record(found, name, _FUNCTIONS.gradient_, rows, rows, kind, temperature, center, c, out[:, :VOCABULARY])
+
+
+def _short(dtype: torch.dtype) -> str:
+    return _POINTERS[dtype][1:]
+
+
+def _record(found: list[Variant], options: str, function, *arguments):
+    """Calls a function of the backend and keeps what it launches instead of launching it."""
+
+    def launch(kernel, programs, warps, **kernel_arguments):
+        asked = options.partition(", out")[0] if kernel is backend.kernels.scatter_kernel else options
+        name = f"{kernel.__name__.removesuffix('_kernel')}: {asked}"
+        found.append(Variant(name, kernel, warps, kernel_arguments))
+
+    with mock.patch.object(backend, "_launch", launch):
+        return function(*arguments)
+
+
+def cubin(variant: Variant, capability: int) -> tuple[bytes, int]:
+    """Machine code for GPUs of this compute capability, and the bytes of shared memory a program takes."""
+    signature, constants, attributes = {}, {}, {}
+    for position, name in enumerate(variant.kernel.arg_names):
+        value = variant.arguments[name]
+        if name.isupper() or value is None:
+            signature[name], constants[name] = "constexpr", getattr(value, "value", value)
+            continue
+        if isinstance(value, Tensor):
+            signature[name], aligned = _POINTERS[value.dtype], True
+        else:
+            signature[name], aligned = ("fp32", False) if isinstance(value, float) else ("i32", value % 16 == 0)
+        if aligned:
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=variant.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    options = {"num_warps": variant.warps, "enable_fp_fusion": False}
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return compiled.asm["cubin"], compiled.metadata.shared
+
+
+def dump(code: bytes, option: str) -> str:
+    """What the cuobjdump that comes with Triton says about a cubin."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(code)
+        file.flush()
+        return subprocess.run([tool, option, file.name], check=True, capture_output=True, text=True).stdout
+
+
+def _resources(index: int, capability: int) -> Resources:
+    code, shared = cubin(variants()[index], capability)
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", dump(code, "-res-usage")).groups()
+    return Resources(int(registers), int(stack), shared)
+
+
+def measure(wanted=lambda variant: True) -> dict[Variant, list[Resources]]:
+    """The wanted variants compiled for every target, by as many processes as there are CPUs."""
+    chosen = [i for i, variant in enumerate(variants()) if wanted(variant)]
+    jobs = list(product(chosen, TARGETS))
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), get_context("spawn")) as pool:
+        results = pool.map(_resources, *zip(*jobs, strict=True), chunksize=8)
+        found = dict(zip(jobs, results, strict=True))
+    return {variants()[i]: [found[i, target] for target in TARGETS] for i in chosen}
+
+
+def table(resources: dict[Variant, list[Resources]]) -> str:
+    """Markdown: a line per variant; registers a thread and shared bytes a program on each target."""
+    lines = ["| kernel: variant | warps |" + "".join(f" sm_{t} registers / shared |" for t in TARGETS)]
+    lines += ["|---|---|" + "---|" * len(TARGETS)]
+    for variant, each in resources.items():
+        cells = [f"{r.registers} / {r.shared}{f' ({r.stack} bytes of stack)' if r.stack else ''}" for r in each]
+        lines.append(f"| {variant.name} | {variant.warps} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    resources = measure()
+    spilling = [v.name for v, each in resources.items() if any(r.stack for r in each)]
+    print("# Registers and shared memory of every Triton kernel variant\n")
+    print(f"Compiled ahead of time by triton {triton.__version__} for {VOCABULARY} words: registers a thread, shared")
+    print(f"bytes a program. Variants that spill: {', '.join(spilling) or 'none'}.\n")
+    print(table(resources))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""Both sides of the chunk loop: logits of some tokens in a buffer, and where their gradient goes.
+
+Axes: N tokens, n tokens of a chunk, V vocabulary, H hidden, K stored words.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import gemm
+from .heads import Head, Logits, Source, TopK
+from .rows import Rows
+
+_COPIED = 1 << 22  # logits copied at a time: what a copy needs beside its output
+
+
+def logits_dtype(student: Source, asked: torch.dtype | None) -> torch.dtype:
+    """Of the student's buffer: fp32 on GPUs, whose GEMMs give it for nothing; the operands' own on CPUs, where it would
+    double the GEMM, and where logits exist already."""
+    own = student.dtype
+    if asked is None:
+        wide = isinstance(student, Head) and student.device.type != "cpu" and own.itemsize < 4
+        return torch.float32 if wide else own
+    if asked != own and (asked != torch.float32 or own.itemsize > 4):
+        raise ValueError(f"logits_dtype: expected {own} (the operands') or float32, got {asked}")
+    return asked
+
+
+def costs(source: Source, vocabulary: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes whatever the chunk, and bytes a token, of this side with logits of ``dtype``."""
+    if isinstance(source, TopK):
+        return 0, 128 * source.indices.shape[-1]  # ids, and a dozen fp64 vectors of outcomes
+    if isinstance(source, Logits):
+        return max(_COPIED, vocabulary) * source.dtype.itemsize, vocabulary * dtype.itemsize
+    width, operand = source.hidden.shape[-1], source.dtype
+    hidden_bytes = 2 * operand.itemsize + (dtype.itemsize if dtype != operand else 0)
+    return gemm.workspace(width, operand, dtype), vocabulary * dtype.itemsize + width * hidden_bytes
+
+
+class HeadSide:
+    """Logits multiplied from hidden states. Gradients, of those in ``needs``: hidden, weight, bias."""
+
+    def __init__(self, head: Head, index: Tensor, buffer: Tensor, needs: tuple[bool, ...], chunks: int):
+        self.vocabulary = vocabulary = buffer.shape[1]
+        self.flat = head.hidden.reshape(-1, head.hidden.shape[-1])
+        self.index = index
+        self.weight = head.weight[:vocabulary]
+        self.bias = None if head.bias is None else head.bias[:vocabulary]
+        self.scale, self.softcap = float(head.scale), head.softcap
+        self.buffer = buffer
+        self.d_hidden = self.d_weight = self.d_bias = None
+        needs_hidden, needs_weight, needs_bias = needs
+        if needs_hidden:
+            self.d_hidden = torch.zeros_like(head.hidden, memory_format=torch.contiguous_format)
+        if needs_weight:
+            self.d_weight = gemm.WeightGradient(head.weight, vocabulary, chunks)
+        if needs_bias:
+            self.d_bias = torch.zeros_like(head.bias, dtype=torch.promote_types(head.dtype, torch.float32))
+
+    def hidden(self, tokens: slice) -> Tensor:
+        return self.flat.index_select(0, self.index[tokens])
+
+    def rows(self, backend, tokens: slice, temperature: float, topk: int, gather: Tensor | None) -> Rows:
+        logits = self.buffer[: tokens.stop - tokens.start]
+        gemm.project(self.hidden(tokens), self.weight, self.bias, logits)
+        return backend.statistics(logits, self.scale, self.softcap, temperature, topk, gather)
+
+    def add(self, tokens: slice, d_logits: Tensor) -> None:
+        """Adds these tokens' part of the gradients; d_logits [n, V]."""
+        if self.d_hidden is not None:
+            rows = torch.mm(d_logits, self.weight)
+            self.d_hidden.view(-1, rows.shape[-1]).index_copy_(0, self.index[tokens], rows)
+        if self.d_weight is not None:
+            self.d_weight.add(d_logits, self.hidden(tokens))
+        if self.d_bias is not None:
+            gemm.add_column_sums(d_logits, self.d_bias[: self.vocabulary])
+
+    def gradients(self) -> tuple[Tensor | None, ...]:
+        d_weight = self.d_weight and self.d_weight.result()
+        d_bias = None if self.d_bias is None else self.d_bias.to(self.flat.dtype)
+        return self.d_hidden, d_weight, d_bias
+
+
+class LogitsSide:
+    """Logits copied into the buffer from where the caller has them. Gradient, if in ``needs``: of the logits."""
+
+    def __init__(self, source: Logits, index: Tensor, buffer: Tensor, needs: tuple[bool, ...]):
+        self.source, self.index, self.buffer = source.logits, index, buffer
+        self.vocabulary = buffer.shape[1]
+        (needed,) = needs
+        self.d_logits = torch.zeros_like(self.source, memory_format=torch.contiguous_format) if needed else None
+
+    def rows(self, backend, tokens: slice, temperature: float, topk: int, gather: Tensor | None) -> Rows:
+        logits = self.buffer[: tokens.stop - tokens.start]
+        # One leading dimension at a time, because flattening logits that are not contiguous would copy all of them.
+        at, places = self.index[tokens], []
+        for size in reversed(self.source.shape[:-1]):
+            places.insert(0, at % size)
+            at = at // size
+        step = max(1, _COPIED // self.vocabulary)
+        for first in range(0, len(logits), step):
+            some = slice(first, first + step)
+            logits[some] = self.source[(*(place[some] for place in places), slice(self.vocabulary))]
+        return backend.statistics(logits, 1.0, None, temperature, topk, gather)
+
+    def add(self, tokens: slice, d_logits: Tensor) -> None:
+        if self.d_logits is not None:
+            flat = self.d_logits.view(-1, self.d_logits.shape[-1])
+            flat[:, : self.vocabulary].index_copy_(0, self.index[tokens], d_logits)
+
+    def gradients(self) -> tuple[Tensor | None, ...]:
+        return (self.d_logits,)
+
+
+class TopKSide:
+    """A teacher's stored words."""
+
+    def __init__(self, source: TopK, index: Tensor, vocabulary: int):
+        self.ids, self.log_probs = (t.reshape(-1, t.shape[-1]) for t in (source.indices, source.log_probs))
+        self.index, self.vocabulary, self.renormalize = index, vocabulary, source.renormalize
+        if self.ids.shape[1] > vocabulary:
+            raise ValueError(f"indices: expected at most {vocabulary} words (the vocabulary), got {self.ids.shape[1]}")
+
+    def words(self, tokens: slice) -> tuple[Tensor, Tensor]:
+        """ids [n, K] and log-probs [n, K] in fp64.
+
+        Raises:
+            ValueError: on CPUs, ids or log-probabilities that are none. Elsewhere the token's log-probs become NaN.
+        """
+        at = self.index[tokens]
+        ids, log_p = self.ids.index_select(0, at), self.log_probs.index_select(0, at)
+        slack = 1e-3 if log_p.dtype.itemsize >= 4 else 2e-2
+        log_p = log_p.double()
+        ordered, total = ids.sort(-1).values, log_p.exp().sum(-1)
+        outside = (ordered[:, 0] < 0) | (ordered[:, -1] >= self.vocabulary)
+        twice = (ordered.diff(dim=-1) == 0).any(-1)
+        wrong = outside | twice | (total > 1 + slack)
+        if ids.device.type != "cpu":
+            return (
+                torch.where(wrong[:, None], torch.arange(ids.shape[1], device=ids.device), ids),
+                log_p.masked_fill(wrong[:, None], torch.nan),
+            )
+        for bad, name, expected in (
+            (outside, "indices", f"ids in [0, {self.vocabulary})"),
+            (twice, "indices", "distinct ids for each token"),
+        ):
+            if bad.any():
+                raise ValueError(f"{name}: expected {expected}, got {ids[bad][0].tolist()}")
+        if wrong.any():
+            raise ValueError(
+                f"log_probs: expected log-probabilities whose exponentials sum to at most 1 for each token, got "
+                f"{log_p[wrong][0].tolist()} with a sum of {total[wrong][0]:.6g}"
+            )
+        return ids, log_p

@@ -1,0 +1,45 @@
+"""Every Triton kernel variant compiles for three generations of GPUs and none spills; no GPU needed.
+
+By default the variants for float32 logits with float32 or bfloat16 gradients, which a GPU runs unless asked otherwise;
+all others under ``slow``.
+"""
+
+import re
+
+import pytest
+
+from kdkernels.rows import triton_resources
+
+
+@pytest.fixture(autouse=True)
+def compiles(monkeypatch, tmp_path):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+def usual(variant) -> bool:
+    return ": fp32" in variant.name and "fp16" not in variant.name
+
+
+@pytest.mark.parametrize("wanted", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["usual", "others"])
+def test_no_variant_spills(wanted):
+    resources = triton_resources.measure(lambda variant: usual(variant) == wanted)
+    print(triton_resources.table(resources))
+    assert len(resources) >= 50
+    spilling = [variant.name for variant, each in resources.items() if any(r.stack for r in each)]
+    assert not spilling, f"spills: {spilling}"
+    assert all(0 < r.registers <= 128 for each in resources.values() for r in each)
+
+
+@pytest.mark.parametrize("capability", triton_resources.TARGETS)
+def test_gradients_read_all_of_a_block_before_they_write(capability):
+    """In the machine code a barrier stands between any load and the next store: what keeps in-place gradients safe."""
+    chosen = [v for v in triton_resources.variants() if v.name.startswith("gradient: fp32, JSD")]
+    assert len(chosen) == 3
+    for variant in chosen:
+        code = triton_resources.dump(triton_resources.cubin(variant, capability)[0], "-sass")
+        order = re.findall(r"\b(LDG|STG|BAR)\b", code)
+        assert {"LDG", "STG", "BAR"} <= set(order)
+        stores = [i for i, each in enumerate(order) if each == "STG"]
+        before = [next(each for each in reversed(order[:i]) if each != "STG") for i in stores]
+        assert set(before) == {"BAR"}, f"{variant.name}: {order}"
