@@ -57,6 +57,9 @@ BAD_CALLS = {
     "target out of range": (lambda: sft(target=TARGET + 20), ValueError, ["target", "[0, 20)", "20"]),
     "target negative": (lambda: sft(target=TARGET - 100), ValueError, ["target", "[0, 20)", "-100"]),
     "weights' shape": (lambda: tsd(weights=torch.ones(5, 2)), ValueError, ["weights", "[2, 5]", "[5, 2]"]),
+    "weights that are trained": (
+        lambda: tsd(weights=torch.ones(2, 5, requires_grad=True)), ValueError, ["weights", "gradient", "detach"],
+    ),
     "weights of integers": (lambda: tsd(weights=TARGET), TypeError, ["weights", "float", "int64"]),
     "weights are a list": (lambda: tsd(weights=[1.0]), TypeError, ["weights", "float", "list"]),
     "weights' device": (lambda: tsd(weights=torch.ones(2, 5, device="meta")), ValueError, ["weights", "cpu", "meta"]),
@@ -72,6 +75,12 @@ BAD_CALLS = {
     ),
     "weights missing": (
         lambda: tsd(objective=kd.VCRD(), from_teacher=MASK[:, 0]), TypeError, ["weights", "VCRD", "None"],
+    ),
+    "a stored teacher for the likelihood ratio": (
+        lambda: tsd(
+            teacher=kd.TopK(torch.arange(2).expand(2, 5, 2), torch.full((2, 5, 2), -1.0)),
+            objective=kd.VCRD(weighting="likelihood_ratio"), from_teacher=MASK[:, 0],
+        ), TypeError, ["teacher", "TopK", "all words"],
     ),
     # what is wrong is wrong without a token, too
     "k above the vocabulary, no token": (

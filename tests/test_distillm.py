@@ -66,6 +66,29 @@ def test_the_gradient_of_a_detached_mixture():
     assert kind.skew == 0 and kd.SkewReverseKL(0.1).skew != 0
 
 
+def test_a_detached_mixture_of_single_tokens(backend):
+    """kd.divergence knows it too."""
+    batch = fixed()
+    kind = kd.SkewReverseKL(0.1, detach=True)
+    d_hidden, d_weight = truth.gradients(kd.divergence(batch.student, batch.teacher, kind).sum(), batch.student)
+    exact = batch.to(F64)
+    z_s, z_t = (truth.dense_logits(head, 60).flatten(0, 1) for head in (exact.student, exact.teacher))
+    expected = truth.gradients(reference.divergence(z_s, z_t, kind).sum(), exact.student)
+    assert truth.relative(d_hidden, expected[0]) < 1e-6 and truth.relative(d_weight, expected[1]) < 1e-6
+
+
+def test_a_teacher_known_at_all_its_words_is_the_teacher(backend):
+    """kd.TopK with K = V: both authors, whose border cuts the stored words too."""
+    batch = fixed()
+    expected = run(kd.DistiLLM2(), batch)
+    log_p = truth.dense_logits(batch.teacher, 60).detach().log_softmax(-1)
+    stored = kd.TopK(torch.arange(60).expand(log_p.shape).contiguous(), log_p)
+    got = kd.DistiLLM2()(batch.student, stored, batch.mask, from_teacher=batch.from_teacher)
+    torch.testing.assert_close(got.loss, expected.loss)
+    pairs = zip(truth.gradients(got.loss, batch.student), truth.gradients(expected.loss, batch.student), strict=True)
+    assert all(truth.relative(g, e) < 1e-5 for g, e in pairs)
+
+
 @pytest.mark.parametrize("written", [False, True])
 def test_one_author_alone(backend, written):
     """Then it is the mean of one divergence, and the other term is 0."""

@@ -22,7 +22,8 @@ class AdaptiveOpener(nn.Module):
     Responses come in the order of the batch's rows (of its Layout). In training mode they enter the window, a buffer
     that is saved with the state; in evaluation mode nothing changes and each response is averaged with the window as
     it stands. A gap that is not finite counts as absent. The teacher's entropies are needed before anything else, which
-    costs one more product with its head.
+    costs one more product with its head. On a GPU, move the objective there: a window elsewhere costs syncs. Under
+    activation checkpointing keep the objective outside, where it runs once per batch.
 
     Args (the paper gives only the window; take quantiles of the gaps of your own models as edges, the metrics
     student_entropy - teacher_entropy show them):

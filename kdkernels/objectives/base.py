@@ -159,8 +159,9 @@ class Objective(Program, nn.Module):
             finite &= tokens.teacher.entropy.isfinite()
             out["teacher_entropy"] = tokens.teacher.entropy.mean()
             out["argmax_agreement"] = (tokens.argmax == tokens.teacher.argmax).float().mean()
-        if tokens.divergence is not None:
-            finite &= tokens.divergence.isfinite()
+        for value in (tokens.divergence, tokens.divergence_from_teacher):
+            if value is not None:
+                finite &= value.isfinite()
         if tokens.cross_entropy is not None:
             finite &= tokens.cross_entropy.isfinite()
             out["cross_entropy"] = tokens.cross_entropy.mean()

@@ -29,10 +29,11 @@ class VCRD(Objective):
     Args:
         alpha: share of p in the SKL's mixture, of q in the SRKL's.
         lambda_teacher, lambda_student: weights of the two terms.
-        weighting: where w comes from. "given": the caller's ``weights`` [B, L], required, such as ``validity_weights``
-            of a process reward model's scores. "likelihood_ratio": from the same pass, without a judge (appendix 10.4):
-            w = exp(clip(0.5 ln w_raw, ln 0.5, ln 2)), w_raw = p(argmax q) / (sum of the teacher's 128 largest p_i^2 +
-            1e-8). "uniform": 1. With the latter two, ``weights`` multiply what is there.
+        weighting: where w comes from. "given": the caller's ``weights`` [B, L], required, such as
+            ``kdkernels.objectives.validity_weights`` of a process reward model's scores. "likelihood_ratio": from the
+            same pass, without a judge (appendix 10.4): w = exp(clip(0.5 ln w_raw, ln 0.5, ln 2)),
+            w_raw = p(argmax q) / (sum of the teacher's 128 largest p_i^2 + 1e-8). "uniform": 1. With the latter two,
+            ``weights`` multiply what is there.
         aggregation: "prompts" as above; "tokens": mean over a response's tokens, then over the responses (DistiLLM-2).
     """
 
