@@ -109,8 +109,7 @@ class Objective(Program, nn.Module):
         if target is not None:
             check_ids("target", target, shape, device)
             target = target.flatten()[layout.index]
-            if device.type == "cpu":
-                check_range("target", target, student.vocabulary)
+            check_range("target", target, student.vocabulary)
         if weights is not None:
             _check_weights(weights, shape, device)
             weights = weights.flatten()[layout.index]
