@@ -178,6 +178,7 @@ Stats row_statistics(const Row& row, int64_t vocab, double temperature, float* m
     weighted += sum(w_sum);
     if constexpr (Tempered) tempered += sum(t_sum);
   }
+  if (top <= kMasked) top = total = tempered = NAN;    // a row without any word has no distribution
   if (!Tempered) tempered = total;
   double logsum = std::log(total);
   return {top, float(logsum), float(logsum - weighted / total), float(std::log(tempered)),

@@ -116,13 +116,14 @@ class _Term(Program):
     def __init__(self, term: str, kind: list[float], temperature: float, topk: int):
         self.term, self.temperature, self.topk = term, temperature, topk
         self.divergence = Divergence("", *kind) if kind else None
+        self.plackett_luce = term == "plackett_luce"
 
     def coefficients(self, tokens: Tokens) -> dict[str, Tensor]:
         return {} if tokens.weight is None else {self.term: tokens.weight}
 
 
 class _Values(NamedTuple):
-    """The arguments of token_values after the sources. ``kind``: a, b and mix of a divergence, or nothing."""
+    """The arguments of token_values after the sources. ``kind``: a, b, mix and detached of a divergence, or nothing."""
 
     term: str
     kind: list[float]

@@ -8,11 +8,12 @@ from batches import fixed, run
 
 import kdkernels as kd
 from kdkernels import operators
-from kdkernels.objectives import base
+from kdkernels.objectives import base, validity_weights
 
 MASK = torch.ones(2, 5, dtype=torch.bool)
 INF = math.inf
 TARGET = torch.zeros(2, 5, dtype=torch.int64)
+VCRD = kd.VCRD(weighting="uniform")
 
 
 def head(shape=(2, 5), hidden=4, words=20, dtype=torch.float32, device="cpu", **more) -> kd.Head:
@@ -62,10 +63,44 @@ BAD_CALLS = {
     "target out of range": (lambda: sft(target=TARGET + 20), ValueError, ["target", "[0, 20)", "20"]),
     "target negative": (lambda: sft(target=TARGET - 100), ValueError, ["target", "[0, 20)", "-100"]),
     "weights' shape": (lambda: tsd(weights=torch.ones(5, 2)), ValueError, ["weights", "[2, 5]", "[5, 2]"]),
+    "weights that are trained": (
+        lambda: tsd(weights=torch.ones(2, 5, requires_grad=True)), ValueError, ["weights", "gradient", "detach"],
+    ),
     "weights of integers": (lambda: tsd(weights=TARGET), TypeError, ["weights", "float", "int64"]),
     "weights are a list": (lambda: tsd(weights=[1.0]), TypeError, ["weights", "float", "list"]),
     "weights' device": (lambda: tsd(weights=torch.ones(2, 5, device="meta")), ValueError, ["weights", "cpu", "meta"]),
     "from_teacher": (lambda: tsd(from_teacher=MASK[:, 0]), TypeError, ["from_teacher", "TSDKD", "None"]),
+    "from_teacher missing": (
+        lambda: tsd(objective=kd.DistiLLM2()), TypeError, ["from_teacher", "DistiLLM2", "NoneType"],
+    ),
+    "from_teacher of integers": (
+        lambda: tsd(objective=VCRD, from_teacher=TARGET[:, 0]), TypeError, ["from_teacher", "VCRD", "bool", "int64"],
+    ),
+    "from_teacher's shape": (
+        lambda: tsd(objective=VCRD, from_teacher=MASK), ValueError, ["from_teacher", "[2]", "[2, 5]"],
+    ),
+    "weights missing": (
+        lambda: tsd(objective=kd.VCRD(), from_teacher=MASK[:, 0]), TypeError, ["weights", "VCRD", "None"],
+    ),
+    "a stored teacher for the likelihood ratio": (
+        lambda: tsd(
+            teacher=kd.TopK(torch.arange(2).expand(2, 5, 2), torch.full((2, 5, 2), -1.0)),
+            objective=kd.VCRD(weighting="likelihood_ratio"), from_teacher=MASK[:, 0],
+        ), TypeError, ["teacher", "TopK", "all words"],
+    ),
+    # what is wrong is wrong without a token, too
+    "k above the vocabulary, no token": (
+        lambda: tsd(objective=kd.TSDKD(k=21), mask=~MASK), ValueError, ["k", "20", "21"],
+    ),
+    "teacher's vocabulary, no token": (
+        lambda: tsd(teacher=head(words=19), mask=~MASK), ValueError, ["teacher", "20", "19", "vocab_size"],
+    ),
+    "memory_budget too small, no token": (
+        lambda: tsd(memory_budget=100, mask=~MASK), ValueError, ["memory_budget", "bytes", "100"],
+    ),
+    "from_teacher missing, no token": (
+        lambda: tsd(objective=VCRD, mask=~MASK), TypeError, ["from_teacher", "VCRD", "NoneType"],
+    ),
     # options
     "k above the vocabulary": (lambda: tsd(objective=kd.TSDKD(k=21)), ValueError, ["k", "20", "21"]),
     "k above the real vocabulary": (
@@ -80,6 +115,17 @@ BAD_CALLS = {
     "tau": (lambda: kd.TSDKD(tau=0.0), ValueError, ["tau", "positive", "0.0"]),
     "opener": (lambda: kd.TSDKD(opener=1.5), ValueError, ["opener", "[0, 1]", "1.5"]),
     "entropy_ratio": (lambda: kd.TSDKD(entropy_ratio=-1), ValueError, ["entropy_ratio", "[0, 1]", "-1"]),
+    "weighting": (lambda: kd.VCRD(weighting="ratio"), ValueError, ["weighting", "likelihood_ratio", "'ratio'"]),
+    "aggregation": (lambda: kd.VCRD(aggregation="mean"), ValueError, ["aggregation", "prompts", "'mean'"]),
+    "alpha of VCRD": (lambda: kd.VCRD(alpha=1.5), ValueError, ["alpha", "[0, 1]", "1.5"]),
+    "opener by name": (lambda: kd.TSDKD(opener="adaptive"), TypeError, ["opener", "number", "adaptive"]),
+    "scores of integers": (lambda: validity_weights(TARGET, TARGET), TypeError, ["student", "float", "int64"]),
+    "scores' shape": (
+        lambda: validity_weights(torch.ones(2, 5), torch.ones(5)), ValueError, ["teacher", "[2, 5]", "[5]"],
+    ),
+    "kind of weight": (
+        lambda: validity_weights(torch.ones(2), torch.ones(2), "log"), ValueError, ["kind", "clamped_ratio", "'log'"],
+    ),
     "temperature": (lambda: kd.GKD(temperature=0), ValueError, ["temperature", "positive", "0"]),
     "memory_budget too small": (lambda: tsd(memory_budget=100), ValueError, ["memory_budget", "bytes", "100"]),
     "memory_budget negative": (lambda: sft(memory_budget=-1), ValueError, ["memory_budget", "-1"]),

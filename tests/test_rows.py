@@ -277,6 +277,41 @@ def test_words_only_one_side_masks(backend, name):
     assert (gradient[:, [3, 9]] == 0).all()
 
 
+def divergence_gradient(x_s, x_t, name, temperature=1.0):
+    """Of the divergence alone: the backend's, eager PyTorch's in fp32, the truth."""
+    weights = Weights.random(*x_s.shape)
+    weights.dense[1:], weights.scatter[:] = 0, 0
+    eager, exact = (dense_gradient(weights, x_s, x_t, dtype, name, temperature) for dtype in (F32, F64))
+    return engine_gradient(weights, x_s, x_t, name, temperature)[1], eager, exact
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("shape", ["normal", "peaked", "masked"])
+def test_a_skewed_kl_where_the_models_hardly_overlap(backend, shape, temperature):
+    """There the gradient is a small difference of large means unless it is written otherwise."""
+    x_s, x_t = distribution(shape, 8, 1500)
+    assert_accurate(*divergence_gradient(x_s, x_t, "skl", temperature), "gradient", slack=2)
+
+
+def test_nothing_moves_a_word_that_the_student_masks(backend):
+    """Though the teacher gives it probability, so that the forward KL is infinite."""
+    x_s, x_t = distribution("normal", 6, 300)
+    x_s[::2, 7] = -INF
+    weights = Weights(torch.ones(3, 6), torch.zeros(6, 0, dtype=torch.int64), torch.zeros(6, 0))
+    weights.dense[1:] = 0
+    value, got = engine_gradient(weights, x_s, x_t, "forward", 1.0)
+    assert value.isinf().tolist() == [True, False] * 3
+    expected = kd.reference.divergence_gradient(x_s.double(), x_t.double(), kd.ForwardKL())
+    assert truth.relative(got, expected) < 1e-6 and (got[::2, 7] == 0).all() and (got[1::2, 7] != 0).all()
+
+
+def test_a_row_without_words_is_nothing(backend):
+    x, _ = distribution("normal", 3, 300)
+    x[1] = -INF
+    stats = backend_for(x.device, F32).statistics(x, 1.0, None, 0.7, 1, None)
+    assert stats.entropy.isnan().tolist() == stats.log_sum.isnan().tolist() == [False, True, False]
+
+
 def test_a_kl_that_is_infinite_says_so(backend):
     x_s, x_t = distribution("normal", 2, 300)
     x_t[0, 4] = x_s[1, 4] = -INF
