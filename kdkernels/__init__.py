@@ -10,7 +10,7 @@ from .divergences import JSD, ForwardKL, ReverseKL, SkewKL, SkewReverseKL
 from .functional import TokenStatistics, cross_entropy, divergence, entropy, plackett_luce, statistics
 from .heads import Head, Logits, TopK
 from .layout import Layout
-from .objectives import GKD, SFT, TSDKD
+from .objectives import GKD, SFT, TSDKD, VCRD, AdaptiveOpener, DistiLLM2
 from .rows import info
 
 __all__ = [
@@ -18,6 +18,9 @@ __all__ = [
     "JSD",
     "SFT",
     "TSDKD",
+    "VCRD",
+    "AdaptiveOpener",
+    "DistiLLM2",
     "ForwardKL",
     "Head",
     "Layout",

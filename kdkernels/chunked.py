@@ -6,7 +6,8 @@ A *program* (an objective, or a per-token function) says which terms each token 
 
     loss = sum_t sum_term coefficient[term](t) * value[term](t)
 
-over the terms divergence, entropy, cross_entropy and plackett_luce.
+over the terms divergence, entropy, cross_entropy and plackett_luce. A program may have another divergence for responses
+that the teacher wrote: these tokens come first, and the row kernels see one kind at a time.
 
 Coefficients are constants to the gradient, so one sweep writes d loss / d logits of all terms over the student's
 logits. Chunks hold whole responses wherever they fit. A response longer than a chunk gets a statistics pass first
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from copy import copy
 from dataclasses import dataclass, field, fields, replace
 
 import torch
@@ -46,7 +48,9 @@ class Tokens:
     cross_entropy: Tensor | None = None  # -log q(target)
     collision: Tensor | None = None  # sum of the largest squared probabilities
     teacher: Tokens | None = None  # the teacher's entropy, lse, argmax, cross_entropy at the same positions
+    at_student_argmax: Tensor | None = None  # the teacher's log p(argmax q)
     divergence: Tensor | None = None
+    divergence_from_teacher: Tensor | None = None  # 0 where the student wrote, as divergence is where the teacher did
     plackett_luce: Tensor | None = None
     length: Tensor | None = None  # tokens of the token's response
     weight: Tensor | None = None  # the caller's per-token weight
@@ -68,14 +72,21 @@ class Program:
     """What the chunk loop asks of an objective. The defaults are a program without terms: statistics only."""
 
     divergence: Divergence | None = None
+    divergence_from_teacher: Divergence | None = None  # a term of its own, of the responses that the teacher wrote
     temperature: float = 1.0
-    topk: int = 0  # the student's candidates per token; with a teacher also their Plackett-Luce value
+    topk: int = 0  # the student's candidates per token; with a teacher also its probability of the first
+    plackett_luce: bool = False  # the likelihood of the teacher's order of the candidates
     collision: int = 0  # how many of the largest probabilities each side's collision sums up
+    teacher_collision: int = 0  # the same of the teacher alone; all words where there are fewer
     selects: bool = False  # select() needs whole responses
+    selects_by_teacher: bool = False  # ... and the teacher's entropies: one more product with its head
     all_words: bool = False  # needs the teacher's distribution over all words: kd.TopK will not do
 
-    def select(self, entropy: Tensor, layout: Layout) -> dict[str, Tensor]:
-        """Constants [n] that depend on whole responses, from the student's entropies [n] in ``layout``."""
+    def select(self, entropy: Tensor, teacher_entropy: Tensor | None, layout: Layout) -> dict[str, Tensor]:
+        """Constants [n] that depend on whole responses, from entropies [n] in ``layout``; once per response, in order.
+
+        ``teacher_entropy`` is there for a program that ``selects_by_teacher``.
+        """
         return {}
 
     def coefficients(self, tokens: Tokens) -> dict[str, Tensor]:
@@ -94,6 +105,8 @@ class Call:
     teacher_index: Tensor | None = None  # [N] flat positions on the teacher's side
     target: Tensor | None = None  # [N] token ids
     weight: Tensor | None = None  # [N]
+    from_teacher: int = 0  # so many tokens come first that are of responses the teacher wrote
+    coefficients: dict[str, Tensor] | None = None  # term -> [N]: given, not asked of the program
     scale: float = 1.0  # on the loss: one over what it is a mean of
     memory_budget: int | None = None
     logits_dtype: torch.dtype | None = None
@@ -164,34 +177,43 @@ class _Loop:
 
     def run(self) -> Result:
         for chunk in self.chunks:
-            part = self.call.layout.part(chunk.first, chunk.last) if self.call.program.selects else self.call.layout
-            selected = self._select_ahead(chunk, part)
+            selected = self._select_ahead(chunk)
             for piece in chunk.pieces:
-                self._piece(piece, part, selected, chunk.pieces[0].start)
+                self._piece(piece, chunk, selected)
         coefficients = {term: torch.cat([c[term] for c in self.coefficients]) for term in self.coefficients[0]}
         left = self.call.scale / self.scale
         return Result(Tokens.cat(self.values), coefficients, self.student.gradients(), left)
 
-    def _select_ahead(self, chunk: plan.Chunk, part: Layout) -> dict[str, Tensor] | None:
+    def _select_ahead(self, chunk: plan.Chunk) -> dict[str, Tensor] | None:
         """What a response in several pieces selects, from a statistics pass; None where one piece shows it all."""
-        if len(chunk.pieces) == 1 or not self.call.program.selects:
-            return None
-        entropies = [self.student.rows(self.backend, piece, 1.0, 1, None).entropy for piece in chunk.pieces]
-        return self.call.program.select(torch.cat(entropies), part)
+        if not self.call.program.selects or self.call.coefficients is not None:
+            return {}
+        return None if len(chunk.pieces) == 1 else self._select(chunk, self._entropies(self.student, chunk.pieces))
 
-    def _piece(self, piece: slice, part: Layout, selected: dict[str, Tensor] | None, origin: int) -> None:
+    def _select(self, chunk: plan.Chunk, entropy: Tensor) -> dict[str, Tensor]:
+        program, teacher_entropy = self.call.program, None
+        if program.selects_by_teacher:
+            pieces = plan.split(chunk.pieces[0].start, chunk.pieces[-1].stop, self.teacher_rows)
+            teacher_entropy = self._entropies(self.teacher, pieces)
+        return program.select(entropy, teacher_entropy, self.call.layout.part(chunk.first, chunk.last))
+
+    def _entropies(self, side, pieces: list[slice]) -> Tensor:
+        return torch.cat([side.rows(self.backend, piece, 1.0, 1, None).entropy for piece in pieces])
+
+    def _piece(self, piece: slice, chunk: plan.Chunk, selected: dict[str, Tensor] | None) -> None:
         program = self.call.program
         words = self.teacher.words(piece) if isinstance(self.teacher, sides.TopKSide) else None
         gather = _beside(words and words[0], self._target(piece))
         largest = max(1, program.topk, program.collision)
         student = self.student.rows(self.backend, piece, program.temperature, largest, gather)
         if selected is None:
-            selected = program.select(student.entropy, part)
+            selected = self._select(chunk, student.entropy)
+        origin = chunk.pieces[0].start
         d_logits = student.logits.view(self.operand)[:, : self.vocabulary]  # the gradient overwrites the logits
-        for tokens in plan.split(piece.start, piece.stop, self.teacher_rows):
+        for tokens in plan.split(piece.start, piece.stop, self.teacher_rows, self.call.from_teacher):
             here = slice(tokens.start - piece.start, tokens.stop - piece.start)
             chosen = {key: v[tokens.start - origin : tokens.stop - origin] for key, v in selected.items()}
-            self._tokens(tokens, student[here], chosen, d_logits[here], words)
+            self._tokens(tokens, student[here], chosen, d_logits[here], words and tuple(each[here] for each in words))
         self.student.add(piece, d_logits)
 
     def _target(self, tokens: slice) -> Tensor | None:
@@ -209,8 +231,11 @@ class _Loop:
         d_logits: Tensor,
         words: tuple[Tensor, Tensor] | None,
     ) -> None:
-        """Values and coefficients of some tokens of a chunk, and the gradient of their logits."""
+        """Values, coefficients and logits' gradient of some tokens of a chunk, all written by the same model."""
         call, program = self.call, self.call.program
+        terms = [term for term in ("divergence", "divergence_from_teacher") if getattr(program, term)]
+        own = "divergence_from_teacher" if tokens.start < call.from_teacher else "divergence"
+        kind, temperature = getattr(program, own), program.temperature
         target = self._target(tokens)
         values = _summary(student, target is not None, program.collision)
         if target is not None:
@@ -219,35 +244,41 @@ class _Loop:
         values.selected = selected
         values.length = call.layout.length[tokens]
         values.weight = None if call.weight is None else call.weight[tokens]
-        teacher = center = d_candidates = outcomes = None
+        teacher = center = d_candidates = outcomes = value = None
         if words:
-            kind, temperature = program.divergence, program.temperature
             outcomes = coarse.divergence(self.backend, student, *words, kind, temperature, self.teacher.renormalize)
-            values.divergence = outcomes.value
+            value = outcomes.value
         elif self.teacher:
             gather = _beside(candidates if program.topk else None, target)
-            teacher = self.teacher.rows(self.backend, tokens, program.temperature, max(1, program.collision), gather)
-            values.teacher = _summary(teacher, target is not None, program.collision)
+            largest = max(program.collision, min(program.teacher_collision, self.vocabulary))
+            teacher = self.teacher.rows(self.backend, tokens, temperature, max(1, largest), gather)
+            values.teacher = _summary(teacher, target is not None, largest)
             if program.topk:
+                values.teacher.at_student_argmax = teacher.log_prob(teacher.gathered[:, :1])[:, 0]
+            if program.plackett_luce:
                 values.plackett_luce, d_candidates = plackett_luce(
                     student.top_values[:, : program.topk], teacher.gathered[:, : program.topk]
                 )
-            if program.divergence:
-                values.divergence, center = self.backend.divergence(
-                    student, teacher, program.divergence, program.temperature
-                )
+            if kind:
+                value, center = self.backend.divergence(student, teacher, kind, temperature)
+        for term in terms:
+            setattr(values, term, value if term == own else torch.zeros_like(value))
         if program.topk:
             values.top_indices = candidates
             values.top_log_probs = student.log_prob(student.top_values[:, : program.topk])
-        c = {term: self.scale * each for term, each in program.coefficients(values).items()}
+        if call.coefficients is not None:
+            c = {term: each[tokens] for term, each in call.coefficients.items()}
+        else:
+            c = {term: self.scale * each for term, each in program.coefficients(values).items()}
+            c |= {term: torch.zeros_like(c[term]) for term in terms if term in c and term != own}
         self.values.append(values)
         self.coefficients.append(c)
         if any(self.needs) and outcomes:
-            coarse.gradient_(self.backend, student, outcomes, c["divergence"], d_logits)
+            coarse.gradient_(self.backend, student, outcomes, c[own], d_logits)
         elif any(self.needs):
-            kind = program.divergence if "divergence" in c else None
+            kind = kind if own in c else None
             row_coefficients = _row_coefficients(student, target, candidates, d_candidates, c)
-            self.backend.gradient_(student, teacher, kind, program.temperature, center, row_coefficients, d_logits)
+            self.backend.gradient_(student, teacher, kind, temperature, center, row_coefficients, d_logits)
 
 
 def _beside(*ids: Tensor | None) -> Tensor | None:
@@ -269,9 +300,9 @@ def _row_coefficients(
     """Coefficients of the terms as the row kernels take them: a cross-entropy is q minus one at the target."""
     dense = rows.stats.new_zeros(3, len(rows.stats))
     ids, scatter = [rows.top_indices[:, :0]], [rows.top_values[:, :0]]
-    for row, term in enumerate(("divergence", "entropy", "cross_entropy")):
+    for term, row in (("divergence", 0), ("divergence_from_teacher", 0), ("entropy", 1), ("cross_entropy", 2)):
         if term in c:
-            dense[row] = c[term]
+            dense[row] += c[term]
     if "cross_entropy" in c:
         ids.append(target)
         scatter.append(-dense[2, :, None])
@@ -283,20 +314,18 @@ def _row_coefficients(
 
 def run(call: Call, needs: tuple[bool, ...] = ()) -> Result | None:
     """Evaluates a program over all tokens, with gradients of those of the student's tensors in ``needs``; None where
-    there are no tokens.
+    there are no tokens, after the same checks.
 
     Raises:
         TypeError: the program needs more of the teacher than its K words.
     """
     if isinstance(call.teacher, TopK):
         _check_stored(call.program, call.teacher)
-    if not len(call.layout):
-        return None
     device = call.student.device.type
     with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
         loop = _Loop(call, needs)
         try:
-            return loop.run()
+            return loop.run() if loop.chunks else None
         finally:
             memory.give_back(loop.block)
 
@@ -320,7 +349,7 @@ class _Chunked(torch.autograd.Function):
     """Scalar loss of a program.
 
     Its coefficients are known in the forward, so its gradients are computed there and backward only scales them, in
-    place; a second backward through the same graph recomputes them.
+    place; a second backward through the same graph recomputes them, with the same coefficients.
     """
 
     @staticmethod
@@ -334,6 +363,8 @@ class _Chunked(torch.autograd.Function):
         if result is None:
             return tensors[0].new_zeros((), dtype=torch.promote_types(tensors[0].dtype, torch.float32))
         ctx.gradients, ctx.scale = result.gradients, result.scale
+        # What a second backward needs: the program's options and state may change in between.
+        ctx.call = replace(call, program=copy(call.program), coefficients=result.coefficients)
         return result.loss()
 
     @staticmethod

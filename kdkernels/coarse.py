@@ -50,8 +50,10 @@ class Bucket:
         self.lse = rows.max.double() + rows.log_sum.double()
         empty = rows.max.isneginf()  # every word masked
         self.lse.masked_fill_(empty, -math.inf)
-        logits[:, 0].masked_fill_(empty, 0)  # a softmax that its coefficient 0 can be multiplied with
-        self.rows = replace(rows, stats=rows.stats.masked_fill(empty[:, None], 0))
+        # It gets one certain word instead: a softmax of finite numbers, which its gradient 0 can be multiplied with.
+        logits[:, 0].masked_fill_(empty, 0)
+        certain = backend.statistics(logits.new_zeros((1, 1)), student.scale, student.softcap, 1.0, 1, None)
+        self.rows = replace(rows, stats=torch.where(empty[:, None], certain.stats, rows.stats))
 
     def restore(self, values: Tensor) -> None:
         """Moves what is written in the holes of values [n, V] back to the last columns."""

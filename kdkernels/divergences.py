@@ -17,21 +17,25 @@ __all__ = ["JSD", "Divergence", "ForwardKL", "ReverseKL", "SkewKL", "SkewReverse
 
 @dataclass(frozen=True)
 class Divergence:
-    """``a * KL(p || m) + b * KL(q || m)``, ``m = mix * p + (1 - mix) * q``; use the names below."""
+    """``a * KL(p || m) + b * KL(q || m)``, ``m = mix * p + (1 - mix) * q``; use the names below.
+
+    ``detached``: no gradient flows through m; the value is the same.
+    """
 
     name: str
     a: float
     b: float
     mix: float
+    detached: bool = False
 
     @property
     def skew(self) -> float:
         """Coefficient of (q - p) / m in dD/dq; what is left is ``b * log(q / m)`` and a constant.
 
         dD/dq = -a (1 - mix) p/m + b [log(q/m) + 1 - (1 - mix) q/m], and p/m = 1 - (1 - mix) (q - p)/m,
-        q/m = 1 + mix (q - p)/m.
+        q/m = 1 + mix (q - p)/m. With m a constant the terms in (1 - mix) are absent, and nothing is left of a's.
         """
-        return (1 - self.mix) * (self.a * (1 - self.mix) - self.b * self.mix)
+        return 0.0 if self.detached else (1 - self.mix) * (self.a * (1 - self.mix) - self.b * self.mix)
 
 
 def ForwardKL() -> Divergence:
@@ -64,7 +68,11 @@ def SkewKL(alpha: float) -> Divergence:
     return Divergence(f"SkewKL({alpha:g})", a=1.0 if alpha < 1 else 0.0, b=0.0, mix=alpha)
 
 
-def SkewReverseKL(alpha: float) -> Divergence:
-    """KL(q || (1 - alpha) * p + alpha * q)  (DistiLLM; VCRD on student prefixes). 0 for alpha = 1."""
+def SkewReverseKL(alpha: float, detach: bool = False) -> Divergence:
+    """KL(q || (1 - alpha) * p + alpha * q)  (DistiLLM; VCRD on student prefixes). 0 for alpha = 1.
+
+    ``detach`` makes the mixture a constant to the gradient, as DistiLLM-2's released code does: the gradient is then
+    q (log(q/m) - KL(q || m)). The papers' formula differentiates the mixture too.
+    """
     check_share("alpha", alpha)
-    return Divergence(f"SkewReverseKL({alpha:g})", a=0.0, b=1.0 if alpha < 1 else 0.0, mix=1 - alpha)
+    return Divergence(f"SkewReverseKL({alpha:g})", a=0.0, b=1.0 if alpha < 1 else 0.0, mix=1 - alpha, detached=detach)

@@ -116,7 +116,7 @@ def _term(
         target,
         rows,
         name,
-        [kind.a, kind.b, kind.mix] if kind else [],
+        [kind.a, kind.b, kind.mix, kind.detached] if kind else [],
         float(temperature),
         topk,
         ignore_index,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -85,35 +86,46 @@ class Layout:
         start, count = sum(self.lengths[:first]), sum(self.lengths[first:last])
         return Layout(self.index[start : start + count], self.lengths[first:last], self.shape)
 
+    def take(self, responses: Sequence[int]) -> Layout:
+        """The numbered responses, in that order, as a layout of their own."""
+        parts = self.index.split(self.lengths)
+        index = torch.cat([parts[i] for i in responses]) if responses else self.index[:0]
+        return Layout(index, tuple(self.lengths[i] for i in responses), self.shape)
+
     def to(self, device) -> Layout:
         """The same layout with its tensors on ``device``."""
         return Layout(self.index.to(device, non_blocking=True), self.lengths, self.shape)
 
     @cached_property
-    def _lengths(self) -> Tensor:
+    def response_lengths(self) -> Tensor:
+        """[responses] length of each response."""
         return torch.tensor(self.lengths, dtype=torch.int64, device="cpu").to(self.index.device, non_blocking=True)
 
     @cached_property
     def response(self) -> Tensor:
         """[N] number of each token's response."""
         numbers = torch.arange(self.responses, device=self.index.device)
-        return numbers.repeat_interleave(self._lengths, output_size=len(self))
+        return numbers.repeat_interleave(self.response_lengths, output_size=len(self))
 
     @cached_property
     def length(self) -> Tensor:
         """[N] length of each token's response."""
-        return self._lengths[self.response]
+        return self.response_lengths[self.response]
 
     @cached_property
     def position(self) -> Tensor:
         """[N] position of each token within its response."""
-        starts = self._lengths.cumsum(0) - self._lengths
+        starts = self.response_lengths.cumsum(0) - self.response_lengths
         return torch.arange(len(self), device=self.index.device) - starts[self.response]
 
     @cached_property
     def row(self) -> Tensor:
         """[responses] batch row of each response."""
         return self.index[self.position == 0] // max(1, self.shape[1])
+
+    def written_by(self, author: Tensor) -> list[bool]:
+        """Whether each response is in a row where ``author`` [B] bool is True."""
+        return author.to(self.index.device)[self.row].tolist()
 
     def spread(self, values: Tensor, fill: float) -> Tensor:
         """Token values [N] as a [responses, longest] table, the rest ``fill``: one row is one response."""

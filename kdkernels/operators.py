@@ -71,8 +71,8 @@ class Sources(NamedTuple):
         teacher = _KINDS[self.teacher_kind](self.teacher, self.teacher_options)
         index = self.index()
         target = None if self.target is None else self.target.flatten()[index]
-        if target is not None and index.device.type == "cpu":
-            if ignore_index is not None:
+        if target is not None:
+            if ignore_index is not None and index.device.type == "cpu":
                 kept = target != ignore_index
                 index, target = index[kept], target[kept]
             check_range("target", target, student.vocabulary)
@@ -87,16 +87,18 @@ class Sources(NamedTuple):
             return torch.arange(count, device=self.student[0].device)
         if self.rows.dtype == torch.bool:
             return self.rows.flatten().nonzero()[:, 0]
-        if self.rows.device.type == "cpu":
-            check_range("rows", self.rows, count)
-            if len(self.rows.unique()) != len(self.rows):
-                raise ValueError("rows: expected distinct positions, got some of them twice")
+        check_range("rows", self.rows, count, distinct=True)
         return self.rows
 
 
-def check_range(name: str, ids: Tensor, count: int) -> None:
-    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < count:
+def check_range(name: str, ids: Tensor, count: int, distinct: bool = False) -> None:
+    """Looks at ids on CPUs only: elsewhere it would be a sync."""
+    if ids.device.type != "cpu" or not ids.numel():
+        return
+    if not 0 <= int(ids.min()) <= int(ids.max()) < count:
         raise ValueError(f"{name}: expected ids in [0, {count}), got {int(ids.min())} to {int(ids.max())}")
+    if distinct and len(ids.unique()) < len(ids):
+        raise ValueError(f"{name}: expected distinct positions, got {len(ids)} of which {len(ids.unique())} differ")
 
 
 def _spread(values: Tensor, call: Call, shape: torch.Size) -> Tensor:
@@ -114,13 +116,14 @@ class _Term(Program):
     def __init__(self, term: str, kind: list[float], temperature: float, topk: int):
         self.term, self.temperature, self.topk = term, temperature, topk
         self.divergence = Divergence("", *kind) if kind else None
+        self.plackett_luce = term == "plackett_luce"
 
     def coefficients(self, tokens: Tokens) -> dict[str, Tensor]:
         return {} if tokens.weight is None else {self.term: tokens.weight}
 
 
 class _Values(NamedTuple):
-    """The arguments of token_values after the sources. ``kind``: a, b and mix of a divergence, or nothing."""
+    """The arguments of token_values after the sources. ``kind``: a, b, mix and detached of a divergence, or nothing."""
 
     term: str
     kind: list[float]

@@ -21,8 +21,10 @@ class Chunk(NamedTuple):
     pieces: list[slice]
 
 
-def split(start: int, stop: int, most: int) -> list[slice]:
-    """[start, stop) in the fewest slices of at most ``most``, of even size."""
+def split(start: int, stop: int, most: int, border: int = 0) -> list[slice]:
+    """[start, stop) in the fewest slices of at most ``most``, of even size; none lies on both sides of ``border``."""
+    if start < border < stop:
+        return split(start, border, most) + split(border, stop, most)
     count = math.ceil((stop - start) / most)
     edges = [start + (stop - start) * i // count for i in range(count + 1)]
     return [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]

@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from .divergences import JSD, Divergence
+from .divergences import JSD, Divergence, SkewKL, SkewReverseKL
 
 # ---- per token -----------------------------------------------------------------------------------------------------
 
@@ -64,6 +64,8 @@ def divergence(z_s: Tensor, z_t: Tensor, kind: Divergence, temperature: float = 
     log_q = (z_s / temperature).log_softmax(-1)
     log_p = (z_t / temperature).log_softmax(-1)
     log_m = log_mixture(log_p, log_q, kind.mix)
+    if kind.detached:
+        log_m = log_m.detach()
     value = torch.zeros_like(log_q[..., 0])
     if kind.a:
         value = value + kind.a * xlogy(log_p.exp(), log_p - log_m).sum(-1)
@@ -156,6 +158,33 @@ def gate(entropy_s: Tensor, entropy_t: Tensor, tau: float) -> Tensor:
     return torch.sigmoid((entropy_s.detach() - entropy_t.detach()) / tau)
 
 
+def collision(z: Tensor, k: int) -> Tensor:
+    """sum of the k largest p_i^2, not renormalised; z [C, V] -> [C]  (VCRD, appendix 10.4)."""
+    return z.softmax(-1).topk(min(k, z.shape[-1])).values.square().sum(-1)
+
+
+def likelihood_ratio(log_p_proposal: Tensor, collision: Tensor) -> Tensor:
+    """w = exp(clip(0.5 ln w_raw, ln 0.5, ln 2)), w_raw = p(a_S) / (collision + 1e-8); [C], [C] -> [C].
+
+    a_S is the student's argmax, p the teacher, ``collision`` that of its 128 largest  (VCRD, appendix 10.4).
+    """
+    log_raw = log_p_proposal.detach() - (collision.detach() + 1e-8).log()
+    return (0.5 * log_raw).clamp(math.log(0.5), math.log(2.0)).exp()
+
+
+def validity_weights(student: Tensor, teacher: Tensor, kind: str = "ratio") -> Tensor:
+    """w from a judge's scores r_S = r(c, a_S), r_T = r(c, a_T) of both models' proposals at a prefix  (VCRD eq. 1)."""
+    r_s, r_t = student.detach(), teacher.detach()
+    ratio = r_s / (r_t + 1e-8)
+    return {
+        "ratio": ratio,
+        "clamped_ratio": ratio.clamp(max=1.0),  # no amplification
+        "difference": r_s - r_t,
+        "student": r_s,
+        "uniform": torch.ones_like(ratio),
+    }[kind]
+
+
 # ---- per response --------------------------------------------------------------------------------------------------
 
 
@@ -177,6 +206,20 @@ def most_uncertain(entropy_s: Tensor, ratio: float) -> Tensor:
     return torch.zeros_like(entropy_s, dtype=torch.bool).index_fill(0, chosen, True)
 
 
+def adaptive_shares(gaps: Tensor, history: Tensor, edges, shares, window: int) -> Tensor:
+    """The share c of each of some consecutive responses; gaps [R] mean(H_s - H_t), history [<= window] earlier ones.
+
+    A response's difficulty is the mean of its gap and the window - 1 before it; c is that of the interval between
+    ``edges`` in which the difficulty lies (its lower edge belongs to it)  (TSD-KD, appendix A.7).
+    """
+    samples, chosen = history.detach().tolist(), []
+    for gap in gaps.detach().tolist():
+        samples = [*samples, gap][-window:]
+        difficulty = sum(samples) / len(samples)
+        chosen.append(shares[sum(difficulty >= edge for edge in edges)])
+    return gaps.new_tensor(chosen)
+
+
 # ---- objectives, one response at a time; z_s, z_t are lists of [L, V] -----------------------------------------------
 
 
@@ -186,7 +229,7 @@ def tsd_kd(
     beta=0.9,
     tau=1.0,
     k=10,
-    opener_share=0.1,
+    opener_share: float | list[float] = 0.1,
     entropy_ratio=0.1,
     indirect_weight=0.1,
     direct_weight=1.0,
@@ -196,15 +239,16 @@ def tsd_kd(
     """E over responses [ w_ind * L_ind + w_dir * L_dir + w_em * L_em ]  (TSD-KD eq. 13).
 
     L_dir = mean_t gate(t) JSD_beta(t);  L_ind = sum over the opener of the Plackett-Luce NLL (eq. 5);
-    L_em = mean of H_s over the most uncertain tokens (eq. 12).
+    L_em = mean of H_s over the most uncertain tokens (eq. 12). The opener's share may differ per response (A.7).
     """
     losses = []
-    for s, t in zip(z_s, z_t, strict=True):
+    shares = opener_share if isinstance(opener_share, list) else [opener_share] * len(z_s)
+    for s, t, share in zip(z_s, z_t, shares, strict=True):
         h_s, h_t = entropy(s), entropy(t)
         direct = (gate(h_s, h_t, tau) * divergence(s, t, JSD(beta), temperature)).mean()
         proposed = candidates(s.detach(), k)
         ranked = s.gather(-1, proposed.gather(-1, teacher_order(t.gather(-1, proposed))))
-        indirect = plackett_luce(ranked)[opener(h_s, opener_share)].sum()
+        indirect = plackett_luce(ranked)[opener(h_s, share)].sum()
         uncertain = h_s[most_uncertain(h_s, entropy_ratio)].mean()
         losses.append(indirect_weight * indirect + direct_weight * direct + entropy_weight * uncertain)
     return torch.stack(losses).mean()
@@ -213,6 +257,45 @@ def tsd_kd(
 def gkd(z_s: list[Tensor], z_t: list[Tensor], beta=0.9, temperature=1.0) -> Tensor:
     """E over responses of mean_t JSD_beta(t)  (GKD eq. 2)."""
     return torch.stack([divergence(s, t, JSD(beta), temperature).mean() for s, t in zip(z_s, z_t, strict=True)]).mean()
+
+
+def distillm2(
+    z_s: list[Tensor],
+    z_t: list[Tensor],
+    from_teacher: list[bool],
+    alpha_teacher=0.1,
+    alpha_student=0.1,
+    detach=False,
+) -> Tensor:
+    """E over responses of mean_t SKL(t) where the teacher wrote the response, of mean_t SRKL(t) elsewhere."""
+    kinds = {True: SkewKL(alpha_teacher), False: SkewReverseKL(alpha_student, detach)}
+    means = [divergence(s, t, kinds[written]).mean() for s, t, written in zip(z_s, z_t, from_teacher, strict=True)]
+    return torch.stack(means).mean()
+
+
+def vcrd(
+    z_s: list[Tensor],
+    z_t: list[Tensor],
+    from_teacher: list[bool],
+    weights: list[Tensor] | None = None,
+    alpha=0.1,
+    lambda_teacher=1.0,
+    lambda_student=1.0,
+) -> Tensor:
+    """[lambda_T sum_t w SKL over teacher responses + lambda_S sum_t w SRKL over student responses] / prompts.
+
+    VCRD eqs. 2 - 4, Algorithm 1; w as given [L], by default the likelihood ratio. A prompt has one response of each.
+    """
+    total = 0.0
+    for i, (s, t, written) in enumerate(zip(z_s, z_t, from_teacher, strict=True)):
+        if weights is None:
+            log_p_proposal = t.log_softmax(-1).gather(-1, s.argmax(-1, keepdim=True))[:, 0]
+            w = likelihood_ratio(log_p_proposal, collision(t, 128))
+        else:
+            w = weights[i].detach()
+        kind, factor = (SkewKL(alpha), lambda_teacher) if written else (SkewReverseKL(alpha), lambda_student)
+        total = total + factor * (w * divergence(s, t, kind)).sum()
+    return total / max(sum(from_teacher), len(from_teacher) - sum(from_teacher))
 
 
 def sft(z_s: list[Tensor], target: list[Tensor]) -> Tensor:

@@ -12,7 +12,10 @@ from . import gemm
 from .heads import Head, Logits, Source, TopK
 from .rows import Rows
 
-_COPIED = 1 << 22  # logits copied at a time: what a copy needs beside its output
+
+def _copied(vocabulary: int, device: torch.device) -> int:
+    """Rows of logits copied at a time, which the copy needs beside its output. GPUs want few launches."""
+    return max(1, (1 << 18 if device.type == "cpu" else 1 << 24) // vocabulary)
 
 
 def logits_dtype(student: Source, asked: torch.dtype | None) -> torch.dtype:
@@ -32,7 +35,8 @@ def costs(source: Source, vocabulary: int, dtype: torch.dtype) -> tuple[int, int
     if isinstance(source, TopK):
         return 0, 128 * source.indices.shape[-1]  # ids, and a dozen fp64 vectors of outcomes
     if isinstance(source, Logits):
-        return max(_COPIED, vocabulary) * source.dtype.itemsize, vocabulary * dtype.itemsize
+        copied = _copied(vocabulary, source.device) * vocabulary * source.dtype.itemsize
+        return copied, vocabulary * dtype.itemsize
     width, operand = source.hidden.shape[-1], source.dtype
     hidden_bytes = 2 * operand.itemsize + (dtype.itemsize if dtype != operand else 0)
     return gemm.workspace(width, operand, dtype), vocabulary * dtype.itemsize + width * hidden_bytes
@@ -98,7 +102,7 @@ class LogitsSide:
         for size in reversed(self.source.shape[:-1]):
             places.insert(0, at % size)
             at = at // size
-        step = max(1, _COPIED // self.vocabulary)
+        step = _copied(self.vocabulary, logits.device)
         for first in range(0, len(logits), step):
             some = slice(first, first + step)
             logits[some] = self.source[(*(place[some] for place in places), slice(self.vocabulary))]

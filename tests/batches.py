@@ -45,6 +45,7 @@ def random_batch(
         student, teacher, mask, positions(mask), None, positions(mask),
         target=torch.randint(0, words, shape),
         weights=torch.rand(shape, dtype=torch.float64) + 0.1 if weights else None,
+        from_teacher=torch.rand(len(mask), generator=torch.Generator().manual_seed(seed + 6), device="cpu") < 0.5,
     )  # fmt: skip
     return batch.to(dtype).to(torch.float64)
 
@@ -63,6 +64,8 @@ OBJECTIVES = [
     pytest.param(lambda: kd.TSDKD(k=4, opener=0.5), id="TSDKD"),
     pytest.param(kd.GKD, id="GKD"),
     pytest.param(kd.SFT, id="SFT"),
+    pytest.param(kd.DistiLLM2, id="DistiLLM2"),
+    pytest.param(lambda: kd.VCRD(weighting="likelihood_ratio"), id="VCRD"),
 ]
 
 
@@ -74,6 +77,8 @@ def loss_of(make, batch, **more) -> torch.Tensor:
 def run(objective, batch: Batch, **more) -> kd.objectives.Output:
     teacher = batch.teacher if objective.needs_teacher else None
     teacher_mask = batch.teacher_mask if objective.needs_teacher else None
+    from_teacher = batch.from_teacher if objective.by_author else None
     return objective(
-        batch.student, teacher, batch.mask, weights=batch.weights, teacher_mask=teacher_mask, **more
+        batch.student, teacher, batch.mask, weights=batch.weights, from_teacher=from_teacher, teacher_mask=teacher_mask,
+        **more,
     )  # fmt: skip

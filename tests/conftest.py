@@ -8,7 +8,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
-from backends import BACKENDS
+from backends import BACKENDS, PRECISIONS
 
 from kdkernels import memory
 
@@ -46,3 +46,10 @@ def backend(request, monkeypatch):
     on_gpu = request.param == "triton" and torch.cuda.is_available()
     with torch.device("cuda" if on_gpu else "cpu"):
         yield request.param
+
+
+@pytest.fixture(params=PRECISIONS, ids=lambda p: f"{p[0]}-{str(p[1])[6:]}")
+def dtype(request, monkeypatch) -> torch.dtype:
+    """The operands' dtype, on each backend that computes with it."""
+    monkeypatch.setenv("KDKERNELS_BACKEND", request.param[0])
+    return request.param[1]

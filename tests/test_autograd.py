@@ -7,9 +7,10 @@ import torch
 import truth
 from batches import OBJECTIVES, fixed, loss_of, run
 from products import Products
+from torch.utils.checkpoint import checkpoint
 
 import kdkernels as kd
-from kdkernels import gemm
+from kdkernels import gemm, operators
 
 N, HS, HT, V = 18, 8, 12, 60  # of fixed(): response tokens of 60 positions, hidden sizes, words
 
@@ -25,8 +26,9 @@ def test_only_response_tokens_are_multiplied_by_the_heads(backend, make):
     with Products() as products:
         loss_of(make, batch).backward()
     assert products.between(N, HS, V) == 3  # logits, d_hidden, d_weight
-    assert products.between(N, HT, V) == (0 if make is kd.SFT else 1)
-    assert len(products.shapes) == 3 + (make is not kd.SFT)
+    teacher = [rows for rows, *rest in products.shapes if rest == [HT, V]]  # one, or one per author
+    assert sum(teacher) == (0 if make is kd.SFT else N) and len(teacher) <= 2
+    assert len(products.shapes) == 3 + len(teacher)
 
 
 @pytest.mark.parametrize("make", OBJECTIVES)
@@ -96,6 +98,19 @@ def test_a_second_backward_gives_the_same(backend, make):
         assert torch.equal(a, kept_a), "the buffers handed out belong to the caller"
         torch.testing.assert_close(b, 5 * a, rtol=1e-5, atol=1e-8)
         assert a.norm() > 0
+
+
+@pytest.mark.parametrize("make", OBJECTIVES)
+def test_a_second_backward_is_the_forwards_whatever_changed(backend, make):
+    """Schedules change an objective's options between steps; the graph of an earlier step is still that step's."""
+    batch, objective = fixed(), make()
+    target = {"target": batch.target} if objective.needs_target else {}
+    loss = run(objective, batch, **target).loss
+    first = torch.autograd.grad(loss, truth.leaves(batch.student), retain_graph=True)
+    objective.divergence, objective.divergence_from_teacher, objective.temperature = kd.ReverseKL(), kd.ForwardKL(), 3.0
+    objective.coefficients, objective.topk, objective.selects = None, 0, False
+    second = torch.autograd.grad(loss, truth.leaves(batch.student))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_gradients_accumulate(backend):
@@ -203,3 +218,122 @@ def test_a_second_backward_after_autocast(backend):
     first = torch.autograd.grad(loss, truth.leaves(batch.student), retain_graph=True)
     second = torch.autograd.grad(loss, truth.leaves(batch.student))
     assert all(torch.equal(a, b) and a.dtype == torch.float32 for a, b in zip(first, second, strict=True))
+
+
+# ---- per-token functions ---------------------------------------------------------------------------------------------
+
+PER_TOKEN = {
+    "cross_entropy": lambda b: kd.cross_entropy(b.student, b.target),
+    "entropy": lambda b: kd.entropy(b.student),
+    "divergence": lambda b: kd.divergence(b.student, b.teacher, kd.SkewKL(0.1)),
+    "plackett_luce": lambda b: kd.plackett_luce(b.student, b.teacher, k=3),
+}
+
+
+@pytest.mark.parametrize("trained", [(), ("hidden",), ("weight",), ("bias",), ("hidden", "bias"), ("weight", "bias")])
+@pytest.mark.parametrize("name", PER_TOKEN)
+def test_gradients_of_those_that_require_them(backend, name, trained):
+    """The same numbers, and only their products: one for the values, one for the logits again, one for each matrix."""
+    batch = fixed(bias=True)
+    expected = dict(
+        zip(("hidden", "weight", "bias"), truth.gradients(PER_TOKEN[name](batch).sum(), batch.student), strict=True)
+    )
+    batch = frozen(batch, *(set(expected) - set(trained)))
+    with Products() as products:
+        value = PER_TOKEN[name](batch)
+        assert value.requires_grad == bool(trained)
+        got = torch.autograd.grad(value.sum(), truth.leaves(batch.student)) if trained else []
+    matrices = len(set(trained) - {"bias"})
+    assert products.between(batch.mask.numel(), HS, V) == 1 + bool(trained) + matrices
+    for key, g in zip(trained, got, strict=True):
+        assert torch.equal(g, expected[key]) and g.norm() > 0
+
+
+@pytest.mark.parametrize("name", PER_TOKEN)
+def test_per_token_values_serve_several_backwards(backend, name):
+    batch = fixed(bias=True)
+    value = PER_TOKEN[name](batch)
+    first = torch.autograd.grad(value.sum(), truth.leaves(batch.student), retain_graph=True)
+    kept = [g.clone() for g in first]
+    second = torch.autograd.grad((value * 4).sum(), truth.leaves(batch.student))
+    for a, b, kept_a in zip(first, second, kept, strict=True):
+        assert torch.equal(a, kept_a) and torch.equal(b, 4 * a) and a.norm() > 0
+
+
+def test_per_token_gradients_have_no_derivative(backend):
+    batch = fixed()
+    (gradient,) = torch.autograd.grad(kd.entropy(batch.student).sum(), batch.student.hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        gradient.square().sum().backward()
+
+
+@pytest.mark.parametrize("name", PER_TOKEN)
+def test_per_token_values_under_no_grad(backend, name, monkeypatch):
+    batch = fixed()
+    expected = PER_TOKEN[name](batch)
+    monkeypatch.setattr(operators, "token_gradients", None)
+    with torch.no_grad():
+        value = PER_TOKEN[name](batch)
+    assert not value.requires_grad and torch.equal(value, expected)
+
+
+@pytest.mark.parametrize("name", PER_TOKEN)
+def test_autocast_casts_the_operands_of_per_token_functions(backend, name):
+    batch = fixed(bias=True)
+    narrow = batch.to(torch.bfloat16)
+    expected = PER_TOKEN[name](narrow)
+    gradients = truth.gradients(expected.sum(), narrow.student)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value = PER_TOKEN[name](batch)
+    assert torch.equal(value, expected)
+    for g, e in zip(truth.gradients(value.sum(), batch.student), gradients, strict=True):
+        assert g.dtype == torch.float32 and torch.equal(g, e.float()) and g.norm() > 0
+
+
+# ---- checkpointing ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize(
+    "loss",
+    [lambda b: run(kd.TSDKD(k=4), b).loss, lambda b: run(kd.SFT(), b, target=b.target).loss]
+    + [lambda b, f=f: f(b).square().sum() for f in PER_TOKEN.values()],
+    ids=["TSDKD", "SFT", *PER_TOKEN],
+)
+def test_checkpoint(backend, loss, use_reentrant):
+    """The loss of a trunk's hidden states, computed again in the backward."""
+    batch = fixed(bias=True)
+    trunk = torch.randn(HS, HS, requires_grad=True)
+    leaves = [trunk, *truth.leaves(batch.student)]
+
+    def step(trunk, hidden, weight, bias):
+        return loss(replace(batch, student=kd.Head(hidden @ trunk, weight, bias)))
+
+    plain = step(*leaves)
+    expected = torch.autograd.grad(plain, leaves)
+    again = checkpoint(step, *leaves, use_reentrant=use_reentrant)
+    again.backward()
+    assert torch.equal(again, plain)
+    for leaf, e in zip(leaves, expected, strict=True):
+        assert torch.equal(leaf.grad, e) and e.norm() > 0
+
+
+# ---- fp16 ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mean", ["objective", "per token"])
+def test_fp16_keeps_the_gradients_of_a_mean(backend, mean):
+    """A mean over 1000 tokens of 3000 words: q / 1000 has no fp16 value. The mean is taken after the products."""
+    batch = fixed(torch.float16, (1000,), longest=1000, words=3000, spread=0.5)
+    batch.target %= 10  # the gradient of all other words is nothing but q
+    exact = batch.to(torch.float64)
+
+    def loss(b):
+        if mean == "objective":
+            return run(kd.SFT(), b, target=b.target).loss
+        return kd.cross_entropy(b.student, b.target, rows=kd.Layout.from_mask(b.mask)).sum() / 1000
+
+    got = truth.gradients(loss(batch), batch.student)
+    expected = truth.gradients(truth.sft(exact), exact.student)
+    assert all(g.dtype == torch.float16 for g in got)
+    assert truth.relative(got[1][10:], expected[1][10:]) < 0.001

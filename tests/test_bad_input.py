@@ -1,13 +1,19 @@
 """What the engine does not accept: each error names the argument, what was expected and what came."""
 
+import math
+
 import pytest
 import torch
 from batches import fixed, run
 
 import kdkernels as kd
+from kdkernels import operators
+from kdkernels.objectives import base, validity_weights
 
 MASK = torch.ones(2, 5, dtype=torch.bool)
+INF = math.inf
 TARGET = torch.zeros(2, 5, dtype=torch.int64)
+VCRD = kd.VCRD(weighting="uniform")
 
 
 def head(shape=(2, 5), hidden=4, words=20, dtype=torch.float32, device="cpu", **more) -> kd.Head:
@@ -17,7 +23,9 @@ def head(shape=(2, 5), hidden=4, words=20, dtype=torch.float32, device="cpu", **
 
 
 def tsd(student=None, teacher=None, mask=MASK, objective=None, **more):
-    return (objective or kd.TSDKD(k=3))(head() if student is None else student, teacher or head(), mask, **more)
+    return (objective or kd.TSDKD(k=3))(
+        head() if student is None else student, head() if teacher is None else teacher, mask, **more
+    )
 
 
 def sft(mask=MASK, **more):
@@ -55,10 +63,44 @@ BAD_CALLS = {
     "target out of range": (lambda: sft(target=TARGET + 20), ValueError, ["target", "[0, 20)", "20"]),
     "target negative": (lambda: sft(target=TARGET - 100), ValueError, ["target", "[0, 20)", "-100"]),
     "weights' shape": (lambda: tsd(weights=torch.ones(5, 2)), ValueError, ["weights", "[2, 5]", "[5, 2]"]),
+    "weights that are trained": (
+        lambda: tsd(weights=torch.ones(2, 5, requires_grad=True)), ValueError, ["weights", "gradient", "detach"],
+    ),
     "weights of integers": (lambda: tsd(weights=TARGET), TypeError, ["weights", "float", "int64"]),
     "weights are a list": (lambda: tsd(weights=[1.0]), TypeError, ["weights", "float", "list"]),
     "weights' device": (lambda: tsd(weights=torch.ones(2, 5, device="meta")), ValueError, ["weights", "cpu", "meta"]),
     "from_teacher": (lambda: tsd(from_teacher=MASK[:, 0]), TypeError, ["from_teacher", "TSDKD", "None"]),
+    "from_teacher missing": (
+        lambda: tsd(objective=kd.DistiLLM2()), TypeError, ["from_teacher", "DistiLLM2", "NoneType"],
+    ),
+    "from_teacher of integers": (
+        lambda: tsd(objective=VCRD, from_teacher=TARGET[:, 0]), TypeError, ["from_teacher", "VCRD", "bool", "int64"],
+    ),
+    "from_teacher's shape": (
+        lambda: tsd(objective=VCRD, from_teacher=MASK), ValueError, ["from_teacher", "[2]", "[2, 5]"],
+    ),
+    "weights missing": (
+        lambda: tsd(objective=kd.VCRD(), from_teacher=MASK[:, 0]), TypeError, ["weights", "VCRD", "None"],
+    ),
+    "a stored teacher for the likelihood ratio": (
+        lambda: tsd(
+            teacher=kd.TopK(torch.arange(2).expand(2, 5, 2), torch.full((2, 5, 2), -1.0)),
+            objective=kd.VCRD(weighting="likelihood_ratio"), from_teacher=MASK[:, 0],
+        ), TypeError, ["teacher", "TopK", "all words"],
+    ),
+    # what is wrong is wrong without a token, too
+    "k above the vocabulary, no token": (
+        lambda: tsd(objective=kd.TSDKD(k=21), mask=~MASK), ValueError, ["k", "20", "21"],
+    ),
+    "teacher's vocabulary, no token": (
+        lambda: tsd(teacher=head(words=19), mask=~MASK), ValueError, ["teacher", "20", "19", "vocab_size"],
+    ),
+    "memory_budget too small, no token": (
+        lambda: tsd(memory_budget=100, mask=~MASK), ValueError, ["memory_budget", "bytes", "100"],
+    ),
+    "from_teacher missing, no token": (
+        lambda: tsd(objective=VCRD, mask=~MASK), TypeError, ["from_teacher", "VCRD", "NoneType"],
+    ),
     # options
     "k above the vocabulary": (lambda: tsd(objective=kd.TSDKD(k=21)), ValueError, ["k", "20", "21"]),
     "k above the real vocabulary": (
@@ -73,6 +115,17 @@ BAD_CALLS = {
     "tau": (lambda: kd.TSDKD(tau=0.0), ValueError, ["tau", "positive", "0.0"]),
     "opener": (lambda: kd.TSDKD(opener=1.5), ValueError, ["opener", "[0, 1]", "1.5"]),
     "entropy_ratio": (lambda: kd.TSDKD(entropy_ratio=-1), ValueError, ["entropy_ratio", "[0, 1]", "-1"]),
+    "weighting": (lambda: kd.VCRD(weighting="ratio"), ValueError, ["weighting", "likelihood_ratio", "'ratio'"]),
+    "aggregation": (lambda: kd.VCRD(aggregation="mean"), ValueError, ["aggregation", "prompts", "'mean'"]),
+    "alpha of VCRD": (lambda: kd.VCRD(alpha=1.5), ValueError, ["alpha", "[0, 1]", "1.5"]),
+    "opener by name": (lambda: kd.TSDKD(opener="adaptive"), TypeError, ["opener", "number", "adaptive"]),
+    "scores of integers": (lambda: validity_weights(TARGET, TARGET), TypeError, ["student", "float", "int64"]),
+    "scores' shape": (
+        lambda: validity_weights(torch.ones(2, 5), torch.ones(5)), ValueError, ["teacher", "[2, 5]", "[5]"],
+    ),
+    "kind of weight": (
+        lambda: validity_weights(torch.ones(2), torch.ones(2), "log"), ValueError, ["kind", "clamped_ratio", "'log'"],
+    ),
     "temperature": (lambda: kd.GKD(temperature=0), ValueError, ["temperature", "positive", "0"]),
     "memory_budget too small": (lambda: tsd(memory_budget=100), ValueError, ["memory_budget", "bytes", "100"]),
     "memory_budget negative": (lambda: sft(memory_budget=-1), ValueError, ["memory_budget", "-1"]),
@@ -81,7 +134,74 @@ BAD_CALLS = {
     "logits_dtype narrower than the operands": (
         lambda: sft(logits_dtype=torch.bfloat16), ValueError, ["logits_dtype", "float32", "bfloat16"],
     ),
+    "weights that want a gradient": (
+        lambda: tsd(weights=torch.ones(2, 5, requires_grad=True)), ValueError, ["weights", "gradient"],
+    ),
+    "temperature of infinity": (lambda: kd.GKD(temperature=INF), ValueError, ["temperature", "finite", "inf"]),
+    "temperature of nan": (lambda: kd.GKD(temperature=math.nan), ValueError, ["temperature", "nan"]),
+    "temperature in words": (lambda: kd.GKD(temperature="1"), TypeError, ["temperature", "number", "'1'"]),
+    "temperature of true": (lambda: kd.GKD(temperature=True), TypeError, ["temperature", "number", "True"]),
+    "tau of infinity": (lambda: kd.TSDKD(tau=INF), ValueError, ["tau", "finite", "inf"]),
+    "opener of true": (lambda: kd.TSDKD(opener=True), TypeError, ["opener", "number", "True"]),
+    "k of true": (lambda: kd.TSDKD(k=True), TypeError, ["k", "int", "True"]),
+    "beta in words": (lambda: kd.GKD(beta="x"), TypeError, ["beta", "number", "'x'"]),
+    "beta of nothing": (lambda: kd.JSD(None), TypeError, ["beta", "number", "None"]),
+    "alpha of a tensor": (lambda: kd.SkewKL(torch.ones(())), TypeError, ["alpha", "number", "tensor"]),
+    "memory_budget of true": (lambda: sft(memory_budget=True), TypeError, ["memory_budget", "int", "True"]),
+    "memory_budget of a float": (lambda: sft(memory_budget=1e9), TypeError, ["memory_budget", "int", "1000000000.0"]),
+    "logits_dtype in words": (lambda: sft(logits_dtype="fp32"), TypeError, ["logits_dtype", "torch.dtype", "fp32"]),
+    "an unknown teacher": (lambda: tsd(teacher=torch.ones(2, 5, 20)), TypeError, ["teacher", "kd.Logits", "Tensor"]),
+    "a layout that does not add up": (
+        lambda: kd.Layout(torch.arange(5), (2, 2), (2, 5)), ValueError, ["lengths", "5", "[2, 2]"],
+    ),
+    "a layout with an empty response": (
+        lambda: kd.Layout(torch.arange(4), (4, 0), (2, 5)), ValueError, ["lengths", "positive", "[4, 0]"],
+    ),
+    # rows
+    "rows in a list": (lambda: kd.entropy(head(), rows=[1]), TypeError, ["rows", "int64", "list"]),
+    "rows of int32": (lambda: kd.entropy(head(), rows=TARGET[0].int()), TypeError, ["rows", "int64", "int32"]),
+    "rows of two dimensions": (lambda: kd.entropy(head(), rows=TARGET), ValueError, ["rows", "[10]", "[2, 5]"]),
+    "a mask of rows": (lambda: kd.entropy(head(), rows=MASK.t()), ValueError, ["rows", "[2, 5]", "[5, 2]"]),
+    "a layout of rows": (
+        lambda: kd.entropy(head(), rows=kd.Layout.from_mask(MASK[:1])), ValueError, ["rows", "[2, 5]", "[1, 5]"],
+    ),
+    "rows beyond the last": (
+        lambda: kd.entropy(head(), rows=torch.tensor([3, 10])), ValueError, ["rows", "[0, 10)", "3 to 10"],
+    ),
+    "negative rows": (lambda: kd.entropy(head(), rows=torch.tensor([-1])), ValueError, ["rows", "[0, 10)", "-1"]),
+    "rows twice": (lambda: kd.entropy(head(), rows=torch.tensor([3, 3])), ValueError, ["rows", "distinct", "2", "1"]),
+    "rows elsewhere": (
+        lambda: kd.entropy(head(), rows=torch.arange(3, device="meta")), ValueError, ["rows", "cpu", "meta"],
+    ),
     # per-token functions
+    "infinite temperature of a divergence": (
+        lambda: kd.divergence(head(), head(), kd.ForwardKL(), temperature=INF), ValueError, ["temperature", "inf"],
+    ),
+    "a divergence's teacher elsewhere": (
+        lambda: kd.divergence(head(), head(device="meta"), kd.ForwardKL()), ValueError, ["teacher", "cpu", "meta"],
+    ),
+    "a divergence's teacher in bf16": (
+        lambda: kd.divergence(head(), head(dtype=torch.bfloat16), kd.ForwardKL()),
+        TypeError, ["teacher", "float32", "bfloat16"],
+    ),
+    "a divergence's budget": (
+        lambda: kd.divergence(head(), head(), kd.ForwardKL(), memory_budget=10), ValueError, ["memory_budget", "10"],
+    ),
+    "a divergence's logits": (
+        lambda: kd.divergence(head(), head(), kd.ForwardKL(), logits_dtype=torch.bfloat16),
+        ValueError, ["logits_dtype", "float32", "bfloat16"],
+    ),
+    "cross-entropy's device": (
+        lambda: kd.cross_entropy(head(), TARGET.to("meta")), ValueError, ["target", "cpu", "meta"],
+    ),
+    "ignore_index": (lambda: kd.cross_entropy(head(), TARGET, True), TypeError, ["ignore_index", "int", "True"]),
+    "plackett_luce's k of true": (lambda: kd.plackett_luce(head(), head(), k=True), TypeError, ["k", "int", "True"]),
+    "plackett_luce's k of nothing": (lambda: kd.plackett_luce(head(), head(), k=0), ValueError, ["k", "1", "0"]),
+    "statistics' topk of true": (lambda: kd.statistics(head(), topk=True), TypeError, ["topk", "int", "True"]),
+    "statistics' collision": (
+        lambda: kd.statistics(head(words=300), collision=129), ValueError, ["collision", "128", "129"],
+    ),
+    "collision of all": (lambda: kd.statistics(head(), collision=21), ValueError, ["collision", "20", "21"]),
     "divergence without its number": (
         lambda: kd.divergence(head(), head(), kd.JSD), TypeError, ["kind", "kd.JSD(0.9)"],
     ),
@@ -127,3 +247,15 @@ def test_a_teacher_padded_less_than_the_student(backend):
     """The real vocabulary decides, not the rows: 20 words padded to 32, a teacher of 24 rows."""
     out = tsd(head(words=32, vocab_size=20), head(words=24))
     assert out.loss.isfinite()
+
+
+def test_ids_of_a_gpu_are_masked_and_reported(backend, monkeypatch):
+    """Asking a GPU whether ids are words would be a sync: what is none gives NaN, reads nothing and is counted."""
+    monkeypatch.setattr(operators, "check_range", lambda *_, **__: None)
+    monkeypatch.setattr(base, "check_range", lambda *_, **__: None)
+    batch = fixed()
+    batch.target[0, 3], batch.target[2, 4] = 60, -5
+    value = kd.cross_entropy(batch.student, batch.target)
+    assert value[0, 3].isnan() and value[2, 4].isnan() and value.isnan().sum() == 2
+    out = run(kd.SFT(), batch, target=batch.target)
+    assert out.loss.isnan() and out.metrics["nonfinite_tokens"] == 2

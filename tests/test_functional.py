@@ -231,3 +231,44 @@ def test_one_candidate_has_one_order(backend):
     value = kd.plackett_luce(student, teacher, k=1)
     value.sum().backward()
     assert (value == 0).all() and (student.hidden.grad == 0).all()
+
+
+@pytest.mark.parametrize("name", ["forward", "jsd.9"])
+def test_operands_that_are_not_contiguous(backend, name):
+    """Transposed and strided hidden states, weights and biases; the gradients have their shapes and values."""
+    student, teacher = heads(F32)
+    kind = truth.DIVERGENCES[name][0]
+    value = kd.divergence(student, teacher, kind)
+    expected = torch.autograd.grad(value.sum(), truth.leaves(student))
+
+    def strange(head: kd.Head) -> kd.Head:
+        hidden = head.hidden.detach().transpose(0, 1).contiguous().transpose(0, 1)
+        weight = head.weight.detach().t().contiguous().t()
+        bias = torch.stack([head.bias.detach()] * 2, -1)[:, 0]
+        assert not any(t.is_contiguous() for t in (hidden, weight, bias))
+        tensors = (t.requires_grad_(head.weight.requires_grad) for t in (hidden, weight, bias))
+        return replace(head, **dict(zip(("hidden", "weight", "bias"), tensors, strict=True)))
+
+    other = strange(student)
+    value_of_other = kd.divergence(other, strange(teacher), kind)
+    torch.testing.assert_close(value_of_other, value)
+    for g, e in zip(torch.autograd.grad(value_of_other.sum(), truth.leaves(other)), expected, strict=True):
+        assert truth.relative(g, e) < 1e-6
+    out = kd.GKD(0.9)(other, strange(teacher), torch.ones(SHAPE, dtype=torch.bool))
+    whole = kd.GKD(0.9)(student, teacher, torch.ones(SHAPE, dtype=torch.bool))
+    for g, e in zip(
+        *(torch.autograd.grad(o.loss, truth.leaves(s)) for o, s in ((out, other), (whole, student))), strict=True
+    ):
+        assert truth.relative(g, e) < 1e-6
+
+
+def test_all_words_are_candidates(backend):
+    student, teacher = heads(F32)
+    value = kd.plackett_luce(student, teacher, k=WORDS)
+    z_s, z_t = flat(student), flat(teacher)
+    expected = truth.plackett_luce(z_s.gather(-1, z_t.argsort(-1, descending=True)))
+    torch.testing.assert_close(value.flatten(), expected, rtol=1e-4, atol=1e-4)
+    statistics = kd.statistics(student, topk=WORDS, collision=128)
+    assert torch.equal(statistics.topk_indices.sort(-1).values, torch.arange(WORDS).expand(*SHAPE, WORDS))
+    squares = statistics.topk_log_probs.double().exp().square()[..., :128].sum(-1)
+    torch.testing.assert_close(statistics.collision.double(), squares, rtol=1e-5, atol=0)

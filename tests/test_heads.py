@@ -113,6 +113,13 @@ HIDDEN, WEIGHT = torch.zeros(2, 3), torch.zeros(7, 3)
         (dict(scale=float("nan")), ValueError, ["scale", "nan"]),
         (dict(vocab_size=8), ValueError, ["vocab_size", "7", "8"]),
         (dict(vocab_size=0), ValueError, ["vocab_size", "0"]),
+        (dict(vocab_size=True), TypeError, ["vocab_size", "int", "True"]),
+        (dict(vocab_size=5.0), TypeError, ["vocab_size", "int", "5.0"]),
+        (dict(softcap=True), TypeError, ["softcap", "number", "True"]),
+        (dict(softcap=float("inf")), ValueError, ["softcap", "finite", "inf"]),
+        (dict(scale=float("inf")), ValueError, ["scale", "finite", "inf"]),
+        (dict(scale="2"), TypeError, ["scale", "number", "'2'"]),
+        (dict(scale=None), TypeError, ["scale", "number", "None"]),
     ],
     ids=lambda x: "-".join(x) if isinstance(x, dict) else None,
 )

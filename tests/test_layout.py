@@ -65,6 +65,15 @@ def test_a_part_is_a_layout_of_its_own():
     assert part.response.tolist() == [0, 0, 1]
 
 
+def test_taking_responses_in_another_order():
+    layout = kd.Layout.from_mask(torch.tensor([[1, 1, 0], [0, 0, 0], [1, 0, 1], [0, 0, 1]]).bool())
+    taken = layout.take([2, 0])
+    assert responses(taken) == [[11], [0, 1]] and taken.shape == (4, 3)
+    assert responses(layout.take([])) == [] and len(layout.take([])) == 0
+    written = layout.written_by(torch.tensor([True, False, False, True]))
+    assert written == [True, False, True], "rows 0, 2 and 3 have responses"
+
+
 def test_to_another_device():
     layout = kd.Layout.from_mask(torch.ones(2, 3, dtype=torch.bool)).to("meta")
     assert layout.index.device.type == "meta" and layout.lengths == (3, 3)

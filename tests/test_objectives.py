@@ -1,13 +1,13 @@
 """TSD-KD, GKD and SFT against dense autograd on random ragged batches, in fp64, fp32 and bf16."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
 import truth
-from backends import EXAMPLES, PRECISIONS
-from batches import OBJECTIVES, fixed, loss_of, positions, random_batch, run
-from hypothesis import HealthCheck, given, settings
+from batches import OBJECTIVES, fixed, loss_of, run
+from drawn import DRAWN, SHAPES, compare
+from hypothesis import given
 from hypothesis import strategies as st
 from selections import Recorder, assert_within_rounding
 
@@ -16,67 +16,6 @@ from kdkernels import reference
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 
-# ---- random batches --------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A batch as hypothesis draws it; ``numbers`` seeds what is inside the tensors."""
-
-    numbers: int
-    rows: int
-    length: int
-    density: float
-    layout: str  # mask, segments or teacher_mask
-    words: int
-    hidden: tuple[int, int]
-    padding: tuple[int, int]
-    bias: bool
-    softcap: float | None
-    scale: float
-    weights: bool
-
-    def batch(self, dtype: torch.dtype) -> truth.Batch:
-        generator = torch.Generator().manual_seed(self.numbers)
-        shape = (self.rows, self.length)
-        mask = torch.rand(shape, generator=generator) < self.density
-        batch = random_batch(
-            self.numbers, mask, self.words, *self.hidden, *self.padding, self.bias, self.softcap, self.scale,
-            self.weights, dtype,
-        )  # fmt: skip
-        if self.layout == "segments":
-            ids = mask * torch.randint(1, 3, shape, generator=generator)
-            rows = [
-                [b * self.length + t for t in range(self.length) if ids[b, t] == i]
-                for b in range(self.rows)
-                for i in (1, 2)
-            ]
-            batch.mask = kd.Layout.from_segments(ids)
-            batch.responses = batch.teacher_responses = [r for r in rows if r]
-        elif self.layout == "teacher_mask":  # the teacher reads a longer prompt
-            wide = torch.zeros(self.rows, self.length + 3, dtype=torch.bool)
-            wide[:, 3:] = mask
-            batch.teacher_mask, batch.teacher_responses = wide, positions(wide)
-            hidden = torch.randn(self.rows, self.length + 3, self.hidden[1]).to(dtype).double()
-            batch.teacher = replace(batch.teacher, hidden=hidden)
-        return batch
-
-
-SHAPES = st.builds(
-    Shape,
-    numbers=st.integers(0, 10**6),
-    rows=st.integers(1, 4),
-    length=st.integers(1, 12),
-    density=st.sampled_from([0.2, 0.7, 1.0]),
-    layout=st.sampled_from(["mask", "mask", "segments", "teacher_mask"]),
-    words=st.integers(12, 150),
-    hidden=st.tuples(st.integers(1, 20), st.integers(1, 20)),
-    padding=st.tuples(st.sampled_from([0, 5]), st.sampled_from([0, 64])),
-    bias=st.booleans(),
-    softcap=st.sampled_from([None, 3.0, 30.0]),
-    scale=st.sampled_from([1.0, 0.5]),
-    weights=st.booleans(),
-)
 OPTIONS = st.fixed_dictionaries(
     {
         "beta": st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]),
@@ -90,9 +29,6 @@ OPTIONS = st.fixed_dictionaries(
         "temperature": st.sampled_from([1.0, 0.7]),
     }
 )
-DRAWN = settings(
-    max_examples=EXAMPLES, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
 
 
 def of_terms(options: dict) -> dict:
@@ -100,105 +36,42 @@ def of_terms(options: dict) -> dict:
     return {key: v for key, v in options.items() if key not in ("k", "opener", "entropy_ratio")}
 
 
-def keywords(batch: truth.Batch, **more) -> dict:
-    return {"weights": batch.weights, "teacher_mask": batch.teacher_mask, **more}
-
-
-class Comparison:
-    """Losses and gradients of an objective against ``dense`` in fp64, and in the objective's own dtype as yardstick.
-
-    Whose error is the smaller in a handful of numbers is chance. Batches are therefore judged together, one after
-    another of a shape, until they have 32 tokens and 256 numbers in each gradient.
-    """
-
-    MOST = 32
-
-    def __init__(self, dtype: torch.dtype, dense):
-        self.dtype, self.dense, self.tokens, self.batches = dtype, dense, 0, 0
-        self.parts: dict[str, list[tuple[torch.Tensor, ...]]] = {}
-
-    def wants_more(self) -> bool:
-        if self.dtype == F64 or self.batches == self.MOST:
-            return self.batches == 0
-        numbers = [sum(part[0].numel() for part in parts) for name, parts in self.parts.items() if name != "loss"]
-        return self.tokens < 32 or min(numbers) < 256
-
-    def add(self, out: kd.objectives.Output, small: truth.Batch, batch: truth.Batch, *selection):
-        """``out`` was computed over ``small``, the batch in the objective's dtype."""
-        got = truth.gradients(out.loss, small.student)
-        tokens = sum(map(len, batch.responses))
-        assert int(out.count) == (tokens if self.dense is truth.sft else len(batch.responses))
-        self.tokens, self.batches = self.tokens + tokens, self.batches + 1
-        if not batch.responses:
-            assert out.loss == 0 and all((g == 0).all() for g in got)
-            return
-        exact, eager = self.dense(batch, *selection), self.dense(small, *selection)
-        truths, yardsticks = truth.gradients(exact, batch.student), truth.gradients(eager, small.student)
-        self.parts.setdefault("loss", []).append(tuple(x.detach()[None] for x in (out.loss, eager, exact)))
-        for name, *part in zip(("hidden", "weight", "bias"), got, yardsticks, truths, strict=False):
-            assert part[0].dtype == self.dtype
-            self.parts.setdefault(f"gradient of {name}", []).append(tuple(x.flatten() for x in part))
-
-    def judge(self):
-        for name, parts in self.parts.items():
-            got, eager, exact = (torch.cat(part) for part in zip(*parts, strict=True))
-            if self.dtype == F64:
-                assert truth.relative(got, exact) < (1e-12 if name == "loss" else 1e-10), name
-            else:  # a loss is one number a batch
-                truth.assert_accurate(got, eager, exact, name, self.dtype, slack=4 if name == "loss" else 1)
-
-
-def compare(dtype: torch.dtype, shape: Shape, objective, dense, targeted: bool = False):
-    """``objective`` over batches of a shape against dense(batch)."""
-    comparison = Comparison(dtype, dense)
-    while comparison.wants_more():
-        batch = replace(shape, numbers=shape.numbers + comparison.batches).batch(dtype)
-        small = batch.to(dtype)
-        target = {"target": small.target} if targeted else {}
-        comparison.add(run(objective, small, **target), small, batch)
-    comparison.judge()
-
-
 # ---- against dense autograd ------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(params=PRECISIONS, ids=lambda p: f"{p[0]}-{str(p[1])[6:]}")
-def dtype(request, monkeypatch) -> torch.dtype:
-    """The operands' dtype, on each backend that computes with it."""
-    monkeypatch.setenv("KDKERNELS_BACKEND", request.param[0])
-    return request.param[1]
 
 
 @DRAWN
 @given(shape=SHAPES, options=OPTIONS)
 def test_tsd_kd(dtype, shape, options):
-    comparison = Comparison(dtype, lambda b, chosen: sum(truth.tsd_kd(b, chosen, **of_terms(options)).values()))
-    while comparison.wants_more():
-        batch = replace(shape, numbers=shape.numbers + comparison.batches).batch(dtype)
-        small, objective = batch.to(dtype), kd.TSDKD(**options)
+    def measure(small, batch):
+        objective = kd.TSDKD(**options)
         with pytest.MonkeyPatch.context() as patch:
             recorder = Recorder(patch, objective)
             out = run(objective, small)
-        selection = None
-        if batch.responses:
-            selection = recorder.selection()
-            z_s, z_t = truth.token_logits(batch)
-            tolerance = 4 * torch.finfo(dtype).eps * max(1.0, float(z_s.detach().abs().max()), float(z_t.abs().max()))
-            assert_within_rounding(batch, selection, options["opener"], options["entropy_ratio"], tolerance)
-        comparison.add(out, small, batch, selection)
-    comparison.judge()
+        if not batch.responses:
+            return out, None
+        selection = recorder.selection()
+        z_s, z_t = truth.token_logits(batch)
+        tolerance = 4 * torch.finfo(dtype).eps * max(1.0, float(z_s.detach().abs().max()), float(z_t.abs().max()))
+        assert_within_rounding(batch, selection, options["opener"], options["entropy_ratio"], tolerance)
+        return out, selection
+
+    compare(dtype, shape, measure, lambda b, chosen: sum(truth.tsd_kd(b, chosen, **of_terms(options)).values()))
 
 
 @DRAWN
 @given(shape=SHAPES, beta=st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]), temperature=st.sampled_from([1.0, 0.7]))
 def test_gkd(dtype, shape, beta, temperature):
-    compare(dtype, shape, kd.GKD(beta, temperature), lambda b: truth.gkd(b, beta, temperature))
+    objective = kd.GKD(beta, temperature)
+    compare(dtype, shape, lambda small, _: [run(objective, small)], lambda b: truth.gkd(b, beta, temperature))
 
 
 @DRAWN
 @given(shape=SHAPES)
 def test_sft(dtype, shape):
-    compare(dtype, shape, kd.SFT(), truth.sft, targeted=True)
+    def measure(small, batch):
+        return [run(kd.SFT(), small, target=small.target)]
+
+    compare(dtype, shape, measure, truth.sft, count=lambda batch: sum(map(len, batch.responses)))
 
 
 @DRAWN
@@ -291,7 +164,7 @@ def test_positions_outside_the_mask_do_not_exist(backend, make):
 
 
 @pytest.mark.parametrize("side", ["student", "teacher"])
-@pytest.mark.parametrize("make", OBJECTIVES[:2])
+@pytest.mark.parametrize("make", [each for each in OBJECTIVES if each.id != "SFT"])
 def test_a_bad_token_spoils_only_its_own_response(backend, make, side):
     batch = fixed()
     expected = truth.gradients(loss_of(make, batch), batch.student)[0]
@@ -324,13 +197,6 @@ def test_the_teacher_gets_no_gradient(backend):
     run(kd.TSDKD(k=4), batch).loss.backward()
     assert batch.teacher.hidden.grad is None and batch.teacher.weight.grad is None
     assert batch.student.weight.grad.norm() > 0
-
-
-def test_weights_are_constants(backend):
-    batch = fixed(weights=True)
-    batch.weights.requires_grad_()
-    run(kd.GKD(), batch).loss.backward()
-    assert batch.weights.grad is None
 
 
 @pytest.mark.parametrize("make", OBJECTIVES)

@@ -30,6 +30,20 @@ def test_chunks(lengths, rows):
         assert sum(lengths[chunk.first : chunk.last]) + lengths[following.first] > rows
 
 
+@pytest.mark.parametrize(
+    ("border", "expected"),
+    [
+        (0, [(2, 5), (5, 9)]),
+        (9, [(2, 5), (5, 9)]),
+        (2, [(2, 5), (5, 9)]),
+        (4, [(2, 4), (4, 6), (6, 9)]),
+        (8, [(2, 5), (5, 8), (8, 9)]),
+    ],
+)
+def test_no_slice_crosses_a_border(border, expected):
+    assert [(each.start, each.stop) for each in plan.split(2, 9, 4, border)] == expected
+
+
 @settings(deadline=None, derandomize=True)
 @given(
     free=st.integers(1, 10**6),

@@ -111,6 +111,7 @@ class Batch:
     teacher_responses: list[list[int]]
     target: Tensor
     weights: Tensor | None
+    from_teacher: Tensor  # [B]
 
     def to(self, dtype: torch.dtype) -> Batch:
         weights = None if self.weights is None else self.weights.to(torch.promote_types(dtype, torch.float32))
@@ -119,6 +120,16 @@ class Batch:
     @property
     def words(self) -> int:
         return min(self.student.vocabulary, self.teacher.vocabulary)
+
+    @property
+    def written(self) -> list[bool]:
+        """Whether the teacher wrote each response."""
+        length = self.student.hidden.shape[1]
+        return [bool(self.from_teacher[r[0] // length]) for r in self.responses]
+
+    @property
+    def prompts(self) -> int:
+        return max(self.written.count(True), self.written.count(False))
 
 
 def to(head: kd.Head, dtype: torch.dtype) -> kd.Head:
@@ -212,6 +223,50 @@ def gkd(batch: Batch, beta=0.9, temperature=1.0) -> Tensor:
     z_s, z_t = token_logits(batch)
     d = jsd((z_t / temperature).log_softmax(-1), (z_s / temperature).log_softmax(-1), beta) * token_weights(batch, z_s)
     return torch.stack([d[r].mean() for r in slices(batch)]).mean()
+
+
+def by_author(batch: Batch, alpha_teacher: float, alpha_student: float, detach: bool = False) -> list[Tensor]:
+    """Each response's SKL [L] where the teacher wrote it, its SRKL [L] elsewhere."""
+    z_s, z_t = token_logits(batch)
+    q, p, out = z_s.log_softmax(-1), z_t.log_softmax(-1), []
+    for r, written in zip(slices(batch), batch.written, strict=True):
+        if written:
+            out.append(kl(p[r], mixture(p[r], q[r], alpha_teacher) if alpha_teacher else q[r]))
+        else:
+            m = mixture(q[r], p[r], alpha_student) if alpha_student else p[r]
+            out.append(kl(q[r], m.detach() if detach else m))
+    return out
+
+
+def distillm2(batch: Batch, alpha_teacher=0.1, alpha_student=0.1, detach=False) -> Tensor:
+    values = by_author(batch, alpha_teacher, alpha_student, detach)
+    w = token_weights(batch, torch.cat(values))
+    return torch.stack([(w[r] * d).mean() for r, d in zip(slices(batch), values, strict=True)]).mean()
+
+
+def vcrd_weight(z_t: Tensor, proposal: Tensor) -> Tensor:
+    """w [N] of the student's proposals [N], token by token as the paper words it."""
+    out = []
+    for p, a in zip(z_t.softmax(-1), proposal.tolist(), strict=True):
+        collision = sum(x * x for x in sorted(p.tolist(), reverse=True)[:128])
+        raw = float(p[a]) / (collision + 1e-8)
+        out.append(math.exp(min(max(0.5 * math.log(raw), math.log(0.5)), math.log(2.0))) if raw > 0 else 0.5)
+    return z_t.new_tensor(out)
+
+
+def vcrd(
+    batch: Batch, proposal: Tensor | None = None, alpha=0.1, lambda_teacher=1.0, lambda_student=1.0, tokens=False
+) -> Tensor:
+    """With the students' proposals [N] the likelihood-ratio weights, on top of the caller's."""
+    values = by_author(batch, alpha, alpha)
+    w = token_weights(batch, torch.cat(values))
+    if proposal is not None:
+        w = w * vcrd_weight(token_logits(batch)[1], proposal)
+    total = 0.0
+    for r, d, written in zip(slices(batch), values, batch.written, strict=True):
+        term = (w[r] * d).mean() if tokens else (w[r] * d).sum()
+        total = total + (lambda_teacher if written else lambda_student) * term
+    return total / (len(values) if tokens else batch.prompts)
 
 
 def sft(batch: Batch) -> Tensor:

@@ -36,7 +36,8 @@ class Objective(Program, nn.Module):
 
     needs_teacher: bool = True
     needs_target: bool = False
-    mean_over: str = "responses"  # or "tokens": the denominator of the loss
+    needs_weights: bool = False
+    mean_over: str = "responses"  # or "tokens", "prompts": the denominator of the loss
     names: dict[str, str]
 
     def __call__(self, *arguments, **options) -> Output:
@@ -68,8 +69,9 @@ class Objective(Program, nn.Module):
                 outside are never multiplied by an lm_head. Without any True the loss is 0 and every gradient zero.
             target: [B, L] int64, the token that position t predicts. Where the objective does not need it, it adds the
                 metric ``cross_entropy``.
-            weights: [B, L] factor on every term of a token; the denominators stay counts.
-            from_teacher: for objectives that treat teacher-written responses differently; an error elsewhere.
+            weights: [B, L] factor on every term of a token, a constant; the denominators stay counts.
+            from_teacher: [B] bool, rows whose response the teacher wrote, for objectives that treat these differently:
+                required there, an error elsewhere. On the CPU it costs no sync.
             teacher_mask: the teacher's positions where they differ from the student's, equally many per response.
             memory_budget: bytes for logits and workspace (default 384 MiB).
             logits_dtype: default: that of the operands on CPUs, float32 on GPUs.
@@ -79,8 +81,6 @@ class Objective(Program, nn.Module):
         """
         check_student(student)
         check_limits(memory_budget, logits_dtype)
-        if from_teacher is not None:
-            raise TypeError(f"from_teacher: {type(self).__name__} treats all responses alike; expected None")
         layout = _layout("mask", mask, student)
         if self.needs_teacher:
             check_teacher(student, teacher, same_positions=teacher_mask is None)
@@ -88,26 +88,40 @@ class Objective(Program, nn.Module):
             raise TypeError(f"teacher: {type(self).__name__} has none; expected None, got {type(teacher).__name__}")
         elif teacher_mask is not None:
             raise TypeError(f"teacher_mask: {type(self).__name__} has no teacher; expected None")
+        if self.by_author:
+            _check_from_teacher(type(self).__name__, from_teacher, layout.shape[0])
+        elif from_teacher is not None:
+            raise TypeError(f"from_teacher: {type(self).__name__} treats all responses alike; expected None")
+        if self.needs_weights and weights is None:
+            raise TypeError(f"weights: {type(self).__name__} needs a weight for each token, got None")
         if self.needs_target and target is None:
             raise TypeError(f"target: {type(self).__name__} needs the token each position predicts, got None")
         shape, device = student.shape, student.device
+        count = self.count(layout, from_teacher)
+        teacher_layout = _teacher_layout(layout, teacher, teacher_mask)
+        by_teacher = 0
+        if from_teacher is not None:  # the chunk loop takes these first
+            written = layout.written_by(from_teacher)
+            order = sorted(range(layout.responses), key=lambda i: not written[i])
+            layout, teacher_layout = layout.take(order), teacher_layout.take(order)
+            by_teacher = sum(layout.lengths[: sum(written)])
+        layout, teacher_layout = layout.to(device), teacher_layout.to(device)
         if target is not None:
             check_ids("target", target, shape, device)
             target = target.flatten()[layout.index]
-            if device.type == "cpu":
-                check_range("target", target, student.vocabulary)
+            check_range("target", target, student.vocabulary)
         if weights is not None:
             _check_weights(weights, shape, device)
             weights = weights.flatten()[layout.index]
-        count = self.count(layout)
         call = Call(
             program=self,
             student=student,
             teacher=teacher,
             layout=layout,
-            teacher_index=_teacher_index(layout, teacher, teacher_mask),
+            teacher_index=teacher_layout.index,
             target=target,
             weight=weights,
+            from_teacher=by_teacher,
             scale=1.0 / max(1, count),
             memory_budget=memory_budget,
             logits_dtype=logits_dtype,
@@ -120,8 +134,19 @@ class Objective(Program, nn.Module):
                 metrics[self.names[term]] = result.term(term).to(loss.dtype)
         return Output(loss, torch.tensor(count, device=device), metrics)
 
-    def count(self, layout: Layout) -> int:
-        """The denominator of the loss, known before the forward pass: responses or tokens of ``layout``."""
+    @property
+    def by_author(self) -> bool:
+        """Whether teacher-written responses have a divergence of their own: then ``from_teacher`` is required."""
+        return self.divergence_from_teacher is not None
+
+    def count(self, layout: Layout, from_teacher: Tensor | None = None) -> int:
+        """The denominator of the loss, known before the forward pass: responses, tokens or prompts of ``layout``.
+
+        A prompt has at most one response by each author: prompts are the responses of the busier one.
+        """
+        if self.mean_over == "prompts":
+            by_teacher = sum(layout.written_by(from_teacher))
+            return max(by_teacher, layout.responses - by_teacher)
         return layout.responses if self.mean_over == "responses" else len(layout)
 
     def metrics(self, tokens: Tokens) -> dict[str, Tensor]:
@@ -133,8 +158,9 @@ class Objective(Program, nn.Module):
             finite &= tokens.teacher.entropy.isfinite()
             out["teacher_entropy"] = tokens.teacher.entropy.mean()
             out["argmax_agreement"] = (tokens.argmax == tokens.teacher.argmax).float().mean()
-        if tokens.divergence is not None:
-            finite &= tokens.divergence.isfinite()
+        for value in (tokens.divergence, tokens.divergence_from_teacher):
+            if value is not None:
+                finite &= value.isfinite()
         if tokens.cross_entropy is not None:
             finite &= tokens.cross_entropy.isfinite()
             out["cross_entropy"] = tokens.cross_entropy.mean()
@@ -153,7 +179,15 @@ def _layout(name: str, mask: Tensor | Layout, side: Source) -> Layout:
         raise ValueError(
             f"{name}: expected shape {list(side.shape)} (the leading dimensions of the model), got {list(layout.shape)}"
         )
-    return layout.to(side.device)
+    return layout
+
+
+def _check_from_teacher(objective: str, from_teacher: object, rows: int) -> None:
+    if not isinstance(from_teacher, Tensor) or from_teacher.dtype != torch.bool:
+        got = getattr(from_teacher, "dtype", type(from_teacher).__name__)
+        raise TypeError(f"from_teacher: {objective} needs a bool tensor that says who wrote each response, got {got}")
+    if from_teacher.shape != (rows,):
+        raise ValueError(f"from_teacher: expected shape [{rows}] (the rows of mask), got {list(from_teacher.shape)}")
 
 
 def _check_weights(weights: object, shape: torch.Size, device: torch.device) -> None:
@@ -168,15 +202,16 @@ def _check_weights(weights: object, shape: torch.Size, device: torch.device) -> 
         raise ValueError(f"weights: expected device {device}, got {weights.device}")
 
 
-def _teacher_index(layout: Layout, teacher: Source | None, teacher_mask: Tensor | Layout | None) -> Tensor | None:
+def _teacher_layout(layout: Layout, teacher: Source | None, teacher_mask: Tensor | Layout | None) -> Layout:
     if teacher is None or teacher_mask is None:
-        return layout.index
+        return layout
     other = _layout("teacher_mask", teacher_mask, teacher)
     if other.shape[0] != layout.shape[0]:
         raise ValueError(f"teacher_mask: expected {layout.shape[0]} rows as in mask, got {other.shape[0]}")
-    if other.lengths != layout.lengths or not torch.equal(other.row, layout.row):
+    rows, other_rows = layout.row.tolist(), other.row.tolist()
+    if other.lengths != layout.lengths or other_rows != rows:
         raise ValueError(
             f"teacher_mask: expected as many tokens per response as in mask, {list(layout.lengths)} in rows "
-            f"{layout.row.tolist()}, got {list(other.lengths)} in rows {other.row.tolist()}"
+            f"{rows}, got {list(other.lengths)} in rows {other_rows}"
         )
-    return other.index
+    return other

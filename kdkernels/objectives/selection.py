@@ -8,14 +8,16 @@ from torch import Tensor
 from ..layout import Layout
 
 
-def opener(entropy: Tensor, share: float, layout: Layout) -> Tensor:
+def opener(entropy: Tensor, share: float | Tensor, layout: Layout) -> Tensor:
     """The first m tokens of each response, m smallest with cumulative entropy >= share * total; [n] -> bool [n].
 
-    fp64 sums; token m is included; without any entropy m = 1  (TSD-KD, section 3.1).
+    ``share`` may be one per response [R]. fp64 sums; token m is included; without any entropy m = 1
+    (TSD-KD, section 3.1).
     """
     table = layout.spread(entropy.double(), 0.0)  # one response a row: a NaN stays in its own
     cumulative = table.cumsum(1)
-    inside = cumulative.roll(1, dims=1) < share * cumulative[:, -1:]
+    needed = share * cumulative[:, -1]
+    inside = cumulative.roll(1, dims=1) < needed[:, None]
     inside[:, 0] = True
     return inside[layout.response, layout.position]
 

@@ -10,6 +10,7 @@ from ..chunked import Tokens
 from ..divergences import JSD
 from ..layout import Layout
 from . import selection
+from .adaptive_opener import AdaptiveOpener
 from .base import Objective, weighted
 
 
@@ -27,7 +28,7 @@ class TSDKD(Objective):
         beta: the JSD's mixture, 0.9 is close to the reverse KL.
         tau: width of the gate, in nats.
         k: candidates the student proposes; choose it for the vocabulary.
-        opener: share of the cumulative entropy, in [0, 1].
+        opener: share of the cumulative entropy, in [0, 1], or an ``AdaptiveOpener`` (appendix A.7).
         entropy_ratio: share of tokens whose entropy is minimised, in [0, 1].
         indirect_weight, direct_weight, entropy_weight: weights of the terms.
         temperature: of the JSD only; gate, opener, ranking and entropy are at 1.
@@ -41,7 +42,7 @@ class TSDKD(Objective):
         beta: float = 0.9,
         tau: float = 1.0,
         k: int = 10,
-        opener: float = 0.1,
+        opener: float | AdaptiveOpener = 0.1,
         entropy_ratio: float = 0.1,
         indirect_weight: float = 0.1,
         direct_weight: float = 1.0,
@@ -52,15 +53,19 @@ class TSDKD(Objective):
         check_positive("tau", tau)
         check_positive("temperature", temperature)
         check_count("k", k, 1)
-        for name, share in (("opener", opener), ("entropy_ratio", entropy_ratio)):
-            check_share(name, share)
+        self.selects_by_teacher = isinstance(opener, AdaptiveOpener)
+        if not self.selects_by_teacher:
+            check_share("opener", opener)
+        check_share("entropy_ratio", entropy_ratio)
         self.tau, self.opener, self.entropy_ratio = tau, opener, entropy_ratio
         self.indirect_weight, self.direct_weight, self.entropy_weight = indirect_weight, direct_weight, entropy_weight
         self.divergence, self.temperature, self.topk = JSD(beta), temperature, k
+        self.plackett_luce = True
 
-    def select(self, entropy: Tensor, layout: Layout) -> dict[str, Tensor]:
+    def select(self, entropy: Tensor, teacher_entropy: Tensor | None, layout: Layout) -> dict[str, Tensor]:
         uncertain, count = selection.most_uncertain(entropy, self.entropy_ratio, layout)
-        opener = selection.opener(entropy, self.opener, layout)
+        share = self.opener(entropy, teacher_entropy, layout) if self.selects_by_teacher else self.opener
+        opener = selection.opener(entropy, share, layout)
         return {"opener": opener.to(entropy.dtype), "uncertain": (uncertain / count).to(entropy.dtype)}
 
     def coefficients(self, tokens: Tokens) -> dict[str, Tensor]:

@@ -88,8 +88,9 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
-    """`student_fraction`: share of steps whose responses the student generates (the others take the data's); 1 where
-    the objective has a teacher, else 0. `max_new_tokens`: tokens after which an unfinished rollout stops;
+    """`student_fraction`: share of steps whose responses the student generates; the others take the data's, which count
+    as the teacher's. Default: 1 where the objective has a teacher, 1/2 where it distinguishes teacher and student
+    responses, else 0. `max_new_tokens`: tokens after which an unfinished rollout stops;
     `data.max_response_tokens` by default.
     """
 
@@ -229,7 +230,7 @@ def _parse_section(kind: type, table: Mapping[str, Any], place: str):
 OBJECTIVES = tuple(
     name
     for name, member in ((name, getattr(objectives, name)) for name in objectives.__all__)
-    if issubclass(member, objectives.Objective) and member is not objectives.Objective
+    if inspect.isclass(member) and issubclass(member, objectives.Objective) and member is not objectives.Objective
 )
 
 

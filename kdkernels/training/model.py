@@ -36,7 +36,9 @@ class Distillation(nn.Module):
 
     def forward(self, batch: Batch, teacher: Head | None):
         """The objective's output (loss, count, metrics) for `batch`."""
-        return self.objective(head(self.student, batch, self.vocab_size), teacher, batch.layout, target=batch.target)
+        scored = head(self.student, batch, self.vocab_size)
+        from_teacher = batch.from_teacher if self.objective.by_author else None
+        return self.objective(scored, teacher, batch.layout, target=batch.target, from_teacher=from_teacher)
 
 
 def head(model: PreTrainedModel, batch: Batch, vocab_size: int) -> Head:

@@ -69,11 +69,18 @@ def _tokenizer(config: Config) -> TokenizerConfig:
 
 
 def _rollout(config: Config) -> RolloutConfig:
-    rollout, needs_teacher = config.rollout, config.objective.build().needs_teacher
+    rollout, objective = config.rollout, config.objective.build()
+    needs_teacher = objective.needs_teacher
+    if objective.needs_weights:
+        raise InputError(
+            f"[objective] {config.objective.name} with these options needs a judge's weight for each token, and there "
+            'is no judge yet; expected weighting = "likelihood_ratio" or "uniform"'
+        )
     if needs_teacher and config.teacher is None:
         raise InputError(f"section [teacher] is missing: the objective {config.objective.name} needs one")
     if rollout.student_fraction is None:
-        rollout = replace(rollout, student_fraction=1.0 if needs_teacher else 0.0)
+        fraction = 0.5 if objective.by_author else 1.0 if needs_teacher else 0.0
+        rollout = replace(rollout, student_fraction=fraction)
     if rollout.student_fraction > 0 and not needs_teacher:
         raise InputError(
             f"[rollout] student_fraction: expected 0, since {config.objective.name} learns from the data's responses, "

@@ -101,7 +101,7 @@ def describe(kind: Any) -> str:
         items = "values" if args[-1] is Ellipsis else f"{len(args)} values"
         return f"an array of {items}, each {describe(args[0])}"
     if origin in UNIONS:
-        return " or ".join(describe(option) for option in args if option is not types.NoneType)
+        return describe(_in_toml(args))
     return NAMES[kind]
 
 
@@ -111,7 +111,7 @@ def parse_value(value: Any, kind: Any, place: str) -> Any:
     """
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin in UNIONS:
-        return parse_value(value, next(option for option in args if option is not types.NoneType), place)
+        return parse_value(value, _in_toml(args), place)
     if origin is Annotated:
         if _fits(value, args[0]) and kind.__metadata__[0].holds(value):
             return parse_value(value, args[0], place)
@@ -126,6 +126,11 @@ def parse_value(value: Any, kind: Any, place: str) -> Any:
     elif _fits(value, kind):
         return kind(value)
     raise InputError(f"{place}: expected {describe(kind)}, got {value!r}")
+
+
+def _in_toml(options: tuple) -> Any:
+    """The option of a union that TOML can say: the first, None being a missing key."""
+    return next(option for option in options if option is not types.NoneType)
 
 
 def _fits(value: Any, kind: type) -> bool:

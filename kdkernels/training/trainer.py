@@ -110,7 +110,8 @@ def train_step(
     share = examples[distributed.rank() :: distributed.world_size()]
     prompts = [example.prompt_ids for example in share]
     with clock("rollout"):
-        if student_writes(step, config.rollout.student_fraction):
+        by_student = student_writes(step, config.rollout.student_fraction)
+        if by_student:
             responses = generate(student, tokenizer, prompts, config.rollout.max_new_tokens, sample=True)
         else:
             responses = [example.response_ids for example in share]
@@ -119,8 +120,11 @@ def train_step(
     pairs = sorted(zip(prompts, responses, strict=True), key=lambda pair: len(pair[0]) + len(pair[1]))
     size = config.train.micro_batch_size
     groups = [pairs[i : i + size] for i in range(0, len(pairs), size)]
-    batches = [collate([p for p, _ in group], [r for _, r in group], tokenizer.eos_token_id) for group in groups]
-    counts = [objective.count(batch.layout) for batch in batches]
+    batches = [
+        collate([p for p, _ in group], [r for _, r in group], tokenizer.eos_token_id, from_teacher=not by_student)
+        for group in groups
+    ]
+    counts = [objective.count(batch.layout, batch.from_teacher) for batch in batches]
     tokens = sum(len(batch.layout) for batch in batches)
     count, tokens = distributed.total(torch.tensor([sum(counts), tokens], device=engine.device)).tolist()
 

@@ -21,6 +21,7 @@ FIXED = (
     "rollout.student_fraction=0",
 )  # the data's responses, so that runs that differ in speed only stay comparable
 TSDKD = (*FIXED, "objective.name=TSDKD", "objective.k=4")
+VCRD = (*FIXED, "objective.name=VCRD", "objective.weighting=likelihood_ratio")
 TIMES = ("time/", "tokens_per_second")
 
 
@@ -49,7 +50,7 @@ def run(load, teacher_set, tmp_path):
     return run
 
 
-@pytest.mark.parametrize("objective", [(), FIXED, TSDKD], ids=["SFT", "GKD", "TSDKD"])
+@pytest.mark.parametrize("objective", [(), FIXED, TSDKD, VCRD], ids=["SFT", "GKD", "TSDKD", "VCRD"])
 def test_micro_batches_do_not_change_a_step(run, load, objective):
     results = {size: run(f"micro-{size}", *objective, f"train.micro_batch_size={size}") for size in (4, 2, 1)}
     config = load(*objective, *([f"teacher.path={results[4].final}"] if objective else []))
@@ -102,6 +103,15 @@ def test_a_run_is_what_plain_pytorch_computes(run, load, teacher_set, objective)
         assert logged[step]["loss"] == pytest.approx(out.loss.item(), rel=1e-5)
         assert logged[step]["gradient_norm"] == pytest.approx(norm.item(), rel=1e-4)
     assert difference(student.state_dict(), weights(result.final)) < 2e-5
+
+
+def test_the_datas_responses_are_the_teachers(run):
+    """By default every second step's responses are the student's: SKL and SRKL take turns."""
+    result = run("authors", *GKD, "objective.name=DistiLLM2", "train.steps=4")
+    lines = read_metrics(result.output / "metrics.jsonl")
+    assert [line["skl"] > 0 for line in lines] == [True, False, True, False]
+    assert [line["srkl"] > 0 for line in lines] == [False, True, False, True]
+    assert all(line["loss"] == pytest.approx(line["skl"] + line["srkl"]) for line in lines)
 
 
 def test_zero_stages_compute_the_same(run):

@@ -1,0 +1,34 @@
+"""DistiLLM-2: A Contrastive Approach Boosts the Distillation of LLMs (Ko et al., ICML 2025)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..chunked import Tokens
+from ..divergences import SkewKL, SkewReverseKL
+from .base import Objective, weighted
+
+
+class DistiLLM2(Objective):
+    """Mean over responses of (1 / L) sum_t SKL_alpha(t) where the teacher wrote the response, SRKL_alpha(t) elsewhere.
+
+        SKL(t) = KL(p || alpha p + (1 - alpha) q),  SRKL(t) = KL(q || (1 - alpha) p + alpha q)
+
+    ``from_teacher`` is required. Without a response of one author its term is 0.
+
+    Args:
+        alpha_teacher: the teacher's share of the mixture on teacher-written responses.
+        alpha_student: the student's share of the mixture on student-written ones.
+        detach_mixture: the mixture of the SRKL is a constant to the gradient, as in the released code.
+    """
+
+    names = {"divergence_from_teacher": "skl", "divergence": "srkl"}
+
+    def __init__(self, alpha_teacher: float = 0.1, alpha_student: float = 0.1, detach_mixture: bool = False):
+        super().__init__()
+        self.divergence_from_teacher = SkewKL(alpha_teacher)
+        self.divergence = SkewReverseKL(alpha_student, detach_mixture)
+
+    def coefficients(self, tokens: Tokens) -> dict[str, Tensor]:
+        mean = weighted(1.0 / tokens.length.to(tokens.entropy.dtype), tokens)
+        return {"divergence_from_teacher": mean, "divergence": mean}

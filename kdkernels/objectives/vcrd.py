@@ -1,0 +1,104 @@
+"""VCRD: Validity-Calibrated Reasoning Distillation (Saadi and Wang)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..checks import check_number
+from ..chunked import Tokens
+from ..divergences import SkewKL, SkewReverseKL
+from .base import Objective, weighted
+
+WEIGHTINGS = ("given", "likelihood_ratio", "uniform")
+VALIDITY_WEIGHTS = ("ratio", "clamped_ratio", "difference", "student", "uniform")
+AGGREGATIONS = {"prompts": "prompts", "tokens": "responses"}
+
+
+class VCRD(Objective):
+    """Local validity decides how strongly each token is distilled  (VCRD eqs. 2 - 4, Algorithm 1).
+
+        L = [lambda_T sum_t w(t) SKL_alpha(t) over teacher-written + lambda_S sum_t w(t) SRKL_alpha(t) over
+             student-written responses] / prompts
+        SKL(t) = KL(p || alpha p + (1 - alpha) q),  SRKL(t) = KL(q || (1 - alpha) p + alpha q)
+
+    ``from_teacher`` is required. A prompt has one response by each author, so prompts are the responses of the author
+    who has more of them (``out.count``); for another number multiply the loss by out.count / prompts.
+
+    Args:
+        alpha: share of p in the SKL's mixture, of q in the SRKL's.
+        lambda_teacher, lambda_student: weights of the two terms.
+        weighting: where w comes from. "given": the caller's ``weights`` [B, L], required, such as
+            ``kdkernels.objectives.validity_weights`` of a process reward model's scores. "likelihood_ratio": from the
+            same pass, without a judge (appendix 10.4): w = exp(clip(0.5 ln w_raw, ln 0.5, ln 2)),
+            w_raw = p(argmax q) / (sum of the teacher's 128 largest p_i^2 + 1e-8). "uniform": 1. With the latter two,
+            ``weights`` multiply what is there.
+        aggregation: "prompts" as above; "tokens": mean over a response's tokens, then over the responses (DistiLLM-2).
+    """
+
+    names = {"divergence_from_teacher": "skl", "divergence": "srkl"}
+
+    def __init__(
+        self,
+        alpha: float = 0.1,
+        lambda_teacher: float = 1.0,
+        lambda_student: float = 1.0,
+        weighting: str = "given",
+        aggregation: str = "prompts",
+    ):
+        super().__init__()
+        for name, value, known in (("weighting", weighting, WEIGHTINGS), ("aggregation", aggregation, AGGREGATIONS)):
+            if value not in known:
+                raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+        check_number("lambda_teacher", lambda_teacher)
+        check_number("lambda_student", lambda_student)
+        self.lambda_teacher, self.lambda_student = lambda_teacher, lambda_student
+        self.weighting, self.aggregation = weighting, aggregation
+        self.mean_over = AGGREGATIONS[aggregation]
+        self.needs_weights = weighting == "given"
+        self.divergence_from_teacher, self.divergence = SkewKL(alpha), SkewReverseKL(alpha)
+        if weighting == "likelihood_ratio":
+            self.topk, self.teacher_collision, self.all_words = 1, 128, True
+
+    def weight(self, tokens: Tokens) -> Tensor:
+        """w(t), the caller's weights included [n]."""
+        if self.weighting == "likelihood_ratio":
+            ratio = reference.likelihood_ratio(tokens.teacher.at_student_argmax, tokens.teacher.collision)
+        else:
+            ratio = torch.ones_like(tokens.entropy)
+        return weighted(ratio, tokens)
+
+    def coefficients(self, tokens: Tokens) -> dict[str, Tensor]:
+        w = self.weight(tokens)
+        if self.aggregation == "tokens":
+            w = w / tokens.length
+        return {"divergence_from_teacher": self.lambda_teacher * w, "divergence": self.lambda_student * w}
+
+    def metrics(self, tokens: Tokens) -> dict[str, Tensor]:
+        return {**super().metrics(tokens), "weight": self.weight(tokens).mean()}
+
+
+def validity_weights(student: Tensor, teacher: Tensor, kind: str = "ratio") -> Tensor:
+    """Weights for ``VCRD(weighting="given")`` from a judge's scores of both models' proposals at the same prefixes.
+
+        ratio: r_S / (r_T + 1e-8) (eq. 1)   clamped_ratio: min(ratio, 1), no amplification   difference: r_S - r_T
+        student: r_S   uniform: 1           (the ablations: sections 4.4, 4.5, table 10)
+
+    Args:
+        student, teacher: r(c, a_S), r(c, a_T) in [0, 1], of one shape, for teacher-written and student-written
+            responses alike.
+        kind: the rule. A difference may be negative: it then pushes the student away.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    for name, scores in (("student", student), ("teacher", teacher)):
+        if not isinstance(scores, Tensor) or not scores.is_floating_point():
+            got = getattr(scores, "dtype", type(scores).__name__)
+            raise TypeError(f"{name}: expected a floating-point tensor, got {got}")
+    if teacher.shape != student.shape:
+        raise ValueError(f"teacher: expected shape {list(student.shape)} (the student's), got {list(teacher.shape)}")
+    if kind not in VALIDITY_WEIGHTS:
+        raise ValueError(f"kind: expected one of {', '.join(VALIDITY_WEIGHTS)}, got {kind!r}")
+    return reference.validity_weights(student, teacher, kind)
