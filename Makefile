@@ -36,7 +36,8 @@ test: install lint
 # On a machine with a GPU, with whichever Python has torch and triton: make gpu-check PY=python3
 gpu-check:
 	KDKERNELS_TEST_BACKENDS=triton $(PY) -m pytest tests/test_rows.py tests/test_properties.py tests/test_example.py tests/triton_rows.py
-	for tool in memcheck racecheck; do compute-sanitizer --tool $$tool --error-exitcode 1 $(PY) -m kdkernels.rows.triton_resources launch || exit 1; done
+	compute-sanitizer --tool memcheck --error-exitcode 1 $(PY) -m kdkernels.rows.triton_resources launch
+	compute-sanitizer --tool racecheck --error-exitcode 1 $(PY) -m kdkernels.rows.triton_resources launch
 
 test-slow: install
 	$(PY) -m pytest -m slow
