@@ -48,7 +48,7 @@ class Bucket:
         logits.scatter_(1, self.holes, logits.gather(1, self.last))
         rows = backend.statistics(logits[:, :count], student.scale, student.softcap, 1.0, 1, None)
         self.lse = rows.max.double() + rows.log_sum.double()
-        empty = rows.max.isneginf()  # every word masked
+        empty = rows.top_values[:, 0].isneginf()  # every word masked
         self.lse.masked_fill_(empty, -math.inf)
         # It gets one certain word instead: a softmax of finite numbers, which its gradient 0 can be multiplied with.
         logits[:, 0].masked_fill_(empty, 0)
