@@ -168,3 +168,23 @@ def test_more_rows_than_one_launch_takes(monkeypatch):
     got = rows_of(x).statistics(x, 1.0, None, 1.0, 2, x[:, :1].argsort())
     assert torch.equal(got.stats, expected.stats) and torch.equal(got.top_values, expected.top_values)
     assert torch.equal(got.gathered, expected.gathered)
+
+
+def test_tuning_uses_what_was_fastest(monkeypatch):
+    """Every size runs, the fastest stays."""
+    from kdkernels.rows import triton, triton_tune
+
+    names, calls = ("_STATISTICS", "_DIVERGENCE", "_GRADIENT"), []
+    for name in names:
+        monkeypatch.setattr(triton, name, getattr(triton, name))  # restored afterwards
+
+    def timed(run, return_mode):
+        run()
+        sizes = getattr(triton, names[len(calls) // len(triton_tune.SIZES)])
+        calls.append(sizes)
+        return 1.0 if sizes == triton_tune.SIZES[2] else 2.0
+
+    monkeypatch.setattr(triton_tune, "do_bench", timed)
+    best = triton_tune.tune(300, rows=1, device=torch.empty(0).device)
+    assert calls == list(triton_tune.SIZES) * 3
+    assert list(best.values()) == [getattr(triton, name) for name in names] == [triton_tune.SIZES[2]] * 3
