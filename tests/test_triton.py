@@ -78,7 +78,7 @@ def running():
         process.kill()
 
 
-@pytest.mark.parametrize(("name", "least"), [("rows", 140), ("engine", 100)])
+@pytest.mark.parametrize(("name", "least"), [("rows", 110), ("engine", 90)])
 def test_interpreted(running, name, least):
     output, _ = running[name].communicate()
     print(output[-3000:])

@@ -279,7 +279,7 @@ def divergence_kernel(
     total = tl.sum(mass.to(tl.float64), axis=0)
     tl.store(center_ptr + row * 3, b * kl_q_sum / total)
     shared_sum = tl.sum(shared.to(tl.float64), axis=0)
-    if MIXTURE == STUDENT:
+    if MIXTURE == STUDENT:  # noqa: SIM108 - decided when compiled
         skew_sum = total - shared_sum  # sum q - sum p: one accumulator less
     else:
         skew_sum = tl.sum(skewed.to(tl.float64), axis=0)
