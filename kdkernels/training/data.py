@@ -55,7 +55,7 @@ class Examples:
 def render(config: DataConfig, path: str) -> Iterator[tuple[int, dict[str, Any], str, str]]:
     """(line number, fields, prompt, response) of every line of the JSON lines file at `path`.
 
-    Raises InputError naming file and line for a line that is no JSON object or lacks a field of a template.
+    Raises InputError naming file and line for a line that is no JSON object, or whose fields a template has no use for.
     """
     templates = {"prompt": config.prompt, "response": config.response or ""}
     needed = {key: sorted(_field_names(text, key)) for key, text in templates.items()}
@@ -74,7 +74,15 @@ def render(config: DataConfig, path: str) -> Iterator[tuple[int, dict[str, Any],
                             f"{path}, line {number}: field {name!r} of [data] {key} is missing; the line has "
                             f"{', '.join(record)}"
                         )
-            yield number, record, *(text.format_map(record) for text in templates.values())
+            texts = (_fill(text, record, f"{path}, line {number}: [data] {key}") for key, text in templates.items())
+            yield number, record, *texts
+
+
+def _fill(template: str, record: dict[str, Any], place: str) -> str:
+    try:
+        return template.format_map(record)
+    except (ValueError, TypeError, LookupError) as error:  # a format or a conversion that the value does not have
+        raise InputError(f"{place}: {template!r} cannot be filled in: {error}") from error
 
 
 def _field_names(template: str, key: str) -> set[str]:

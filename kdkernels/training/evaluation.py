@@ -80,6 +80,15 @@ def find_answer(pattern: str, text: str) -> str | None:
     return found[-1] if found else None
 
 
+def expected_answer(settings: EvaluationConfig, example: Example) -> str:
+    """The answer of the data's response. Raises InputError where `answer` finds nothing in it."""
+    expected = find_answer(settings.answer, example.response)
+    if expected is None:
+        place = f"{settings.data}, line {example.line}"
+        raise InputError(f"{place}: [evaluation] answer {settings.answer!r} not found in {example.response!r}")
+    return expected
+
+
 def _add(rows: list[dict], columns: list[dict]) -> None:
     for row, more in zip(rows, columns, strict=True):
         row.update(more)
@@ -93,10 +102,7 @@ def _answers(
     responses = generate(model, tokenizer, prompts, settings.max_new_tokens, sample=False)
     rows = []
     for example, ids in zip(batch, responses, strict=True):
-        expected = find_answer(settings.answer, example.response)
-        if expected is None:
-            place = f"{settings.data}, line {example.line}"
-            raise InputError(f"{place}: [evaluation] answer {settings.answer!r} not found in {example.response!r}")
+        expected = expected_answer(settings, example)
         response = tokenizer.decode(ids, skip_special_tokens=True)
         answer = find_answer(settings.answer, response)
         rows.append(
