@@ -66,7 +66,7 @@ def newest_sound(directory: Path) -> tuple[Path, dict[str, int]]:
     path, contents, defects = distributed.gathered(found)[0]
     if distributed.rank() == 0:
         for defect in defects:
-            warnings.warn(f"--resume: {defect}; going back to the checkpoint before it", stacklevel=2)
+            warnings.warn(f"--resume: {defect}; trying the one before it", stacklevel=2)
     if path is None:
         what = "no checkpoint that can be read" if defects else "no checkpoint yet"
         raise InputError(f"--resume: {what} in {directory}: delete {directory.parent} and start the run again")
