@@ -21,13 +21,12 @@ from kdkernels.training.schema import InputError
 
 @dataclass(frozen=True)
 class Example:
-    """One line of a data file: its `fields`, and prompt and response rendered and tokenized.
+    """One line of a data file: prompt and response, rendered and tokenized.
 
     `response_ids` ends with the end-of-sequence token; it is empty where the recipe has no response template.
     """
 
     line: int
-    fields: dict[str, Any]
     prompt: str
     response: str
     prompt_ids: tuple[int, ...]
@@ -52,8 +51,8 @@ class Examples:
         return f"{self.path}: {len(self.usable)} examples; {left_out}"
 
 
-def render(config: DataConfig, path: str) -> Iterator[tuple[int, dict[str, Any], str, str]]:
-    """(line number, fields, prompt, response) of every line of the JSON lines file at `path`.
+def render(config: DataConfig, path: str) -> Iterator[tuple[int, str, str]]:
+    """(line number, prompt, response) of every line of the JSON lines file at `path`.
 
     Raises InputError naming file and line for a line that is no JSON object, or whose fields a template has no use for.
     """
@@ -75,7 +74,7 @@ def render(config: DataConfig, path: str) -> Iterator[tuple[int, dict[str, Any],
                             f"{', '.join(record)}"
                         )
             texts = (_fill(text, record, f"{path}, line {number}: [data] {key}") for key, text in templates.items())
-            yield number, record, *texts
+            yield number, *texts
 
 
 def _fill(template: str, record: dict[str, Any], place: str) -> str:
@@ -104,7 +103,7 @@ def load_examples(config: DataConfig, path: str, tokenizer: PreTrainedTokenizerB
     Raises InputError as `render` does, for a prompt without tokens, and where no example is left.
     """
     usable, long_prompts, long_responses = [], 0, 0
-    for number, record, prompt, response in render(config, path):
+    for number, prompt, response in render(config, path):
         prompt_ids = tokenizer(prompt)["input_ids"]
         response_ids = []
         if config.response is not None:
@@ -116,7 +115,7 @@ def load_examples(config: DataConfig, path: str, tokenizer: PreTrainedTokenizerB
         elif len(response_ids) > config.max_response_tokens:
             long_responses += 1
         else:
-            usable.append(Example(number, record, prompt, response, tuple(prompt_ids), tuple(response_ids)))
+            usable.append(Example(number, prompt, response, tuple(prompt_ids), tuple(response_ids)))
     examples = Examples(path, tuple(usable), long_prompts, long_responses)
     if not usable:
         raise InputError(f"{examples}: none is left")

@@ -59,13 +59,11 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
 def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     """The recipe's tokenizer, trained on the rendered training examples if it asks for that. Raises InputError."""
     if config.tokenizer.kind is not None:
-        texts = [prompt + response for _, _, prompt, response in render(config.data, config.data.train)]
-        if not any(texts):
-            raise InputError(f"{config.data.train}: no text to train the [tokenizer] on")
+        texts = [prompt + response for _, prompt, response in render(config.data, config.data.train)]
         try:
             return train_tokenizer(texts, config.tokenizer.kind, config.tokenizer.vocab_size)
         except ValueError as error:
-            raise InputError(f"[tokenizer] {error}") from error
+            raise InputError(f"[tokenizer] trained on {config.data.train}: {error}") from error
     tokenizer = _read_tokenizer(config.tokenizer.path, "[tokenizer] path")
     if tokenizer.eos_token_id is None:
         raise InputError(f"[tokenizer] path: the tokenizer {config.tokenizer.path} has no end-of-sequence token")
@@ -78,12 +76,15 @@ def load_student(config: Config, tokenizer: PreTrainedTokenizerBase, *, meta: bo
     Fresh weights are float32 until the engine gives them the run's dtype: a seed draws the same weights for all.
     meta: without weights, on the meta device, to check as much as can be without them.
     """
-    path = config.student.path
+    path, key = config.student.path, "[student] path"
     if path is None:
         return _fresh_model(config, tokenizer, meta).train()
-    if path != config.tokenizer.path and get_tokenizer_config(path):
-        _check_tokenizer(path, "[student] path", config, tokenizer)
-    return _read_model(path, "[student] path", config, tokenizer, meta).train()
+    if path != config.tokenizer.path:
+        with _named(key):
+            has_tokenizer = bool(get_tokenizer_config(path))
+        if has_tokenizer:
+            _check_tokenizer(path, key, config, tokenizer)
+    return _read_model(path, key, config, tokenizer, meta).train()
 
 
 def load_teacher(config: Config, tokenizer: PreTrainedTokenizerBase, *, meta: bool = False) -> PreTrainedModel:

@@ -185,7 +185,7 @@ def _evaluate(
 ) -> list[dict[str, Any]]:
     """The records of all `examples`, each process having evaluated its share."""
     share = examples[distributed.rank() :: distributed.world_size()]
-    records = evaluate(student, tokenizer, share, config, teacher).records if share else []
+    records = evaluate(student, tokenizer, share, config, teacher)
     return sorted(itertools.chain(*distributed.gathered(records)), key=lambda record: record["line"])
 
 
