@@ -55,7 +55,7 @@ SUITES = {
 def start(choice: str) -> subprocess.Popen:
     lines = [line.strip() for line in choice.strip().splitlines()]
     files = sorted({f"tests/{name}" for name in re.findall(r"\w+\.py", choice)})
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=5", *files]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=60", *files]
     command += ["-k", " or ".join(f"({line})" for line in lines)]
     environment = os.environ | {
         "KDKERNELS_TEST_BACKENDS": "triton", "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""
