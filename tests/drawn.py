@@ -81,6 +81,7 @@ SHAPES = st.builds(
 DRAWN = settings(
     max_examples=EXAMPLES, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
+FEW = settings(DRAWN, max_examples=min(15, EXAMPLES))
 
 
 class Comparison:
