@@ -8,7 +8,7 @@ import mmap
 import pytest
 import torch
 import truth
-from test_rows import BF16, F32, F64, Weights, check_gradient, dense_gradient, distribution, engine_gradient
+from test_rows import BF16, F32, F64, Weights, check_gradient, dense_gradient, distribution, engine_gradient, z_of
 
 from kdkernels.rows import Coefficients, backend_for
 
@@ -90,6 +90,20 @@ def test_16_bit_logits(dtype):
     stats = rows_of(x_s).statistics(x_s, 1.0, None, 1.0, 5, None)
     assert truth.relative(stats.entropy, truth.entropy(x_s.double())) < 1e-6
     assert torch.equal(stats.top_values, x_s.float().sort(dim=-1, descending=True, stable=True).values[:, :5])
+
+
+@pytest.mark.parametrize(("s_cap", "t_cap"), [(10.0, None), (None, 10.0)])
+def test_a_softcap_of_one_side_and_16_bit_logits_beside_fp32(small_blocks, s_cap, t_cap):
+    x_s, x_t = distribution("normal", 3, 301)
+    x_s, kind = x_s.to(F16), truth.DIVERGENCES["jsd.9"][0]
+    s, t = (rows_of(x).statistics(x.clone(), 0.5, cap, 0.7, 1, None) for x, cap in ((x_s, s_cap), (x_t, t_cap)))
+    value, center = rows_of(x_s).divergence(s, t, kind, 0.7)
+    alone = Coefficients(torch.eye(3)[0][:, None].repeat(1, 3), torch.zeros(3, 0, dtype=torch.int64), torch.zeros(3, 0))
+    rows_of(x_s).gradient_(s, t, kind, 0.7, center, alone, s.logits)
+    leaf = x_s.double().requires_grad_()
+    exact = truth.divergence(z_of(leaf, 0.5, s_cap), z_of(x_t.double(), 0.5, t_cap), "jsd.9", 0.7)
+    assert truth.relative(value, exact.detach()) < 1e-6
+    assert truth.relative(s.logits, torch.autograd.grad(exact.sum(), leaf)[0]) < torch.finfo(F16).eps
 
 
 def test_many_ids_with_duplicates(small_blocks):
