@@ -1,4 +1,4 @@
-# make install | demo | test | test-slow | bench | gsm8k | lint | clean. Everything lives in .venv; nothing outside this folder is touched.
+# make install | demo | test | gpu-check | test-slow | bench | gsm8k | lint | clean. Everything lives in .venv; nothing outside this folder is touched.
 PYTHON ?= python3
 PY := .venv/bin/python
 PIP := PIP_CONSTRAINT=constraints.txt $(PY) -m pip install --quiet --disable-pip-version-check
@@ -7,7 +7,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 
-.PHONY: install demo gsm8k test test-slow bench lint clean
+.PHONY: install demo gsm8k gpu-check test test-slow bench lint clean
 
 install: .venv/installed
 
@@ -32,6 +32,12 @@ gsm8k: install
 
 test: install lint
 	$(PY) -m pytest
+
+# On a machine with a GPU, with whichever Python has torch and triton: make gpu-check PY=python3
+gpu-check:
+	KDKERNELS_TEST_BACKENDS=triton $(PY) -m pytest tests/test_rows.py tests/test_properties.py tests/test_example.py tests/triton_rows.py
+	compute-sanitizer --tool memcheck --error-exitcode 1 $(PY) -m kdkernels.rows.triton_resources launch
+	compute-sanitizer --tool racecheck --error-exitcode 1 $(PY) -m kdkernels.rows.triton_resources launch
 
 test-slow: install
 	$(PY) -m pytest -m slow

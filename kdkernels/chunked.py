@@ -273,6 +273,8 @@ class _Loop:
             c |= {term: torch.zeros_like(c[term]) for term in terms if term in c and term != own}
         self.values.append(values)
         self.coefficients.append(c)
+        if outcomes and c.keys() - set(terms):
+            raise TypeError(f"teacher: expected kd.Head or kd.Logits, got TopK: only divergences take it, not {[*c]}")
         if any(self.needs) and outcomes:
             coarse.gradient_(self.backend, student, outcomes, c[own], d_logits)
         elif any(self.needs):

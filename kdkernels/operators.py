@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .chunked import Call, Program, Tokens, run, scale_
+from .chunked import Call, Program, run, scale_
 from .divergences import Divergence
 from .heads import Head, Logits, Source, TopK
 from .layout import Layout
@@ -111,15 +111,12 @@ def _spread(values: Tensor, call: Call, shape: torch.Size) -> Tensor:
 
 
 class _Term(Program):
-    """One term, weighted by whatever gradient comes in."""
+    """One term. Its coefficients are whatever gradient comes in: the call has them."""
 
     def __init__(self, term: str, kind: list[float], temperature: float, topk: int):
-        self.term, self.temperature, self.topk = term, temperature, topk
+        self.temperature, self.topk = temperature, topk
         self.divergence = Divergence("", *kind) if kind else None
         self.plackett_luce = term == "plackett_luce"
-
-    def coefficients(self, tokens: Tokens) -> dict[str, Tensor]:
-        return {} if tokens.weight is None else {self.term: tokens.weight}
 
 
 class _Values(NamedTuple):
@@ -179,7 +176,7 @@ def _token_gradients(grad: Tensor, *arguments) -> list[Tensor]:
     if call.student.dtype == torch.float16 and len(weight):  # it would lose small gradients of logits
         factor = _power_of_two(weight)
         weight = weight / factor
-    result = run(replace(call, weight=weight), needs)
+    result = run(replace(call, coefficients={values.term: weight}), needs)
     if result is None:
         return [t.zero_() for t in _gradients_like(grad, *arguments)]
     scale_(result.gradients, factor)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 import truth
-from backends import EXAMPLES
+from backends import EXAMPLES, INTERPRETED
 from batches import positions, random_batch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -90,7 +90,7 @@ class Comparison:
     another of a shape, until they have 32 tokens and 256 numbers in each gradient.
     """
 
-    MOST = 32
+    MOST = 6 if INTERPRETED else 32
 
     def __init__(self, dtype: torch.dtype, dense: Callable[..., torch.Tensor], count: Callable[[truth.Batch], int]):
         self.dtype, self.dense, self.count, self.tokens, self.batches = dtype, dense, count, 0, 0

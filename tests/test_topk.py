@@ -185,6 +185,39 @@ def test_an_objective(backend, renormalize):
     assert out.metrics["nonfinite_tokens"] == 0 and "teacher_entropy" not in out.metrics
 
 
+@pytest.mark.parametrize("renormalize", [False, True])
+@pytest.mark.parametrize("make", [kd.DistiLLM2, lambda: kd.VCRD(weighting="uniform", aggregation="tokens")])
+def test_two_divergences(backend, make, renormalize):
+    """Teacher-written and student-written responses, in one chunk: each by its own divergence."""
+    batch = fixed(F32)
+    teacher = stored(truth.dense_logits(truth.to(batch.teacher, F64), 60), 8, renormalize, F32)
+    by_teacher = torch.tensor([False, True, True, True, False])
+    out = make()(batch.student, teacher, batch.mask, from_teacher=by_teacher)
+    exact = truth.to(batch.student, F64)
+    skl, srkl = (
+        reference_divergence(exact, teacher, kind, 1.0).view(batch.mask.shape)
+        for kind in (kd.SkewKL(0.1), kd.SkewReverseKL(0.1))
+    )
+    d = torch.where(by_teacher[:, None], skl, srkl)
+    expected = torch.stack([row[m].mean() for row, m in zip(d, batch.mask, strict=True) if m.any()]).mean()
+    assert truth.relative(out.loss.detach()[None], expected.detach()[None]) < 1e-5
+    for g, e in zip(truth.gradients(out.loss, batch.student), truth.gradients(expected, exact), strict=True):
+        assert truth.relative(g, e) < 1e-5
+
+
+def test_terms_beside_the_divergence_are_refused(backend):
+    class Both(kd.GKD):
+        names = {"divergence": "direct", "entropy": "entropy"}
+
+        def coefficients(self, tokens):
+            return {**super().coefficients(tokens), "entropy": torch.ones_like(tokens.entropy)}
+
+    batch = fixed(F32)
+    teacher = stored(truth.dense_logits(batch.teacher, 60), 8)
+    with pytest.raises(TypeError, match=r"teacher: .*TopK.*'entropy'"):
+        Both()(batch.student, teacher, batch.mask)
+
+
 # ---- what is refused -------------------------------------------------------------------------------------------------
 
 IDS, LOG_P = torch.tensor([[1, 2, 3]] * 2), torch.full((2, 3), -2.0)
@@ -227,6 +260,12 @@ BAD = {
     "TSD-KD": (
         lambda: kd.TSDKD(k=2)(
             kd.Logits(torch.zeros(1, 2, 10)), kd.TopK(IDS[None], LOG_P[None]), torch.ones(1, 2, dtype=torch.bool)
+        ), TypeError, ["teacher", "TopK", "all words"],
+    ),
+    "VCRD without a judge": (
+        lambda: kd.VCRD(weighting="likelihood_ratio")(
+            kd.Logits(torch.zeros(1, 2, 10)), kd.TopK(IDS[None], LOG_P[None]), torch.ones(1, 2, dtype=torch.bool),
+            from_teacher=torch.tensor([True]),
         ), TypeError, ["teacher", "TopK", "all words"],
     ),
 }  # fmt: skip

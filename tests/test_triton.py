@@ -1,69 +1,94 @@
-"""The Triton backend under the checks of the other backends (test_rows.py) and its own (triton_rows.py).
+"""The Triton backend under the suites of the other backends, and its own (triton_rows.py).
 
-Where there is no GPU the kernels run in Triton's interpreter, which has to be chosen before they are imported, so they
-get a process of their own. It takes milliseconds for a block, hence a choice of test_rows.py. On a GPU all of it:
-
-    KDKERNELS_TEST_BACKENDS=triton python -m pytest tests/test_rows.py tests/triton_rows.py tests/test_example.py
+Where there is no GPU the kernels run in Triton's interpreter, which has to be chosen before they are imported, so the
+suites get processes of their own, one for each of two CPUs. It takes milliseconds for a block of words, hence a choice
+of tests. On a GPU all of it: ``make gpu-check``.
 """
 
-import logging
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
-import kdkernels as kd
-from kdkernels.rows import backend_for, dispatch
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
 
-# One line per choice; bf16 outputs are left out because the interpreter truncates what a GPU rounds.
-CHOICE = """
-    statistics and fp32 and 0.7 and (None or 30.0) and not 0.25
-    top_k_is_exact and fp32 and (97 or ties-3001)
-    divergence_and_gradient and fp32 and 0.7 and (forward or jsd.9 or skl)
-    scale_and_softcap and 30.0 and (reverse or srkl)
-    sizes and fp32
-    bad_row and word1024
-    identical and 0.7
-    symmetric and 0.1
-    room_between and fp32
-    real_vocabulary
-    one_word
-    only_one_side
-    infinite_says
-    transformed_logits
-    large_logits
-"""
-
-
-def test_the_kernels_compute_what_the_reference_says():
-    environment = os.environ | {"KDKERNELS_TEST_BACKENDS": "triton"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=5"]
-    command += [f"tests/{name}.py" for name in ("test_rows", "triton_rows", "test_example")]
-    if not torch.cuda.is_available():
-        environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-        lines = [f"({line})" for line in CHOICE.strip().splitlines()]
-        command += ["-k", " or ".join([*lines, "triton_rows.py", "test_example.py"])]
-    run = subprocess.run(command, cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True)
-    print(run.stdout[-3000:])
-    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
-    passed = int(re.search(r"(\d+) passed", run.stdout)[1])
-    assert passed > 100 and "skipped" not in run.stdout
-
-
-def test_a_gpu_without_triton_is_told_why_it_is_slow(monkeypatch, caplog):
-    monkeypatch.delenv("KDKERNELS_BACKEND", raising=False)
-    monkeypatch.setitem(sys.modules, "kdkernels.rows.triton", None)
-    monkeypatch.setattr(dispatch, "_warned", set())
-    with caplog.at_level(logging.WARNING, logger="kdkernels"):
-        chosen = [backend_for(torch.device("cuda"), torch.float32) for _ in range(2)]
-    assert all(each.__name__.endswith("eager") for each in chosen)
-    assert len(caplog.records) == 1
-    assert "eager backend on cuda: triton: it does not load" in caplog.text
+# A line per choice. bf16 outputs are left out where the rounding matters: the interpreter truncates what a GPU rounds.
+SUITES = {
+    "rows": """
+        test_rows.py and statistics and fp32 and 0.7 and (None or 30.0) and not 0.25
+        top_k_is_exact and fp32 and (ties-97 or masked-17 or equal-17 or descending-16 or ties-3001)
+        test_rows.py and divergence_and_gradient and fp32 and 0.7 and (forward or jsd.9 or skl)
+        scale_and_softcap and 30.0 and (reverse or srkl)
+        test_rows.py and sizes and fp32
+        bad_row and word1024
+        test_rows.py and identical and 0.7
+        test_rows.py and symmetric and 0.1
+        real_vocabulary
+        one_word
+        only_one_side
+        infinite_says
+        hardly_overlap
+        student_masks
+        without_words
+        transformed_logits
+        large_logits
+        triton_rows.py
+        test_example.py
+        test_properties.py
+        test_operators.py
+    """,
+    "engine": """
+        test_objectives.py
+        test_functional.py and test_divergence and fp32 and 0.7 and (forward or srkl)
+        test_functional.py and (plackett or test_statistics or ignored or any_leading or no_tokens)
+        test_autograd.py and (TSDKD or bias_alone)
+        test_chunks.py and (longer_than or GKD-12)
+        test_bad_input.py
+    """,
+}
 
 
-def test_info_knows_it():
-    reason = kd.info()["backends"]["triton"]
-    assert reason == "ok" if torch.cuda.is_available() else reason == "it runs on cuda, not on cpu"
+def start(choice: str) -> subprocess.Popen:
+    lines = [line.strip() for line in choice.strip().splitlines()]
+    files = sorted({f"tests/{name}" for name in re.findall(r"\w+\.py", choice)})
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=5", *files]
+    command += ["-k", " or ".join(f"({line})" for line in lines)]
+    environment = os.environ | {
+        "KDKERNELS_TEST_BACKENDS": "triton", "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""
+    }  # fmt: skip
+    return subprocess.Popen(
+        command,
+        cwd=Path(__file__).parents[1],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def running():
+    processes = {name: start(choice) for name, choice in SUITES.items()}
+    yield processes
+    for process in processes.values():
+        process.kill()
+
+
+@pytest.mark.parametrize(("name", "least"), [("rows", 110), ("engine", 90)])
+def test_interpreted(running, name, least):
+    output, _ = running[name].communicate()
+    print(output[-3000:])
+    assert running[name].returncode == 0, output[-8000:]
+    assert int(re.search(r"(\d+) passed", output)[1]) > least and "skipped" not in output
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="make gpu-check launches them on the GPU")
+def test_every_variant_runs_once():
+    """What compute-sanitizer is to run, in the interpreter."""
+    code = "from kdkernels.rows.triton_resources import launch; launch('cpu', rows=1, vocabulary=150)"
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=environment, check=True)

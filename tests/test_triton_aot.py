@@ -5,10 +5,14 @@ all others under ``slow``.
 """
 
 import re
+from pathlib import Path
 
 import pytest
+import triton
 
 from kdkernels.rows import triton_resources
+
+DOCUMENT = Path(__file__).parent.parent / "docs" / "triton-resources.md"
 
 
 @pytest.fixture(autouse=True)
@@ -22,9 +26,15 @@ def usual(variant) -> bool:
 
 
 @pytest.mark.parametrize("wanted", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["usual", "others"])
-def test_no_variant_spills(wanted):
+def test_no_variant_spills(wanted, capsys):
+    """Nor has any other resources than docs/triton-resources.md says (with the Triton it was made with)."""
     resources = triton_resources.measure(lambda variant: usual(variant) == wanted)
-    print(triton_resources.table(resources))
+    table = triton_resources.table(resources)
+    with capsys.disabled():
+        print(f"\n{table}")
+    documented = DOCUMENT.read_text().splitlines()
+    if f"triton {triton.__version__} " in documented[2]:
+        assert [line for line in table.splitlines() if line not in documented] == []
     assert len(resources) >= 50
     spilling = [variant.name for variant, each in resources.items() if any(r.stack for r in each)]
     assert not spilling, f"spills: {spilling}"

@@ -35,8 +35,7 @@ def rows_of(x):
     return backend_for(x.device, x.dtype)
 
 
-@pytest.mark.parametrize("words", [1, 127, 128, 129, 1021])
-@pytest.mark.parametrize("name", ["jsd.9", "skl"])
+@pytest.mark.parametrize(("name", "words"), [("jsd.9", 1), ("jsd.9", 129), ("skl", 127), ("skl", 1021)])
 def test_a_narrow_gradient_over_wide_logits(small_blocks, name, words):
     """In place it is bitwise the wide one, rounded (fp16: the interpreter truncates bf16)."""
     x_s, x_t = distribution("normal", 3, words)
@@ -150,7 +149,7 @@ def test_no_rows():
     x = torch.empty(0, 9)
     stats = rows_of(x).statistics(x, 1.0, None, 1.0, 2, None)
     value, center = rows_of(x).divergence(stats, stats, truth.DIVERGENCES["skl"][0], 1.0)
-    assert stats.top_indices.shape == (0, 2) and value.shape == center.shape == (0,)
+    assert stats.top_indices.shape == (0, 2) and value.shape == (0,) and len(center) == 0
 
 
 def test_errors_name_the_argument():
@@ -169,3 +168,23 @@ def test_more_rows_than_one_launch_takes(monkeypatch):
     got = rows_of(x).statistics(x, 1.0, None, 1.0, 2, x[:, :1].argsort())
     assert torch.equal(got.stats, expected.stats) and torch.equal(got.top_values, expected.top_values)
     assert torch.equal(got.gathered, expected.gathered)
+
+
+def test_tuning_uses_what_was_fastest(monkeypatch):
+    """Every size runs, the fastest stays."""
+    from kdkernels.rows import triton, triton_tune
+
+    names, calls = ("_STATISTICS", "_DIVERGENCE", "_GRADIENT"), []
+    for name in names:
+        monkeypatch.setattr(triton, name, getattr(triton, name))  # restored afterwards
+
+    def timed(run, return_mode):
+        run()
+        sizes = getattr(triton, names[len(calls) // len(triton_tune.SIZES)])
+        calls.append(sizes)
+        return 1.0 if sizes == triton_tune.SIZES[2] else 2.0
+
+    monkeypatch.setattr(triton_tune, "do_bench", timed)
+    best = triton_tune.tune(300, rows=1, device=torch.empty(0).device)
+    assert calls == list(triton_tune.SIZES) * 3
+    assert list(best.values()) == [getattr(triton, name) for name in names] == [triton_tune.SIZES[2]] * 3

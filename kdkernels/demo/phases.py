@@ -95,7 +95,7 @@ class Workers:
 
     def __init__(self, logs: Path):
         self.logs = logs
-        self.cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        self.cores = len(os.sched_getaffinity(0))
         self.running: set[subprocess.Popen] = set()
         self.stopped = False
         self.starting = threading.Lock()

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from kdkernels.demo.phases import PROBLEMS, STUDENTS, Cost
+from kdkernels.demo.phases import PROBLEMS, STUDENTS
 from kdkernels.demo.results import Arm
 from kdkernels.demo.statistics import bootstrap_mean, wilson
 
@@ -26,8 +26,8 @@ COMPARISONS = (  # (arm, the arm it is compared with)
 MARGIN = 0.20  # by which the teacher must beat the starting student for a demo that shows something
 
 
-def render(arms: Iterable[Arm], deepspeed: Cost, seconds: float, cores: int) -> str:
-    """The report of a demo that took `seconds` on `cores` cores; `deepspeed`: the cost of preparing DeepSpeed."""
+def render(arms: Iterable[Arm], seconds: float, cores: int) -> str:
+    """The report of a demo that took `seconds` on `cores` cores."""
     by_name = {arm.phase.name: arm for arm in arms}
     seeds, problems = by_name[STUDENTS[0].name].right.shape
     return "\n".join(
@@ -55,7 +55,7 @@ def render(arms: Iterable[Arm], deepspeed: Cost, seconds: float, cores: int) -> 
             "",
             "## Seconds and memory",
             "",
-            *_costs(by_name.values(), deepspeed, cores),
+            *_costs(by_name.values(), cores),
             "",
         ]
     )
@@ -145,9 +145,9 @@ def _caveats(arms: dict[str, Arm]) -> list[str]:
     ]
 
 
-def _costs(arms: Iterable[Arm], deepspeed: Cost, cores: int) -> list[str]:
+def _costs(arms: Iterable[Arm], cores: int) -> list[str]:
     parts = ("rollout", "teacher", "student", "step")
-    rows = [["preparing DeepSpeed", f"{deepspeed.seconds:.0f}", *[""] * len(parts), f"{deepspeed.peak:.0f}"]]
+    rows = []
     for arm in arms:
         seconds = sum(cost.seconds for cost in arm.costs) / len(arm.costs)
         spent = [f"{arm.seconds(part):.1f}" for part in parts]

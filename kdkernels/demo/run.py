@@ -1,7 +1,6 @@
 """The demo from beginning to end: problems, teacher, students, arms, report."""
 
 import shutil
-import sys
 import time
 from collections.abc import Sequence
 from itertools import islice
@@ -24,7 +23,6 @@ from kdkernels.demo.report import render
 from kdkernels.demo.results import load_arm
 
 MARKER = ".kdkernels-demo"
-PREPARE = "from kdkernels.training import distributed; distributed.start()"
 
 
 def run_demo(output: Path, seeds: int = 1, overrides: Sequence[str] = ()) -> Path:
@@ -40,9 +38,7 @@ def run_demo(output: Path, seeds: int = 1, overrides: Sequence[str] = ()) -> Pat
     start_afresh(output)
     write_problems(output / "data")
     workers, numbers = Workers(output / "logs"), range(seeds)
-    _say("starting DeepSpeed once, so that no training pays for its first import")
-    costs = workers.run({"deepspeed": [sys.executable, "-c", PREPARE]})
-    costs |= workers.run(train_commands([TEACHER], output, [0], overrides))
+    costs = workers.run(train_commands([TEACHER], output, [0], overrides))
     costs |= workers.run(train_commands(STUDENTS, output, numbers, overrides))
     longest_first = sorted((*FROM_STUDENT, *FROM_STRONG_STUDENT), key=lambda phase: phase.recipe == "sft")
     costs |= workers.run(train_commands(longest_first, output, numbers, overrides))
@@ -52,7 +48,7 @@ def run_demo(output: Path, seeds: int = 1, overrides: Sequence[str] = ()) -> Pat
     plot_accuracy(results, output / "accuracy.png")
     plot_curves(results, output / "curves.png")
     report = output / "report.md"
-    report.write_text(render(results, costs["deepspeed"], time.monotonic() - started, workers.cores), encoding="utf-8")
+    report.write_text(render(results, time.monotonic() - started, workers.cores), encoding="utf-8")
     return report
 
 

@@ -3,7 +3,9 @@
     python -m kdkernels.rows.triton_resources > docs/triton-resources.md
 
 A variant is what one call of a backend function launches, recorded instead of launched. Not for a process that
-interprets (TRITON_INTERPRET=1).
+interprets (TRITON_INTERPRET=1). On a GPU, for compute-sanitizer, every variant can be launched once instead:
+
+    compute-sanitizer --tool racecheck python -m kdkernels.rows.triton_resources launch
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import functools
 import os
 import re
 import subprocess
+import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -28,7 +31,7 @@ from triton.compiler import ASTSource
 
 from ..divergences import JSD, ForwardKL, ReverseKL, SkewKL
 from . import triton as backend
-from .interface import Coefficients, Rows
+from .interface import Coefficients
 from .operators import NAMES, Operators
 
 TARGETS = (80, 90, 100)
@@ -65,20 +68,30 @@ class Resources:
     shared: int
 
 
+def every_call(call, rows: int, vocabulary: int) -> None:
+    """``call(options, function of the backend, *arguments)`` for all that makes a variant, on the default device."""
+    ids = torch.zeros(rows, 11, dtype=torch.int64)
+    for dtype, softcap, temperature in product((_F32, _BF16, _F16), (None, 30.0), (1.0, 2.0)):
+        options = f"{_short(dtype)}{', soft-cap' if softcap else ''}{', tempered' if temperature != 1 else ''}"
+        logits = torch.zeros(rows, vocabulary, dtype=dtype)
+        sides = call(options, _FUNCTIONS.statistics, logits, 1.0, softcap, temperature, 10, ids)
+        for kind in (None, *_KINDS):
+            named, center = f"{options}, {kind.name}" if kind else options, None
+            if kind:
+                center = call(named, _FUNCTIONS.divergence, sides, sides, kind, temperature)[1]
+            c = Coefficients(torch.zeros(3, rows), ids, torch.zeros(rows, 11))
+            for out_dtype in (_F32, _BF16, _F16) if dtype == _F32 else (dtype,):
+                out = logits.view(out_dtype)[:, :vocabulary]
+                name = f"{named}, out {_short(out_dtype)}"
+                call(name, _FUNCTIONS.gradient_, sides, sides if kind else None, kind, temperature, center, c, out)
+
+
 @functools.cache
 def variants() -> tuple[Variant, ...]:
     """Every kernel variant, for a 151936-word vocabulary; both sides with or without a soft-cap."""
     found: list[Variant] = []
     with torch.device("meta"):
-        ids = torch.empty(1024, 11, dtype=torch.int64)
-        for dtype, softcap, temperature in product((_F32, _BF16, _F16), (None, 30.0), (1.0, 2.0)):
-            options = f"{_short(dtype)}{', soft-cap' if softcap else ''}{', tempered' if temperature != 1 else ''}"
-            logits = torch.empty(1024, VOCABULARY, dtype=dtype)
-            rows = _record(found, options, _FUNCTIONS.statistics, logits, 1.0, softcap, temperature, 10, ids)
-            for kind in _KINDS:
-                _record(found, f"{options}, {kind.name}", _FUNCTIONS.divergence, rows, rows, kind, temperature)
-                _gradients(found, f"{options}, {kind.name}", rows, kind, temperature)
-            _gradients(found, options, rows, None, temperature)
+        every_call(functools.partial(_record, found), 1024, VOCABULARY)
     # calls that differ in an option launch the same variant of the kernels that do not have it
     distinct = {_key(v): v for v in reversed(found)}.values()
     return tuple(sorted(reversed(distinct), key=lambda v: _KERNELS.index(v.kernel)))
@@ -89,15 +102,6 @@ def _key(variant: Variant) -> tuple:
     kinds = {k: v.dtype if isinstance(v, Tensor) else v for k, v in variant.arguments.items()}
     constants = {k: v for k, v in kinds.items() if k.isupper() or not isinstance(v, (int, float))}
     return variant.kernel, variant.warps, *((k, str(v)) for k, v in constants.items())
-
-
-def _gradients(found: list[Variant], options: str, rows: Rows, kind, temperature: float) -> None:
-    center = torch.empty(1024, 3, dtype=torch.float64)
-    c = Coefficients(torch.empty(3, 1024), torch.empty(1024, 11, dtype=torch.int64), torch.empty(1024, 11))
-    for dtype in {_F32: (_F32, _BF16, _F16)}.get(rows.logits.dtype, (rows.logits.dtype,)):
-        out = rows.logits.new_empty((1024, VOCABULARY * rows.logits.itemsize // dtype.itemsize), dtype=dtype)
-        name = f"{options}, out {_short(dtype)}"
-        _record(found, name, _FUNCTIONS.gradient_, rows, rows, kind, temperature, center, c, out[:, :VOCABULARY])
 
 
 def _short(dtype: torch.dtype) -> str:
@@ -171,14 +175,26 @@ def table(resources: dict[Variant, list[Resources]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    resources = measure()
+def document(resources: dict[Variant, list[Resources]]) -> str:
+    """docs/triton-resources.md."""
     spilling = [v.name for v, each in resources.items() if any(r.stack for r in each)]
-    print("# Registers and shared memory of every Triton kernel variant\n")
-    print(f"Compiled ahead of time by triton {triton.__version__} for {VOCABULARY} words: registers a thread, shared")
-    print(f"bytes a program. Variants that spill: {', '.join(spilling) or 'none'}.\n")
-    print(table(resources))
+    return f"""# Registers and shared memory of every Triton kernel variant
+
+Compiled ahead of time by triton {triton.__version__} for {VOCABULARY} words: registers a thread, shared
+bytes a program. Variants that spill: {", ".join(spilling) or "none"}.
+
+{table(resources)}"""
+
+
+def launch(device: str, rows: int = 3, vocabulary: int = 5003) -> None:
+    """Every variant once, on zeros: two blocks and a part of one in every row."""
+    with torch.device(device):
+        every_call(lambda options, function, *arguments: function(*arguments), rows, vocabulary)
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:] == ["launch"]:
+        launch("cuda")
+        torch.cuda.synchronize()
+    else:
+        print(document(measure()))

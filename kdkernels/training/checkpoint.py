@@ -1,14 +1,14 @@
-"""Checkpoints that are there completely or not at all, from which a run continues bit for bit.
+"""Checkpoints from which a run continues bit for bit: `step-000123` is that after step 123.
 
-A checkpoint is written under a name that no reader looks at, flushed to the disk and then renamed to `step-000123`; the
-directory with the highest number is the latest one. Deleting goes the other way: renamed first, then emptied.
+`progress.json` of a checkpoint holds where the run stood and the checksums of all its other files, so that damage is
+found before anything is loaded, by one process for all.
 """
 
 import json
-import os
 import random
 import shutil
-from collections.abc import Callable
+import warnings
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -16,97 +16,108 @@ import numpy as np
 import torch
 
 from kdkernels.training import distributed
+from kdkernels.training.atomic import UNFINISHED, remove_directory, write_directory
 from kdkernels.training.schema import InputError
 
-PREFIX, UNFINISHED = "step-", "unfinished-"
-
-
-def write_directory(path: Path, write: Callable[[Path], None]) -> None:
-    """Makes the directory `path` out of what `write(directory)` puts into it, replacing an older one; all processes
-    call this together.
-    """
-    unfinished = path.with_name(UNFINISHED + path.name)
-    if distributed.rank() == 0:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-    distributed.barrier()
-    write(unfinished)
-    distributed.barrier()
-    if distributed.rank() == 0:
-        for entry in [*unfinished.rglob("*"), unfinished]:
-            _flush(entry)
-        remove_directory(path)
-        unfinished.rename(path)
-        _flush(path.parent)
-    distributed.barrier()
-
-
-def remove_directory(path: Path) -> None:
-    """Deletes the directory `path`, if there is one, so that a deletion cut short leaves nothing under its name."""
-    if path.exists():
-        doomed = path.with_name(f"{UNFINISHED}deletion-{path.name}")
-        shutil.rmtree(doomed, ignore_errors=True)
-        path.rename(doomed)
-        shutil.rmtree(doomed)
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+PREFIX, PROGRESS, ENGINE = "step-", "progress.json", "engine"
 
 
 def save(engine, directory: Path, progress: dict[str, int], keep: int) -> None:
-    """Writes the checkpoint of `progress["step"]` into `directory` and deletes all but the newest `keep`; all processes
-    call this together.
+    """Writes the checkpoint of `progress["step"]` into `directory` and deletes all but the newest `keep` up to it; all
+    processes call this together.
 
     It holds weights, objective buffers, optimizer, learning-rate schedule (through DeepSpeed), the random state of
     every process and `progress`.
     """
 
     def write(path: Path) -> None:
-        engine.save_checkpoint(str(path), tag="engine", save_latest=False)
-        torch.save(_random_state(), path / f"random-{distributed.rank():05d}.pt")
+        engine.save_checkpoint(str(path), tag=ENGINE, save_latest=False)
+        torch.save(_random_state(), path / _random_file())
+        distributed.barrier()
         if distributed.rank() == 0:
-            (path / "progress.json").write_text(json.dumps(progress | {"processes": distributed.world_size()}))
+            files = {file.relative_to(path).as_posix(): _checksum(file) for file in path.rglob("*") if file.is_file()}
+            contents = {"progress": progress, "processes": distributed.world_size(), "checksums": files}
+            (path / PROGRESS).write_text(json.dumps(contents))
 
-    write_directory(directory / f"{PREFIX}{progress['step']:06d}", write)
+    new = directory / f"{PREFIX}{progress['step']:06d}"
+    write_directory(new, write)
     if distributed.rank() == 0:
         for left_over in directory.glob(f"{UNFINISHED}*"):  # of a deletion or a write that was killed
             shutil.rmtree(left_over)
-        for old in complete(directory)[:-keep]:
+        there = complete(directory)
+        newest = there.index(new) + 1  # those behind it are of a run that came further and could not be continued
+        for old in (*there[: max(0, newest - keep)], *there[newest:]):
             remove_directory(old)
 
 
 def complete(directory: Path) -> list[Path]:
-    """The complete checkpoints in `directory`, oldest first."""
+    """The checkpoints in `directory` that were written to their end, oldest first."""
     numbers = {path: path.name.removeprefix(PREFIX) for path in directory.glob(f"{PREFIX}*")}
     return sorted((path for path, number in numbers.items() if number.isdecimal()), key=lambda path: int(numbers[path]))
 
 
-def read_progress(directory: Path) -> dict[str, int]:
-    """The `progress` saved with the latest checkpoint in `directory`. Raises InputError if there is none or it is of
-    another number of processes.
+def newest_sound(directory: Path) -> tuple[Path, dict[str, int]]:
+    """The newest checkpoint in `directory` whose files are all there and as they were written, and its `progress`; all
+    processes call this together.
+
+    Each newer one is named in a warning. Raises InputError if there is none or it is of another number of processes.
     """
-    checkpoints = complete(directory)
-    if not checkpoints:
-        raise InputError(f"--resume: no checkpoint in {directory}")
-    progress = json.loads((checkpoints[-1] / "progress.json").read_text())
-    if progress["processes"] != distributed.world_size():
+    found = _newest_sound(directory) if distributed.rank() == 0 else None
+    path, contents, defects = distributed.gathered(found)[0]
+    if distributed.rank() == 0:
+        for defect in defects:
+            warnings.warn(f"--resume: {defect}; trying the one before it", stacklevel=2)
+    if path is None:
+        what = "no checkpoint that can be read" if defects else "no checkpoint yet"
+        raise InputError(f"--resume: {what} in {directory}: delete {directory.parent} and start the run again")
+    if contents["processes"] != distributed.world_size():
         raise InputError(
-            f"--resume: {checkpoints[-1]} was written by {progress['processes']} processes; expected as many now, "
+            f"--resume: {path} was written by {contents['processes']} processes; expected as many now, "
             f"got {distributed.world_size()}"
         )
-    return progress
+    return path, contents["progress"]
 
 
-def restore(engine, directory: Path) -> None:
-    """Puts engine and random state back to the latest checkpoint in `directory`."""
-    path = complete(directory)[-1]
-    engine.load_checkpoint(str(path), tag="engine")
-    _set_random_state(torch.load(path / f"random-{distributed.rank():05d}.pt", weights_only=False))
+def restore(engine, path: Path) -> None:
+    """Puts engine and random state back to the checkpoint at `path`."""
+    loaded, _ = engine.load_checkpoint(str(path), tag=ENGINE)
+    if loaded is None:
+        raise InputError(f"--resume: DeepSpeed found nothing to load in {path / ENGINE}")
+    _set_random_state(torch.load(path / _random_file(), weights_only=False))
+
+
+def _newest_sound(directory: Path) -> tuple[Path | None, dict[str, Any] | None, list[str]]:
+    """(path, contents of its progress.json, what is wrong with each newer one)."""
+    defects = []
+    for path in reversed(complete(directory)):
+        try:
+            return path, _read(path), defects
+        except (OSError, ValueError) as error:
+            defects.append(f"{path} is damaged: {error}")
+    return None, None, defects
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The contents of the checkpoint's progress.json. Raises OSError for a file that is missing or cannot be read,
+    ValueError for one whose contents changed.
+    """
+    contents = json.loads((path / PROGRESS).read_text())
+    for name, checksum in contents["checksums"].items():
+        if _checksum(path / name) != checksum:
+            raise ValueError(f"the contents of {name} changed")
+    return contents
+
+
+def _checksum(path: Path) -> int:
+    checksum = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            checksum = zlib.crc32(block, checksum)
+    return checksum
+
+
+def _random_file() -> str:
+    return f"random-{distributed.rank():05d}.pt"
 
 
 def _random_state() -> dict[str, Any]:

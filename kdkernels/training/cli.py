@@ -8,6 +8,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from kdkernels.training.config import load_config
 from kdkernels.training.plan import plan
+from kdkernels.training.schema import InputError
 from kdkernels.training.trainer import train
 
 
@@ -27,8 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except FloatingPointError as error:
         print(f"kdkernels: {error}", file=sys.stderr)
         return 1
-    except (ValueError, OSError) as error:  # InputError, and what transformers or the file system say of the input
-        print(f"kdkernels: {error}", file=sys.stderr)
+    except (InputError, OSError) as error:
+        print(f"kdkernels: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
 

@@ -76,7 +76,7 @@ class DataConfig:
     responses may leave theirs out.
 
     `max_prompt_tokens`, `max_response_tokens` (end-of-sequence token included): longer examples are left out, counted
-    and reported.
+    and reported. Together they must fit the models' `max_position_embeddings`.
     """
 
     train: str
@@ -139,9 +139,11 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """A checkpoint after `every` steps (0: none), of which the newest `keep` stay."""
+    """A checkpoint after `every` steps (0: none; a tenth of the steps by default), of which the newest `keep` stay. One
+    takes the disk space of the weights and the optimizer's state; a crashed run goes on from the newest.
+    """
 
-    every: CountOrZero = 0
+    every: CountOrZero | None = None
     keep: Count = 2
 
 

@@ -21,13 +21,12 @@ from kdkernels.training.schema import InputError
 
 @dataclass(frozen=True)
 class Example:
-    """One line of a data file: its `fields`, and prompt and response rendered and tokenized.
+    """One line of a data file: prompt and response, rendered and tokenized.
 
     `response_ids` ends with the end-of-sequence token; it is empty where the recipe has no response template.
     """
 
     line: int
-    fields: dict[str, Any]
     prompt: str
     response: str
     prompt_ids: tuple[int, ...]
@@ -52,10 +51,10 @@ class Examples:
         return f"{self.path}: {len(self.usable)} examples; {left_out}"
 
 
-def render(config: DataConfig, path: str) -> Iterator[tuple[int, dict[str, Any], str, str]]:
-    """(line number, fields, prompt, response) of every line of the JSON lines file at `path`.
+def render(config: DataConfig, path: str) -> Iterator[tuple[int, str, str]]:
+    """(line number, prompt, response) of every line of the JSON lines file at `path`.
 
-    Raises InputError naming file and line for a line that is no JSON object or lacks a field of a template.
+    Raises InputError naming file and line for a line that is no JSON object, or whose fields a template has no use for.
     """
     templates = {"prompt": config.prompt, "response": config.response or ""}
     needed = {key: sorted(_field_names(text, key)) for key, text in templates.items()}
@@ -74,7 +73,15 @@ def render(config: DataConfig, path: str) -> Iterator[tuple[int, dict[str, Any],
                             f"{path}, line {number}: field {name!r} of [data] {key} is missing; the line has "
                             f"{', '.join(record)}"
                         )
-            yield number, record, *(text.format_map(record) for text in templates.values())
+            texts = (_fill(text, record, f"{path}, line {number}: [data] {key}") for key, text in templates.items())
+            yield number, *texts
+
+
+def _fill(template: str, record: dict[str, Any], place: str) -> str:
+    try:
+        return template.format_map(record)
+    except (ValueError, TypeError, LookupError) as error:  # a format or a conversion that the value does not have
+        raise InputError(f"{place}: {template!r} cannot be filled in: {error}") from error
 
 
 def _field_names(template: str, key: str) -> set[str]:
@@ -96,7 +103,7 @@ def load_examples(config: DataConfig, path: str, tokenizer: PreTrainedTokenizerB
     Raises InputError as `render` does, for a prompt without tokens, and where no example is left.
     """
     usable, long_prompts, long_responses = [], 0, 0
-    for number, record, prompt, response in render(config, path):
+    for number, prompt, response in render(config, path):
         prompt_ids = tokenizer(prompt)["input_ids"]
         response_ids = []
         if config.response is not None:
@@ -108,7 +115,7 @@ def load_examples(config: DataConfig, path: str, tokenizer: PreTrainedTokenizerB
         elif len(response_ids) > config.max_response_tokens:
             long_responses += 1
         else:
-            usable.append(Example(number, record, prompt, response, tuple(prompt_ids), tuple(response_ids)))
+            usable.append(Example(number, prompt, response, tuple(prompt_ids), tuple(response_ids)))
     examples = Examples(path, tuple(usable), long_prompts, long_responses)
     if not usable:
         raise InputError(f"{examples}: none is left")

@@ -5,7 +5,7 @@ Shapes: B examples of a batch, L length, N response tokens of a batch, H hidden.
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,22 +19,14 @@ from kdkernels.training.rollouts import evaluating, generate
 from kdkernels.training.schema import InputError
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """`metrics`: see `summarize`. `records`: one per example, in the given order, with all the metrics come from."""
-
-    metrics: dict[str, float]
-    records: list[dict[str, Any]]
-
-
 def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
     config: Config,
     teacher: PreTrainedModel | None = None,
-) -> Evaluation:
-    """What `metrics` of [evaluation] asks for, over `examples`.
+) -> list[dict[str, Any]]:
+    """One record per example, in the given order, with all that the `metrics` of [evaluation] come from (`summarize`).
 
     exact_match: the model answers each prompt greedily; its answer is right if it equals that of the data's response.
     The answer of a text is what the regular expression `answer` matches last in it.
@@ -54,7 +46,7 @@ def evaluate(
             if {"cross_entropy", "kl"} & set(settings.metrics):
                 _add(rows, _token_means(model, tokenizer, batch, settings, teacher))
             records += rows
-    return Evaluation(summarize(records), records)
+    return records
 
 
 def summarize(records: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -80,6 +72,15 @@ def find_answer(pattern: str, text: str) -> str | None:
     return found[-1] if found else None
 
 
+def expected_answer(settings: EvaluationConfig, example: Example) -> str:
+    """The answer of the data's response. Raises InputError where `answer` finds nothing in it."""
+    expected = find_answer(settings.answer, example.response)
+    if expected is None:
+        place = f"{settings.data}, line {example.line}"
+        raise InputError(f"{place}: [evaluation] answer {settings.answer!r} not found in {example.response!r}")
+    return expected
+
+
 def _add(rows: list[dict], columns: list[dict]) -> None:
     for row, more in zip(rows, columns, strict=True):
         row.update(more)
@@ -93,10 +94,7 @@ def _answers(
     responses = generate(model, tokenizer, prompts, settings.max_new_tokens, sample=False)
     rows = []
     for example, ids in zip(batch, responses, strict=True):
-        expected = find_answer(settings.answer, example.response)
-        if expected is None:
-            place = f"{settings.data}, line {example.line}"
-            raise InputError(f"{place}: [evaluation] answer {settings.answer!r} not found in {example.response!r}")
+        expected = expected_answer(settings, example)
         response = tokenizer.decode(ids, skip_special_tokens=True)
         answer = find_answer(settings.answer, response)
         rows.append(

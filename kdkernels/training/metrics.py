@@ -12,6 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from kdkernels.training import distributed
+from kdkernels.training.atomic import write_text
 from kdkernels.training.run import RunDirectory
 
 SHOWN = ("loss", "student_entropy", "teacher_entropy", "gate", "tokens_per_second")
@@ -105,6 +106,4 @@ def evaluations(path: Path) -> dict[int, dict[str, float]]:
 def _cut_after(path: Path, step: int) -> None:
     """Drops the lines of the steps after `step`, which are about to be trained again."""
     kept = [json.dumps(line) + "\n" for line in read_metrics(path) if line["step"] <= step]
-    replacement = path.with_suffix(".tmp")
-    replacement.write_text("".join(kept), encoding="utf-8")
-    os.replace(replacement, path)
+    write_text(path, "".join(kept))

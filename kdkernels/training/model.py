@@ -3,15 +3,19 @@
 Shapes: B responses, L length, H hidden.
 """
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -20,7 +24,7 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from kdkernels import Head
 from kdkernels.training.config import Config
-from kdkernels.training.data import Batch, render
+from kdkernels.training.data import Batch, collate, render
 from kdkernels.training.schema import InputError, refuse_unknown
 from kdkernels.training.tokenizers import train_tokenizer
 
@@ -57,69 +61,145 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
 def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     """The recipe's tokenizer, trained on the rendered training examples if it asks for that. Raises InputError."""
     if config.tokenizer.kind is not None:
-        texts = (prompt + response for _, _, prompt, response in render(config.data, config.data.train))
+        texts = [prompt + response for _, prompt, response in render(config.data, config.data.train)]
         try:
             return train_tokenizer(texts, config.tokenizer.kind, config.tokenizer.vocab_size)
         except ValueError as error:
-            raise InputError(f"[tokenizer] {error}") from error
+            raise InputError(f"[tokenizer] trained on {config.data.train}: {error}") from error
     tokenizer = _read_tokenizer(config.tokenizer.path, "[tokenizer] path")
     if tokenizer.eos_token_id is None:
         raise InputError(f"[tokenizer] path: the tokenizer {config.tokenizer.path} has no end-of-sequence token")
     return tokenizer
 
 
-def load_student(config: Config, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+def load_student(config: Config, tokenizer: PreTrainedTokenizerBase, *, meta: bool = False) -> PreTrainedModel:
     """The student, read from its path or with fresh weights, in training mode. Raises InputError.
 
     Fresh weights are float32 until the engine gives them the run's dtype: a seed draws the same weights for all.
+    meta: without weights, on the meta device, to check as much as can be without them.
     """
-    if config.student.path is not None:
-        return _load_model(config.student.path, "[student] path", config, tokenizer).train()
-    return AutoModelForCausalLM.from_config(_architecture(config, tokenizer), dtype=torch.float32).train()
+    path, key = config.student.path, "[student] path"
+    if path is None:
+        return _fresh_model(config, tokenizer, meta).train()
+    if path != config.tokenizer.path:
+        with _named(key):
+            has_tokenizer = bool(get_tokenizer_config(path))
+        if has_tokenizer:
+            _check_tokenizer(path, key, config, tokenizer)
+    return _read_model(path, key, config, tokenizer, meta).train()
 
 
-def load_teacher(config: Config, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+def load_teacher(config: Config, tokenizer: PreTrainedTokenizerBase, *, meta: bool = False) -> PreTrainedModel:
     """The frozen teacher in evaluation mode; its tokenizer must give every token the id that `tokenizer` gives it.
-    Raises InputError.
+    Raises InputError. meta: as in `load_student`.
     """
-    vocabulary = _read_tokenizer(config.teacher.path, "[teacher] path").get_vocab()
-    if vocabulary != tokenizer.get_vocab():
-        differ = sorted(set(vocabulary.items()) ^ set(tokenizer.get_vocab().items()))
+    path, key = config.teacher.path, "[teacher] path"
+    _check_tokenizer(path, key, config, tokenizer)
+    return _read_model(path, key, config, tokenizer, meta).eval().requires_grad_(False)
+
+
+def _fresh_model(config: Config, tokenizer: PreTrainedTokenizerBase, meta: bool) -> PreTrainedModel:
+    key = "[student] architecture"
+    configuration = _architecture(config, tokenizer, key)
+    _check_positions(configuration, key, config)
+    with _named(key):
+        with torch.device("meta" if meta else "cpu"):
+            model = AutoModelForCausalLM.from_config(configuration, dtype=torch.float32)
+        _try_out(model, vocabulary_size(tokenizer))
+    return model
+
+
+def _read_model(path: str, key: str, config: Config, tokenizer: PreTrainedTokenizerBase, meta: bool) -> PreTrainedModel:
+    with _named(key):
+        configuration = AutoConfig.from_pretrained(path)
+    _check_positions(configuration, key, config)
+    if meta:
+        _check_files(Path(path), key)
+        with _named(key), torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(configuration)
+    else:
+        with _named(key):
+            model, report = AutoModelForCausalLM.from_pretrained(
+                path, config=configuration, dtype=getattr(torch, config.run.dtype), output_loading_info=True
+            )
+        if report["missing_keys"]:
+            missing = sorted(report["missing_keys"])
+            raise InputError(f"{key}: {len(missing)} weights are missing in {path}, for instance {missing[0]}")
+    rows, words = model.get_output_embeddings().weight.shape[0], vocabulary_size(tokenizer)
+    if rows < words:
         raise InputError(
-            f"[teacher] path: expected the student's tokenizer, but that of {config.teacher.path} differs in "
-            f"{len(differ)} entries, for instance {differ[0]}"
+            f"{key}: expected a vocabulary of at least {words}, that of the tokenizer, got {rows} in {path}"
         )
-    return _load_model(config.teacher.path, "[teacher] path", config, tokenizer).eval().requires_grad_(False)
+    return model
 
 
-def count_parameters(config: Config, tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """Parameters of student and teacher, found without allocating them. Raises InputError."""
-    models = {}
-    with torch.device("meta"):
-        if config.student.path is None:
-            models["student"] = _architecture(config, tokenizer)
-        else:
-            models["student"] = _configuration(config.student.path, "[student] path")
-        if config.teacher is not None:
-            models["teacher"] = _configuration(config.teacher.path, "[teacher] path")
-        return {name: AutoModelForCausalLM.from_config(model).num_parameters() for name, model in models.items()}
-
-
-def _architecture(config: Config, tokenizer: PreTrainedTokenizerBase):
+def _architecture(config: Config, tokenizer: PreTrainedTokenizerBase, key: str) -> PreTrainedConfig:
     """The transformers configuration of a fresh student, its vocabulary that of the tokenizer, padded."""
     options = dict(config.student.architecture)
-    place = "[student] architecture:"
-    try:
-        default = AutoConfig.for_model(options.pop("model_type"))
-    except ValueError as error:
-        raise InputError(f"{place} {error}") from error
+    model_type = options.pop("model_type")
+    with _named(key):
+        default = AutoConfig.for_model(model_type)
     owned = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
     known = {*default.to_dict(), *default.attribute_map} - {*owned, "model_type"}
-    refuse_unknown(options, known, place, "key")
+    refuse_unknown(options, known, f"{key}:", "key")
     multiple = config.student.pad_vocab_to
     options["vocab_size"] = -(-vocabulary_size(tokenizer) // multiple) * multiple
     options |= {name: getattr(tokenizer, name) for name in owned[1:]}
-    return AutoConfig.for_model(config.student.architecture["model_type"], **options)
+    with _named(key):
+        return AutoConfig.for_model(model_type, **options)
+
+
+def _try_out(model: PreTrainedModel, vocab_size: int) -> None:
+    """Runs `model` on two tokens: some of an architecture's numbers contradict each other only then."""
+    if model.device.type == "meta":  # not all models run there. Memory that nobody has written to costs none
+        model = copy.deepcopy(model).to_empty(device="cpu")
+        for buffer in model.buffers():
+            buffer.zero_()
+    with torch.no_grad():
+        head(model.eval(), collate([[0]], [[0]], pad_id=0), vocab_size)
+
+
+def _check_positions(configuration: PreTrainedConfig, key: str, config: Config) -> None:
+    """Refuses token limits beyond the positions of a model; some models have no bound."""
+    fraction, evaluation, limits = config.rollout.student_fraction, config.evaluation, {}
+    if fraction < 1 or evaluation is not None:
+        limits["[data] max_response_tokens"] = config.data.max_response_tokens
+    if fraction > 0:
+        limits["[rollout] max_new_tokens"] = config.rollout.max_new_tokens
+    if evaluation is not None and "exact_match" in evaluation.metrics and key != "[teacher] path":
+        limits["[evaluation] max_new_tokens"] = evaluation.max_new_tokens
+    positions = getattr(configuration.get_text_config(), "max_position_embeddings", None)
+    for name, limit in limits.items():
+        if positions is not None and config.data.max_prompt_tokens + limit > positions:
+            raise InputError(
+                f"{name} {limit} and [data] max_prompt_tokens {config.data.max_prompt_tokens}: expected a sum of at "
+                f"most {positions}, the max_position_embeddings of {key}"
+            )
+
+
+def _check_tokenizer(path: str, key: str, config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuses a model whose own tokenizer is another one than the recipe's."""
+    own, expected = _read_tokenizer(path, key).get_vocab(), tokenizer.get_vocab()
+    if own != expected:
+        differ = sorted(set(own.items()) ^ set(expected.items()))
+        recipes = f"that of {config.tokenizer.path}" if config.tokenizer.path else f"one trained on {config.data.train}"
+        raise InputError(
+            f"{key}: expected the recipe's tokenizer, {recipes}, but that of {path} differs in {len(differ)} entries, "
+            f"for instance {differ[0]}"
+        )
+
+
+def _check_files(path: Path, key: str) -> None:
+    """Refuses a directory without weights or with a cut or overwritten safetensors file; reads only their headers."""
+    if not path.is_dir():
+        return
+    files = [file for pattern in ("*.safetensors", "*.bin") for file in sorted(path.glob(pattern))]
+    if not files:
+        raise InputError(f"{key}: no weights in directory {path}: expected model.safetensors")
+    for file in files:
+        if file.suffix == ".safetensors":
+            with _named(f"{key}: {file}"), safe_open(file, framework="pt"):
+                pass
 
 
 def _read_tokenizer(path: str, key: str) -> PreTrainedTokenizerBase:
@@ -134,26 +214,15 @@ def _read_tokenizer(path: str, key: str) -> PreTrainedTokenizerBase:
         return (PreTrainedTokenizerFast if plain else AutoTokenizer).from_pretrained(path)
 
 
-def _configuration(path: str, key: str):
-    with _named(key):
-        return AutoConfig.from_pretrained(path)
-
-
-def _load_model(path: str, key: str, config: Config, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    with _named(key):
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, config.run.dtype))
-    rows, words = model.get_output_embeddings().weight.shape[0], vocabulary_size(tokenizer)
-    if rows < words:
-        raise InputError(
-            f"{key}: expected a vocabulary of at least {words}, that of the tokenizer, got {rows} in {path}"
-        )
-    return model
-
-
 @contextmanager
 def _named(key: str) -> Iterator[None]:
-    """Names the recipe's key in what transformers says about a model that cannot be read."""
+    """Names the recipe's key in what transformers says about a model that cannot be read or built.
+
+    Its errors have no type in common (OSError, ValueError, KeyError, RuntimeError, SafetensorError, UnpicklingError,
+    ZeroDivisionError and more): nothing but reading, building and trying out its models belongs in here.
+    """
     try:
         yield
-    except (OSError, ValueError) as error:
-        raise InputError(f"{key}: {error}") from error
+    except Exception as error:
+        said = str(error) if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {error}"
+        raise InputError(f"{key}: {said}") from error

@@ -4,6 +4,7 @@ import resource
 from collections.abc import Iterable
 
 from kdkernels.training import distributed
+from kdkernels.training.atomic import write_text
 from kdkernels.training.config import Config
 from kdkernels.training.data import Examples
 from kdkernels.training.metrics import evaluations, read_metrics
@@ -13,7 +14,7 @@ from kdkernels.training.run import RunDirectory
 def write_report(run: RunDirectory, config: Config, data: Iterable[Examples]) -> None:
     """Writes the report of a finished run, on rank 0."""
     if distributed.rank() == 0:
-        run.report.write_text(render_report(run, config, data), encoding="utf-8")
+        write_text(run.report, render_report(run, config, data))
 
 
 def render_report(run: RunDirectory, config: Config, data: Iterable[Examples]) -> str:

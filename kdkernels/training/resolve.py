@@ -26,6 +26,8 @@ def resolve(config: Config) -> Config:
             "[data] key 'response' is missing; only a recipe whose student writes every response can do without, "
             "and only without [evaluation]"
         )
+    if config.checkpoint.every is None:
+        config = replace(config, checkpoint=replace(config.checkpoint, every=max(1, config.train.steps // 10)))
     if config.deepspeed.zero_stage is None:
         stage = 1 if config.run.dtype == "bfloat16" else 0
         config = replace(config, deepspeed=replace(config.deepspeed, zero_stage=stage))
@@ -59,6 +61,10 @@ def _tokenizer(config: Config) -> TokenizerConfig:
     tokenizer = config.tokenizer
     if tokenizer.path is not None and tokenizer.kind is not None:
         raise InputError("[tokenizer] expected at most one of path and kind")
+    if config.student.path is not None and tokenizer.kind is not None:
+        raise InputError(
+            "[tokenizer] kind belongs to an architecture; the model at [student] path has its tokens already"
+        )
     if (tokenizer.kind == "bpe") != (tokenizer.vocab_size is not None):
         raise InputError('[tokenizer] vocab_size belongs to kind "bpe" and only to it')
     if tokenizer.path is None and tokenizer.kind is None:

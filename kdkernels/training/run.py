@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from kdkernels.training import distributed
+from kdkernels.training.atomic import write_text
 from kdkernels.training.config import Config
 from kdkernels.training.schema import InputError, read_toml, to_tables, to_toml
 
@@ -58,12 +59,12 @@ class RunDirectory:
         """Makes the directory, on rank 0."""
         if distributed.rank() == 0:
             self.root.mkdir(parents=True, exist_ok=True)
-            self.config.write_text(to_toml(config), encoding="utf-8")
+            write_text(self.config, to_toml(config))
 
     def write_records(self, step: int, records: Iterable[dict[str, Any]]) -> None:
         """Writes the records of the evaluation after `step`, on rank 0."""
         if distributed.rank() == 0:
-            self.evaluation(step).write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+            write_text(self.evaluation(step), "".join(json.dumps(record) + "\n" for record in records))
 
 
 def _differences(old: dict, new: dict) -> list[str]:

@@ -23,12 +23,14 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kdkernels.training import checkpoint, distributed
+from kdkernels.training.atomic import write_directory
 from kdkernels.training.config import Config
-from kdkernels.training.data import Example, ExampleStream, collate, load_examples
+from kdkernels.training.data import Example, ExampleStream, collate
 from kdkernels.training.engine import accumulation_steps, build_engine, step_engine
 from kdkernels.training.evaluation import evaluate, summarize
+from kdkernels.training.inputs import read_inputs
 from kdkernels.training.metrics import EVALUATION, MetricsLog, evaluations
-from kdkernels.training.model import Distillation, head, load_student, load_teacher, load_tokenizer, vocabulary_size
+from kdkernels.training.model import Distillation, head, load_student, load_teacher, vocabulary_size
 from kdkernels.training.report import write_report
 from kdkernels.training.rollouts import generate
 from kdkernels.training.run import RunDirectory
@@ -53,18 +55,17 @@ def train(config: Config, resume: bool = False) -> Result:
     run = RunDirectory(config.run.output)
     run.check(config, resume)
     accumulation_steps(config)
-    progress = checkpoint.read_progress(run.checkpoints) if resume else {"step": 0, "position": 0}
+    newest, progress = checkpoint.newest_sound(run.checkpoints) if resume else (None, {"step": 0, "position": 0})
 
-    tokenizer = load_tokenizer(config)
-    examples = load_examples(config.data, config.data.train, tokenizer)
-    held_out = load_examples(config.data, config.evaluation.data, tokenizer) if config.evaluation else None
+    inputs = read_inputs(config)
+    tokenizer, examples, held_out = inputs.tokenizer, inputs.examples, inputs.held_out
     _seed(config.run.seed)
     student = load_student(config, tokenizer)
     teacher = load_teacher(config, tokenizer).to(distributed.device()) if config.teacher else None
     engine = build_engine(config, Distillation(student, config.objective.build(), vocabulary_size(tokenizer)))
     stream = ExampleStream(len(examples.usable), config.run.seed, progress["position"])
     if resume:
-        checkpoint.restore(engine, run.checkpoints)
+        checkpoint.restore(engine, newest)
     else:
         _seed(config.run.seed + distributed.rank())  # every process samples rollouts of its own
         run.create(config)
@@ -91,7 +92,7 @@ def train(config: Config, resume: bool = False) -> Result:
                 progress = {"step": step, "position": stream.position}
                 checkpoint.save(engine, run.checkpoints, progress, config.checkpoint.keep)
 
-    checkpoint.write_directory(run.final, lambda directory: _save_final(student, tokenizer, directory))
+    write_directory(run.final, lambda directory: _save_final(student, tokenizer, directory))
     write_report(run, config, [examples, held_out] if held_out else [examples])
     return Result(run.root, run.final, evaluations(run.metrics))
 
@@ -188,7 +189,7 @@ def _evaluate(
 ) -> list[dict[str, Any]]:
     """The records of all `examples`, each process having evaluated its share."""
     share = examples[distributed.rank() :: distributed.world_size()]
-    records = evaluate(student, tokenizer, share, config, teacher).records if share else []
+    records = evaluate(student, tokenizer, share, config, teacher)
     return sorted(itertools.chain(*distributed.gathered(records)), key=lambda record: record["line"])
 
 

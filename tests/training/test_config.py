@@ -27,6 +27,8 @@ def test_defaults_that_follow_from_other_keys(load, teacher_set):
     assert gkd.objective.options == {"beta": 0.9, "temperature": 1.0}
     assert sft.objective.options == {}
     assert sft.teacher is None and sft.evaluation is None
+    assert sft.checkpoint.every == 1 and load("train.steps=95").checkpoint.every == 9
+    assert load("checkpoint.every=0").checkpoint.every == 0
 
 
 def test_an_integer_is_a_number(load):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kdkernels.training import InputError
-from kdkernels.training.data import ExampleStream, collate, load_examples
+from kdkernels.training.data import ExampleStream, collate, load_examples, render
 from kdkernels.training.model import load_tokenizer
 
 
@@ -57,7 +57,32 @@ def test_a_broken_line_is_named(load, line, expected):
         file.write(line + b"\n")
     with pytest.raises(InputError) as refusal:
         load_examples(config.data, config.data.train, tokenizer)
-    assert f"{config.data.train}, {expected}" in str(refusal.value)
+    assert str(refusal.value).startswith(f"{config.data.train}, {expected}")
+    if "no tokens" not in expected:
+        with pytest.raises(InputError) as refusal:
+            load_tokenizer(config)
+        assert str(refusal.value).startswith(f"{config.data.train}, {expected}")
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [("{question:d}", "Unknown format code"), ("{question!z}", "conversion"), ("{question:{width}}", "width")],
+)
+def test_a_template_that_a_line_cannot_fill_is_named_with_it(load, template, expected):
+    config = load(f"data.response='{template}'")
+    place = f"{config.data.train}, line 1: [data] response: '{template}' cannot be filled in: "
+    for read in (lambda: load_tokenizer(config), lambda: list(render(config.data, config.data.train))):
+        with pytest.raises(InputError) as refusal:
+            read()
+        assert str(refusal.value).startswith(place) and expected in str(refusal.value)
+
+
+def test_a_file_without_text_is_named(load):
+    config = load()
+    with open(config.data.train, "w"):
+        pass
+    with pytest.raises(InputError, match=r"\[tokenizer\] trained on /.*train\.jsonl: texts: expected .* got 0"):
+        load_tokenizer(config)
 
 
 @pytest.mark.parametrize("template", ["{", "{}", "{question.x}", "{0}"])

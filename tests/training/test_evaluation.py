@@ -46,12 +46,12 @@ def log_probs(model, example, vocab_size):
 
 def test_cross_entropy_and_kl_are_those_of_dense_logits(load_all):
     student, tokenizer, examples, config, teacher = load_all()
-    outcome = evaluate(student, tokenizer, examples, config, teacher)
+    records = evaluate(student, tokenizer, examples, config, teacher)
     words = vocabulary_size(tokenizer)
     assert student.config.vocab_size > words  # padding rows, which must have no probability
     sums = torch.zeros(3, dtype=torch.float64)
     with torch.no_grad():
-        for example, record in zip(examples, outcome.records, strict=True):
+        for example, record in zip(examples, records, strict=True):
             q, p = (log_probs(model.eval(), example, words) for model in (student, teacher))
             target = torch.tensor(example.response_ids)
             cross_entropy = -q.gather(1, target[:, None])[:, 0]
@@ -62,15 +62,15 @@ def test_cross_entropy_and_kl_are_those_of_dense_logits(load_all):
             assert record["kl"] == pytest.approx(kl.mean().item(), rel=1e-5)
             assert kl.mean() > 0.01
             sums += torch.stack([cross_entropy.sum(), kl.sum(), torch.tensor(float(len(target)))])
-    assert outcome.metrics["cross_entropy"] == pytest.approx((sums[0] / sums[2]).item(), rel=1e-5)
-    assert outcome.metrics["kl"] == pytest.approx((sums[1] / sums[2]).item(), rel=1e-5)
+    assert summarize(records)["cross_entropy"] == pytest.approx((sums[0] / sums[2]).item(), rel=1e-5)
+    assert summarize(records)["kl"] == pytest.approx((sums[1] / sums[2]).item(), rel=1e-5)
 
 
 def test_responses_are_greedy(load_all):
     student, tokenizer, examples, config, teacher = load_all("evaluation.max_new_tokens=5")
-    outcome = evaluate(student, tokenizer, examples, config, teacher)
+    records = evaluate(student, tokenizer, examples, config, teacher)
     student.eval()
-    for example, record in zip(examples, outcome.records, strict=True):
+    for example, record in zip(examples, records, strict=True):
         ids = list(example.prompt_ids)
         while len(ids) < len(example.prompt_ids) + 5 and ids[-1] != tokenizer.eos_token_id:
             with torch.no_grad():
@@ -81,7 +81,7 @@ def test_responses_are_greedy(load_all):
         assert record["finished"] == (ids[-1] == tokenizer.eos_token_id)
         assert record["answer"] == find_answer(r"(\d+)", response)
         assert record["correct"] == (record["answer"] == record["expected"])
-    assert len({record["response"] for record in outcome.records}) > 1
+    assert len({record["response"] for record in records}) > 1
 
 
 def test_what_counts_as_right(load_all, monkeypatch):
@@ -96,12 +96,12 @@ def test_what_counts_as_right(load_all, monkeypatch):
         examples[4].prompt_ids: [*right[4][:-1], *tokenizer("0")["input_ids"], eos],  # another answer at the end
     }
     monkeypatch.setattr(evaluation, "generate", lambda _, __, prompts, *a, **k: [answers[one] for one in prompts])
-    outcome = evaluate(student, tokenizer, examples[:5], config, teacher)
-    assert [record["correct"] for record in outcome.records] == [True, True, True, False, False]
-    assert [record["finished"] for record in outcome.records] == [True, True, False, True, True]
-    assert outcome.records[3]["answer"] is None
-    assert outcome.metrics == {"exact_match": 0.6, "finished": 0.8}
-    assert {"prompt", "response", "expected"} < outcome.records[0].keys()
+    records = evaluate(student, tokenizer, examples[:5], config, teacher)
+    assert [record["correct"] for record in records] == [True, True, True, False, False]
+    assert [record["finished"] for record in records] == [True, True, False, True, True]
+    assert records[3]["answer"] is None
+    assert summarize(records) == {"exact_match": 0.6, "finished": 0.8}
+    assert {"prompt", "response", "expected"} < records[0].keys()
 
 
 def test_batches_change_nothing(load_all):
@@ -109,7 +109,7 @@ def test_batches_change_nothing(load_all):
     threes = evaluate(student, tokenizer, examples, config, teacher)
     *_, config, _ = load_all("evaluation.batch_size=1")
     ones = evaluate(student, tokenizer, examples, config, teacher)
-    for three, one in zip(threes.records, ones.records, strict=True):
+    for three, one in zip(threes, ones, strict=True):
         assert three | {"cross_entropy": 0, "kl": 0} == one | {"cross_entropy": 0, "kl": 0}
         assert three["cross_entropy"] == pytest.approx(one["cross_entropy"], rel=1e-5)
         assert three["kl"] == pytest.approx(one["kl"], rel=1e-4)
@@ -119,9 +119,9 @@ def test_only_what_is_asked_for_and_the_mode_is_kept(load_all):
     student, tokenizer, examples, config, _ = load_all()
     config = replace(config, evaluation=replace(config.evaluation, metrics=("cross_entropy",), answer=None))
     student.train()
-    outcome = evaluate(student, tokenizer, examples[:2], config)
-    assert outcome.metrics.keys() == {"cross_entropy"}
-    assert outcome.records[0].keys() == {"line", "prompt", "tokens", "cross_entropy"}
+    records = evaluate(student, tokenizer, examples[:2], config)
+    assert summarize(records).keys() == {"cross_entropy"}
+    assert records[0].keys() == {"line", "prompt", "tokens", "cross_entropy"}
     assert student.training
     assert all(parameter.grad is None for parameter in student.parameters())
 

@@ -1,15 +1,19 @@
 """The models of a recipe and the module that turns a batch into a loss."""
 
+import json
+from dataclasses import replace
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import kdkernels as kd
 from kdkernels.training import InputError
+from kdkernels.training.config import StudentConfig, TokenizerConfig
 from kdkernels.training.data import collate
 from kdkernels.training.model import (
     Distillation,
-    count_parameters,
     head,
     load_student,
     load_teacher,
@@ -65,7 +69,8 @@ def test_a_saved_student_is_a_teacher(models, load, tmp_path):
     assert not teacher.training and not any(parameter.requires_grad for parameter in teacher.parameters())
     for name, weight in student.state_dict().items():
         assert torch.equal(weight, teacher.state_dict()[name])
-    assert count_parameters(config, tokenizer)["teacher"] == student.num_parameters()
+    unread = load_teacher(config, tokenizer, meta=True)
+    assert unread.device.type == "meta" and unread.num_parameters() == student.num_parameters()
 
 
 @pytest.mark.parametrize("kind", ["characters", "bpe"])
@@ -86,10 +91,19 @@ def test_a_saved_tokenizer_is_read_as_it_was(load, tmp_path, kind):
         read.save_pretrained(tmp_path / "model")
 
 
-def test_another_tokenizer_is_refused(load, teacher_set):
+def test_another_tokenizer_is_refused(load, teacher_set, tmp_path):
     config = load(*GKD, teacher_set, 'data.prompt="Q {question}"')
-    with pytest.raises(InputError, match=r"\[teacher\] path: expected the student's tokenizer.* differs in .* entries"):
-        load_teacher(config, load_tokenizer(config))
+    path, tokenizer = config.teacher.path, load_tokenizer(config)
+    expected = (
+        rf"\[teacher\] path: expected the recipe's tokenizer, one trained on {config.data.train}, but that of {path} "
+        r"differs in .* entries"
+    )
+    with pytest.raises(InputError, match=expected):
+        load_teacher(config, tokenizer)
+    tokenizer.save_pretrained(tmp_path / "other")
+    config = replace(config, student=StudentConfig(path=path), tokenizer=TokenizerConfig(path=str(tmp_path / "other")))
+    with pytest.raises(InputError, match=rf"\[student\] path: .* that of {tmp_path / 'other'}, but that of {path} "):
+        load_student(config, tokenizer)
 
 
 def test_a_model_smaller_than_the_vocabulary_is_refused(models, load, tmp_path):
@@ -102,26 +116,106 @@ def test_a_model_smaller_than_the_vocabulary_is_refused(models, load, tmp_path):
         load_teacher(config, tokenizer)
 
 
+@pytest.mark.parametrize("meta", [False, True])
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("hiden_size=3", r"\[student\] architecture: unknown key 'hiden_size'; did you mean 'hidden_size'"),
-        ("vocab_size=3", r"\[student\] architecture: unknown key 'vocab_size'"),
-        ("model_type=qwen0", r"\[student\] architecture: .*qwen0"),
+        ("hiden_size=3", "unknown key 'hiden_size'; did you mean 'hidden_size'"),
+        ("vocab_size=3", "unknown key 'vocab_size'"),
+        ("model_type=qwen0", "qwen0"),
+        ("hidden_size=many", "'hidden_size' expected int, got str"),
+        ("hidden_size=15", "size of tensor"),  # an odd size for each of two heads
+        ("num_attention_heads=3", "size of tensor"),
+        ("num_attention_heads=0", "ZeroDivisionError"),
+        ("hidden_act=gelo", "KeyError: 'gelo'"),
+        ("max_position_embeddings=13", "max_response_tokens 6 and .* max_prompt_tokens 8: .* sum of at most 13"),
     ],
 )
-def test_an_architecture_that_is_none(load, override, expected):
+def test_an_architecture_that_is_none(load, override, expected, meta):
     config = load(f"student.architecture.{override}")
-    with pytest.raises(InputError, match=expected):
-        load_student(config, load_tokenizer(config))
+    with pytest.raises(InputError, match=rf"\[student\] architecture.*(\n.*)*{expected}|{expected}.*\[student\] arch"):
+        load_student(config, load_tokenizer(config), meta=meta)
 
 
-def test_directories_that_hold_no_readable_model(load, tmp_path):
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "config.json").write_text('{"model_type": "qwen2"}')
-    config = load(f"teacher.path={tmp_path / 'broken'}")
-    with pytest.raises(InputError, match=r"\[teacher\] path: "):
-        load_teacher(config, load_tokenizer(config))
+@pytest.mark.parametrize(
+    ("model_type", "heads"), [("gpt2", 2), ("bert", 2), ("qwen3_moe", 4), ("mamba", None), ("bloom", 2), ("gemma2", 4)]
+)
+def test_architectures_are_tried_out_without_weights(load, model_type, heads):
+    heads = f"num_attention_heads={heads}, " if heads else ""
+    config = load(f'student.architecture={{model_type="{model_type}", {heads}num_hidden_layers=1, hidden_size=16}}')
+    tokenizer = load_tokenizer(config)
+    expected = load_student(config, tokenizer).num_parameters()
+    assert load_student(config, tokenizer, meta=True).num_parameters() == expected
+
+
+@pytest.fixture
+def damaged(models, tmp_path):
+    """The directory of a saved model, to be damaged."""
+    student, _, tokenizer = models
+    for part in (student, tokenizer):
+        part.save_pretrained(tmp_path / "damaged")
+    return tmp_path / "damaged"
+
+
+def refusals(load, damaged):
+    """What load_teacher says of it, with and without reading the weights."""
+    config = load(f"teacher.path={damaged}")
+    tokenizer, said = load_tokenizer(config), {}
+    for meta in (False, True):
+        try:
+            load_teacher(config, tokenizer, meta=meta)
+        except InputError as error:
+            said[meta] = str(error)
+    assert all(text.startswith("[teacher] path: ") for text in said.values())
+    return said
+
+
+@pytest.mark.parametrize("contents", [lambda whole: whole[:-1], lambda whole: b"", lambda whole: b"{}" * 99])
+def test_damaged_weights(load, damaged, contents):
+    weights = damaged / "model.safetensors"
+    weights.write_bytes(contents(weights.read_bytes()))
+    assert all("SafetensorError" in text for text in refusals(load, damaged).values())
+    assert refusals(load, damaged).keys() == {False, True}
+    weights.unlink()
+    assert all(str(damaged) in text for text in refusals(load, damaged).values())
+    assert refusals(load, damaged).keys() == {False, True}
+
+
+def test_a_weight_that_is_not_there_is_not_drawn_anew(load, damaged):
+    weights = load_file(damaged / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, damaged / "model.safetensors", {"format": "pt"})
+    assert "1 weights are missing" in refusals(load, damaged)[False]
+    assert "model.norm.weight" in refusals(load, damaged)[False]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("config.json", '{"model_type": "qwen0"}'), ("config.json", "{"), ("tokenizer.json", "{}")],
+)
+def test_directories_that_hold_no_readable_model(load, damaged, name, text):
+    (damaged / name).write_text(text)
+    assert refusals(load, damaged).keys() == {False, True}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ((), r"\[rollout\] max_new_tokens 6 and \[data\] max_prompt_tokens 8: .* at most 13, .* of \[teacher\] path"),
+        (("rollout.max_new_tokens=3", "data.max_prompt_tokens=10"), None),
+        (("rollout.max_new_tokens=3", "rollout.student_fraction=0.5"), r"\[data\] max_response_tokens 6 and"),
+    ],
+)
+def test_positions_that_are_used(load, damaged, overrides, expected):
+    configuration = json.loads((damaged / "config.json").read_text())
+    (damaged / "config.json").write_text(json.dumps(configuration | {"max_position_embeddings": 13}))
+    config = load(*GKD, f"teacher.path={damaged}", *overrides)
+    tokenizer = load_tokenizer(config)
+    if expected is None:
+        load_teacher(config, tokenizer)
+    else:
+        with pytest.raises(InputError, match=expected):
+            load_teacher(config, tokenizer)
 
 
 def test_bfloat16_models(load, teacher_set):

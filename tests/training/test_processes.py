@@ -19,6 +19,11 @@ from kdkernels.training.model import load_student, load_tokenizer
 
 from .conftest import GKD
 
+EXACT_MATCH = (
+    "evaluation.data={root}/test.jsonl",
+    'evaluation.metrics=["exact_match"]',
+    "evaluation.answer='#(.*)'",
+)
 COMMAND = (sys.executable, "-m", "kdkernels.training.cli", "train")
 
 
@@ -166,12 +171,41 @@ def test_a_dry_run_tells_everything_and_writes_nothing(recipe, teacher_set, tmp_
         (["--set", "train.stepz=3"], "did you mean 'steps'?"),
         (["--resume"], "--resume: no run in"),
         (["--set", "data.prompt='{nothing}'"], "line 1: field 'nothing' of [data] prompt is missing"),
+        (["--set", "student.architecture.hidden_size=15"], "[student] architecture: RuntimeError: "),
+        (["--set", "student.architecture.hidden_size=x"], "[student] architecture: StrictDataclassField"),
+        (
+            [f"--set={text}" for text in EXACT_MATCH],
+            "test.jsonl, line 1: [evaluation] answer '#(.*)' not found in '1.'",
+        ),
+        (["--set", "data.max_prompt_tokens=40000"], "expected a sum of at most 32768, the max_position_embeddings of"),
     ],
 )
-def test_unusable_input_is_told_in_one_line(recipe, capsys, arguments, expected):
-    assert main(["train", str(recipe), *arguments]) == 2
+@pytest.mark.parametrize("dry", [False, True])
+def test_unusable_input_is_told_in_one_line(recipe, tmp_path, capsys, arguments, expected, dry):
+    arguments = [argument.replace("{root}", str(tmp_path)) for argument in arguments]
+    before = sorted(tmp_path.rglob("*"))
+    assert main(["train", str(recipe), *arguments, *(["--dry-run"] if dry else [])]) == 2
     printed = capsys.readouterr().err
     assert printed.startswith("kdkernels: ") and expected in printed and printed.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_more_candidates_than_words(recipe, teacher_set, capsys):
+    settings = (*GKD, teacher_set, "objective.name=TSDKD", "objective.k=17")
+    arguments = ["train", str(recipe), "--dry-run", *(f"--set={text}" for text in settings)]
+    assert main(arguments) == 2
+    assert "[objective] k: expected at most 16, the tokenizer's words, got 17" in capsys.readouterr().err
+    assert main([*arguments, "--set=objective.k=16"]) == 0
+
+
+def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(load):
+    whole = train(load())
+    weights = final_weights(whole.output)
+    (whole.output / "checkpoints" / "step-000003" / "random-00000.pt").unlink()
+    with pytest.warns(UserWarning, match=r"step-000003 is damaged: .*random-00000\.pt"):
+        again = train(load(), resume=True)
+    assert [line["step"] for line in read_metrics(again.output / "metrics.jsonl")] == [1, 2, 3]
+    assert all(torch.equal(weight, weights[name]) for name, weight in final_weights(again.output).items())
 
 
 def test_a_run_that_diverges_says_so(recipe, capsys):

@@ -1,10 +1,10 @@
 """What a run leaves on disk: checkpoints whole or absent, a log without gaps and doubles, one run in one place."""
 
-import json
+from pathlib import Path
 
 import pytest
 
-from kdkernels.training import InputError, checkpoint, distributed
+from kdkernels.training import InputError, atomic, checkpoint, distributed
 from kdkernels.training.metrics import MetricsLog, evaluations, read_metrics
 from kdkernels.training.run import RunDirectory
 
@@ -17,7 +17,7 @@ def started():
 
 
 def write_step(directory, step, text="weights"):
-    checkpoint.write_directory(directory / f"step-{step:06d}", lambda path: (path / "model.pt").write_text(text))
+    atomic.write_directory(directory / f"step-{step:06d}", lambda path: (path / "model.pt").write_text(text))
 
 
 def test_a_write_cut_short_leaves_the_earlier_checkpoints(tmp_path):
@@ -29,7 +29,7 @@ def test_a_write_cut_short_leaves_the_earlier_checkpoints(tmp_path):
 
     for _ in range(2):  # the second time over the remains of the first
         with pytest.raises(KeyboardInterrupt):
-            checkpoint.write_directory(tmp_path / "step-000002", killed)
+            atomic.write_directory(tmp_path / "step-000002", killed)
         assert [path.name for path in checkpoint.complete(tmp_path)] == ["step-000001"]
         assert (tmp_path / "step-000001" / "model.pt").read_text() == "weights"
     write_step(tmp_path, 2)
@@ -46,9 +46,9 @@ def test_a_deletion_cut_short_leaves_no_half_checkpoint(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(
-            checkpoint.shutil, "rmtree", lambda path, ignore_errors=False: None if ignore_errors else killed(path)
+            atomic.shutil, "rmtree", lambda path, ignore_errors=False: None if ignore_errors else killed(path)
         )
-        checkpoint.remove_directory(tmp_path / "step-000001")
+        atomic.remove_directory(tmp_path / "step-000001")
     assert [path.name for path in checkpoint.complete(tmp_path)] == ["step-000002"]
 
 
@@ -64,13 +64,82 @@ def test_checkpoints_are_in_the_order_of_their_steps(tmp_path):
     assert [path.name for path in checkpoint.complete(tmp_path)] == ["step-000005", "step-999999", "step-1000000"]
 
 
-def test_resuming_needs_a_checkpoint_of_as_many_processes(tmp_path):
-    with pytest.raises(InputError, match="--resume: no checkpoint in"):
-        checkpoint.read_progress(tmp_path)
-    progress = json.dumps({"step": 4, "position": 16, "processes": 2})
-    checkpoint.write_directory(tmp_path / "step-000004", lambda path: (path / "progress.json").write_text(progress))
+class Engine:
+    """Saves something in a directory of its own, as DeepSpeed does."""
+
+    def save_checkpoint(self, path, tag, save_latest):
+        (Path(path) / tag).mkdir()
+        (Path(path) / tag / "weights.pt").write_bytes(b"weights")
+
+
+def save(directory, *steps, keep=9):
+    for step in steps:
+        checkpoint.save(Engine(), directory, {"step": step, "position": 4 * step}, keep)
+
+
+def test_resuming_needs_a_checkpoint_of_as_many_processes(tmp_path, monkeypatch):
+    with pytest.raises(InputError, match=r"--resume: no checkpoint yet in .*: delete .* and start the run again"):
+        checkpoint.newest_sound(tmp_path)
+    save(tmp_path, 2, 4)
+    assert checkpoint.newest_sound(tmp_path) == (tmp_path / "step-000004", {"step": 4, "position": 16})
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    save(tmp_path, 6)
+    monkeypatch.undo()
     with pytest.raises(InputError, match="written by 2 processes; expected as many now, got 1"):
-        checkpoint.read_progress(tmp_path)
+        checkpoint.newest_sound(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["engine/weights.pt", "random-00000.pt", "progress.json"])
+@pytest.mark.parametrize("damage", ["missing", "cut", "changed"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(tmp_path, name, damage):
+    save(tmp_path, 2, 4, 6)
+    file = tmp_path / "step-000006" / name
+    contents = file.read_bytes()
+    file.write_bytes(contents[:-1] if damage == "cut" else bytes([contents[0] ^ 1]) + contents[1:])
+    if damage == "missing":
+        file.unlink()
+    with pytest.warns(UserWarning, match=r"--resume: .*step-000006 is damaged: .*; trying the one before it") as warned:
+        found = checkpoint.newest_sound(tmp_path)
+    assert found == (tmp_path / "step-000004", {"step": 4, "position": 16})
+    assert len(warned) == 1 and (name in str(warned[0].message) or name == "progress.json")
+    save(tmp_path, 5, keep=1)  # the damaged one is newer, but of no use
+    assert [path.name for path in checkpoint.complete(tmp_path)] == ["step-000005"]
+    assert checkpoint.newest_sound(tmp_path)[1]["step"] == 5
+
+
+def test_without_a_sound_checkpoint_there_is_no_resuming(tmp_path):
+    save(tmp_path, 2, 4)
+    for path in checkpoint.complete(tmp_path):
+        (path / "progress.json").unlink()
+    with (
+        pytest.warns(UserWarning, match="is damaged") as warned,
+        pytest.raises(InputError, match="no checkpoint that can be read"),
+    ):
+        checkpoint.newest_sound(tmp_path)
+    assert len(warned) == 2
+
+
+def test_an_engine_that_loads_nothing_is_an_error(tmp_path):
+    class Empty:
+        def load_checkpoint(self, path, tag):
+            return None, {}
+
+    with pytest.raises(InputError, match=r"DeepSpeed found nothing to load in .*engine"):
+        checkpoint.restore(Empty(), tmp_path)
+
+
+def test_a_text_is_replaced_as_a_whole(tmp_path, monkeypatch):
+    atomic.write_text(tmp_path / "config.toml", "old")
+
+    def killed(path):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(atomic, "_flush", killed)
+        atomic.write_text(tmp_path / "config.toml", "new")
+    assert (tmp_path / "config.toml").read_text() == "old"
+    atomic.write_text(tmp_path / "config.toml", "new")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["new"]
 
 
 def test_the_log_forgets_what_came_after_the_checkpoint(tmp_path):

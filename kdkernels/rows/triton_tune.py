@@ -1,0 +1,61 @@
+"""Opt-in tuning of the Triton row kernels: which block and how many warps are the fastest on the GPU at hand.
+
+    from kdkernels.rows import triton_tune
+    print(triton_tune.tune(vocabulary=151936, dtype=torch.float32))
+
+Without it the sizes documented in triton.py hold, on every machine the same. Sums over the vocabulary are taken block
+by block, so other sizes change results by rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from triton.testing import do_bench
+
+from ..divergences import JSD
+from . import triton as backend
+from .interface import Coefficients
+
+SIZES = tuple((block, warps) for block in (1024, 2048, 4096, 8192) for warps in (4, 8, 16))
+_SWEEPS = {"statistics": "_STATISTICS", "divergence": "_DIVERGENCE", "gradient": "_GRADIENT"}
+
+
+def tune(
+    vocabulary: int, dtype: torch.dtype = torch.float32, rows: int = 1024, device: str | torch.device = "cuda"
+) -> dict[str, tuple[int, int]]:
+    """Times each sweep of a JSD over random logits [rows, vocabulary] and uses the fastest sizes from now on.
+
+    -> sweep: (words per block, warps), for this process. Takes some seconds, most of them compiling.
+    """
+    best = {}
+    for sweep, run in _sweeps(vocabulary, dtype, rows, device).items():
+        times = {}
+        for sizes in SIZES:
+            setattr(backend, _SWEEPS[sweep], sizes)
+            times[sizes] = do_bench(run, return_mode="median")
+        best[sweep] = min(times, key=times.get)
+        setattr(backend, _SWEEPS[sweep], best[sweep])
+    return best
+
+
+def _sweeps(vocabulary: int, dtype: torch.dtype, rows: int, device) -> dict[str, Callable[[], object]]:
+    def logits() -> Tensor:
+        return (3 * torch.randn(rows, vocabulary, device=device)).to(dtype)
+
+    def statistics():
+        return backend.statistics(x, 1.0, None, 1.0, 1, None)
+
+    x, kind = logits(), JSD(0.9)
+    student, teacher = statistics(), backend.statistics(logits(), 1.0, None, 1.0, 1, None)
+    center = backend.divergence(student, teacher, kind, 1.0)[1]
+    coefficients = Coefficients(
+        torch.ones(3, rows, device=device), student.top_indices, torch.ones_like(student.top_values)
+    )
+    return {  # the last one writes over the logits of the others
+        "statistics": statistics,
+        "divergence": lambda: backend.divergence(student, teacher, kind, 1.0),
+        "gradient": lambda: backend.gradient_(student, teacher, kind, 1.0, center, coefficients, x),
+    }
