@@ -18,7 +18,7 @@ from verify import Truth
 from kdkernels import memory
 
 MIB = 2**20
-HOPELESS = 1.15  # bare GEMMs this much slower than the fastest in the warm-up are not timed again
+FINALISTS = 2  # chunk sizes of the bare GEMMs that are timed in turns, the fastest of one chunk each
 
 
 @dataclass
@@ -170,11 +170,13 @@ class CaseRun:
         """Seconds by rows of a chunk and with or without the teacher, of those that may be the fastest."""
         self.gemms, out = BareGemms(self.batches[0]), {}
         for teacher in sorted({LOSSES[name].teacher for name in self.case.losses}):
-            first = {}
-            for rows in candidates(self.case.tokens):
-                self._time_gemms(self.batches[0], rows, teacher)
-                first[rows, teacher] = self._time_gemms(self.batches[0], rows, teacher)
-            out |= {each: [] for each, seconds in first.items() if seconds <= HOPELESS * min(first.values())}
+            per_row = {}
+            for rows in reversed(candidates(self.case.tokens)):  # the largest first: it touches the memory of all
+                part = self.batches[0].first(rows)
+                self._time_gemms(part, min(rows, 512), teacher)
+                per_row[rows] = self._time_gemms(part, rows, teacher) / rows
+            fastest = sorted(per_row, key=per_row.get)[:FINALISTS]
+            out |= {(rows, teacher): [] for rows in fastest}
         return out
 
     def _time_gemms(self, batch: Batch, rows: int, teacher: bool) -> float:
