@@ -7,6 +7,7 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -50,6 +51,7 @@ def machine(device: str) -> str:
 def describe(device: str) -> dict:
     on_gpu = device == "cuda"
     query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    sources = ("../kdkernels", "../csrc", "../python_bindings")
     return {
         "machine": machine(device),
         "device": torch.cuda.get_device_name() if on_gpu else platform.machine(),
@@ -60,5 +62,9 @@ def describe(device: str) -> dict:
         "versions": versions(),
         "backend": kd.info()["devices"].get(device, "none"),
         "commit": _output("git", "rev-parse", "--short=12", "HEAD") or "unknown",
-        "modified": bool(_output("git", "status", "--porcelain", "--", "../kdkernels", "../csrc", "../python_bindings")),
+        "modified": bool(_output("git", "status", "--porcelain", "--", *sources)),
     }
+
+
+if __name__ == "__main__":
+    print(machine(sys.argv[1]))

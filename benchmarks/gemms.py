@@ -1,8 +1,8 @@
 """The bare GEMMs: the products no implementation can do without, on the same operands, and what they count.
 
-Student logits, teacher logits, dX, and dW with a trained head, over chunks of 512 to 4096 rows, the fastest taken. Outputs are
-in the operands' dtype and in memory that is touched already; a chunk's dW overwrites that of the chunk before. That is
-less than any implementation has to do.
+Student logits, teacher logits, dX, and dW with a trained head, over chunks of 512 to 4096 rows, the fastest taken.
+Outputs are in the operands' dtype and in memory that is touched already; a chunk's dW overwrites that of the chunk
+before. That is less than any implementation has to do.
 
 Axes: N tokens, C rows of a chunk, V vocabulary, H hidden.
 """
@@ -57,7 +57,7 @@ def bytes_moved(case: Case, teacher: bool, rows: int) -> int:
     """Main-memory traffic of chunks of ``rows`` with logits in the operands' dtype, each operand once per product.
 
     Every chunk reads the student's weights twice (logits, dX), the teacher's once, and reads and writes dW. Logits are
-    written once, read by three sweeps (the teacher's by three, too), overwritten by the gradient, which two products read.
+    written once and read by three sweeps; the gradient overwrites the student's, and two products read it.
     """
     m, size = case.models, case.dtype.itemsize
     chunks = -(-case.tokens // rows)

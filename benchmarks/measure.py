@@ -94,9 +94,7 @@ def run(device: str, batch: Batch, implementation: peers.Implementation, loss: L
     """Seconds of forward and backward; the gradients stay in the batch."""
     clear(batch)
     out = []
-    return timed(
-        device, lambda: out.append(implementation.forward(batch, loss)), lambda: out.pop().backward()
-    )
+    return timed(device, lambda: out.append(implementation.forward(batch, loss)), lambda: out.pop().backward())
 
 
 def out_of_memory(error: Exception) -> bool:
@@ -199,7 +197,7 @@ class CaseRun:
         medians = {each: statistics.median(seconds) for each, seconds in bare.items()}
         for cell in cells:
             teacher = LOSSES[cell.loss].teacher
-            floor, rows = min((seconds, rows) for (rows, with_teacher), seconds in medians.items() if with_teacher == teacher)
+            floor, rows = min((seconds, rows) for (rows, other), seconds in medians.items() if other == teacher)
             forward, backward = (statistics.median(t) for t in zip(*cell.times, strict=True))
             full = statistics.median(map(sum, cell.times))
             work, traffic = flops(case, teacher), bytes_moved(case, teacher, rows)

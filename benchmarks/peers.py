@@ -1,16 +1,16 @@
 """Who computes the losses: kdkernels, and everything else people use. One small class each.
 
-``missing(case, loss, device)`` says why it cannot run (empty: it can), ``forward(batch, loss)`` gives the scalar loss whose ``backward()``
-fills the gradients. ``mean_over`` is set where it differs from the objective's own denominator.
+``missing(case, loss, device)`` says why it cannot run (empty: it can), ``forward(batch, loss)`` gives the scalar loss
+whose ``backward()`` fills the gradients, ``mean_over(loss)`` what it is a mean of where the objective has another.
 """
 
 from __future__ import annotations
 
 import importlib
-from functools import cache
+from functools import cache, partial
 
 import torch
-from cases import Batch, Case, Loss
+from cases import TINY, Batch, Case, Loss
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -45,6 +45,11 @@ class Implementation:
 
     def forward(self, batch: Batch, loss: Loss) -> Tensor:
         raise NotImplementedError
+
+
+def left_out_of_the_dry_run(case: Case) -> str:
+    """Compiling takes longer than all the rest of it."""
+    return "left out of the dry run" if case.models is TINY else ""
 
 
 # ---- kdkernels -------------------------------------------------------------------------------------------------------
@@ -126,32 +131,21 @@ class Eager(Implementation):
         return value(loss, batch, list(range(len(batch.lengths))), batch.softcap)
 
 
-class Compiled(Implementation):
+class Compiled(Eager):
     """torch.compile of the very same."""
 
     name, compiles = "torch.compile", True
 
     def missing(self, case: Case, loss: Loss, device: str) -> str:
-        return super().missing(case, loss, device) or ("left out of the dry run" if case.models.name == "tiny" else "")
-
-    @cache  # noqa: B019: one compiled function per loss for as long as the process lives
-    def compiled(self, loss: Loss):
-        def dense(z_s, z_t, target, authors, lengths):
-            z_s, z_t = (z.to(torch.promote_types(z.dtype, torch.float32)) for z in (z_s, z_t))
-            return loss.formula(list(z_s.split(lengths)), list(z_t.split(lengths)), authors, list(target.split(lengths)))
-
-        def step(h_s, w_s, h_t, w_t, target, authors, lengths, softcap):
-            z_s, z_t = h_s @ w_s.t(), (h_t @ w_t.t() if loss.teacher else h_s @ w_s.t())
-            if softcap is not None:
-                z_s, z_t = (softcap * torch.tanh(z.float() / softcap) for z in (z_s, z_t))
-            return dense(z_s, z_t, target, authors, lengths)
-
-        return torch.compile(step, dynamic=False)
+        return super().missing(case, loss, device) or left_out_of_the_dry_run(case)
 
     def forward(self, batch: Batch, loss: Loss) -> Tensor:
-        lengths, authors = (batch.lengths, batch.authors) if loss.by_response else ([batch.tokens], [True])
-        flat = (batch.hidden_s.flatten(0, 1), batch.weight_s, batch.hidden_t.flatten(0, 1), batch.weight_t)
-        return self.compiled(loss)(*flat, batch.target.flatten(), authors, lengths, batch.softcap)
+        return _compiled(loss)(batch, list(range(len(batch.lengths))), batch.softcap)
+
+
+@cache
+def _compiled(loss: Loss):
+    return torch.compile(partial(value, loss), dynamic=False)
 
 
 class Checkpointed(Implementation):
@@ -181,8 +175,8 @@ class LigerChunked(Implementation):
         self.name = "Liger JSD, compiled" if compiled else "Liger JSD"
 
     def missing(self, case: Case, loss: Loss, device: str) -> str:
-        dry = self.compiles and case.models.name == "tiny"
-        return super().missing(case, loss, device) or ("left out of the dry run" if dry else "")
+        dry = left_out_of_the_dry_run(case) if self.compiles else ""
+        return super().missing(case, loss, device) or dry
 
     def forward(self, batch: Batch, loss: Loss) -> Tensor:
         from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
@@ -228,9 +222,7 @@ class TorchCrossEntropy(Implementation):
         # options: without them it materialises all logits
         options = torch.nn.LinearCrossEntropyOptions()
         hidden = batch.hidden_s.flatten(0, 1)
-        return torch.nn.functional.linear_cross_entropy(
-            hidden, batch.weight_s, batch.target.flatten(), options=options
-        )
+        return torch.nn.functional.linear_cross_entropy(hidden, batch.weight_s, batch.target.flatten(), options=options)
 
 
 class CutCrossEntropy(Implementation):
@@ -238,8 +230,8 @@ class CutCrossEntropy(Implementation):
     compiles = True
 
     def missing(self, case: Case, loss: Loss, device: str) -> str:
-        dry = case.models.name == "tiny" and device == "cpu"  # there it is a torch.compile
-        return super().missing(case, loss, device) or ("left out of the dry run" if dry else "")
+        dry = left_out_of_the_dry_run(case) if device == "cpu" else ""  # there it is a torch.compile
+        return super().missing(case, loss, device) or dry
 
     def forward(self, batch: Batch, loss: Loss) -> Tensor:
         from cut_cross_entropy import linear_cross_entropy

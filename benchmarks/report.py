@@ -44,9 +44,10 @@ def cells(data: dict) -> list[dict]:
 def environment(data: dict) -> str:
     about = data["machine_info"]
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    clocks, driver = about["clocks"] or "unknown", about["driver"] or "none"
     lines = [
-        f"- machine: {about['machine']} ({about['device']}), {about['threads']} CPU threads, clocks {about['clocks'] or 'unknown'}",
-        f"- driver: {about['driver'] or 'none'}; kdkernels backend: {about['backend']}; Python {about['python']}",
+        f"- machine: {about['machine']} ({about['device']}), {about['threads']} CPU threads, clocks {clocks}",
+        f"- driver: {driver}; kdkernels backend: {about['backend']}; Python {about['python']}",
         f"- {versions}",
         f"- commit {about['commit']}{' with local changes' if about['modified'] else ''}; {data['datetime'][:10]}",
     ]
@@ -54,16 +55,14 @@ def environment(data: dict) -> str:
 
 
 def limits(data: dict) -> str:
-    rows = []
-    for cell in cells(data):
-        limit = LIMITS.get((data["shapes"], cell["loss"], cell["operand"], cell["implementation"]))
-        shapes = data["shapes"]
-        if limit is None or not cell["trained"] or cell["tokens"] < SMALLEST[shapes] or cell["response"] > LONGEST[shapes]:
+    kind, rows = data["shapes"].split("-")[0], []
+    for c in cells(data):
+        limit = LIMITS.get((kind, c["loss"], c["operand"], c["implementation"]))
+        if limit is None or not c["trained"] or c["tokens"] < SMALLEST[kind] or c["response"] > LONGEST[kind]:
             continue
-        held = "holds" if cell["ratio"] <= limit else "**missed**"
-        rows.append(
-            [cell["loss"], cell["implementation"], cell["operand"], str(cell["tokens"]), f"{cell['ratio']:.3f}", f"{limit:.2f}", held]
-        )
+        held = "holds" if c["ratio"] <= limit else "**missed**"
+        shown = [c["operand"], str(c["tokens"]), f"{c['ratio']:.3f}", f"{limit:.2f}", held]
+        rows.append([c["loss"], c["implementation"], *shown])
     if not rows:
         return ""
     head = ["loss", "implementation", "operands", "N", "x bare GEMMs", "limit", ""]
@@ -72,32 +71,31 @@ def limits(data: dict) -> str:
 
 def case_tables(data: dict) -> str:
     grouped, refused = defaultdict(list), defaultdict(list)
-    for cell in cells(data):
-        grouped[cell["case"]].append(cell)
-    for cell in data["refused"]:
-        refused[cell["case"]].append(cell)
-    head = ["loss", "implementation", "forward ms", "backward ms", "full ms", "x bare GEMMs", "extra MiB", "gradient error"]
-    head += ["eager's", "TFLOP/s", "GB/s"]
+    for c in cells(data):
+        grouped[c["case"]].append(c)
+    for c in data["refused"]:
+        refused[c["case"]].append(c)
+    head = ["loss", "implementation", "forward ms", "backward ms", "full ms", "x bare GEMMs", "extra MiB"]
+    head += ["gradient error", "eager's", "TFLOP/s", "GB/s"]
     out = []
     for name in dict.fromkeys([*grouped, *refused]):
         rows = []
         for c in grouped[name]:
-            milliseconds = [f"{c[part] * 1e3:.1f}" for part in ("forward_s", "backward_s", "full_s")]
-            rows.append(
-                [c["loss"], c["implementation"], *milliseconds, f"{c['ratio']:.2f}", f"{c['extra_mib']:.0f}"]
-                + [f"{c['error']:.1e}", f"{c['yardstick']:.1e}", f"{c['tflops']:.2f}", f"{c['gbs']:.1f}"]
-            )
+            row = [c["loss"], c["implementation"]]
+            row += [f"{c[part] * 1e3:.1f}" for part in ("forward_s", "backward_s", "full_s")]
+            row += [f"{c['ratio']:.2f}", f"{c['extra_mib']:.0f}", f"{c['error']:.1e}", f"{c['yardstick']:.1e}"]
+            rows.append([*row, f"{c['tflops']:.2f}", f"{c['gbs']:.1f}"])
         for c in refused[name]:
             if not c["reason"].startswith("does not compute"):
                 rows.append([c["loss"], c["implementation"], c["reason"], *[""] * 8])
         floors = {(c["bare_gemms_s"], c["bare_gemms_rows"], c["loss"] == "cross-entropy") for c in grouped[name]}
         words = [
-            f"{'without' if alone else 'with'} a teacher {seconds * 1e3:.1f} ms in chunks of {rows_} rows"
-            for seconds, rows_, alone in sorted(floors)
+            f"{'without' if alone else 'with'} a teacher {seconds * 1e3:.1f} ms in chunks of {chunk} rows"
+            for seconds, chunk, alone in sorted(floors)
         ]
         rounds = min((c["rounds"] for c in grouped[name]), default=0)
-        out.append(f"### {name}\n\nBare GEMMs: {'; '.join(words) or 'not timed'}. Medians of {rounds} rounds in turns.\n")
-        out.append(table(head, rows))
+        floor = f"Bare GEMMs: {'; '.join(words) or 'not timed'}. Medians of {rounds} rounds in turns."
+        out += [f"### {name}\n", floor + "\n", table(head, rows)]
     return "\n".join(out)
 
 
@@ -115,7 +113,8 @@ def plots(data: dict, folder: Path) -> str:
     """Time, ratio to the bare GEMMs and peak memory against N; a sentence where matplotlib is missing."""
     by_models = defaultdict(lambda: defaultdict(list))
     for c in cells(data):
-        if c["loss"] == PLOTTED and c["trained"] and c["operand"] == "bfloat16" and " in the memory of " not in c["implementation"]:
+        usual = c["trained"] and c["operand"] == "bfloat16" and " in the memory of " not in c["implementation"]
+        if usual and c["loss"] == PLOTTED:
             by_models[c["models"]][c["implementation"]].append(c)
     drawn = {m: lines for m, lines in by_models.items() if len({c["tokens"] for cs in lines.values() for c in cs}) > 1}
     if not drawn:
@@ -128,16 +127,16 @@ def plots(data: dict, folder: Path) -> str:
     from matplotlib import pyplot
 
     out = []
+    quantities = {"full_s": "seconds", "ratio": "x bare GEMMs", "extra_mib": "MiB beyond inputs and gradients"}
     for models, lines in drawn.items():
         figure, axes = pyplot.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
-        for axis, quantity, label in zip(
-            axes, ("full_s", "ratio", "extra_mib"), ("seconds", "x bare GEMMs", "MiB beyond inputs and gradients"), strict=True
-        ):
+        for axis, (quantity, label) in zip(axes, quantities.items(), strict=True):
             for name, points in lines.items():
-                shortest = {}
+                usual = {}
                 for c in sorted(points, key=lambda c: (c["tokens"], -c["response"])):
-                    shortest[c["tokens"]] = c[quantity]  # of the usual responses, not the overlong one
-                axis.plot(list(shortest), list(shortest.values()), "o-", label=name, lw=2.5 if name.startswith(OURS) else 1.2)
+                    usual[c["tokens"]] = c[quantity]  # of the usual responses, not the overlong one
+                width = 2.5 if name.startswith(OURS) else 1.2
+                axis.plot(list(usual), list(usual.values()), "o-", label=name, lw=width)
             axis.set(xlabel="N tokens", ylabel=label, xscale="log", yscale="linear" if quantity == "ratio" else "log")
             axis.grid(alpha=0.3)
         axes[0].legend(fontsize=8)
@@ -152,10 +151,11 @@ def plots(data: dict, folder: Path) -> str:
 def render(data: dict, folder: Path) -> str:
     """Markdown; plots are written to ``folder``."""
     about = (
-        "Forward, backward and both, timed in one process in turns; gradients checked against fp64 before anything is timed. "
-        "Logits have the operands' dtype on CPUs and fp32 on GPUs unless the name says otherwise. Extra memory is beyond "
-        "inputs and returned gradients, the fp32 accumulator of dW included. TFLOP/s and GB/s: what the bare GEMMs and three "
-        "sweeps must do, divided by the time taken (benchmarks/gemms.py). A batch has two rows of N / 2 tokens.\n"
+        "Forward, backward and both, timed in one process in turns; gradients checked against fp64 before anything is "
+        "timed. Logits have the operands' dtype on CPUs and fp32 on GPUs unless the name says otherwise. Extra memory "
+        "is beyond inputs and returned gradients, the fp32 accumulator of dW included. TFLOP/s and GB/s: what the bare "
+        "GEMMs and three sweeps must do, divided by the time taken (benchmarks/gemms.py). A batch has two rows of N / 2 "
+        "tokens.\n"
     )
     parts = [f"# Benchmarks: {data['machine_info']['machine']}, {data['shapes']} shapes\n", environment(data), about]
     parts += [limits(data), plots(data, folder), "## Every case\n", case_tables(data), overheads(data)]

@@ -1,8 +1,9 @@
 """Whether the numbers that are timed are right: gradients against fp64 on a sub-sample of the very run that is timed.
 
-d loss / d hidden of the two short responses is computed in fp64 over the whole vocabulary, and by eager PyTorch in the operands' dtype,
-which is the yardstick. For dW, which sums over all tokens and chunks, there is an identity: with dz = d loss / d logits,
-dX = dz W and dW = dz^T X, so X^T dX = dW^T W, whatever the loss; it is checked on a few random directions.
+d loss / d hidden of the two short responses is computed in fp64 over the whole vocabulary, and by eager PyTorch in the
+operands' dtype, which is the yardstick. For dW, which sums over all tokens and chunks, there is an identity: with
+dz = d loss / d logits, dX = dz W and dW = dz^T X, so X^T dX = dW^T W whatever the loss; it is checked on a few random
+directions.
 
 Axes: n sampled tokens, N tokens, V vocabulary, H hidden.
 """
