@@ -36,6 +36,10 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("cell", cells, ids=[f"{SETS[shapes][n].name} | {name}" for n, name in cells])
 
 
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: "cell" not in item.fixturenames)  # the losses first: the time is limited
+
+
 @pytest.fixture(scope="session")
 def device(request):
     return request.config.getoption("--device")
