@@ -9,7 +9,7 @@ from measure import CaseRun, key
 
 from kdkernels import reference
 
-LIMIT = 540  # seconds after which no further implementation is started: ten minutes with what comes around
+LIMIT = 420  # seconds after which no further implementation is started: ten minutes with what is under way then
 
 
 def pytest_addoption(parser):

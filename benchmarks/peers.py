@@ -132,11 +132,13 @@ class Eager(Implementation):
 
 
 class Compiled(Eager):
-    """torch.compile of the very same."""
+    """torch.compile of the very same, for losses that need no loop over responses: it would unroll that."""
 
     name, compiles = "torch.compile", True
 
     def missing(self, case: Case, loss: Loss, device: str) -> str:
+        if loss.by_response:
+            return "would unroll the loop over responses"
         return super().missing(case, loss, device) or left_out_of_the_dry_run(case)
 
     def forward(self, batch: Batch, loss: Loss) -> Tensor:
@@ -145,6 +147,7 @@ class Compiled(Eager):
 
 @cache
 def _compiled(loss: Loss):
+    torch._dynamo.config.recompile_limit = 64  # beyond it, it would run eager PyTorch without a word: 8 shapes
     return torch.compile(partial(value, loss), dynamic=False)
 
 
