@@ -153,9 +153,10 @@ def render(data: dict, folder: Path) -> str:
     about = (
         "Forward, backward and both, timed in one process in turns; gradients checked against fp64 before anything is "
         "timed. Logits have the operands' dtype on CPUs and fp32 on GPUs unless the name says otherwise. Extra memory "
-        "is beyond inputs and returned gradients, the fp32 accumulator of dW included. TFLOP/s and GB/s: what the "
-        "bare GEMMs and three sweeps must do, divided by the time taken (benchmarks/gemms.py). A batch has two rows "
-        "of N / 2 tokens.\n"
+        "is beyond inputs and returned gradients, the fp32 accumulator of dW included; on CPUs it is what became "
+        "resident in a process that had run other things before, and can be too low: the figures of fresh processes "
+        "are under Overheads. TFLOP/s and GB/s: what the bare GEMMs and three sweeps must do, divided by the time "
+        "taken (benchmarks/gemms.py). A batch has two rows of N / 2 tokens.\n"
     )
     parts = [f"# Benchmarks: {data['machine_info']['machine']}, {data['shapes']} shapes\n", environment(data), about]
     parts += [limits(data), plots(data, folder), "## Every case\n", case_tables(data), overheads(data)]
