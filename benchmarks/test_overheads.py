@@ -118,6 +118,8 @@ def test_memory_is_flat(benchmark, device, shape, budget, request):
     """Peak beyond inputs, gradients and the dW accumulator for growing N, each in a fresh process."""
     if time.monotonic() > request.config.deadline:
         pytest.skip("no time left")
+    if budget is not None and kd.info()["devices"][device] == "eager":
+        pytest.skip("the eager backend's own workspace is larger")
     counts = [128] if shape is TINY else [2048, 8192] if budget is None else [512]
     sizes = [shape.vocabulary, shape.student, shape.teacher]
     for tokens in counts:
