@@ -8,12 +8,26 @@ import math
 def check_number(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number, got {value!r}")
 
 
 def check_positive(name: str, value: float) -> None:
     check_number(name, value)
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name}: expected a positive finite number, got {value!r}")
+    if value <= 0:
+        raise ValueError(f"{name}: expected a positive number, got {value!r}")
+
+
+def check_temperature(value: float) -> None:
+    """Beyond these bounds masked words would get a probability in fp32, or all words but one lose theirs."""
+    check_number("temperature", value)
+    if not 1e-3 <= value <= 1e3:
+        raise ValueError(f"temperature: expected a number in [0.001, 1000], got {value!r}")
+
+
+def check_bool(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {value!r}")
 
 
 def check_share(name: str, value: float) -> None:

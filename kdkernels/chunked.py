@@ -151,9 +151,9 @@ class _Loop:
         stored = isinstance(teacher, TopK)
         if stored:  # it has no logits, so no chunks of its own
             row_bytes, teacher_row = row_bytes + teacher_row, 0
-        fixed = self.backend.workspace(self.vocabulary) + max(fixed, teacher_fixed)
-        budget = plan.DEFAULT_BUDGET if call.memory_budget is None else call.memory_budget
         count = max(1, len(layout))
+        fixed = self.backend.workspace(count, self.vocabulary) + max(fixed, teacher_fixed)
+        budget = plan.DEFAULT_BUDGET if call.memory_budget is None else call.memory_budget
         rows, self.teacher_rows = plan.chunk_rows(budget, fixed, row_bytes, teacher_row, count)
         lengths = layout.lengths if program.selects else (len(layout),)
         self.chunks = plan.chunks(lengths, rows)
@@ -358,7 +358,8 @@ class _Chunked(torch.autograd.Function):
     def forward(ctx, call: Call, needs: tuple[bool, ...], out: list, *tensors):
         ctx.call, ctx.needs = call, needs
         # The teacher's too: an in-place change before backward must be an error, not another gradient.
-        ctx.save_for_backward(*tensors, *(call.teacher.tensors if call.teacher else ()))
+        teacher = call.teacher.tensors if call.teacher else ()
+        ctx.save_for_backward(*tensors, *(t for t in teacher if t is not None and not t.is_inference()))
         result = run(call, needs)
         out.append(result)
         ctx.gradients = None

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .checks import check_share
+from .checks import check_bool, check_share
 
 __all__ = ["JSD", "Divergence", "ForwardKL", "ReverseKL", "SkewKL", "SkewReverseKL"]
 
@@ -75,4 +75,5 @@ def SkewReverseKL(alpha: float, detach: bool = False) -> Divergence:
     q (log(q/m) - KL(q || m)). The papers' formula differentiates the mixture too.
     """
     check_share("alpha", alpha)
+    check_bool("detach", detach)
     return Divergence(f"SkewReverseKL({alpha:g})", a=0.0, b=1.0 if alpha < 1 else 0.0, mix=1 - alpha, detached=detach)

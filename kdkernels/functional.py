@@ -3,7 +3,7 @@
 ``[...]`` are the leading dimensions of the student's hidden states or logits. All take, keyword-only:
 
     rows            the positions to compute, the others being 0: distinct int64 positions [n] over the flattened
-                    leading dimensions, a bool mask [...] (on a GPU it costs a sync), or a kd.Layout
+                    leading dimensions, a bool mask [...] (one on a GPU costs a sync), or a kd.Layout
     memory_budget   bytes of logits and workspace
     logits_dtype    of the logits that a head multiplies
 """
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import operators
-from .checks import check_count, check_positive
+from .checks import check_count, check_temperature
 from .chunked import needed
 from .divergences import Divergence
 from .heads import Head, Logits, Source, TopK, autocast_dtype, shared_vocabulary
@@ -82,8 +82,11 @@ def _check_rows(rows: Tensor | Layout | None, student: Source) -> Tensor | None:
     expected = student.shape if rows.dtype == torch.bool else (rows.numel(),)
     if rows.shape != expected:
         raise ValueError(f"rows: expected shape {list(expected)}, got {list(rows.shape)}")
+    if rows.device.type == "cpu" and student.device.type != "cpu":  # looking through a mask there costs no sync
+        index = rows.flatten().nonzero()[:, 0] if rows.dtype == torch.bool else rows
+        return index.to(student.device, non_blocking=True)
     if rows.device != student.device:
-        raise ValueError(f"rows: expected device {student.device} (the student's), got {rows.device}")
+        raise ValueError(f"rows: expected device {student.device} (the student's) or the CPU, got {rows.device}")
     return rows
 
 
@@ -190,7 +193,7 @@ def divergence(
     check_teacher(student, teacher)
     if not isinstance(kind, Divergence):
         raise TypeError(f"kind: expected a divergence such as kd.JSD(0.9), got {kind!r}")
-    check_positive("temperature", temperature)
+    check_temperature(temperature)
     options = {"rows": rows, "memory_budget": memory_budget, "logits_dtype": logits_dtype}
     return _term("divergence", student, teacher, kind=kind, temperature=temperature, **options)
 

@@ -49,7 +49,7 @@ class Source:
         return self
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Head(Source):
     """Logits that are never materialised: z = softcap * tanh(scale * (hidden @ weight.T + bias) / softcap).
 
@@ -135,11 +135,11 @@ class Head(Source):
             layer.bias,
             softcap=_first(config, _SOFTCAPS),
             scale=_scale(config),
-            vocab_size=vocab_size or min(config.vocab_size, layer.weight.shape[0]),
+            vocab_size=min(config.vocab_size, layer.weight.shape[0]) if vocab_size is None else vocab_size,
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Logits(Source):
     """Logits that exist already, as teacher or as student (the gradient then goes to them).
 
@@ -172,7 +172,7 @@ class Logits(Source):
         return self.vocab_size or self.logits.shape[-1]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TopK(Source):
     """A teacher known at K words per token, stored or served. Divergences take it; what needs more raises TypeError.
 

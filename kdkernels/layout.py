@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,7 +25,7 @@ class Layout:
         shape: (B, L) of the batch.
 
     Raises:
-        ValueError: lengths that are not positive or do not sum to N.
+        TypeError: index is not an int64 tensor [N]. ValueError: lengths that are not positive or do not sum to N.
     """
 
     index: Tensor
@@ -32,11 +33,26 @@ class Layout:
     shape: tuple[int, int]
 
     def __post_init__(self):
+        if not isinstance(self.index, Tensor) or self.index.dtype != torch.int64 or self.index.dim() != 1:
+            got = (self.index.dtype, list(self.index.shape)) if isinstance(self.index, Tensor) else type(self.index)
+            raise TypeError(f"index: expected an int64 tensor [N], got {got}")
         if any(length < 1 for length in self.lengths) or sum(self.lengths) != len(self.index):
             raise ValueError(
                 f"lengths: expected positive lengths that sum to the {len(self.index)} positions of index, got "
                 f"{list(self.lengths)}"
             )
+
+        if self.index.device.type == "cpu" and len(self.index):
+            low, high, count = int(self.index.min()), int(self.index.max()), math.prod(self.shape)
+            if not 0 <= low <= high < count or int(self.index.bincount().max()) > 1:
+                raise ValueError(f"index: expected distinct positions in [0, {count}), got {self.index.tolist()}")
+
+    @classmethod
+    def trusted(cls, index: Tensor, lengths: tuple[int, ...], shape: tuple[int, int]) -> Layout:
+        """From parts that need no second look, which on a GPU would be a sync."""
+        layout = cls.__new__(cls)
+        layout.__dict__.update(index=index, lengths=lengths, shape=shape)
+        return layout
 
     @classmethod
     def from_mask(cls, mask: Tensor) -> Layout:
@@ -58,6 +74,8 @@ class Layout:
     def from_labels(cls, labels: Tensor, ignore_index: int = -100) -> Layout:
         """From Hugging Face labels [B, L] (the token *at* t, or ``ignore_index``), which it shifts for you."""
         _check_integers("labels", labels)
+        if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+            raise TypeError(f"ignore_index: expected an int, got {ignore_index!r}")
         mask = torch.zeros_like(labels, dtype=torch.bool)
         mask[:, :-1] = labels[:, 1:] != ignore_index
         return cls.from_mask(mask)
@@ -71,7 +89,7 @@ class Layout:
         keys = torch.stack([index // max(1, ids.shape[1]), flat[index]])  # responses are distinct (row, id) pairs
         _, response, counts = keys.unique(dim=1, return_inverse=True, return_counts=True)
         order = response.sort(stable=True).indices
-        return cls(index[order], tuple(counts.tolist()), tuple(ids.shape))
+        return cls.trusted(index[order], tuple(counts.tolist()), tuple(ids.shape))
 
     def __len__(self) -> int:
         return sum(self.lengths)
@@ -84,17 +102,17 @@ class Layout:
     def part(self, first: int, last: int) -> Layout:
         """Responses first..last-1 as a layout of their own."""
         start, count = sum(self.lengths[:first]), sum(self.lengths[first:last])
-        return Layout(self.index[start : start + count], self.lengths[first:last], self.shape)
+        return Layout.trusted(self.index[start : start + count], self.lengths[first:last], self.shape)
 
     def take(self, responses: Sequence[int]) -> Layout:
         """The numbered responses, in that order, as a layout of their own."""
         parts = self.index.split(self.lengths)
         index = torch.cat([parts[i] for i in responses]) if responses else self.index[:0]
-        return Layout(index, tuple(self.lengths[i] for i in responses), self.shape)
+        return Layout.trusted(index, tuple(self.lengths[i] for i in responses), self.shape)
 
     def to(self, device) -> Layout:
         """The same layout with its tensors on ``device``."""
-        return Layout(self.index.to(device, non_blocking=True), self.lengths, self.shape)
+        return Layout.trusted(self.index.to(device, non_blocking=True), self.lengths, self.shape)
 
     @cached_property
     def response_lengths(self) -> Tensor:

@@ -76,7 +76,7 @@ class Sources(NamedTuple):
                 kept = target != ignore_index
                 index, target = index[kept], target[kept]
             check_range("target", target, student.vocabulary)
-        layout = Layout(index, (len(index),) if len(index) else (), (1, self.shape.numel()))
+        layout = Layout.trusted(index, (len(index),) if len(index) else (), (1, self.shape.numel()))
         return Call(
             program, student, teacher, layout, index, target, memory_budget=memory_budget, logits_dtype=logits_dtype
         )
@@ -198,13 +198,17 @@ def _gradients_like(grad: Tensor, *arguments) -> list[Tensor]:
 def _save(ctx, inputs: tuple, output: Tensor) -> None:
     sources, ctx.values = _split(inputs)
     # The teacher's too: an in-place change before backward must be an error, not another gradient.
-    ctx.save_for_backward(*sources.student, *sources.teacher, sources.target, sources.rows)
+    tensors = (*sources.student, *sources.teacher, sources.target, sources.rows)
+    # Those made in inference mode cannot be saved; nor can they change in place outside of it.
+    ctx.unchanging = {i: t for i, t in enumerate(tensors) if t is not None and t.is_inference()}
+    ctx.save_for_backward(*(None if i in ctx.unchanging else t for i, t in enumerate(tensors)))
     ctx.counts = len(sources.student), len(sources.teacher)
     ctx.sources = sources._replace(student=[], teacher=[], target=None, rows=None)
 
 
 def _backward(ctx, grad: Tensor) -> tuple:
-    saved, (students, teachers) = list(ctx.saved_tensors), ctx.counts
+    saved = [ctx.unchanging.get(i, t) for i, t in enumerate(ctx.saved_tensors)]
+    students, teachers = ctx.counts
     student, teacher = saved[:students], saved[students : students + teachers]
     target, rows = saved[students + teachers :]
     sources = ctx.sources._replace(student=student, teacher=teacher, target=target, rows=rows)

@@ -39,7 +39,7 @@ def costs(source: Source, vocabulary: int, dtype: torch.dtype) -> tuple[int, int
         return copied, vocabulary * dtype.itemsize
     width, operand = source.hidden.shape[-1], source.dtype
     hidden_bytes = 2 * operand.itemsize + (dtype.itemsize if dtype != operand else 0)
-    return gemm.workspace(width, operand, dtype), vocabulary * dtype.itemsize + width * hidden_bytes
+    return gemm.workspace(width, operand, dtype, source.device), vocabulary * dtype.itemsize + width * hidden_bytes
 
 
 class HeadSide:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -82,3 +85,10 @@ def run(objective, batch: Batch, **more) -> kd.objectives.Output:
         batch.student, teacher, batch.mask, weights=batch.weights, from_teacher=from_teacher, teacher_mask=teacher_mask,
         **more,
     )  # fmt: skip
+
+
+def smallest_budget(call: Callable[[int], object]) -> int:
+    """Bytes for one token at a time, from the error about too small a budget that ``call(memory_budget)`` raises."""
+    with pytest.raises(ValueError, match="memory_budget") as error:
+        call(1)
+    return int(re.search(r"at least (\d+) bytes", str(error.value))[1])

@@ -13,8 +13,10 @@ from backends import BACKENDS, PRECISIONS
 from kdkernels import memory
 
 HERE = Path(__file__).parent
-# Triton's interpreter computes with NumPy, which remarks on every infinity and NaN.
-STRICT = pytest.mark.filterwarnings("error", "ignore::RuntimeWarning:triton.runtime.interpreter")
+# Triton's interpreter computes with NumPy, which remarks on infinities and NaN, and on how Triton 3.6 takes integers.
+STRICT = pytest.mark.filterwarnings(
+    "error", *(f"ignore::{kind}:triton.runtime.interpreter" for kind in ("RuntimeWarning", "DeprecationWarning"))
+)
 
 
 def of_the_engine(path: Path) -> bool:

@@ -337,3 +337,20 @@ def test_fp16_keeps_the_gradients_of_a_mean(backend, mean):
     expected = truth.gradients(truth.sft(exact), exact.student)
     assert all(g.dtype == torch.float16 for g in got)
     assert truth.relative(got[1][10:], expected[1][10:]) < 0.001
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_teacher_of_inference_mode(backend, dtype):
+    """Its tensors cannot be saved for a backward, and need not be."""
+    batch = fixed(dtype)
+    with torch.inference_mode():
+        teacher = kd.Head(batch.teacher.hidden.clone(), batch.teacher.weight.clone())
+        layout = kd.Layout.from_mask(batch.mask)
+    for value in (
+        lambda t: kd.divergence(batch.student, t, kd.JSD(0.9)).sum(),
+        lambda t: kd.divergence(batch.student, t, kd.JSD(0.9), rows=layout).sum(),
+        lambda t: kd.GKD()(batch.student, t, layout).loss,
+    ):
+        got = truth.gradients(value(teacher), batch.student)
+        expected = truth.gradients(value(replace(batch.teacher)), batch.student)
+        assert all(torch.equal(g, e) and g.norm() > 0 for g, e in zip(got, expected, strict=True))

@@ -126,7 +126,27 @@ BAD_CALLS = {
     "kind of weight": (
         lambda: validity_weights(torch.ones(2), torch.ones(2), "log"), ValueError, ["kind", "clamped_ratio", "'log'"],
     ),
-    "temperature": (lambda: kd.GKD(temperature=0), ValueError, ["temperature", "positive", "0"]),
+    "temperature": (lambda: kd.GKD(temperature=0), ValueError, ["temperature", "0.001", "got 0"]),
+    "temperature too large": (lambda: kd.TSDKD(temperature=1e4), ValueError, ["temperature", "1000", "10000.0"]),
+    "indirect_weight": (lambda: kd.TSDKD(indirect_weight="1"), TypeError, ["indirect_weight", "number", "'1'"]),
+    "direct_weight": (lambda: kd.TSDKD(direct_weight=math.nan), ValueError, ["direct_weight", "finite", "nan"]),
+    "entropy_weight": (lambda: kd.TSDKD(entropy_weight=True), TypeError, ["entropy_weight", "True"]),
+    "lambda of infinity": (lambda: kd.VCRD(lambda_teacher=INF), ValueError, ["lambda_teacher", "finite", "inf"]),
+    "detach in words": (lambda: kd.SkewReverseKL(0.1, "no"), TypeError, ["detach", "True or False", "'no'"]),
+    "detach_mixture in words": (lambda: kd.DistiLLM2(detach_mixture="no"), TypeError, ["detach_mixture", "'no'"]),
+    "alpha_teacher": (lambda: kd.DistiLLM2(alpha_teacher=2), ValueError, ["alpha_teacher", "[0, 1]", "2"]),
+    "a layout's position twice": (
+        lambda: kd.Layout(torch.tensor([1, 1]), (2,), (1, 3)), ValueError, ["index", "distinct", "[1, 1]"],
+    ),
+    "a layout's position outside": (
+        lambda: kd.Layout(torch.tensor([0, 3]), (2,), (1, 3)), ValueError, ["index", "[0, 3)", "[0, 3]"],
+    ),
+    "a layout of floats": (
+        lambda: kd.Layout(torch.zeros(2), (2,), (1, 3)), TypeError, ["index", "int64", "float32"],
+    ),
+    "ignore_index of labels": (
+        lambda: kd.Layout.from_labels(TARGET, "x"), TypeError, ["ignore_index", "int", "'x'"],
+    ),
     "memory_budget too small": (lambda: tsd(memory_budget=100), ValueError, ["memory_budget", "bytes", "100"]),
     "memory_budget negative": (lambda: sft(memory_budget=-1), ValueError, ["memory_budget", "-1"]),
     "memory_budget in words": (lambda: sft(memory_budget="1G"), TypeError, ["memory_budget", "int", "1G"]),

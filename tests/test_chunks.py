@@ -1,29 +1,30 @@
 """Small budgets: several chunks, teacher sub-chunks, responses in pieces; the same numbers as in one chunk."""
 
 import logging
-import re
 
 import pytest
 import torch
 import truth
-from batches import OBJECTIVES, fixed, loss_of
+from batches import OBJECTIVES, fixed, loss_of, smallest_budget
 from products import Products
+from test_logits import FUNCTIONS
 
 import kdkernels as kd
 from kdkernels import plan
+from kdkernels.rows import backend_for
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 LENGTHS = (5, 1, 9, 0, 3, 30, 2, 7)
 V, HS, HT = 60, 8, 12
+OBJECTIVE_OF = {p.id: p.values[0] for p in OBJECTIVES}
 
 
 def budget(make, batch: truth.Batch, tokens: int) -> int:
     """Bytes for about so many tokens, from what the error about too small a budget says one token takes."""
-    with pytest.raises(ValueError, match="memory_budget") as error:
-        loss_of(make, batch, memory_budget=1)
+    least = smallest_budget(lambda n: loss_of(make, batch, memory_budget=n))
     itemsize = batch.student.hidden.element_size()
     row = itemsize * (V + 2 * HS + (V + 2 * HT if make is not kd.SFT else 0))
-    return int(re.search(r"at least (\d+) bytes", str(error.value))[1]) + (tokens - 1) * row
+    return least + (tokens - 1) * row
 
 
 def measure(make, batch, **more) -> tuple[Products, list[torch.Tensor]]:
@@ -31,6 +32,43 @@ def measure(make, batch, **more) -> tuple[Products, list[torch.Tensor]]:
     with Products() as products:
         loss = loss_of(make, batch, **more)
     return products, [loss.detach(), *truth.gradients(loss, batch.student)]
+
+
+@pytest.mark.parametrize("name", [*FUNCTIONS, "statistics", *OBJECTIVE_OF])
+def test_on_identical_logits_chunks_change_no_bit(backend, name, monkeypatch):
+    """Of per-token values, statistics and the gradient of the logits: one token, a few, all tokens at a time."""
+    torch.manual_seed(0)
+    lengths, words = (2, 5), 192  # whole vectors of words: PyTorch's exp of what is left over is another one
+    mask = torch.arange(6) < torch.tensor(lengths)[:, None]
+    z_s, z_t = 3 * torch.randn(2, 6, words), 3 * torch.randn(2, 6, words)
+    target, teacher = torch.randint(0, words, mask.shape), kd.Logits(z_t)
+    rows, seen = backend_for(z_s.device, F32), []
+    statistics = rows.statistics
+    monkeypatch.setattr(rows, "statistics", lambda x, *more: seen.append(len(x)) or statistics(x, *more))
+
+    def outcome(memory_budget):
+        leaf, more = z_s.clone().requires_grad_(), {"memory_budget": memory_budget}
+        student = kd.Logits(leaf)
+        seen.clear()
+        if name == "statistics":
+            got = kd.statistics(student, teacher, topk=4, collision=7, target=target, **more)
+            return [got.entropy, got.lse, got.topk_indices, got.target_log_prob, got.collision, got.teacher.entropy]
+        if name in FUNCTIONS:
+            values = FUNCTIONS[name](student, teacher, target, **more)
+            return [values.detach(), *torch.autograd.grad((values * torch.arange(12.0).view_as(values)).sum(), leaf)]
+        batch = truth.Batch(student, teacher, mask, [], None, [], target, None, torch.tensor([True, False]))
+        # not the loss, which adds tokens up
+        return torch.autograd.grad(loss_of(OBJECTIVE_OF[name], batch, **more), leaf)
+
+    whole = outcome(None)
+    assert max(seen) == (sum(lengths) if name in OBJECTIVE_OF else 12)
+    least = smallest_budget(outcome)
+    for budget, most in ((least, 1), (least + 2 * 4 * words, 3)):  # the teacher takes one token at a time
+        pieces = outcome(budget)
+        assert max(seen) == most
+        for got, expected in zip(pieces, whole, strict=True):
+            assert torch.equal(got, expected)
+    assert whole[-1].any()
 
 
 @pytest.mark.parametrize("tokens", [1, 4, 12, 24])

@@ -1,6 +1,8 @@
 """One backend decides, says so, and never steps in silently."""
 
 import logging
+import os
+import subprocess
 import sys
 
 import pytest
@@ -157,3 +159,10 @@ def test_triton_on_a_cpu_only_interpreted(monkeypatch):
     monkeypatch.setenv("KDKERNELS_BACKEND", "triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert name_of(CPU, torch.float32) == "triton"
+
+
+def test_info_says_what_is_wrong_with_a_forced_instruction_set():
+    code = "import kdkernels as kd; print(kd.info()['cpu_isa'])"
+    environment = {**os.environ, "KDKERNELS_CPU_ISA": "mmx"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert "mmx" in done.stdout and "avx512" in done.stdout

@@ -6,7 +6,7 @@ import pytest
 import torch
 import truth
 from batches import fixed, run
-from drawn import DRAWN, SHAPES, compare
+from drawn import DRAWN, FEW, SHAPES, compare
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,7 +17,7 @@ F64 = torch.float64
 ALPHAS = st.sampled_from([0.0, 0.1, 0.5])
 
 
-@settings(DRAWN, max_examples=15)
+@FEW
 @given(shape=SHAPES, alpha_teacher=ALPHAS, alpha_student=ALPHAS, detach=st.booleans())
 def test_against_dense_autograd(dtype, shape, alpha_teacher, alpha_student, detach):
     options = (alpha_teacher, alpha_student, detach)

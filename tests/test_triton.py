@@ -21,7 +21,8 @@ SUITES = {
     "rows": """
         test_rows.py and statistics and fp32 and 0.7 and (None or 30.0) and not 0.25
         top_k_is_exact and fp32 and (ties-97 or masked-17 or equal-17 or descending-16 or ties-3001)
-        test_rows.py and divergence_and_gradient and fp32 and 0.7 and (forward or jsd.9 or skl)
+        divergence_and_gradient and fp32 and 0.7 and (normal or masked or huge) and not (jsd.1 or jsd.5)
+        divergence_and_gradient and fp32 and 0.7 and (skl or jsd.9) and (peaked or flat or close)
         scale_and_softcap and 30.0 and (reverse or srkl)
         test_rows.py and sizes and fp32
         bad_row and word1024
@@ -42,11 +43,19 @@ SUITES = {
         test_operators.py
     """,
     "engine": """
-        test_objectives.py
+        test_objectives.py and not VCRD and not bad_token and not default_dtype
+        bad_token and TSDKD-teacher
+        default_dtype and GKD
+        test_vcrd.py and float32 and test_likelihood_ratio
+        test_vcrd.py and example_loss
+        test_distillm.py and against_dense
         test_functional.py and test_divergence and fp32 and 0.7 and (forward or srkl)
         test_functional.py and (plackett or test_statistics or ignored or any_leading or no_tokens)
-        test_autograd.py and (TSDKD or bias_alone)
-        test_chunks.py and (longer_than or GKD-12)
+        test_logits.py and (every_function or TSDKD-one)
+        test_topk.py and (is_the_reference or small_budgets or masked_bucket or 20.0 and (jsd.1 or skl))
+        test_autograd.py and TSDKD and (frozen or detached or second or no_grad or checkpoint)
+        bias_alone
+        test_chunks.py and (longer_than or change_no_bit and (jsd.9 or srkl or statistics or TSDKD))
         test_bad_input.py
     """,
 }

@@ -1,7 +1,7 @@
 """Every Triton kernel variant compiles for three generations of GPUs and none spills; no GPU needed.
 
-By default the variants for float32 logits with float32 or bfloat16 gradients, which a GPU runs unless asked otherwise;
-all others under ``slow``.
+By default the variants for float32 logits with float32 or bfloat16 gradients and a soft-cap on both sides or none,
+which a GPU runs unless asked otherwise; all others under ``slow``.
 """
 
 import re
@@ -22,7 +22,7 @@ def compiles(monkeypatch, tmp_path):
 
 
 def usual(variant) -> bool:
-    return ": fp32" in variant.name and "fp16" not in variant.name
+    return ": fp32" in variant.name and "fp16" not in variant.name and " of the " not in variant.name
 
 
 @pytest.mark.parametrize("wanted", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["usual", "others"])
@@ -35,7 +35,7 @@ def test_no_variant_spills(wanted, capsys):
     documented = DOCUMENT.read_text().splitlines()
     if f"triton {triton.__version__} " in documented[2]:
         assert [line for line in table.splitlines() if line not in documented] == []
-    assert len(resources) >= 50
+    assert len(resources) >= 70
     spilling = [variant.name for variant, each in resources.items() if any(r.stack for r in each)]
     assert not spilling, f"spills: {spilling}"
     assert all(0 < r.registers <= 128 for each in resources.values() for r in each)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import truth
 from batches import fixed, run
-from drawn import DRAWN, SHAPES, compare
+from drawn import DRAWN, FEW, SHAPES, compare
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_chunks import budget
@@ -106,7 +106,7 @@ def test_collision_of_more_words_than_128():
 # ---- against dense autograd ------------------------------------------------------------------------------------------
 
 
-@settings(DRAWN, max_examples=15)
+@FEW
 @given(shape=SHAPES, options=OPTIONS)
 def test_likelihood_ratio(dtype, shape, options):
     def measure(small, batch):
@@ -121,7 +121,7 @@ def test_likelihood_ratio(dtype, shape, options):
     compare(dtype, shape, measure, lambda b, p: truth.vcrd(b, p, **of_truth(options)), count(options))
 
 
-@settings(DRAWN, max_examples=15)
+@FEW
 @given(shape=SHAPES, options=OPTIONS)
 def test_given_weights(dtype, shape, options):
     shape = replace(shape, weights=True)

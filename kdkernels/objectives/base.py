@@ -132,7 +132,7 @@ class Objective(Program, nn.Module):
             metrics = {"loss": loss.detach(), **self.metrics(result.tokens)}
             for term in result.coefficients:
                 metrics[self.names[term]] = result.term(term).to(loss.dtype)
-        return Output(loss, torch.tensor(count, device=device), metrics)
+        return Output(loss, torch.full((), count, device=device), metrics)
 
     @property
     def by_author(self) -> bool:

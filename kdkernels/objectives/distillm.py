@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..checks import check_bool, check_share
 from ..chunked import Tokens
 from ..divergences import SkewKL, SkewReverseKL
 from .base import Objective, weighted
@@ -26,6 +27,9 @@ class DistiLLM2(Objective):
 
     def __init__(self, alpha_teacher: float = 0.1, alpha_student: float = 0.1, detach_mixture: bool = False):
         super().__init__()
+        check_share("alpha_teacher", alpha_teacher)
+        check_share("alpha_student", alpha_student)
+        check_bool("detach_mixture", detach_mixture)
         self.divergence_from_teacher = SkewKL(alpha_teacher)
         self.divergence = SkewReverseKL(alpha_student, detach_mixture)
 

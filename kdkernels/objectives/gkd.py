@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..checks import check_positive
+from ..checks import check_temperature
 from ..chunked import Tokens
 from ..divergences import JSD
 from .base import Objective, weighted
@@ -22,7 +22,7 @@ class GKD(Objective):
 
     def __init__(self, beta: float = 0.9, temperature: float = 1.0):
         super().__init__()
-        check_positive("temperature", temperature)
+        check_temperature(temperature)
         self.beta, self.temperature = beta, temperature
         self.divergence = JSD(beta)
 

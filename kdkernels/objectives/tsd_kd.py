@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import reference
-from ..checks import check_count, check_positive, check_share
+from ..checks import check_count, check_number, check_positive, check_share, check_temperature
 from ..chunked import Tokens
 from ..divergences import JSD
 from ..layout import Layout
@@ -51,7 +51,11 @@ class TSDKD(Objective):
     ):
         super().__init__()
         check_positive("tau", tau)
-        check_positive("temperature", temperature)
+        for name, weight in (
+            ("indirect_weight", indirect_weight), ("direct_weight", direct_weight), ("entropy_weight", entropy_weight)
+        ):  # fmt: skip
+            check_number(name, weight)
+        check_temperature(temperature)
         check_count("k", k, 1)
         self.selects_by_teacher = isinstance(opener, AdaptiveOpener)
         if not self.selects_by_teacher:

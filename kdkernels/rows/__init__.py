@@ -3,13 +3,13 @@
 A backend is a module with
 
     supports(dtype) -> bool                          dtypes of logits and of their gradient
-    workspace(vocabulary) -> int                     bytes it may allocate beside its outputs
+    workspace(rows, vocabulary) -> int               bytes it may allocate beside its outputs for so many rows
     statistics(logits, scale, softcap, temperature, topk, gather) -> Rows
     divergence(student, teacher, kind, temperature) -> (value [C], center [C])
     gradient_(student, teacher, kind, temperature, center, coefficients, out)      `out` lies over the student's logits
 
-``eager`` adapts reference.py and runs anywhere; ``native`` is C++ for CPUs (csrc/). They know rows and coefficients, no
-method names.
+``eager`` adapts reference.py and runs anywhere; ``native`` is C++ for CPUs (csrc/), ``triton`` for GPUs; these two are
+torch operators behind one set of adapters (operators.py). They know rows and coefficients, no method names.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ def info() -> dict:
     """Backends found, which one each device gets (float32 logits), and why not where one cannot run.
 
     ``{"backends": {name: "ok" | reason}, "devices": {device: name}, "cpu_isa": "avx512" | "avx2" | "portable" | None}``
-    (where ``KDKERNELS_BACKEND`` forces a backend that cannot run on a device, the device has the reason for a name).
+    (where ``KDKERNELS_BACKEND`` or ``KDKERNELS_CPU_ISA`` forces what cannot run, its place has the reason).
     """
     fp32 = torch.float32
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
@@ -86,8 +86,12 @@ def info() -> dict:
         except RuntimeError as error:
             chosen[device] = str(error)
     native, _ = _load("native")
+    try:
+        isa = native.isa() if native else None
+    except RuntimeError as error:  # KDKERNELS_CPU_ISA names one that is not there
+        isa = str(error).splitlines()[0]
     return {
         "backends": {name: _why_not(name, home[name], fp32, fp32) or "ok" for name in _BACKENDS},
         "devices": chosen,
-        "cpu_isa": native.isa() if native else None,
+        "cpu_isa": isa,
     }

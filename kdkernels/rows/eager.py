@@ -19,8 +19,8 @@ def supports(dtype: torch.dtype) -> bool:
     return dtype.is_floating_point
 
 
-def workspace(vocabulary: int) -> int:
-    return 12 * 4 * max(_BLOCK, vocabulary)
+def workspace(rows: int, vocabulary: int) -> int:
+    return 12 * 4 * max(min(_BLOCK, rows * vocabulary), vocabulary)
 
 
 def _steps(rows: int, vocabulary: int):

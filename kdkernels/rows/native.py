@@ -25,5 +25,5 @@ def isa() -> str:
     return torch.ops.kdkernels.cpu_isa()
 
 
-def workspace(vocabulary: int) -> int:
+def workspace(rows: int, vocabulary: int) -> int:
     return torch.get_num_threads() * (vocabulary // 16 + 16384)  # group maxima and blocks, per thread

@@ -30,8 +30,8 @@ def supports(dtype: torch.dtype) -> bool:
     return dtype in (torch.float32, torch.bfloat16, torch.float16)
 
 
-def workspace(vocabulary: int) -> int:
-    return 4 * _LAUNCH_ROWS * (triton.cdiv(vocabulary, _GROUP) + 256)  # group maxima; gradients at ids
+def workspace(rows: int, vocabulary: int) -> int:
+    return 4 * min(rows, _LAUNCH_ROWS) * (triton.cdiv(vocabulary, _GROUP) + 256)  # group maxima; gradients at ids
 
 
 # ---- the operators (operators.py) ------------------------------------------------------------------------------------

@@ -260,10 +260,10 @@ def divergence_kernel(
     for first in range(0, vocabulary, BLOCK):
         words = first + tl.arange(0, BLOCK)
         inside = words < vocabulary
-        z_s = _z(s_ptr, words, inside, s_scale, s_softcap, S_SOFTCAP)
         z_t = _z(t_ptr, words, inside, t_scale, t_softcap, T_SOFTCAP)
-        x_q = _below_max(z_s, s_max, inverse, inverse_rest, TEMPERED)
         x_p = _below_max(z_t, t_max, inverse, inverse_rest, TEMPERED)
+        z_s = _z(s_ptr, words, inside, s_scale, s_softcap, S_SOFTCAP)
+        x_q = _below_max(z_s, s_max, inverse, inverse_rest, TEMPERED)
         q, p, log_p_m, log_q_m, q_skew, q_p = _compare(x_q, x_p, norm_q, norm_p, gap, mix, MIXTURE)
         if MIXTURE != TEACHER:
             kl_p = tl.fma(p, log_p_m, kl_p)

@@ -47,6 +47,10 @@ _KERNELS = [
 ]  # fmt: skip
 _FUNCTIONS = Operators(*(getattr(backend, name) for name in NAMES))  # tensors without memory would get the fake ones
 _F32, _BF16, _F16 = torch.float32, torch.bfloat16, torch.float16
+_SOFTCAPS = {  # of (student, teacher)
+    (False, False): "", (True, True): ", soft-cap",
+    (True, False): ", soft-cap of the student", (False, True): ", soft-cap of the teacher",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,24 +75,32 @@ class Resources:
 def every_call(call, rows: int, vocabulary: int) -> None:
     """``call(options, function of the backend, *arguments)`` for all that makes a variant, on the default device."""
     ids = torch.zeros(rows, 11, dtype=torch.int64)
-    for dtype, softcap, temperature in product((_F32, _BF16, _F16), (None, 30.0), (1.0, 2.0)):
-        options = f"{_short(dtype)}{', soft-cap' if softcap else ''}{', tempered' if temperature != 1 else ''}"
-        logits = torch.zeros(rows, vocabulary, dtype=dtype)
-        sides = call(options, _FUNCTIONS.statistics, logits, 1.0, softcap, temperature, 10, ids)
-        for kind in (None, *_KINDS):
-            named, center = f"{options}, {kind.name}" if kind else options, None
-            if kind:
-                center = call(named, _FUNCTIONS.divergence, sides, sides, kind, temperature)[1]
-            c = Coefficients(torch.zeros(3, rows), ids, torch.zeros(rows, 11))
-            for out_dtype in (_F32, _BF16, _F16) if dtype == _F32 else (dtype,):
-                out = logits.view(out_dtype)[:, :vocabulary]
-                name = f"{named}, out {_short(out_dtype)}"
-                call(name, _FUNCTIONS.gradient_, sides, sides if kind else None, kind, temperature, center, c, out)
+    for temperature in (1.0, 2.0):
+        tempered = ", tempered" if temperature != 1 else ""
+        sides = {}
+        for dtype, softcap in product((_F32, _BF16, _F16), (None, 30.0)):
+            options = f"{_short(dtype)}{', soft-cap' if softcap else ''}{tempered}"
+            logits = torch.zeros(rows, vocabulary, dtype=dtype)
+            sides[dtype, softcap] = call(options, _FUNCTIONS.statistics, logits, 1.0, softcap, temperature, 10, ids)
+        for ((dtype, softcap), s), ((t_dtype, t_softcap), t) in product(sides.items(), sides.items()):
+            if t_dtype not in (dtype, _F32):  # chunked.py promotes the teacher's to the student's
+                continue
+            options = f"{_short(dtype)}{' beside fp32 of the teacher' if t_dtype != dtype else ''}"
+            options += f"{_SOFTCAPS[softcap is not None, t_softcap is not None]}{tempered}"
+            for kind in (None, *_KINDS) if s is t else _KINDS:
+                named, center = f"{options}, {kind.name}" if kind else options, None
+                if kind:
+                    center = call(named, _FUNCTIONS.divergence, s, t, kind, temperature)[1]
+                c = Coefficients(torch.zeros(3, rows), ids, torch.zeros(rows, 11))
+                for out_dtype in (_F32, _BF16, _F16) if dtype == _F32 else (dtype,):
+                    out = s.logits.view(out_dtype)[:, :vocabulary]
+                    name = f"{named}, out {_short(out_dtype)}"
+                    call(name, _FUNCTIONS.gradient_, s, t if kind else None, kind, temperature, center, c, out)
 
 
 @functools.cache
 def variants() -> tuple[Variant, ...]:
-    """Every kernel variant, for a 151936-word vocabulary; both sides with or without a soft-cap."""
+    """Every kernel variant that the engine can ask for, for a 151936-word vocabulary."""
     found: list[Variant] = []
     with torch.device("meta"):
         every_call(functools.partial(_record, found), 1024, VOCABULARY)
