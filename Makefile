@@ -1,4 +1,5 @@
-# make install | demo | test | gpu-check | test-slow | bench | gsm8k | lint | clean. Everything lives in .venv; nothing outside this folder is touched.
+# make install | demo | test | gpu-check | test-slow | bench | bench-compare | gpu-report | gsm8k | lint | clean.
+# Everything lives in .venv; nothing outside this folder is touched.
 PYTHON ?= python3
 PY := .venv/bin/python
 PIP := PIP_CONSTRAINT=constraints.txt $(PY) -m pip install --quiet --disable-pip-version-check
@@ -7,7 +8,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 
-.PHONY: install demo gsm8k gpu-check test test-slow bench lint clean
+.PHONY: install demo gsm8k gpu-check test test-slow bench bench-compare gpu-report lint clean
 
 install: .venv/installed
 
@@ -42,8 +43,28 @@ gpu-check:
 test-slow: install
 	$(PY) -m pytest -m slow
 
-bench: install
-	$(PY) benchmarks/objectives_cpu.py
+# What people use instead, for the benchmarks' tables. --no-deps: they ask for more than their losses need.
+PEERS := liger-kernel==0.8.5 cut-cross-entropy==25.1.1 trl==1.16.0 accelerate==1.15.0 datasets==5.2.0 \
+	multiprocess==0.70.19 dill==0.4.1 xxhash==4.1.0 pyarrow==26.0.1 pandas==3.1.1
+.venv/peers: .venv/installed
+	$(PIP) --no-deps $(PEERS)
+	@touch $@
+
+bench: .venv/peers
+	$(PY) benchmarks/run.py --device cpu
+
+# Measures again and compares kdkernels' ratios to the bare GEMMs with those stored for this machine.
+bench-compare: .venv/peers
+	$(PY) benchmarks/run.py --device cpu --out build/benchmarks/compare
+	$(PY) benchmarks/compare.py benchmarks/results/$$(PYTHONPATH=. $(PY) benchmarks/environment.py cpu)/cpu.json \
+		build/benchmarks/compare/cpu.json
+
+# On a machine with a GPU, with the Python on its PATH that has torch, triton and pytest-benchmark. Installs nothing and
+# needs no extension. A dry run anywhere: make gpu-report DEVICE=cpu SHAPES=tiny
+DEVICE ?= cuda
+SHAPES ?= gpu
+gpu-report:
+	$(PYTHON) benchmarks/run.py --device $(DEVICE) --shapes $(SHAPES)
 
 lint: install
 	$(PY) -m ruff check .

@@ -1,0 +1,68 @@
+"""The bare GEMMs: the products no implementation can do without, on the same operands, and what they count.
+
+Student logits, teacher logits, dX, and dW with a trained head, over chunks of 512 to 4096 rows, the fastest taken.
+Outputs are in the operands' dtype and in memory that is touched already; a chunk's dW overwrites that of the chunk
+before. That is less than any implementation has to do.
+
+Axes: N tokens, C rows of a chunk, V vocabulary, H hidden.
+"""
+
+from __future__ import annotations
+
+import torch
+from cases import Batch, Case
+
+from kdkernels import memory
+
+ROWS = (512, 1024, 2048, 4096)
+
+
+def candidates(tokens: int) -> list[int]:
+    """Chunk sizes worth trying: no chunk larger than the batch."""
+    return sorted({min(rows, tokens) for rows in ROWS})
+
+
+class BareGemms:
+    """Called with a batch of the same shapes and the rows of a chunk, multiplies."""
+
+    def __init__(self, batch: Batch):
+        self.d_x = torch.zeros_like(batch.hidden_s.detach().flatten(0, 1))
+        self.d_w = torch.zeros_like(batch.weight_s) if batch.weight_s.requires_grad else None
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch, rows: int, teacher: bool) -> None:
+        x_s, x_t, w_s, w_t = batch.hidden_s.flatten(0, 1), batch.hidden_t.flatten(0, 1), batch.weight_s, batch.weight_t
+        sizes = [((rows, len(w_s)), x_s.dtype)] * 2
+        block, (z_s, z_t) = memory.borrow(sizes, x_s.device)  # the logits' memory that kdkernels uses as well
+        for first in range(0, len(x_s), rows):
+            chunk = slice(first, min(first + rows, len(x_s)))
+            z = z_s[: chunk.stop - first]
+            torch.mm(x_s[chunk], w_s.t(), out=z)
+            if teacher:
+                torch.mm(x_t[chunk], w_t.t(), out=z_t[: chunk.stop - first])
+            torch.mm(z, w_s, out=self.d_x[chunk])
+            if self.d_w is not None:
+                torch.mm(z.t(), x_s[chunk], out=self.d_w)
+        memory.give_back(block)
+
+
+def flops(case: Case, teacher: bool) -> int:
+    """Of the bare GEMMs: 2 per multiply-add, whatever an implementation really does."""
+    student = 2 * case.tokens * case.models.vocabulary * case.models.student
+    other = 2 * case.tokens * case.models.vocabulary * case.models.teacher if teacher else 0
+    return student * (3 if case.trained else 2) + other
+
+
+def bytes_moved(case: Case, teacher: bool, rows: int) -> int:
+    """Main-memory traffic of chunks of ``rows`` with logits in the operands' dtype, each operand once per product.
+
+    Every chunk reads the student's weights twice (logits, dX), the teacher's once, and reads and writes dW. Logits are
+    written once and read by three sweeps; the gradient overwrites the student's, and two products read it.
+    """
+    m, size = case.models, case.dtype.itemsize
+    chunks = -(-case.tokens // rows)
+    weights = chunks * m.vocabulary * (m.student * (4 if case.trained else 2) + (m.teacher if teacher else 0))
+    hidden = case.tokens * (m.student * (3 if case.trained else 2) + (m.teacher if teacher else 0))
+    products = 2 if case.trained else 1
+    logits = case.tokens * m.vocabulary * (1 + 3 + 1 + products + (4 if teacher else 0))
+    return size * (weights + hidden + logits)

@@ -1,0 +1,133 @@
+"""What kdkernels costs beside the products: sweep 1's extras, a call on tiny inputs, the import, memory."""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from cases import QWEN_SMALL, TINY
+from measure import timed
+
+import kdkernels as kd
+from kdkernels.rows import backend_for
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture
+def shape(request):
+    return TINY if request.config.getoption("--shapes") == "tiny" else QWEN_SMALL
+
+
+def environment() -> dict:
+    return os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])}
+
+
+def test_sweep_1_with_and_without_top_k(benchmark, device, shape):
+    """Statistics with the 10 largest logits minus those with the largest, in shares of a whole JSD of the same rows.
+
+    The entropy is always part of sweep 1: it shares the exponential with the log-sum.
+    """
+    rows, on_gpu = (256, device == "cuda")
+    dtype = torch.float32 if on_gpu else torch.bfloat16
+    logits = torch.randn(rows, shape.vocabulary, device=device).to(dtype)
+    backend = backend_for(logits.device, dtype)
+
+    def head(width: int, trained: bool) -> kd.Head:
+        weight = torch.randn(shape.vocabulary, width, device=device).mul_(width**-0.5).to(torch.bfloat16)
+        hidden = torch.randn(1, rows, width, device=device).to(torch.bfloat16)
+        return kd.Head(hidden.requires_grad_(trained), weight.requires_grad_(trained))
+
+    student, teacher = head(shape.student, True), head(shape.teacher, False)
+    layout = kd.Layout.from_mask(torch.ones(1, rows, dtype=torch.bool))
+    steps = {
+        "with": lambda: backend.statistics(logits, 1.0, None, 1.0, 10, None),
+        "without": lambda: backend.statistics(logits, 1.0, None, 1.0, 1, None),
+        "jsd": lambda: kd.GKD()(student, teacher, layout).loss.backward(),
+    }
+    found = steps["with"]().top_indices[:4]
+    assert torch.equal(found, logits[:4].float().sort(descending=True, stable=True).indices[:, :10])
+    seconds = {name: [] for name in steps}
+    for _ in range(9):
+        for name, step in steps.items():
+            seconds[name] += timed(device, step)
+    median = {name: statistics.median(values[1:]) for name, values in seconds.items()}
+    position = rows * shape.vocabulary
+    benchmark.extra_info.update(
+        {
+            "top_k_share_of_jsd": (median["with"] - median["without"]) / median["jsd"],
+            "with_ns": median["with"] / position * 1e9,
+            "without_ns": median["without"] / position * 1e9,
+            "gbs": logits.nbytes / median["with"] / 1e9,
+        }
+    )
+    benchmark.pedantic(steps["with"], rounds=1)
+
+
+def test_call_on_tiny_inputs(benchmark, device):
+    """Median microseconds of a call whose arithmetic is nothing."""
+
+    def head(width: int) -> kd.Head:
+        return kd.Head(torch.randn(4, width, device=device), torch.randn(16, width, device=device))
+
+    student, teacher = head(8), head(12)
+    target = torch.zeros(4, dtype=torch.int64, device=device)
+    calls = {
+        "entropy": lambda: kd.entropy(student),
+        "cross_entropy": lambda: kd.cross_entropy(student, target),
+        "divergence": lambda: kd.divergence(student, teacher, kd.JSD(0.9)),
+        "statistics": lambda: kd.statistics(student),
+    }
+    for name, call in calls.items():
+        seconds = []
+        for _ in range(300):
+            start = time.perf_counter()
+            call()
+            seconds.append(time.perf_counter() - start)
+        benchmark.extra_info[f"{name}_us"] = statistics.median(seconds) * 1e6
+    benchmark.pedantic(calls["divergence"], rounds=100)
+
+
+def test_import(benchmark, shape):
+    """Milliseconds of ``import kdkernels`` after torch, and what takes most of it (``-X importtime``); median of 5."""
+    code = "import torch, sys; print('torch is there', file=sys.stderr); import kdkernels"
+
+    def trace() -> list[tuple[int, int, str]]:
+        command = [sys.executable, "-X", "importtime", "-c", code]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment(), check=True)
+        lines = done.stderr.split("torch is there")[1].splitlines()
+        rows = [line.removeprefix("import time:").split("|") for line in lines if line.startswith("import time:")]
+        return [(int(own), int(total), name.strip()) for own, total, name in rows]
+
+    traces = sorted((trace() for _ in range(1 if shape is TINY else 5)), key=lambda rows: rows[-1][1])
+    median = traces[len(traces) // 2]
+    assert median[-1][2] == "kdkernels"
+    slowest = sorted(median, reverse=True)[:5]
+    benchmark.extra_info["import_ms"] = median[-1][1] / 1e3
+    benchmark.extra_info["slowest"] = ", ".join(f"{name} {own / 1e3:.1f} ms" for own, _, name in slowest)
+    benchmark.pedantic(lambda: None, rounds=1)
+
+
+@pytest.mark.parametrize("budget", [None, 64])
+def test_memory_is_flat(benchmark, device, shape, budget, request):
+    """Peak beyond inputs, gradients and the dW accumulator for growing N, each in a fresh process."""
+    if time.monotonic() > request.config.deadline:
+        pytest.skip("no time left")
+    if budget is not None and kd.info()["devices"][device] == "eager":
+        pytest.skip("the eager backend's own workspace is larger")
+    counts = [128] if shape is TINY else [2048, 8192] if budget is None else [512]
+    sizes = [shape.vocabulary, shape.student, shape.teacher]
+    for tokens in counts:
+        command = [sys.executable, str(HERE / "memory_peak.py"), json.dumps([tokens, *sizes, budget, device])]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment())
+        assert done.returncode == 0, done.stderr[-2000:]
+        found = json.loads(done.stdout)
+        benchmark.extra_info[f"mib_at_{tokens}_tokens"] = found["beyond_accumulator"]
+        benchmark.extra_info["accumulator_mib"] = found["accumulator"]
+    benchmark.extra_info["budget_mib"] = budget or 384
+    benchmark.pedantic(lambda: None, rounds=1)

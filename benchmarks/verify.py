@@ -1,0 +1,110 @@
+"""Whether the numbers that are timed are right: gradients against fp64 on a sub-sample of the very run that is timed.
+
+d loss / d hidden of the two short responses is computed in fp64 over the whole vocabulary, and by eager PyTorch in the
+operands' dtype, which is the yardstick. For dW, which sums over all tokens and chunks, there is an identity: with
+dz = d loss / d logits, dX = dz W and dW = dz^T X, so X^T dX = dW^T W whatever the loss; it is checked on a few random
+directions.
+
+Axes: n sampled tokens, N tokens, V vocabulary, H hidden.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from cases import Batch, Loss
+from torch import Tensor
+
+WORDS = 8192  # of the vocabulary at a time
+PEER_LIMIT = 0.5  # a peer's error is its own affair, and shown; above this it computes something else
+ULPS = 4
+
+
+@dataclass(frozen=True)
+class Check:
+    error: float  # norm-relative error of dX on the sample
+    yardstick: float  # of eager PyTorch in the operands' dtype
+    consistency: float | None  # of X^T dX = dW^T W; None with a frozen head
+    wrong: str  # why it is not timed; empty if it is
+
+
+def sample(batch: Batch) -> list[int]:
+    """The short response of each row."""
+    return [len(batch.lengths) // 2 - 1, len(batch.lengths) - 1]
+
+
+def _rows(batch: Batch, hidden: Tensor) -> Tensor:
+    flat = hidden.detach().flatten(0, 1)
+    return torch.cat([flat[batch.responses[i]] for i in sample(batch)])
+
+
+def _product(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """x @ weight.T in ``dtype``, a few words at a time."""
+    x, weight = x.to(dtype), weight.detach()
+    return torch.cat([x @ block.to(dtype).t() for block in weight.split(WORDS)], -1)
+
+
+def gradient(batch: Batch, loss: Loss, mean_over: str | None, dtype: torch.dtype) -> Tensor:
+    """d loss / d hidden [n, H] of the sampled responses with logits multiplied in ``dtype``."""
+    lengths, authors = ([values[i] for i in sample(batch)] for values in (batch.lengths, batch.authors))
+
+    def side(hidden: Tensor, weight: Tensor) -> tuple[Tensor, list[Tensor]]:
+        raw = _product(_rows(batch, hidden), weight, dtype).requires_grad_()
+        z = raw.to(torch.promote_types(dtype, torch.float32))
+        z = z if batch.softcap is None else batch.softcap * torch.tanh(z / batch.softcap)
+        return raw, list(z.split(lengths if mean_over != "tokens" else [sum(lengths)]))
+
+    raw, z_s = side(batch.hidden_s, batch.weight_s)
+    z_t = side(batch.hidden_t, batch.weight_t)[1] if loss.teacher else z_s
+    target = _rows(batch, batch.target[..., None])[:, 0]
+    target = list(target.split([len(z) for z in z_s]))
+    share = loss.count(lengths, authors, mean_over) / loss.count(batch.lengths, batch.authors, mean_over)
+    (d_z,) = torch.autograd.grad(share * loss.formula(z_s, z_t, authors, target), raw)
+    blocks = zip(d_z.split(WORDS, -1), batch.weight_s.detach().split(WORDS), strict=True)
+    wide = torch.promote_types(dtype, torch.float32)
+    return sum(d.to(wide) @ block.to(wide) for d, block in blocks).to(dtype).double()
+
+
+def consistency(batch: Batch) -> float:
+    """Relative distance of X^T dX M and dW^T W M for a random M [H, 8]."""
+    x, d_x = (t.detach().flatten(0, 1).float() for t in (batch.hidden_s, batch.hidden_s.grad))
+    m = torch.randn(x.shape[1], 8, generator=torch.Generator().manual_seed(0)).to(x.device)
+    left = x.t() @ (d_x @ m)
+    blocks = zip(batch.weight_s.grad.split(WORDS), batch.weight_s.detach().split(WORDS), strict=True)
+    right = sum(d.float().t() @ (w.float() @ m) for d, w in blocks)
+    return ((left - right).norm() / left.norm()).item()
+
+
+class Truth:
+    """fp64 gradients and eager PyTorch's errors of one batch, computed once per loss."""
+
+    def __init__(self, batch: Batch):
+        self.batch = batch
+        self.known: dict[tuple[str, str | None], tuple[Tensor, float]] = {}
+
+    def of(self, loss: Loss, mean_over: str | None) -> tuple[Tensor, float]:
+        key = (loss.name, mean_over)
+        if key not in self.known:
+            truth = gradient(self.batch, loss, mean_over, torch.float64)
+            if not truth.norm() > 0:
+                raise AssertionError(f"{loss.name}: its gradient is zero, a check against it would check nothing")
+            eager = gradient(self.batch, loss, mean_over, self.batch.hidden_s.dtype)
+            self.known[key] = truth, ((eager - truth).norm() / truth.norm()).item()
+        return self.known[key]
+
+    def check(self, loss: Loss, mean_over: str | None, exact: bool) -> Check:
+        """Of the gradients that the batch holds now."""
+        batch = self.batch
+        truth, yardstick = self.of(loss, mean_over)
+        error = ((_rows(batch, batch.hidden_s.grad).double() - truth).norm() / truth.norm()).item()
+        trained = batch.weight_s.requires_grad
+        balance = consistency(batch) if trained else None
+        eps = torch.finfo(batch.hidden_s.dtype).eps
+        limit = max(2 * yardstick, ULPS * eps) if exact else PEER_LIMIT
+        wrong = ""
+        if not error <= limit:
+            wrong = f"wrong: gradient error {error:.1e}, allowed {limit:.1e} (eager PyTorch has {yardstick:.1e})"
+        elif trained and not balance <= (max(16 * eps, 1e-3) if exact else PEER_LIMIT):
+            wrong = f"wrong: dW does not belong to dX, relative distance {balance:.1e}"
+        return Check(error, yardstick, balance, wrong)
