@@ -87,7 +87,7 @@ def running():
         process.kill()
 
 
-@pytest.mark.parametrize(("name", "least"), [("rows", 110), ("engine", 90)])
+@pytest.mark.parametrize(("name", "least"), [("rows", 115), ("engine", 170)])
 def test_interpreted(running, name, least):
     output, _ = running[name].communicate()
     print(output[-3000:])
