@@ -40,7 +40,7 @@ class Implementation:
             try:
                 importlib.import_module(self.module)
             except Exception as error:  # a broken installation counts as missing, by name
-                return f"missing ({type(error).__name__}: {str(error).splitlines()[0]})"
+                return f"missing ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
         return ""
 
     def forward(self, batch: Batch, loss: Loss) -> Tensor:

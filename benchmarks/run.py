@@ -1,6 +1,6 @@
 """Runs the benchmarks and writes JSON and report: one command, no arguments needed.
 
-    python benchmarks/run.py [--device cpu|cuda] [--shapes tiny|cpu|gpu] [--out DIRECTORY]
+    python benchmarks/run.py [--device cpu|cuda] [--shapes tiny|readme|cpu|cpu-fp32|gpu] [--out DIRECTORY]
 
 Results go to benchmarks/results/<machine>/, those of the dry run (tiny shapes) to build/benchmarks/<machine>/.
 """
@@ -23,7 +23,7 @@ import torch  # noqa: E402
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--shapes", choices=("tiny", "cpu", "cpu-fp32", "gpu"))
+    parser.add_argument("--shapes", choices=("tiny", "readme", "cpu", "cpu-fp32", "gpu"))
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():

@@ -105,6 +105,6 @@ class Truth:
         wrong = ""
         if not error <= limit:
             wrong = f"wrong: gradient error {error:.1e}, allowed {limit:.1e} (eager PyTorch has {yardstick:.1e})"
-        elif trained and not balance <= (max(16 * eps, 1e-3) if exact else PEER_LIMIT):
+        elif trained and not balance <= (max(2 * eps, 1e-3) if exact else PEER_LIMIT):
             wrong = f"wrong: dW does not belong to dX, relative distance {balance:.1e}"
         return Check(error, yardstick, balance, wrong)

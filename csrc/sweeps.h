@@ -266,14 +266,14 @@ struct Pair {
     } else if constexpr (M == kTeacher) {
       o.log_q_m = d;
     } else {
-      vf gap = r - 1.0f;
-      vf w = 1.0f + (student ? splat(mix) : splat(1.0f - mix)) * gap;
+      vf fall = r - 1.0f;
+      vf w = 1.0f + (student ? splat(mix) : splat(1.0f - mix)) * fall;
       vf log_w = log(w);
       o.log_p_m = -log_w - max(d, vf{});
       o.log_q_m = min(d, vf{}) - log_w;
       if constexpr (M == kInterior) {
         vf q_w = o.q / w;
-        o.q_skew = q_w * (student ? -gap : gap);
+        o.q_skew = q_w * (student ? -fall : fall);
         o.q_p = student ? q_w * r : q_w;
       }
     }
