@@ -146,8 +146,8 @@ class _Loop:
         if program.topk > self.vocabulary:
             raise ValueError(f"k: expected at most the vocabulary's {self.vocabulary} words, got {program.topk}")
 
-        fixed, row_bytes = sides.costs(student, self.vocabulary, dtype)
-        teacher_fixed, teacher_row = sides.costs(teacher, self.vocabulary, teacher_dtype) if teacher else (0, 0)
+        fixed, row_bytes = sides.costs(student, self.vocabulary, dtype, any(needs))
+        teacher_fixed, teacher_row = sides.costs(teacher, self.vocabulary, teacher_dtype, False) if teacher else (0, 0)
         stored = isinstance(teacher, TopK)
         if stored:  # it has no logits, so no chunks of its own
             row_bytes, teacher_row = row_bytes + teacher_row, 0

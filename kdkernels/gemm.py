@@ -1,5 +1,8 @@
 """The matrix products around the row kernels, with the dtypes and buffers that a chunk loop needs.
 
+Logits = hidden @ weight.T, d hidden = d logits @ weight, d weight = sum over chunks of d logits.T @ hidden. For 16-bit
+operands the logits may be wanted in fp32 and the sum has to be. Who multiplies is decided in ``products``.
+
 Axes: C tokens of a chunk, V vocabulary, H hidden.
 """
 
@@ -8,70 +11,133 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .rows import backend_for
+
 _UPCAST_WORDS = 4096  # words per step where the operands have to be widened
 _ADDED_WORDS = 512  # words per step of adding 16-bit products to fp32 sums: they stay in the cache
 _PRODUCT = 1 << 23  # numbers of an fp32 product that cannot be written where it belongs
 _INTO = "dtype_out" in torch.ops.aten.mm.overloads()  # torch 2.12: mm and addmm with out_dtype= take out= as well
 
 
-def workspace(hidden_size: int, operand: torch.dtype, logits: torch.dtype, device: torch.device) -> int:
-    """Bytes that ``project`` needs beside its output."""
-    if operand == logits:
-        return 0
-    if _sums_in_fp32(device):
-        return 0 if _INTO else _PRODUCT * logits.itemsize
-    return _UPCAST_WORDS * hidden_size * logits.itemsize
+class Torch:
+    """torch's products, which round to the operands' dtype."""
+
+    def workspace(self, width: int, operand: torch.dtype, logits: torch.dtype, trained: bool) -> tuple[int, int]:
+        """Bytes whatever the chunk, and bytes a token, that products with [V, width] weights take beside their outputs:
+        those for logits, and if ``trained`` those for gradients."""
+        if operand == logits:
+            return 0, 0
+        return _UPCAST_WORDS * width * logits.itemsize, width * logits.itemsize
+
+    def project(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        """out [C, V] = hidden [C, H] @ weight [V, H].T + bias [V], in out's dtype: the operands' or wider.
+
+        A wider ``out`` is for accuracy (bf16 logits cost 4-23 % of a JSD's gradient). torch's CPU products have no fp32
+        output for 16-bit operands, so these are widened a few words at a time: about twice the time.
+        """
+        step = len(weight) if out.dtype == hidden.dtype else _UPCAST_WORDS
+        hidden = hidden.to(out.dtype)
+        for first in range(0, len(weight), step):
+            words = slice(first, first + step)
+            if bias is None:
+                torch.mm(hidden, weight[words].to(out.dtype).t(), out=out[:, words])
+            else:
+                torch.addmm(bias[words].to(out.dtype), hidden, weight[words].to(out.dtype).t(), out=out[:, words])
+
+    def multiply(self, a: Tensor, b: Tensor) -> Tensor:
+        return torch.mm(a, b)
+
+    def add(self, a: Tensor, b: Tensor, out: Tensor, first: bool) -> None:
+        """out += a @ b, out = a @ b where it is the ``first``; all of one dtype."""
+        torch.mm(a, b, out=out) if first else out.addmm_(a, b)
+
+    def accumulate(self, a: Tensor, b: Tensor, sums: Tensor, out: Tensor, first: bool, last: bool) -> None:
+        """sums += a @ b in fp32, starting from nothing with the ``first``; with the ``last``, rounded to ``out``.
+
+        The product goes to ``out`` first, and from there a few rows at a time: adding it at once would widen all of it.
+        """
+        torch.mm(a, b, out=out)
+        for start in range(0, len(out), _ADDED_WORDS):
+            rows = slice(start, start + _ADDED_WORDS)
+            if first:
+                sums[rows] = out[rows]
+            else:
+                sums[rows] += out[rows]
+        if last:
+            out.copy_(sums)
 
 
-def _sums_in_fp32(device: torch.device) -> bool:
-    """Whether products of 16-bit operands come in fp32 for nothing: on tensor cores."""
-    return device.type == "cuda"
+class TensorCores(Torch):
+    """Products of 16-bit operands on a GPU, summed and written in fp32."""
 
+    def workspace(self, width: int, operand: torch.dtype, logits: torch.dtype, trained: bool) -> tuple[int, int]:
+        return 0 if operand == logits or _INTO else _PRODUCT * logits.itemsize, 0
 
-def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out = a @ b, out [M, N] fp32 of 16-bit operands, on tensor cores."""
-    if _INTO:
-        torch.mm(a, b, out_dtype=out.dtype, out=out)
-        return
-    step = max(1, _PRODUCT // len(a))
-    for first in range(0, b.shape[1], step):
-        columns = slice(first, first + step)
-        out[:, columns] = torch.mm(a, b[:, columns], out_dtype=out.dtype)
-
-
-def _add_product(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out += a @ b, out [M, N] fp32 of 16-bit operands, on tensor cores."""
-    if _INTO:
-        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
-        return
-    step = max(1, _PRODUCT // b.shape[1])
-    for first in range(0, len(a), step):
-        rows = slice(first, first + step)
-        out[rows] += torch.mm(a[rows], b, out_dtype=out.dtype)
-
-
-def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """out = hidden @ weight.T + bias; hidden [C, H], weight [V, H], out [C, V] of the operands' dtype or wider.
-
-    A wider ``out`` is for accuracy (bf16 logits cost 4-23 % of a JSD's gradient). Tensor cores give it for nothing;
-    torch's CPU GEMMs have no fp32 output for bf16 operands, so there these are widened a few words at a time: about
-    twice the time.
-    """
-    if out.dtype != hidden.dtype and _sums_in_fp32(out.device):
-        _product(hidden, weight.t(), out)
+    def project(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        if out.dtype == hidden.dtype:
+            super().project(hidden, weight, bias, out)
+            return
+        if _INTO:
+            torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)
+        else:
+            step = max(1, _PRODUCT // len(hidden))
+            for first in range(0, len(weight), step):
+                words = slice(first, first + step)
+                out[:, words] = torch.mm(hidden, weight[words].t(), out_dtype=out.dtype)
         if bias is not None:
             out += bias
-        return
-    if out.dtype == hidden.dtype:
-        step = len(weight)
-    else:
-        step, hidden = _UPCAST_WORDS, hidden.to(out.dtype)
-    for first in range(0, len(weight), step):
-        words = slice(first, first + step)
-        if bias is None:
-            torch.mm(hidden, weight[words].to(out.dtype).t(), out=out[:, words])
+
+    def accumulate(self, a: Tensor, b: Tensor, sums: Tensor, out: Tensor, first: bool, last: bool) -> None:
+        if first:
+            sums.zero_()
+        if _INTO:
+            torch.addmm(sums, a, b, out_dtype=sums.dtype, out=sums)
         else:
-            torch.addmm(bias[words].to(out.dtype), hidden, weight[words].to(out.dtype).t(), out=out[:, words])
+            step = max(1, _PRODUCT // b.shape[1])
+            for start in range(0, len(a), step):
+                rows = slice(start, start + step)
+                sums[rows] += torch.mm(a[rows], b, out_dtype=sums.dtype)
+        if last:
+            out.copy_(sums)
+
+
+class Native(Torch):
+    """csrc/gemm.h: products of bf16 or fp32 operands, summed in fp32 and written in either."""
+
+    def workspace(self, width: int, operand: torch.dtype, logits: torch.dtype, trained: bool) -> tuple[int, int]:
+        # csrc/gemm_avx512.cpp: a thread packs 32 KiB of weights and holds the fp32 sums of its block: 64 words of
+        # every token for logits, 96 words of the whole width for dW. Beside that it packs up to 128 words of these, or
+        # of every token. All threads together hold the sums of dX, or the hidden states, packed, for dW.
+        threads, padded = torch.get_num_threads(), width + 63
+        fixed, row = threads * 32 * 1024, threads * 256
+        if trained:
+            fixed, row = fixed + threads * 96 * 4 * (padded + 128), row + threads * 512 + 4 * padded
+        return fixed, row
+
+    def project(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        torch.ops.kdkernels.gemm_(hidden, weight.t(), None if bias is None else bias.contiguous().expand(out.shape), out)
+
+    def multiply(self, a: Tensor, b: Tensor) -> Tensor:
+        out = a.new_empty(len(a), b.shape[1])
+        torch.ops.kdkernels.gemm_(a, b, None, out)
+        return out
+
+    def add(self, a: Tensor, b: Tensor, out: Tensor, first: bool) -> None:
+        torch.ops.kdkernels.gemm_(a, b, None if first else out, out)
+
+    def accumulate(self, a: Tensor, b: Tensor, sums: Tensor, out: Tensor, first: bool, last: bool) -> None:
+        torch.ops.kdkernels.gemm_(a, b, None if first else sums, out if last else sums)
+
+
+_TORCH, _TENSOR_CORES, _NATIVE = Torch(), TensorCores(), Native()
+
+
+def products(device: torch.device, operand: torch.dtype) -> Torch:
+    """Who multiplies operands of this dtype: the native backend where it is chosen and this CPU's vendor is slower."""
+    if device.type == "cuda" and operand.itemsize < 4:
+        return _TENSOR_CORES
+    multiplies = getattr(backend_for(device, operand), "multiplies", None)
+    return _NATIVE if multiplies and multiplies(operand) else _TORCH
 
 
 def add_column_sums(dz: Tensor, out: Tensor) -> None:
@@ -89,32 +155,19 @@ class WeightGradient:
     budget; a single chunk, or fp32 operands, do without it.
     """
 
-    def __init__(self, weight: Tensor, vocabulary: int, chunks: int):
+    def __init__(self, products: Torch, weight: Tensor, vocabulary: int, chunks: int):
+        self.products, self.chunks, self.added = products, chunks, 0
         self.gradient = torch.empty_like(weight, memory_format=torch.contiguous_format)
         self.gradient[vocabulary:] = 0
         self.words = self.gradient[:vocabulary]
         wide = weight.dtype.itemsize >= 4
-        self.accumulator = None if wide or chunks == 1 else torch.zeros_like(self.words, dtype=torch.float32)
-        self.empty = True
+        self.accumulator = None if wide or chunks == 1 else torch.empty_like(self.words, dtype=torch.float32)
 
     def add(self, dz: Tensor, hidden: Tensor) -> None:
-        """Adds dz.T @ hidden; dz [C, V], hidden [C, H]."""
-        if self.accumulator is not None and _sums_in_fp32(dz.device):
-            _add_product(dz.t(), hidden, self.accumulator)
-        elif self.empty or self.accumulator is not None:
-            torch.mm(dz.t(), hidden, out=self.words)
+        """Adds dz.T @ hidden; dz [C, V], hidden [C, H]. The last of the chunks completes ``gradient``."""
+        first, last = self.added == 0, self.added == self.chunks - 1
+        self.added += 1
+        if self.accumulator is None:
+            self.products.add(dz.t(), hidden, self.words, first)
         else:
-            self.words.addmm_(dz.t(), hidden)
-        if self.accumulator is not None and not _sums_in_fp32(dz.device):
-            # No CPU GEMM adds bf16 products into an fp32 matrix, and adding them at once would first widen all of them.
-            for first in range(0, len(self.words), _ADDED_WORDS):
-                words = slice(first, first + _ADDED_WORDS)
-                self.accumulator[words] += self.words[words]
-        self.empty = False
-
-    def result(self) -> Tensor:
-        if self.empty:
-            self.words.zero_()
-        elif self.accumulator is not None:
-            self.words.copy_(self.accumulator)
-        return self.gradient
+            self.products.accumulate(dz.t(), hidden, self.accumulator, self.words, first, last)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 logger = logging.getLogger("kdkernels")
 
-DEFAULT_BUDGET = 384 * 2**20  # bytes; for 151936 words in bf16: 1150 student rows and 160 teacher rows
+DEFAULT_BUDGET = 384 * 2**20  # bytes; for 151936 words in bf16: 1030 student rows and 256 teacher rows
 SMALLEST_GOOD_CHUNK = 256  # rows; below, reading the weights once per chunk dominates
 TEACHER_ROWS = 256  # the teacher's logits only feed the row kernels: a smaller buffer does
 
@@ -59,7 +59,7 @@ def chunk_rows(budget: int, fixed: int, student_row: int, teacher_row: int, toke
     if both >= tokens or not teacher_row:
         student = teacher = min(both, tokens)
     else:
-        teacher = max(1, min(TEACHER_ROWS, both // 4))
+        teacher = max(1, min(TEACHER_ROWS, both * 3 // 5))
         student = min(tokens, (free - teacher * teacher_row) // student_row)
         teacher = min(student, (free - student * student_row) // teacher_row)
     if student < min(SMALLEST_GOOD_CHUNK, tokens):

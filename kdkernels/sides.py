@@ -19,8 +19,8 @@ def _copied(vocabulary: int, device: torch.device) -> int:
 
 
 def logits_dtype(student: Source, asked: torch.dtype | None) -> torch.dtype:
-    """Of the student's buffer: fp32 on GPUs, whose GEMMs give it for nothing; the operands' own on CPUs, where it would
-    double the GEMM, and where logits exist already."""
+    """Of the student's buffer: fp32 on GPUs, the operands' own on CPUs, where logits twice as large would halve the
+    chunks of a budget and cost a fifth of the time, and where logits exist already."""
     own = student.dtype
     if asked is None:
         wide = isinstance(student, Head) and student.device.type != "cpu" and own.itemsize < 4
@@ -30,16 +30,16 @@ def logits_dtype(student: Source, asked: torch.dtype | None) -> torch.dtype:
     return asked
 
 
-def costs(source: Source, vocabulary: int, dtype: torch.dtype) -> tuple[int, int]:
-    """Bytes whatever the chunk, and bytes a token, of this side with logits of ``dtype``."""
+def costs(source: Source, vocabulary: int, dtype: torch.dtype, trained: bool) -> tuple[int, int]:
+    """Bytes whatever the chunk, and bytes a token, of this side with ``dtype`` logits; ``trained``: with gradients."""
     if isinstance(source, TopK):
         return 0, 128 * source.indices.shape[-1]  # ids, and a dozen fp64 vectors of outcomes
     if isinstance(source, Logits):
         copied = _copied(vocabulary, source.device) * vocabulary * source.dtype.itemsize
         return copied, vocabulary * dtype.itemsize
     width, operand = source.hidden.shape[-1], source.dtype
-    hidden_bytes = 2 * operand.itemsize + (dtype.itemsize if dtype != operand else 0)
-    return gemm.workspace(width, operand, dtype, source.device), vocabulary * dtype.itemsize + width * hidden_bytes
+    fixed, row = gemm.products(source.device, operand).workspace(width, operand, dtype, trained)
+    return fixed, vocabulary * dtype.itemsize + (1 + trained) * width * operand.itemsize + row
 
 
 class HeadSide:
@@ -49,16 +49,18 @@ class HeadSide:
         self.vocabulary = vocabulary = buffer.shape[1]
         self.flat = head.hidden.reshape(-1, head.hidden.shape[-1])
         self.index = index
-        self.weight = head.weight[:vocabulary]
+        weight = head.weight[:vocabulary]
+        self.weight = weight if 1 in weight.stride() else weight.contiguous()
         self.bias = None if head.bias is None else head.bias[:vocabulary]
         self.scale, self.softcap = float(head.scale), head.softcap
         self.buffer = buffer
+        self.products = gemm.products(head.device, head.dtype)
         self.d_hidden = self.d_weight = self.d_bias = None
         needs_hidden, needs_weight, needs_bias = needs
         if needs_hidden:
             self.d_hidden = torch.zeros_like(head.hidden, memory_format=torch.contiguous_format)
         if needs_weight:
-            self.d_weight = gemm.WeightGradient(head.weight, vocabulary, chunks)
+            self.d_weight = gemm.WeightGradient(self.products, head.weight, vocabulary, chunks)
         if needs_bias:
             self.d_bias = torch.zeros_like(head.bias, dtype=torch.promote_types(head.dtype, torch.float32))
 
@@ -67,13 +69,13 @@ class HeadSide:
 
     def rows(self, backend, tokens: slice, temperature: float, topk: int, gather: Tensor | None) -> Rows:
         logits = self.buffer[: tokens.stop - tokens.start]
-        gemm.project(self.hidden(tokens), self.weight, self.bias, logits)
+        self.products.project(self.hidden(tokens), self.weight, self.bias, logits)
         return backend.statistics(logits, self.scale, self.softcap, temperature, topk, gather)
 
     def add(self, tokens: slice, d_logits: Tensor) -> None:
         """Adds these tokens' part of the gradients; d_logits [n, V]."""
         if self.d_hidden is not None:
-            rows = torch.mm(d_logits, self.weight)
+            rows = self.products.multiply(d_logits, self.weight)
             self.d_hidden.view(-1, rows.shape[-1]).index_copy_(0, self.index[tokens], rows)
         if self.d_weight is not None:
             self.d_weight.add(d_logits, self.hidden(tokens))
@@ -81,7 +83,7 @@ class HeadSide:
             gemm.add_column_sums(d_logits, self.d_bias[: self.vocabulary])
 
     def gradients(self) -> tuple[Tensor | None, ...]:
-        d_weight = self.d_weight and self.d_weight.result()
+        d_weight = self.d_weight and self.d_weight.gradient
         d_bias = None if self.d_bias is None else self.d_bias.to(self.flat.dtype)
         return self.d_hidden, d_weight, d_bias
 

@@ -1,14 +1,15 @@
-// The torch operators kdkernels::row_* over csrc/rows.h, for CPU tensors. LibTorch stable ABI only, so one binary serves
-// every torch from 2.10 on. The operators mutate their outputs and know nothing of autograd (kdkernels/chunked.py does).
+// The torch operators over csrc/, for CPU tensors. LibTorch stable ABI only, so one binary serves every torch from 2.10 on. The operators mutate their outputs and know nothing of autograd (kdkernels/chunked.py does).
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cstdlib>
+#include <memory>
 #include <optional>
 #include <string>
 
+#include "../csrc/gemm.h"
 #include "../csrc/rows.h"
 
 namespace {
@@ -147,10 +148,63 @@ void row_gradient(Tensor student, double s_scale, double s_softcap, Tensor s_sta
 
 std::string cpu_isa() { return kernels().name; }
 
+// Operands for which the products of csrc/gemm.h are there and worth it.
+const kd::GemmKernels* gemm_kernels(ScalarType dtype) {
+  if (dtype != ScalarType::Float && dtype != ScalarType::BFloat16) return nullptr;
+  return kd::gemm_kernels(std::getenv("KDKERNELS_CPU_ISA"), dtype_of("dtype", dtype));
+}
+
+bool has_gemm(ScalarType dtype) { return gemm_kernels(dtype) != nullptr; }
+
+// out = add + a @ b
+void gemm(Tensor a, Tensor b, std::optional<Tensor> add, Tensor out) {
+  int64_t m = a.size(0), k = a.size(1), n = b.size(1);
+  auto check_matrix = [](const char* name, const Tensor& t, int64_t rows, int64_t columns, bool transposed) {
+    STD_TORCH_CHECK(t.is_cpu() && t.dim() == 2 && t.size(0) == rows && t.size(1) == columns, name,
+                    ": expected a CPU matrix [", rows, ", ", columns, "], got shape ", shape(t));
+    STD_TORCH_CHECK(t.stride(1) == 1 || (transposed && t.stride(0) == 1), name, ": expected contiguous rows",
+                    transposed ? " or columns" : "");
+  };
+  check_matrix("a", a, m, k, true);
+  check_matrix("b", b, k, n, true);
+  check_matrix("out", out, m, n, false);
+  STD_TORCH_CHECK(k > 0 && b.scalar_type() == a.scalar_type(), "b: expected a's dtype and k > 0");
+  const kd::GemmKernels* isa = gemm_kernels(a.scalar_type());
+  STD_TORCH_CHECK(isa != nullptr, "a: expected a dtype for which has_gemm() is true");
+  auto written = [](const char* name, const Tensor& t) {
+    kd::Dtype dtype = dtype_of(name, t.scalar_type());
+    STD_TORCH_CHECK(dtype != kd::Dtype::f16, name, ": expected float32 or bfloat16");
+    return dtype;
+  };
+  kd::Product p{m, n, k, dtype_of("a", a.scalar_type()),
+                a.data_ptr(), a.stride(0), a.stride(1), b.data_ptr(), b.stride(0), b.stride(1),
+                nullptr, 0, kd::Dtype::f32, out.data_ptr(), out.stride(0), written("out", out)};
+  if (add) {
+    check_matrix("add", *add, m, n, false);
+    p.add = add->data_ptr();
+    p.add_row = add->stride(0);
+    p.add_dtype = written("add", *add);
+  }
+  kd::Tiling tiling = isa->tiling(p, torch::stable::get_num_threads());
+  std::unique_ptr<float[], decltype(&std::free)> shared(nullptr, &std::free);
+  if (tiling.shared) {
+    shared.reset(static_cast<float*>(std::aligned_alloc(64, (tiling.shared * sizeof(float) + 63) / 64 * 64)));
+    STD_TORCH_CHECK(shared != nullptr, "out of memory");
+    torch::stable::parallel_for(0, isa->panels(p), 1, [&](int64_t first, int64_t last) {
+      isa->share(p, first, last, shared.get());
+    });
+  }
+  torch::stable::parallel_for(0, tiling.m_blocks * tiling.n_blocks, 1, [&](int64_t first, int64_t last) {
+    isa->multiply(p, tiling, shared.get(), first, last);
+  });
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(kdkernels, m) {
   m.def("cpu_isa() -> str");
+  m.def("has_gemm(ScalarType dtype) -> bool");
+  m.def("gemm_(Tensor a, Tensor b, Tensor? add, Tensor(a!) out) -> ()");
   m.def("row_statistics(Tensor logits, float scale, float softcap, float temperature, Tensor(a!) stats, "
         "Tensor(b!) top_values, Tensor(c!) top_indices, Tensor? gather_ids, Tensor(d!)? gathered) -> ()");
   m.def("row_divergence(Tensor student, float s_scale, float s_softcap, Tensor s_stats, Tensor teacher, float t_scale, "
@@ -161,10 +215,14 @@ STABLE_TORCH_LIBRARY(kdkernels, m) {
         "Tensor? center, Tensor coefficients, Tensor ids, Tensor scatter, ScalarType out_dtype) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(kdkernels, CompositeExplicitAutograd, m) { m.impl("cpu_isa", TORCH_BOX(&cpu_isa)); }
+STABLE_TORCH_LIBRARY_IMPL(kdkernels, CompositeExplicitAutograd, m) {
+  m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
+  m.impl("has_gemm", TORCH_BOX(&has_gemm));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(kdkernels, CPU, m) {
   m.impl("row_statistics", TORCH_BOX(&row_statistics));
   m.impl("row_divergence", TORCH_BOX(&row_divergence));
   m.impl("row_gradient_", TORCH_BOX(&row_gradient));
+  m.impl("gemm_", TORCH_BOX(&gemm));
 }

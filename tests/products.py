@@ -19,8 +19,8 @@ class Products(TorchDispatchMode):
         if function.namespace == "kdkernels" and name.startswith("token_"):  # a mode does not look inside operators
             with self:
                 return getattr(operators, f"_{name}")(*args)
-        if name in ("mm", "addmm", "addmm_"):
-            a, b = args[:2] if name == "mm" else args[1:3]
+        if name in ("mm", "gemm_", "addmm", "addmm_"):
+            a, b = args[:2] if name in ("mm", "gemm_") else args[1:3]
             self.shapes.append((a.shape[0], a.shape[1], b.shape[1]))
         else:
             assert name not in ("matmul", "bmm", "baddbmm", "linear"), f"a product this does not count: {name}"

@@ -10,7 +10,7 @@ from products import Products
 from test_logits import FUNCTIONS
 
 import kdkernels as kd
-from kdkernels import plan
+from kdkernels import gemm, plan
 from kdkernels.rows import backend_for
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
@@ -24,6 +24,9 @@ def budget(make, batch: truth.Batch, tokens: int) -> int:
     least = smallest_budget(lambda n: loss_of(make, batch, memory_budget=n))
     itemsize = batch.student.hidden.element_size()
     row = itemsize * (V + 2 * HS + (V + 2 * HT if make is not kd.SFT else 0))
+    head = batch.student.hidden
+    products = gemm.products(head.device, head.dtype)
+    row += sum(products.workspace(HS, head.dtype, head.dtype, trained)[1] for trained in (True, False))
     return least + (tokens - 1) * row
 
 
@@ -90,7 +93,7 @@ def test_chunks_change_nothing(backend, make, tokens):
 def test_a_response_longer_than_a_chunk_is_looked_at_first(backend):
     """Selection needs the whole response: one more student product over it, and only over it."""
     batch = fixed(F32, (4, 20, 4), longest=20)
-    make, tokens = OBJECTIVES[0].values[0], 5
+    make, tokens = OBJECTIVES[0].values[0], 6
     products, got = measure(make, batch, memory_budget=budget(make, batch, tokens))
     student = [rows for rows, *rest in products.shapes if rest == [HS, V]]
     teacher = [rows for rows, *rest in products.shapes if rest == [HT, V]]

@@ -1,17 +1,23 @@
-"""Products on tensor cores, which sum 16-bit operands in fp32: here a CPU plays the GPU's part."""
+"""The products around the row kernels: every implementation against fp64. Here a CPU plays the GPU's part."""
 
 import pytest
 import torch
 import truth
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+import kdkernels as kd
 from kdkernels import gemm
 
 C, V, H = 6, 40, 8
-F32 = torch.float32
+F32, BF16 = torch.float32, torch.bfloat16
+CPU = torch.device("cpu")
+NATIVE = [dtype for dtype in (F32, BF16) if isinstance(gemm.products(CPU, dtype), gemm.Native)]
+needs_native = pytest.mark.skipif(not NATIVE, reason="this CPU's vendor library multiplies")
 
 
 @pytest.fixture(params=[True, False], ids=["out", "no out"])
-def products(request, monkeypatch):
+def tensor_cores(request, monkeypatch):
     """torch.mm and addmm as GPUs have them, with or without ``out=`` of another dtype; lists the operands' dtypes."""
     seen = []
 
@@ -27,38 +33,168 @@ def products(request, monkeypatch):
 
     monkeypatch.setattr(torch, "mm", mm)
     monkeypatch.setattr(torch, "addmm", addmm)
-    monkeypatch.setattr(gemm, "_sums_in_fp32", lambda device: True)
     monkeypatch.setattr(gemm, "_INTO", request.param)
     monkeypatch.setattr(gemm, "_PRODUCT", 64)  # several steps
-    return seen
+    return gemm.TensorCores(), seen
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("biased", [True, False])
-def test_fp32_logits_come_from_narrow_operands(products, dtype, biased):
+def test_fp32_logits_come_from_narrow_operands(tensor_cores, dtype, biased):
+    products, seen = tensor_cores
     hidden, weight, bias = (torch.randn(shape).to(dtype) for shape in ((C, H), (V, H), (V,)))
     out = torch.empty(C, V)
-    gemm.project(hidden, weight, bias if biased else None, out)
-    assert products and set(products) == {(dtype, dtype, F32)}
+    products.project(hidden, weight, bias if biased else None, out)
+    assert seen and set(seen) == {(dtype, dtype, F32)}
     exact = hidden.double() @ weight.double().t() + (bias.double() if biased else 0)
     assert truth.relative(out, exact) < 1e-6
 
 
-def test_the_weight_gradient_of_chunks_is_summed_from_narrow_operands(products):
-    dtype = torch.bfloat16
+def test_the_weight_gradient_of_chunks_is_summed_from_narrow_operands(tensor_cores):
+    products, seen = tensor_cores
+    check_the_weight_gradient(products, BF16, 3)
+    assert seen and set(seen) == {(BF16, BF16, F32)}
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float64, F32, BF16, torch.float16])
+def test_the_weight_gradient(dtype, count):
+    check_the_weight_gradient(gemm.products(CPU, dtype), dtype, count)
+    check_the_weight_gradient(gemm.Torch(), dtype, count)
+
+
+def check_the_weight_gradient(products, dtype, count):
     weight = torch.randn(V + 3, H).to(dtype)
-    chunks = [(torch.randn(C, V).to(dtype), torch.randn(C, H).to(dtype)) for _ in range(3)]
-    gradient = gemm.WeightGradient(weight, V, len(chunks))
+    chunks = [(torch.randn(C, V).to(dtype), torch.randn(C, H).to(dtype)) for _ in range(count)]
+    gradient = gemm.WeightGradient(products, weight, V, len(chunks))
+    gradient.gradient[:V] = torch.nan  # it comes uninitialised
+    if gradient.accumulator is not None:
+        gradient.accumulator.fill_(torch.nan)
     for dz, hidden in chunks:
         gradient.add(dz, hidden)
-    assert products and set(products) == {(dtype, dtype, F32)}
     exact = sum(dz.double().t() @ hidden.double() for dz, hidden in chunks)
-    assert truth.relative(gradient.accumulator, exact) < 1e-6
-    assert torch.equal(gradient.result()[:V], gradient.accumulator.to(dtype)) and (gradient.result()[V:] == 0).all()
+    # one rounding; torch's products round each chunk
+    assert truth.relative(gradient.gradient[:V], exact) < 2 * torch.finfo(dtype).eps
+    assert (gradient.gradient[V:] == 0).all()
 
 
-def test_the_workspace_of_wider_logits():
-    cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert gemm.workspace(H, torch.bfloat16, torch.bfloat16, cpu) == 0
-    assert gemm.workspace(H, torch.bfloat16, F32, cpu) == 4096 * H * 4
-    assert gemm.workspace(H, torch.bfloat16, F32, cuda) == (0 if gemm._INTO else (1 << 23) * 4)
+def test_workspaces():
+    native, torchs, tensor_cores = gemm.Native(), gemm.Torch(), gemm.TensorCores()
+    assert torchs.workspace(H, BF16, BF16, True) == (0, 0)
+    assert torchs.workspace(H, BF16, F32, True) == (4096 * H * 4, H * 4)
+    assert tensor_cores.workspace(H, BF16, F32, True) == (0 if gemm._INTO else (1 << 23) * 4, 0)
+    frozen, trained = (native.workspace(896, BF16, BF16, trained) for trained in (False, True))
+    threads = torch.get_num_threads()
+    assert frozen == (threads << 15, threads * 256)
+    assert trained[0] > frozen[0] and trained[1] == frozen[1] + threads * 512 + 4 * (896 + 63)
+
+
+# ---- csrc/gemm.h -----------------------------------------------------------------------------------------------------
+
+SIZES = st.one_of(st.sampled_from([1, 2, 5, 6, 7, 63, 64, 65, 95, 96, 97, 255, 256, 257]), st.integers(1, 300))
+
+
+def matrix(rows: int, columns: int, dtype: torch.dtype, pad: int, transposed: bool = False) -> torch.Tensor:
+    """Normal numbers with NaN around them, which must not be read."""
+    if transposed:
+        return matrix(columns, rows, dtype, pad).t()
+    around = torch.full((rows * (columns + pad) + pad,), torch.nan, dtype=dtype)
+    return around[pad:].view(rows, columns + pad)[:, :columns].normal_()
+
+
+@needs_native
+@settings(deadline=None, derandomize=True, max_examples=400)
+@given(
+    m=SIZES,
+    n=SIZES,
+    k=SIZES,
+    pad=st.integers(0, 3),
+    transposed=st.tuples(st.booleans(), st.booleans()),
+    dtype=st.sampled_from(NATIVE or [F32]),
+    out_dtype=st.sampled_from([F32, BF16]),
+    adds=st.sampled_from(["nothing", "itself", "a row", "another"]),
+    add_dtype=st.sampled_from([F32, BF16]),
+    threads=st.integers(1, 3),
+    seed=st.integers(0, 9),
+)
+def test_native_products(m, n, k, pad, transposed, dtype, out_dtype, adds, add_dtype, threads, seed):
+    """out = add + a @ b, of any shape, layout and dtype, on any number of threads; nothing around it is written."""
+    torch.manual_seed(seed)
+    a, b = matrix(m, k, dtype, pad, transposed[0]), matrix(k, n, dtype, pad, transposed[1])
+    around = torch.full((m, n + 5), 7.0, dtype=out_dtype)
+    out = around[:, 2 : n + 2].normal_()
+    add = {
+        "nothing": None,
+        "itself": out,
+        "a row": matrix(1, n, add_dtype, pad).expand(m, n),
+        "another": matrix(m, n, add_dtype, pad),
+    }[adds]
+    added = 0 if add is None else add.double()
+    exact, absolute = a.double() @ b.double() + added, a.double().abs() @ b.double().abs() + abs(added)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        torch.ops.kdkernels.gemm_(a, b, add, out)
+    finally:
+        torch.set_num_threads(before)
+    # fp32 sums of k terms, then one rounding
+    limit = (k + 2) * torch.finfo(F32).eps * absolute + torch.finfo(out_dtype).eps / 2 * exact.abs()
+    assert ((out.double() - exact).abs() <= limit).all()
+    around[:, 2 : n + 2] = 7.0
+    assert (around == 7.0).all()
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", NATIVE)
+def test_native_products_do_not_depend_on_threads_or_on_other_rows(dtype):
+    a, b = torch.randn(200, 700).to(dtype), torch.randn(700, 300).to(dtype)
+    results = []
+    before = torch.get_num_threads()
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        for rows in (slice(0, 200), slice(0, 7), slice(0, 1)):
+            out = torch.empty(rows.stop, 300)
+            torch.ops.kdkernels.gemm_(a[rows], b, None, out)
+            results.append(out[0].clone())
+    torch.set_num_threads(before)
+    assert all(torch.equal(each, results[0]) for each in results)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", NATIVE)
+def test_nan_and_infinity_stay_where_they_are(dtype):
+    a, b = torch.randn(9, 33).to(dtype), torch.randn(33, 70).to(dtype)
+    a[2, 32], b[5, 69] = torch.nan, torch.inf
+    out = torch.empty(9, 70, dtype=dtype)
+    torch.ops.kdkernels.gemm_(a, b, None, out)
+    special = torch.zeros(9, 70, dtype=torch.bool)
+    special[2], special[:, 69] = True, True
+    assert torch.equal(~out.isfinite(), special)
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("a", "b", "out", "message"),
+    [
+        ((4, 3), (2, 5), (4, 5), r"b: expected a CPU matrix \[3, 5\], got shape \[2, 5\]"),
+        ((4, 3), (3, 5), (5, 4), r"out: expected a CPU matrix \[4, 5\], got shape \[5, 4\]"),
+        ((4, 0), (0, 5), (4, 5), "k > 0"),
+    ],
+)
+def test_wrong_shapes_of_native_products(a, b, out, message):
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.kdkernels.gemm_(torch.ones(a), torch.ones(b), None, torch.ones(out))
+
+
+@needs_native
+def test_strides_that_native_products_cannot_have():
+    with pytest.raises(RuntimeError, match="a: expected contiguous rows or columns"):
+        torch.ops.kdkernels.gemm_(torch.ones(4, 6)[::2, ::2], torch.ones(3, 5), None, torch.ones(2, 5))
+    weight = torch.randn(20, 12)[:, ::2]
+    head, copied = (kd.Head(torch.ones(2, 6), w.clone() if copy else w) for copy, w in ((0, weight), (1, weight)))
+    assert torch.equal(kd.entropy(head), kd.entropy(copied))
+
+
+def test_eager_has_torchs_products(monkeypatch):
+    monkeypatch.setenv("KDKERNELS_BACKEND", "eager")
+    assert type(gemm.products(CPU, F32)) is gemm.Torch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -18,6 +19,12 @@ statistics, divergence, gradient_ = _operators.statistics, _operators.divergence
 
 def supports(dtype: torch.dtype) -> bool:
     return dtype in (torch.float32, torch.bfloat16, torch.float16)
+
+
+@cache
+def multiplies(operand: torch.dtype) -> bool:
+    """Whether csrc/gemm.h has products of this dtype that this CPU's vendor library does not do as well."""
+    return torch.ops.kdkernels.has_gemm(operand)
 
 
 def isa() -> str:
