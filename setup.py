@@ -17,6 +17,7 @@ setup(
                 "-fno-math-errno",
                 "-ffp-contract=fast",
                 "-Wno-psabi",  # vectors wider than the baseline only ever pass between inlined functions
+                "-Wno-maybe-uninitialized",  # GCC 12 says so of its own AVX-512 intrinsics
                 "-DTORCH_TARGET_VERSION=0x020a000000000000",  # runs on torch 2.10 and later
             ],
             py_limited_api=True,

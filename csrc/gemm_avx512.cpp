@@ -16,7 +16,6 @@
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma"))), apply_to = function)
 #else
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma")
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"   // of GCC 12 in its own intrinsics
 #endif
 
 namespace {

@@ -5,6 +5,9 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#if KD_LANES == 16
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -22,19 +25,38 @@ inline vf load(const float* p) { vf v; std::memcpy(&v, p, sizeof v); return v; }
 inline void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
 
 // A NaN in b survives; in a it does not (the sums carry it instead).
+#if KD_LANES == 16
+inline vf max(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
+inline vf min(vf a, vf b) { return (vf)_mm512_min_ps((__m512)a, (__m512)b); }
+#else
 inline vf max(vf a, vf b) { return a > b ? a : b; }
 inline vf min(vf a, vf b) { return a < b ? a : b; }
+#endif
 inline vf abs(vf a) { return bits_to_float(float_to_bits(a) & 0x7fffffff); }
 
 inline float sum(vf v) {
+#if KD_LANES == 16
+  return _mm512_reduce_add_ps((__m512)v);
+#else
   float total = 0;
   for (int i = 0; i < kLanes; ++i) total += v[i];
   return total;
+#endif
 }
 inline float maximum(vf v) {
   float top = v[0];
   for (int i = 1; i < kLanes; ++i) top = v[i] > top ? v[i] : top;
   return top;
+}
+
+inline bool any(vi mask) {                             // a lane of a comparison is true
+#if KD_LANES == 16
+  return _mm512_movepi32_mask((__m512i)mask) != 0;
+#else
+  int32_t some = 0;
+  for (int i = 0; i < kLanes; ++i) some |= mask[i];
+  return some != 0;
+#endif
 }
 
 // The narrow types: exact when read; rounded to nearest, ties to even, when written; NaN stays NaN.
@@ -73,6 +95,43 @@ inline void store(f16* p, vf v) {
   store_half(p, sign | (a >= 0x47800000 ? large : a < 0x38800000 ? subnormal : normal));
 }
 
+#if KD_LANES == 16
+
+// e^x for x <= 88, 0 below -104; relative error below 1e-7. exp(0) is exactly 1: identical rows must cancel.
+inline vf exp(vf x) {
+  const vf magic = splat(12582912.0f);                 // 1.5 * 2^23: adding it rounds to an integer
+  x = max(splat(-110.0f), x);
+  vf n = (x * 1.44269504f + magic) - magic;
+  vf r = (x - n * 0.693145752f) - n * 1.42860677e-6f;   // ln 2 in two parts, the first exact times any n
+  vf p = splat(1.395171916e-03f);                      // (e^r - 1 - r) / r^2, minimax on |r| <= ln 2 / 2
+  p = p * r + 8.369598221e-03f;
+  p = p * r + 4.166618726e-02f;
+  p = p * r + 1.666651289e-01f;
+  p = p * r + 5.000000101e-01f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  return (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
+}
+
+// log x for normal positive x; log(1) is exactly 0.
+inline vf log(vf x) {
+  vf e = (vf)_mm512_getexp_ps((__m512)(x * 1.33333337f));
+  vf f = (vf)_mm512_getmant_ps((__m512)x, _MM_MANT_NORM_p75_1p5, _MM_MANT_SIGN_src) - 1.0f;
+  vf p = splat(-4.631003365e-02f);                     // (log(1 + f) - f + f^2 / 2) / f^3, minimax on [-1/4, 1/2]
+  p = p * f + 1.059130430e-01f;
+  p = p * f + -1.318244636e-01f;
+  p = p * f + 1.446458846e-01f;
+  p = p * f + -1.664393842e-01f;
+  p = p * f + 1.999135017e-01f;
+  p = p * f + -2.500019372e-01f;
+  p = p * f + 3.333344162e-01f;
+  p = p * f + -0.5f;
+  vf r = p * (f * f) + e * 1.42860677e-6f;
+  return e * 0.693145752f + (f + r);
+}
+
+#else
+
 // e^x for x <= 88, 0 below -86.6 (2^-125); relative error below 1e-7. exp(0) is exactly 1: identical rows must cancel.
 inline vf exp(vf x) {
   const vf magic = splat(12582912.0f);                 // 1.5 * 2^23: adding it rounds to an integer in the low bits
@@ -109,6 +168,8 @@ inline vf log(vf x) {
   r = r - 0.5f * f2;
   return e * 0.693145752f + (f + r);
 }
+
+#endif
 
 inline vf tanh(vf y) {
   vf a = abs(y), y2 = y * y;

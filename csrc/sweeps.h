@@ -31,8 +31,7 @@ struct Block {
 inline vf transform(vf x, float scale, float softcap) {
   vf z = x * scale;
   if (softcap != 0) z = softcap * tanh(z / softcap);
-  vf masked = splat(kMasked);
-  return z < masked ? masked : z;                      // a NaN compares false and stays
+  return max(splat(kMasked), z);                       // a NaN stays
 }
 
 template <class T>
@@ -110,15 +109,12 @@ struct TopK {
   }
 };
 
-// v is padded to whole vectors with values that cannot win.
-inline void offer_all(TopK& top, const float* v, int64_t n, int64_t first) {
-  constexpr int64_t kStep = 8 * kLanes;                // one horizontal maximum for eight vectors
-  for (int64_t i = 0; i < n; i += kStep) {
-    int64_t last = min64(i + kStep, n);
-    vf best = load(v + i);
-    for (int64_t j = i + kLanes; j < last; j += kLanes) best = max(best, load(v + j));
-    if (!(maximum(best) > top.threshold())) continue;
-    for (int64_t j = i; j < last; ++j) top.offer(v[j], first + j);
+// Offers the words that are at least `floor`; v is padded to whole vectors with values that cannot win.
+inline void offer_all(TopK& top, const float* v, int64_t n, int64_t first, float floor) {
+  for (int64_t i = 0; i < n; i += kLanes) {
+    if (!any(load(v + i) >= floor)) continue;
+    for (int64_t j = i; j < min64(i + kLanes, n); ++j)
+      if (v[j] >= floor) top.offer(v[j], first + j);
   }
 }
 
@@ -127,15 +123,14 @@ inline void offer_all(TopK& top, const float* v, int64_t n, int64_t first) {
 void top_of_row(const Row& row, int64_t vocab, const float* maxima, TopK top) {
   int64_t blocks = (vocab + kBlock - 1) / kBlock;
   TopK bound{top.k, 0, top.values, top.indices};       // the output doubles as scratch: only its threshold is kept
-  offer_all(bound, maxima, blocks * kLanes, 0);
-  float floor = bound.threshold();
+  for (int64_t b = 0; b < blocks; ++b) offer_all(bound, maxima + b * kLanes, kLanes, 0, bound.threshold());
+  const float floor = bound.threshold();
   Block z;
   for (int64_t b = 0; b < blocks; ++b) {
-    float best = maximum(load(maxima + b * kLanes));
-    if (best < floor || !(best > top.threshold())) continue;
+    if (!any(load(maxima + b * kLanes) >= floor)) continue;
     int64_t first = b * kBlock, n = min64(kBlock, vocab - first);
     row.read(first, n, z);
-    offer_all(top, z.v, n, first);
+    offer_all(top, z.v, n, first, floor);
   }
   for (int64_t i = 0; i < top.size; ++i) top.values[i] = unmasked(top.values[i]);
   for (int64_t i = top.size; i < top.k; ++i) {         // fewer than k comparable words: a row with NaN

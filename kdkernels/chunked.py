@@ -146,7 +146,7 @@ class _Loop:
         if program.topk > self.vocabulary:
             raise ValueError(f"k: expected at most the vocabulary's {self.vocabulary} words, got {program.topk}")
 
-        fixed, row_bytes = sides.costs(student, self.vocabulary, dtype, any(needs))
+        fixed, row_bytes = sides.costs(student, self.vocabulary, dtype, True)
         teacher_fixed, teacher_row = sides.costs(teacher, self.vocabulary, teacher_dtype, False) if teacher else (0, 0)
         stored = isinstance(teacher, TopK)
         if stored:  # it has no logits, so no chunks of its own

@@ -115,7 +115,8 @@ class Native(Torch):
         return fixed, row
 
     def project(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-        torch.ops.kdkernels.gemm_(hidden, weight.t(), None if bias is None else bias.contiguous().expand(out.shape), out)
+        rows = None if bias is None else bias.contiguous().expand(out.shape)
+        torch.ops.kdkernels.gemm_(hidden, weight.t(), rows, out)
 
     def multiply(self, a: Tensor, b: Tensor) -> Tensor:
         out = a.new_empty(len(a), b.shape[1])
