@@ -31,7 +31,7 @@ def logits_dtype(student: Source, asked: torch.dtype | None) -> torch.dtype:
 
 
 def costs(source: Source, vocabulary: int, dtype: torch.dtype, trained: bool) -> tuple[int, int]:
-    """Bytes whatever the chunk, and bytes a token, of a side with ``dtype`` logits; ``trained``: and gradients, at some time."""
+    """Bytes whatever the chunk, and bytes a token, of a side with ``dtype`` logits, ``trained``: and gradients."""
     if isinstance(source, TopK):
         return 0, 128 * source.indices.shape[-1]  # ids, and a dozen fp64 vectors of outcomes
     if isinstance(source, Logits):
