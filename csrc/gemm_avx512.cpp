@@ -131,13 +131,30 @@ void pack_columns(const typename T::Number* x, int64_t column, int64_t numbers, 
   }
 }
 
-// Brings `rows` rows of contiguous numbers into L2, for the block after this one.
-template <class N>
-void prefetch(const N* x, int64_t row, int64_t rows, int64_t columns) {
-  constexpr int64_t kLine = kCacheLine / sizeof(N);
-  for (int64_t i = 0; i < rows; ++i)
-    for (int64_t j = 0; j < columns; j += kLine) _mm_prefetch((const char*)(x + i * row + j), _MM_HINT_T1);
-}
+// Rows of contiguous numbers that will be read next, to be brought into L2 a few lines at a time: all at once, they
+// would stall the kernel for as long as memory takes.
+struct Ahead {
+  const char* data = nullptr;
+  int64_t row = 0, lines = 0, rows = 0, line = 0;      // bytes from row to row, cache lines of each, rows left
+  int64_t share = 0;                                   // lines at a time
+
+  Ahead() = default;
+  template <class N>
+  Ahead(const N* x, int64_t stride, int64_t count, int64_t columns)
+      : data((const char*)x), row(stride * int64_t(sizeof(N))), lines(ceil_div(columns * int64_t(sizeof(N)), kCacheLine)),
+        rows(count) {}
+
+  void spread(int64_t steps) { share = ceil_div(rows * lines, steps); }
+  void step() {
+    for (int64_t i = 0; i < share && rows > 0; ++i) {
+      _mm_prefetch(data + line * kCacheLine, _MM_HINT_T1);
+      if (++line < lines) continue;
+      line = 0;
+      data += row;
+      --rows;
+    }
+  }
+};
 
 // ---- the kernel -------------------------------------------------------------------------------------------------
 
@@ -181,18 +198,21 @@ inline __attribute__((always_inline)) void multiply_rows(int64_t words, View a, 
   }
 }
 
-// The same for any number of rows.
+// The same for any number of rows, while what comes next is fetched.
 template <class T>
 __attribute__((noinline)) void multiply_panel(int64_t rows, int64_t words, View a, const float* b, float* sums,
-                                              bool fresh) {
-  for (; rows >= kRows; rows -= kRows, a.data += kRows * a.row, sums += kRows * kPanel)
-    multiply_rows<T, kRows>(words, a, b, sums, fresh);
-  switch (rows) {
-    case 1: return multiply_rows<T, 1>(words, a, b, sums, fresh);
-    case 2: return multiply_rows<T, 2>(words, a, b, sums, fresh);
-    case 3: return multiply_rows<T, 3>(words, a, b, sums, fresh);
-    case 4: return multiply_rows<T, 4>(words, a, b, sums, fresh);
-    case 5: return multiply_rows<T, 5>(words, a, b, sums, fresh);
+                                              bool fresh, Ahead (&next)[3]) {
+  for (Ahead& each : next) each.spread(ceil_div(rows, kRows));
+  for (; rows > 0; rows -= kRows, a.data += kRows * a.row, sums += kRows * kPanel) {
+    for (Ahead& each : next) each.step();
+    switch (rows) {
+      case 1: multiply_rows<T, 1>(words, a, b, sums, fresh); break;
+      case 2: multiply_rows<T, 2>(words, a, b, sums, fresh); break;
+      case 3: multiply_rows<T, 3>(words, a, b, sums, fresh); break;
+      case 4: multiply_rows<T, 4>(words, a, b, sums, fresh); break;
+      case 5: multiply_rows<T, 5>(words, a, b, sums, fresh); break;
+      default: multiply_rows<T, kRows>(words, a, b, sums, fresh);
+    }
   }
 }
 
@@ -237,14 +257,11 @@ void finish_to(const Product& p, int64_t row, int64_t rows, int64_t column, int6
     finish_as(out, p.out_row, p.add ? static_cast<const float*>(p.add) + at : nullptr, p.add_row, rows, columns, sums);
 }
 
-// What finish() will add; b's panel stays in L1 beside it.
-void prefetch_added(const Product& p, int64_t row, int64_t rows, int64_t column, int64_t columns) {
+Ahead added(const Product& p, int64_t row, int64_t rows, int64_t column, int64_t columns) {
   int64_t at = row * p.add_row + column;
-  if (!p.add || p.add_row == 0) return;
-  if (p.add_dtype == Dtype::f32)
-    prefetch(static_cast<const float*>(p.add) + at, p.add_row, rows, columns);
-  else
-    prefetch(static_cast<const uint16_t*>(p.add) + at, p.add_row, rows, columns);
+  if (!p.add || p.add_row == 0) return {};
+  if (p.add_dtype == Dtype::f32) return {static_cast<const float*>(p.add) + at, p.add_row, rows, columns};
+  return {static_cast<const uint16_t*>(p.add) + at, p.add_row, rows, columns};
 }
 
 void finish(const Product& p, int64_t row, int64_t rows, int64_t column, int64_t columns, const float* sums) {
@@ -338,31 +355,35 @@ struct Gemm {
         for (int64_t i = 0; i < wide; ++i) {
           const float* columns = shared ? shared + ((panel + i) * words(p) + k / T::kNumbers) * kPanel : packed_b.get();
           if (!shared) pack_panel(p, panel + i, k, numbers, packed_b.get());
-          prefetch_next(p, t, block + 1 < last, row, rows, panel, i, wide, k, numbers);
           float* sums = tile.get() + i * rows * kPanel;
           bool last_of_k = k + kDeep >= p.k;
-          if (last_of_k) prefetch_added(p, row, rows, (panel + i) * kPanel, width(p, panel + i));
-          multiply_panel<T>(rows, depth, rows_of_a, columns, sums, k == 0);
+          Ahead next[] = {next_of_a(p, t, block + 1 < last, row, rows, i, wide, k, numbers),
+                          next_of_b(p, t, block + 1 < last, panel + i, k, numbers),
+                          last_of_k ? added(p, row, rows, (panel + i) * kPanel, width(p, panel + i)) : Ahead()};
+          multiply_panel<T>(rows, depth, rows_of_a, columns, sums, k == 0, next);
           if (last_of_k) finish(p, row, rows, (panel + i) * kPanel, width(p, panel + i), sums);
         }
       }
     }
   }
 
-  // What has to be fetched from memory for the block, or the part of k, after this one: a share for each panel.
-  static void prefetch_next(const Product& p, const Tiling& t, bool more, int64_t row, int64_t rows, int64_t panel,
-                            int64_t i, int64_t wide, int64_t k, int64_t numbers) {
+  // What the block after this one, or the next part of k where that is deep, reads of b for a panel ...
+  static Ahead next_of_b(const Product& p, const Tiling& t, bool more, int64_t panel, int64_t k, int64_t numbers) {
+    if (deep(p)) return {b(p, min64(k + kDeep, p.k), panel), p.b_row, min64(kDeep, p.k - k - numbers), width(p, panel)};
+    if (t.shared || !more || t.m_blocks > 1) return {};
+    return {b(p, k, panel + 1), p.b_column, width(p, panel + 1), numbers};
+  }
+
+  // ... and of a: a share for each of the `wide` panels.
+  static Ahead next_of_a(const Product& p, const Tiling& t, bool more, int64_t row, int64_t rows, int64_t i,
+                         int64_t wide, int64_t k, int64_t numbers) {
     if (deep(p)) {
-      int64_t next = k + kDeep, n = min64(kDeep, p.k - next), from = rows * i / wide, to = rows * (i + 1) / wide;
-      if (n <= 0) return;
-      prefetch(a(p, row + from, next), p.a_row, to - from, n);
-      prefetch(b(p, next, panel + i), p.b_row, n, width(p, panel + i));
-    } else if (more && tall(p)) {
-      int64_t from = numbers * i / wide, to = numbers * (i + 1) / wide, below = row + t.m_block;
-      prefetch(a(p, below, k + from), p.a_column, to - from, min64(t.m_block, p.m - below));
-    } else if (more && t.m_blocks == 1) {
-      prefetch(b(p, k, panel + 1), p.b_column, width(p, panel + 1), numbers);
+      int64_t from = rows * i / wide, to = rows * (i + 1) / wide, left = min64(kDeep, p.k - k - numbers);
+      return {a(p, row + from, min64(k + kDeep, p.k)), p.a_row, left > 0 ? to - from : 0, left};
     }
+    if (!tall(p) || !more) return {};
+    int64_t from = numbers * i / wide, to = numbers * (i + 1) / wide, below = row + t.m_block;
+    return {a(p, below, k + from), p.a_column, to - from, min64(t.m_block, p.m - below)};
   }
 };
 
