@@ -201,7 +201,7 @@ inline __attribute__((always_inline)) void multiply_rows(int64_t words, View a, 
 // The same for any number of rows, while what comes next is fetched.
 template <class T>
 __attribute__((noinline)) void multiply_panel(int64_t rows, int64_t words, View a, const float* b, float* sums,
-                                              bool fresh, Ahead (&next)[3]) {
+                                              bool fresh, Ahead (&next)[4]) {
   for (Ahead& each : next) each.spread(ceil_div(rows, kRows));
   for (; rows > 0; rows -= kRows, a.data += kRows * a.row, sums += kRows * kPanel) {
     for (Ahead& each : next) each.step();
@@ -257,11 +257,12 @@ void finish_to(const Product& p, int64_t row, int64_t rows, int64_t column, int6
     finish_as(out, p.out_row, p.add ? static_cast<const float*>(p.add) + at : nullptr, p.add_row, rows, columns, sums);
 }
 
-Ahead added(const Product& p, int64_t row, int64_t rows, int64_t column, int64_t columns) {
-  int64_t at = row * p.add_row + column;
-  if (!p.add || p.add_row == 0) return {};
-  if (p.add_dtype == Dtype::f32) return {static_cast<const float*>(p.add) + at, p.add_row, rows, columns};
-  return {static_cast<const uint16_t*>(p.add) + at, p.add_row, rows, columns};
+// What finish() will read and write.
+inline Ahead lines_of(const void* matrix, Dtype dtype, int64_t stride, int64_t row, int64_t rows, int64_t column,
+                      int64_t columns) {
+  int64_t at = row * stride + column;
+  if (dtype == Dtype::f32) return {static_cast<const float*>(matrix) + at, stride, rows, columns};
+  return {static_cast<const uint16_t*>(matrix) + at, stride, rows, columns};
 }
 
 void finish(const Product& p, int64_t row, int64_t rows, int64_t column, int64_t columns, const float* sums) {
@@ -353,15 +354,20 @@ struct Gemm {
         int64_t numbers = min64(kDeep, p.k - k), depth = ceil_div(numbers, T::kNumbers);
         View rows_of_a = view(p, row, rows, k, numbers, packed_a.get());
         for (int64_t i = 0; i < wide; ++i) {
-          const float* columns = shared ? shared + ((panel + i) * words(p) + k / T::kNumbers) * kPanel : packed_b.get();
+          const float* packed = shared ? shared + ((panel + i) * words(p) + k / T::kNumbers) * kPanel : packed_b.get();
           if (!shared) pack_panel(p, panel + i, k, numbers, packed_b.get());
           float* sums = tile.get() + i * rows * kPanel;
           bool last_of_k = k + kDeep >= p.k;
-          Ahead next[] = {next_of_a(p, t, block + 1 < last, row, rows, i, wide, k, numbers),
-                          next_of_b(p, t, block + 1 < last, panel + i, k, numbers),
-                          last_of_k ? added(p, row, rows, (panel + i) * kPanel, width(p, panel + i)) : Ahead()};
-          multiply_panel<T>(rows, depth, rows_of_a, columns, sums, k == 0, next);
-          if (last_of_k) finish(p, row, rows, (panel + i) * kPanel, width(p, panel + i), sums);
+          int64_t column = (panel + i) * kPanel, columns = width(p, panel + i);
+          Ahead next[4] = {next_of_a(p, t, block + 1 < last, row, rows, i, wide, k, numbers),
+                           next_of_b(p, t, block + 1 < last, panel + i, k, numbers)};
+          if (last_of_k) {
+            next[2] = lines_of(p.out, p.out_dtype, p.out_row, row, rows, column, columns);
+            if (p.add && p.add != p.out && p.add_row)
+              next[3] = lines_of(p.add, p.add_dtype, p.add_row, row, rows, column, columns);
+          }
+          multiply_panel<T>(rows, depth, rows_of_a, packed, sums, k == 0, next);
+          if (last_of_k) finish(p, row, rows, column, columns, sums);
         }
       }
     }
