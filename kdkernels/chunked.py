@@ -161,7 +161,7 @@ class _Loop:
         sizes = [((rows, self.vocabulary), dtype)]
         if teacher and not stored:
             sizes.append(((self.teacher_rows, self.vocabulary), teacher_dtype))
-        self.block, (buffer, *others) = memory.borrow(sizes, device)
+        buffer, *others = memory.matrices(sizes, device)
         self.values: list[Tokens] = []
         self.coefficients: list[dict[str, Tensor]] = []
         self.student = self._side(student, layout.index, buffer, needs)
@@ -326,10 +326,7 @@ def run(call: Call, needs: tuple[bool, ...] = ()) -> Result | None:
     device = call.student.device.type
     with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
         loop = _Loop(call, needs)
-        try:
-            return loop.run() if loop.chunks else None
-        finally:
-            memory.give_back(loop.block)
+        return loop.run() if loop.chunks else None
 
 
 def _check_stored(program: Program, teacher: TopK) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import memory
 from .rows import backend_for
 
 _UPCAST_WORDS = 4096  # words per step where the operands have to be widened
@@ -158,11 +159,11 @@ class WeightGradient:
 
     def __init__(self, products: Torch, weight: Tensor, vocabulary: int, chunks: int):
         self.products, self.chunks, self.added = products, chunks, 0
-        self.gradient = torch.empty_like(weight, memory_format=torch.contiguous_format)
+        self.gradient = memory.empty(weight.shape, weight.dtype, weight.device)
         self.gradient[vocabulary:] = 0
         self.words = self.gradient[:vocabulary]
         wide = weight.dtype.itemsize >= 4
-        self.accumulator = None if wide or chunks == 1 else torch.empty_like(self.words, dtype=torch.float32)
+        self.accumulator = None if wide or chunks == 1 else memory.empty(self.words.shape, torch.float32, weight.device)
 
     def add(self, dz: Tensor, hidden: Tensor) -> None:
         """Adds dz.T @ hidden; dz [C, V], hidden [C, H]. The last of the chunks completes ``gradient``."""

@@ -1,17 +1,17 @@
-"""Peak resident memory of TSD-KD at a real vocabulary, and the block of logits that is kept between calls."""
+"""Peak resident memory of TSD-KD at a real vocabulary, and the blocks that are kept between calls."""
 
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
-from batches import fixed, loss_of
+from batches import fixed, loss_of, smallest_budget
 
 import kdkernels as kd
 from kdkernels import memory
-from kdkernels.memory import borrow, give_back  # conftest.py replaces the module's give_back
 
 CPU = torch.device("cpu")
 
@@ -90,63 +90,96 @@ def test_a_smaller_budget_is_kept(linux):
 
 
 @pytest.fixture
-def kept(monkeypatch) -> list[torch.Tensor]:
-    """The blocks kept, with the real ``give_back`` in place."""
-    monkeypatch.setattr(memory, "give_back", give_back)
-    monkeypatch.setattr(memory, "_kept", [])
-    return memory._kept
+def blocks(monkeypatch) -> list:
+    """The blocks kept; small tensors have them too."""
+    monkeypatch.setattr(memory, "_SMALLEST", 1)
+    monkeypatch.setattr(memory, "_blocks", [])
+    return memory._blocks
 
 
-def test_matrices_do_not_overlap_and_are_aligned(kept):
+def test_matrices_do_not_overlap_and_are_aligned(blocks):
     sizes = [((3, 7), torch.bfloat16), ((5, 11), torch.float32), ((1, 1), torch.float64)]
-    _, matrices = borrow(sizes, CPU)
+    matrices = memory.matrices(sizes, CPU)
     for i, (matrix, (shape, dtype)) in enumerate(zip(matrices, sizes, strict=True)):
         assert matrix.shape == shape and matrix.dtype == dtype
         assert matrix.data_ptr() % 64 == 0
         matrix.fill_(i + 1)
     assert [matrix.unique().tolist() for matrix in matrices] == [[1], [2], [3]]
+    assert len(blocks) == 1
 
 
-def test_the_block_serves_the_next_call(kept):
-    block, _ = borrow([((100, 10), torch.float32)], CPU)
-    give_back(block)
-    smaller, (matrix,) = borrow([((50, 10), torch.float32)], CPU)
-    assert smaller is block and matrix.data_ptr() == block.data_ptr() and not kept
-    other, _ = borrow([((50, 10), torch.float32)], CPU)
-    assert other.data_ptr() != block.data_ptr(), "a call inside a call has its own"
-    give_back(block)
-    give_back(other)
-    assert len(kept) == 1
-    larger, _ = borrow([((200, 10), torch.float32)], CPU)
-    assert len(larger) == 8000 and not kept
+def test_a_block_serves_again_when_no_tensor_uses_it(blocks):
+    first = memory.empty((100, 1000), torch.float32, CPU)
+    place, view = first.data_ptr(), first[3:].t().numpy()
+    second = memory.empty((100, 1000), torch.float32, CPU)
+    assert second.data_ptr() != place
+    del first
+    assert memory.empty((100, 1000), torch.float32, CPU).data_ptr() != place, "numpy still has a view"
+    view[:] = 7
+    del view
+    again = memory.empty((200, 1000), torch.bfloat16, CPU)
+    assert again.data_ptr() == place and again.shape == (200, 1000) and again.dtype == torch.bfloat16
 
 
-def test_calls_share_one_block(kept, backend):
-    batch = fixed()
-    first = loss_of(kd.GKD, batch)
-    (block,) = kept
-    for _ in range(2):
-        loss = loss_of(kd.GKD, batch)
-        loss.backward()
-        assert torch.equal(loss, first) and kept[0] is block and len(kept) == 1
+def test_what_the_caller_gets_is_no_larger_than_asked_for(blocks):
+    """A gradient must not hold the logits' block."""
+    del memory.matrices([((1000, 100), torch.float32)], CPU)[:]
+    memory.empty((100, 100), torch.float32, CPU)
+    assert [len(block) for block in blocks] == [40960]
 
 
-def test_a_block_from_inference_mode_serves_training(kept, backend):
+def test_logits_fit_in_the_block_of_a_larger_call(blocks):
+    place = memory.matrices([((1000, 100), torch.float32)], CPU)[0].data_ptr()
+    assert memory.matrices([((700, 100), torch.float32)], CPU)[0].data_ptr() == place
+    inner, outer = (memory.matrices([((700, 100), torch.float32)], CPU) for _ in range(2))
+    assert inner[0].data_ptr() != outer[0].data_ptr(), "a call inside a call"
+
+
+def test_blocks_that_do_not_fit_are_released(blocks):
+    kept = memory.empty((10, 4096), torch.uint8, CPU)
+    memory.empty((20, 4096), torch.uint8, CPU)
+    memory.empty((30, 4096), torch.uint8, CPU)
+    assert [len(block) // 4096 for block in blocks] == [10, 30]
+    memory.release()
+    assert [len(block) // 4096 for block in blocks] == [10]
+    del kept
+    memory.release()
+    assert not blocks
+
+
+def test_threads_never_share_a_block(blocks):
+    def work(number: int) -> bool:
+        for _ in range(200):
+            mine = memory.empty((1 << 14,), torch.int64, CPU).fill_(number)
+            if (mine != number).any():
+                return False
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(work, range(8)))
+
+
+def test_calls_use_the_same_blocks(blocks, backend):
+    """Logits, the sums of dW and dW itself, once the last gradient is gone; never a gradient that is still there."""
+    batch = fixed(torch.bfloat16, (4, 20, 4), longest=20)
+    budget = None if backend == "eager" else smallest_budget(lambda n: loss_of(kd.GKD, batch, memory_budget=n)) + 9000
+    places = []
+    for _ in range(3):
+        batch.student.weight.grad = None
+        loss_of(kd.GKD, batch, memory_budget=budget).backward()
+        places.append((batch.student.weight.grad.data_ptr(), len(blocks)))
+    assert places[1] == places[2]
+    kept, expected = batch.student.weight.grad, batch.student.weight.grad.clone()
+    batch.student.weight.grad = None
+    loss_of(kd.GKD, batch, memory_budget=budget).backward()
+    assert batch.student.weight.grad.data_ptr() != kept.data_ptr()
+    assert torch.equal(kept, expected) and torch.equal(batch.student.weight.grad, expected)
+
+
+def test_a_block_from_inference_mode_serves_training(blocks, backend):
     batch = fixed()
     with torch.inference_mode():
         expected = loss_of(kd.GKD, batch)
     loss = loss_of(kd.GKD, batch)
     loss.backward()
     assert torch.equal(loss.detach(), expected) and batch.student.weight.grad.norm() > 0
-
-
-def test_an_error_gives_the_block_back(kept, backend, monkeypatch):
-    def broken(*_):
-        raise RuntimeError("broken")
-
-    batch = fixed()
-    loss_of(kd.GKD, batch)
-    monkeypatch.setattr(f"kdkernels.rows.{backend}.divergence", broken)
-    with pytest.raises(RuntimeError, match="broken"):
-        loss_of(kd.GKD, batch)
-    assert len(kept) == 1
