@@ -116,9 +116,7 @@ def out_of_memory(error: Exception) -> bool:
 
 def floor(bare: dict[tuple[int, bool], list[float]], loss: Loss) -> tuple[float, int]:
     """Median seconds of the bare GEMMs and the rows of a chunk at which they are the fastest."""
-    return min(
-        (statistics.median(seconds), rows) for (rows, teacher), seconds in bare.items() if teacher == loss.teacher
-    )
+    return min((statistics.median(times), rows) for (rows, teacher), times in bare.items() if teacher == loss.teacher)
 
 
 # ---- a case ----------------------------------------------------------------------------------------------------------

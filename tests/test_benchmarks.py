@@ -166,6 +166,16 @@ def test_a_missing_peer_is_named(monkeypatch):
     assert cell.reason.startswith("missing (") and "liger_kernel" in cell.reason
 
 
+def test_freed_memory_hides_nothing():
+    measure.keep_freed_blocks(below=32 * measure.MIB)
+    blocks = [torch.zeros(2**20) for _ in range(40)]  # 160 MiB in small blocks
+    del blocks[:-1]  # stay resident beneath the last one
+    peak = measure.Peak("cpu")
+    used = torch.zeros(25 * 2**20)
+    assert 95 < peak.extra() < 115
+    assert len(used) and len(blocks)
+
+
 def test_a_peers_memory_is_the_budget():
     run = run_of()
     run.cells[measure.key("JSD(0.9)", "Liger JSD")] = measure.Cell("", "", extra_info={"extra_mib": 12.5})
