@@ -7,7 +7,7 @@ import pytest
 from cases import SETS
 from measure import CaseRun, key
 
-LIMIT = 500  # seconds after which no further implementation is started: ten minutes with what is under way then
+LIMIT = 480  # seconds after which no further implementation is started: ten minutes with what is under way then
 
 
 def pytest_addoption(parser):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import statistics
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median_low as median  # of two rounds the one that nothing disturbed
 
 import peers
 import torch
@@ -116,7 +116,7 @@ def out_of_memory(error: Exception) -> bool:
 
 def floor(bare: dict[tuple[int, bool], list[float]], loss: Loss) -> tuple[float, int]:
     """Median seconds of the bare GEMMs and the rows of a chunk at which they are the fastest."""
-    return min((statistics.median(times), rows) for (rows, teacher), times in bare.items() if teacher == loss.teacher)
+    return min((median(times), rows) for (rows, teacher), times in bare.items() if teacher == loss.teacher)
 
 
 # ---- a case ----------------------------------------------------------------------------------------------------------
@@ -217,8 +217,8 @@ class CaseRun:
         for cell in cells:
             loss = LOSSES[cell.loss]
             bare_seconds, rows = floor(bare, loss)
-            forward, backward = (statistics.median(t) for t in zip(*cell.times, strict=True))
-            full = statistics.median(map(sum, cell.times))
+            forward, backward = (median(t) for t in zip(*cell.times, strict=True))
+            full = median(map(sum, cell.times))
             work, traffic = flops(case, loss.teacher), bytes_moved(case, loss.teacher, rows)
             cell.extra_info |= {
                 "case": case.name,
