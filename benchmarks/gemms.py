@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import torch
 from cases import Batch, Case
+from torch import Tensor
 
 from kdkernels import memory
 
@@ -28,12 +29,20 @@ class BareGemms:
     def __init__(self, batch: Batch):
         self.d_x = torch.zeros_like(batch.hidden_s.detach().flatten(0, 1))
         self.d_w = torch.zeros_like(batch.weight_s) if batch.weight_s.requires_grad else None
+        block, touched = self._logits(batch, max(candidates(batch.tokens)))
+        for z in touched:
+            z.zero_()
+        memory.give_back(block)
+
+    def _logits(self, batch: Batch, rows: int) -> tuple[Tensor | None, list[Tensor]]:
+        """Of student and teacher, [C, V], in the memory that kdkernels uses as well."""
+        sizes = [((rows, len(batch.weight_s)), batch.weight_s.dtype)] * 2
+        return memory.borrow(sizes, batch.weight_s.device)
 
     @torch.no_grad()
     def __call__(self, batch: Batch, rows: int, teacher: bool) -> None:
         x_s, x_t, w_s, w_t = batch.hidden_s.flatten(0, 1), batch.hidden_t.flatten(0, 1), batch.weight_s, batch.weight_t
-        sizes = [((rows, len(w_s)), x_s.dtype)] * 2
-        block, (z_s, z_t) = memory.borrow(sizes, x_s.device)  # the logits' memory that kdkernels uses as well
+        block, (z_s, z_t) = self._logits(batch, rows)
         for first in range(0, len(x_s), rows):
             chunk = slice(first, min(first + rows, len(x_s)))
             z = z_s[: chunk.stop - first]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
-import statistics
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median_low as median  # of two rounds the one that nothing disturbed
 
 import peers
 import torch
@@ -18,7 +19,8 @@ from verify import Truth
 from kdkernels import memory
 
 MIB = 2**20
-FINALISTS = 2  # chunk sizes of the bare GEMMs that are timed in turns, the fastest of one chunk each
+FINALISTS, CLOSE = 2, 1.05  # chunk sizes of the bare GEMMs that are timed in turns: the fastest of one chunk each
+SLOW = 3  # times the bare GEMMs: a peer beyond it has two rounds
 
 
 @dataclass
@@ -47,6 +49,16 @@ def resident(line: str) -> float:
     raise KeyError(line)
 
 
+def keep_freed_blocks(below: int) -> None:
+    """Smaller blocks stay resident when they are freed, larger ones do not (glibc; the default of both grows to this).
+
+    What stays serves the next call unseen: without this, the checks' small blocks hid hundreds of MiB of a loss.
+    """
+    malloc = ctypes.CDLL(None)
+    for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+        malloc.mallopt(option, below)
+
+
 class Peak:
     """Peak memory from here on, in MiB: of PyTorch's allocator on a GPU, resident on a CPU."""
 
@@ -60,6 +72,7 @@ class Peak:
             torch.cuda.reset_peak_memory_stats()
             self.before = torch.cuda.memory_allocated() / MIB
         else:
+            ctypes.CDLL(None).malloc_trim(0)
             Path("/proc/self/clear_refs").write_text("5")  # resets the peak
             self.before = resident("VmRSS")
 
@@ -101,6 +114,11 @@ def out_of_memory(error: Exception) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)
 
 
+def floor(bare: dict[tuple[int, bool], list[float]], loss: Loss) -> tuple[float, int]:
+    """Median seconds of the bare GEMMs and the rows of a chunk at which they are the fastest."""
+    return min((median(times), rows) for (rows, teacher), times in bare.items() if teacher == loss.teacher)
+
+
 # ---- a case ----------------------------------------------------------------------------------------------------------
 
 
@@ -113,12 +131,14 @@ class CaseRun:
 
     def measure(self) -> dict[str, Cell]:
         ready = []
+        keep_freed_blocks(below=4 * MIB)
         for loss in (LOSSES[name] for name in self.case.losses):
             for name in self.case.implementations:
                 cell = self.cells[key(loss.name, name)] = Cell(loss.name, name)
                 implementation = self._implementation(name, loss, cell)
                 if implementation and self._warm_up(implementation, loss, cell):
                     ready.append((cell, implementation, loss))
+        keep_freed_blocks(below=32 * MIB)  # as glibc does by itself after a while
         bare = self._bare_gemms()
         self._rounds(bare, ready)
         self._summarise(bare, [cell for cell, _, _ in ready])
@@ -168,13 +188,11 @@ class CaseRun:
         """Seconds by rows of a chunk and with or without the teacher, of those that may be the fastest."""
         self.gemms, out = BareGemms(self.batches[0]), {}
         for teacher in sorted({LOSSES[name].teacher for name in self.case.losses}):
-            per_row = {}
-            for rows in reversed(candidates(self.case.tokens)):  # the largest first: it touches the memory of all
-                part = self.batches[0].first(rows)
-                self._time_gemms(part, min(rows, 512), teacher)
-                per_row[rows] = self._time_gemms(part, rows, teacher) / rows
-            fastest = sorted(per_row, key=per_row.get)[:FINALISTS]
-            out |= {(rows, teacher): [] for rows in fastest}
+            per_row, sizes = {}, candidates(self.case.tokens)
+            for rows in (sizes[0], *sizes):  # the first one again: the libraries are up then
+                per_row[rows] = self._time_gemms(self.batches[0].first(rows), rows, teacher) / rows
+            fastest = sorted(sizes, key=per_row.get)[:FINALISTS]
+            out |= {(rows, teacher): [] for rows in fastest if per_row[rows] <= CLOSE * per_row[fastest[0]]}
         return out
 
     def _time_gemms(self, batch: Batch, rows: int, teacher: bool) -> float:
@@ -188,19 +206,20 @@ class CaseRun:
             for (rows, teacher), seconds in bare.items():
                 seconds.append(self._time_gemms(batch, rows, teacher))
             for cell, implementation, loss in ready:
-                cell.times.append(run(self.device, batch, implementation, loss))
-                clear(batch)
+                slow = count > 1 and not implementation.exact and sum(cell.times[0]) > SLOW * floor(bare, loss)[0]
+                if not slow:
+                    cell.times.append(run(self.device, batch, implementation, loss))
+                    clear(batch)
             count += 1
 
     def _summarise(self, bare: dict, cells: list[Cell]) -> None:
         case, now = self.case, clocks(self.device)
-        medians = {each: statistics.median(seconds) for each, seconds in bare.items()}
         for cell in cells:
-            teacher = LOSSES[cell.loss].teacher
-            floor, rows = min((seconds, rows) for (rows, other), seconds in medians.items() if other == teacher)
-            forward, backward = (statistics.median(t) for t in zip(*cell.times, strict=True))
-            full = statistics.median(map(sum, cell.times))
-            work, traffic = flops(case, teacher), bytes_moved(case, teacher, rows)
+            loss = LOSSES[cell.loss]
+            bare_seconds, rows = floor(bare, loss)
+            forward, backward = (median(t) for t in zip(*cell.times, strict=True))
+            full = median(map(sum, cell.times))
+            work, traffic = flops(case, loss.teacher), bytes_moved(case, loss.teacher, rows)
             cell.extra_info |= {
                 "case": case.name,
                 "models": case.models.name,
@@ -216,9 +235,9 @@ class CaseRun:
                 "forward_s": forward,
                 "backward_s": backward,
                 "full_s": full,
-                "bare_gemms_s": floor,
+                "bare_gemms_s": bare_seconds,
                 "bare_gemms_rows": rows,
-                "ratio": full / floor,
+                "ratio": full / bare_seconds,
                 "flops": work,
                 "bytes": traffic,
                 "tflops": work / full / 1e12,

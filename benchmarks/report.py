@@ -93,7 +93,8 @@ def case_tables(data: dict) -> str:
             f"{'without' if alone else 'with'} a teacher {seconds * 1e3:.1f} ms in chunks of {chunk} rows"
             for seconds, chunk, alone in sorted(floors)
         ]
-        rounds = min((c["rounds"] for c in grouped[name]), default=0)
+        rounds = sorted({c["rounds"] for c in grouped[name]})
+        rounds = " or ".join(map(str, rounds)) or "0"  # the fewer of slow peers
         floor = f"Bare GEMMs: {'; '.join(words) or 'not timed'}. Medians of {rounds} rounds in turns."
         out += [f"### {name}\n", floor + "\n", table(head, rows)]
     return "\n".join(out)
@@ -109,15 +110,57 @@ def overheads(data: dict) -> str:
     return "## Overheads\n\n" + table(["what", "quantity", "value"], rows) if rows else ""
 
 
+def curves(pyplot, found: list[dict]):
+    """Time, ratio to the bare GEMMs and peak memory of one loss in bf16 against N."""
+    lines = defaultdict(dict)
+    for c in sorted(found, key=lambda c: (c["tokens"], -c["response"])):
+        if c["loss"] == PLOTTED and c["operand"] == "bfloat16":
+            lines[c["implementation"]][c["tokens"]] = c  # of the usual responses, not the overlong one
+    figure, axes = pyplot.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
+    quantities = {"full_s": "seconds", "ratio": "x bare GEMMs", "extra_mib": "MiB beyond inputs and gradients"}
+    for axis, (quantity, label) in zip(axes, quantities.items(), strict=True):
+        for name, points in lines.items():
+            width = 2.5 if name.startswith(OURS) else 1.2
+            axis.plot(list(points), [c[quantity] for c in points.values()], "o-", label=name, lw=width)
+        axis.set(xlabel="N tokens", ylabel=label, xscale="log", yscale="linear" if quantity == "ratio" else "log")
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    return figure, f"{PLOTTED}, forward and backward, bf16, trained head: {found[0]['models']}"
+
+
+def bars(pyplot, found: list[dict]):
+    """Ratio to the bare GEMMs and peak memory of every implementation in the case that has most of them."""
+    by_case = defaultdict(lambda: defaultdict(list))
+    for c in found:
+        by_case[c["case"]][c["loss"]].append(c)
+    case = max(by_case, key=lambda case: max(map(len, by_case[case].values())))
+    losses = {loss: cs for loss, cs in by_case[case].items() if len(cs) > 1}
+    sizes = [len(cs) + 1 for cs in losses.values()]
+    options = {"figsize": (12, 1 + 0.3 * sum(sizes)), "height_ratios": sizes, "layout": "constrained"}
+    figure, axes = pyplot.subplots(len(losses), 2, sharex="col", sharey="row", squeeze=False, **options)
+    for (left, right), (loss, cs) in zip(axes, losses.items(), strict=True):
+        cs = sorted(cs, key=lambda c: -c["ratio"])
+        colours = ["tab:blue" if c["implementation"].startswith(OURS) else "darkgrey" for c in cs]
+        for axis, quantity, shown in ((left, "ratio", "%.2f"), (right, "extra_mib", "%.0f")):
+            drawn = axis.barh([c["implementation"] for c in cs], [c[quantity] for c in cs], color=colours)
+            axis.bar_label(drawn, fmt=shown, padding=3, fontsize=8)
+            axis.margins(x=0.12)
+        left.axvline(1, color="black", lw=0.8)
+        left.set_title(loss, fontsize=10, loc="left")
+    axes[-1][0].set_xlabel("time, forward and backward, x bare GEMMs")
+    axes[-1][1].set_xlabel("memory, MiB beyond inputs and gradients")
+    return figure, case
+
+
 def plots(data: dict, folder: Path) -> str:
-    """Time, ratio to the bare GEMMs and peak memory against N; a sentence where matplotlib is missing."""
-    by_models = defaultdict(lambda: defaultdict(list))
+    """kdkernels and the peers: against N if they were measured at more than one; a sentence without matplotlib."""
+    by_models, peers = defaultdict(list), defaultdict(set)
     for c in cells(data):
-        usual = c["trained"] and c["operand"] == "bfloat16" and " in the memory of " not in c["implementation"]
-        if usual and c["loss"] == PLOTTED:
-            by_models[c["models"]][c["implementation"]].append(c)
-    drawn = {m: lines for m, lines in by_models.items() if len({c["tokens"] for cs in lines.values() for c in cs}) > 1}
-    if not drawn:
+        if c["trained"] and " in the memory of " not in c["implementation"]:
+            by_models[c["models"]].append(c)
+            if not c["implementation"].startswith(OURS):
+                peers[c["models"]].add(c["tokens"])
+    if not peers:
         return ""
     try:
         import matplotlib
@@ -127,24 +170,13 @@ def plots(data: dict, folder: Path) -> str:
     from matplotlib import pyplot
 
     out = []
-    quantities = {"full_s": "seconds", "ratio": "x bare GEMMs", "extra_mib": "MiB beyond inputs and gradients"}
-    for models, lines in drawn.items():
-        figure, axes = pyplot.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
-        for axis, (quantity, label) in zip(axes, quantities.items(), strict=True):
-            for name, points in lines.items():
-                usual = {}
-                for c in sorted(points, key=lambda c: (c["tokens"], -c["response"])):
-                    usual[c["tokens"]] = c[quantity]  # of the usual responses, not the overlong one
-                width = 2.5 if name.startswith(OURS) else 1.2
-                axis.plot(list(usual), list(usual.values()), "o-", label=name, lw=width)
-            axis.set(xlabel="N tokens", ylabel=label, xscale="log", yscale="linear" if quantity == "ratio" else "log")
-            axis.grid(alpha=0.3)
-        axes[0].legend(fontsize=8)
-        figure.suptitle(f"{PLOTTED}, forward and backward, bf16, trained head: {models}")
+    for models, tokens in peers.items():
+        figure, title = (curves if len(tokens) > 1 else bars)(pyplot, by_models[models])
+        figure.suptitle(title)
         file = "".join(x if x.isalnum() else "-" for x in models.lower()) + ".png"
         figure.savefig(folder / file, dpi=110)
         pyplot.close(figure)
-        out.append(f"![{PLOTTED}, {models}]({file})\n")
+        out.append(f"![{title}]({file})\n")
     return "\n".join(out) + "\n"
 
 
@@ -153,10 +185,9 @@ def render(data: dict, folder: Path) -> str:
     about = (
         "Forward, backward and both, timed in one process in turns; gradients checked against fp64 before anything is "
         "timed. Logits have the operands' dtype on CPUs and fp32 on GPUs unless the name says otherwise. Extra memory "
-        "is beyond inputs and returned gradients, the fp32 accumulator of dW included; on CPUs it is what became "
-        "resident in a process that had run other things before, and can be too low: the figures of fresh processes "
-        "are under Overheads. TFLOP/s and GB/s: what the bare GEMMs and three sweeps must do, divided by the time "
-        "taken (benchmarks/gemms.py). A batch has two rows of N / 2 tokens.\n"
+        "is beyond inputs and returned gradients, the fp32 accumulator of dW included; on CPUs it is what becomes "
+        "resident (fresh processes: under Overheads). TFLOP/s and GB/s: what the bare GEMMs and three sweeps must do, "
+        "divided by the time taken (benchmarks/gemms.py). A batch has two rows of N / 2 tokens.\n"
     )
     parts = [f"# Benchmarks: {data['machine_info']['machine']}, {data['shapes']} shapes\n", environment(data), about]
     parts += [limits(data), plots(data, folder), "## Every case\n", case_tables(data), overheads(data)]

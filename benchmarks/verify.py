@@ -16,7 +16,7 @@ import torch
 from cases import Batch, Loss
 from torch import Tensor
 
-WORDS = 8192  # of the vocabulary at a time
+WORDS = 256  # of the vocabulary at a time: their fp64 copy stays in the cache
 PEER_LIMIT = 0.5  # a peer's error is its own affair, and shown; above this it computes something else
 ULPS = 4
 
@@ -45,27 +45,6 @@ def _product(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.cat([x @ block.to(dtype).t() for block in weight.split(WORDS)], -1)
 
 
-def gradient(batch: Batch, loss: Loss, mean_over: str | None, dtype: torch.dtype) -> Tensor:
-    """d loss / d hidden [n, H] of the sampled responses with logits multiplied in ``dtype``."""
-    lengths, authors = ([values[i] for i in sample(batch)] for values in (batch.lengths, batch.authors))
-
-    def side(hidden: Tensor, weight: Tensor) -> tuple[Tensor, list[Tensor]]:
-        raw = _product(_rows(batch, hidden), weight, dtype).requires_grad_()
-        z = raw.to(torch.promote_types(dtype, torch.float32))
-        z = z if batch.softcap is None else batch.softcap * torch.tanh(z / batch.softcap)
-        return raw, list(z.split(lengths if mean_over != "tokens" else [sum(lengths)]))
-
-    raw, z_s = side(batch.hidden_s, batch.weight_s)
-    z_t = side(batch.hidden_t, batch.weight_t)[1] if loss.teacher else z_s
-    target = _rows(batch, batch.target[..., None])[:, 0]
-    target = list(target.split([len(z) for z in z_s]))
-    share = loss.count(lengths, authors, mean_over) / loss.count(batch.lengths, batch.authors, mean_over)
-    (d_z,) = torch.autograd.grad(share * loss.formula(z_s, z_t, authors, target), raw)
-    blocks = zip(d_z.split(WORDS, -1), batch.weight_s.detach().split(WORDS), strict=True)
-    wide = torch.promote_types(dtype, torch.float32)
-    return sum(d.to(wide) @ block.to(wide) for d, block in blocks).to(dtype).double()
-
-
 def consistency(batch: Batch) -> float:
     """Relative distance of X^T dX M and dW^T W M for a random M [H, 8]."""
     x, d_x = (t.detach().flatten(0, 1).float() for t in (batch.hidden_s, batch.hidden_s.grad))
@@ -81,15 +60,40 @@ class Truth:
 
     def __init__(self, batch: Batch):
         self.batch = batch
+        self.products: dict[torch.dtype, list[Tensor]] = {}  # of the sampled tokens, student and teacher
         self.known: dict[tuple[str, str | None], tuple[Tensor, float]] = {}
+
+    def gradient(self, loss: Loss, mean_over: str | None, dtype: torch.dtype) -> Tensor:
+        """d loss / d hidden [n, H] of the sampled responses with logits multiplied in ``dtype``."""
+        batch = self.batch
+        if dtype not in self.products:
+            sides = ((batch.hidden_s, batch.weight_s), (batch.hidden_t, batch.weight_t))
+            self.products[dtype] = [_product(_rows(batch, x), weight, dtype) for x, weight in sides]
+        lengths, authors = ([values[i] for i in sample(batch)] for values in (batch.lengths, batch.authors))
+        wide = torch.promote_types(dtype, torch.float32)
+
+        def logits(product: Tensor) -> list[Tensor]:
+            z = product.to(wide)
+            z = z if batch.softcap is None else batch.softcap * torch.tanh(z / batch.softcap)
+            return list(z.split(lengths if mean_over != "tokens" else [sum(lengths)]))
+
+        product_s, product_t = self.products[dtype]
+        product_s = product_s.detach().requires_grad_()
+        z_s, z_t = logits(product_s), logits(product_t)
+        target = _rows(batch, batch.target[..., None])[:, 0]
+        target = list(target.split([len(z) for z in z_s]))
+        share = loss.count(lengths, authors, mean_over) / loss.count(batch.lengths, batch.authors, mean_over)
+        (d_z,) = torch.autograd.grad(share * loss.formula(z_s, z_t, authors, target), product_s)
+        blocks = zip(d_z.split(WORDS, -1), batch.weight_s.detach().split(WORDS), strict=True)
+        return sum(d.to(wide) @ block.to(wide) for d, block in blocks).to(dtype).double()
 
     def of(self, loss: Loss, mean_over: str | None) -> tuple[Tensor, float]:
         key = (loss.name, mean_over)
         if key not in self.known:
-            truth = gradient(self.batch, loss, mean_over, torch.float64)
+            truth = self.gradient(loss, mean_over, torch.float64)
             if not truth.norm() > 0:
                 raise AssertionError(f"{loss.name}: its gradient is zero, a check against it would check nothing")
-            eager = gradient(self.batch, loss, mean_over, self.batch.hidden_s.dtype)
+            eager = self.gradient(loss, mean_over, self.batch.hidden_s.dtype)
             self.known[key] = truth, ((eager - truth).norm() / truth.norm()).item()
         return self.known[key]
 

@@ -123,7 +123,8 @@ def test_wrong_numbers_are_not_timed(monkeypatch, factors):
 
 def test_right_numbers_are_timed():
     for cell in measured("kdkernels", "eager PyTorch", losses=("JSD(0.9)", "TSD-KD", "VCRD")):
-        assert cell.reason == "" and len(cell.times) >= 3 and cell.extra_info["ratio"] > 0
+        rounds = 3 if cell.implementation == "kdkernels" else 2
+        assert cell.reason == "" and len(cell.times) >= rounds and cell.extra_info["ratio"] > 0
 
 
 def test_a_frozen_head():
@@ -163,6 +164,16 @@ def test_a_missing_peer_is_named(monkeypatch):
     monkeypatch.delitem(sys.modules, "liger_kernel.chunked_loss", raising=False)
     (cell,) = measured("Liger JSD")
     assert cell.reason.startswith("missing (") and "liger_kernel" in cell.reason
+
+
+def test_freed_memory_hides_nothing():
+    measure.keep_freed_blocks(below=32 * measure.MIB)
+    blocks = [torch.zeros(2**20) for _ in range(40)]  # 160 MiB in small blocks
+    del blocks[:-1]  # stay resident beneath the last one
+    peak = measure.Peak("cpu")
+    used = torch.zeros(25 * 2**20)
+    assert 95 < peak.extra() < 115
+    assert len(used) and len(blocks)
 
 
 def test_a_peers_memory_is_the_budget():
@@ -233,10 +244,14 @@ def test_report_of_stored_numbers(stored, tmp_path):
 
 
 @pytest.mark.filterwarnings("default")
-def test_plots(stored, tmp_path):
+@pytest.mark.parametrize(("peers_at", "title"), [([1024], "N 1024"), ([1024, 4096], "JSD(0.9), forward and backward")])
+def test_plots(stored, tmp_path, peers_at, title):
     pytest.importorskip("matplotlib")
+    eager = stored["benchmarks"][2]["extra_info"]
+    more = [eager | {"case": f"N {tokens}", "tokens": tokens} for tokens in peers_at[1:]]
+    stored["benchmarks"] += [{"name": "test_loss", "extra_info": row} for row in more]
     text = report.render(stored, tmp_path)
-    assert "![JSD(0.9), some models](some-models.png)" in text
+    assert f"![{title}" in text and "](some-models.png)" in text
     assert (tmp_path / "some-models.png").stat().st_size > 10_000
 
 
