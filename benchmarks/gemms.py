@@ -27,22 +27,23 @@ class BareGemms:
     """Called with a batch of the same shapes and the rows of a chunk, multiplies."""
 
     def __init__(self, batch: Batch):
-        self.d_x = torch.zeros_like(batch.hidden_s.detach().flatten(0, 1))
-        self.d_w = torch.zeros_like(batch.weight_s) if batch.weight_s.requires_grad else None
-        block, touched = self._logits(batch, max(candidates(batch.tokens)))
-        for z in touched:
+        hidden, weight = batch.hidden_s.detach().flatten(0, 1), batch.weight_s
+        self.d_x = torch.zeros_like(hidden)
+        self.d_w = None
+        if weight.requires_grad:
+            self.d_w = memory.empty(weight.shape, weight.dtype, weight.device).zero_()
+        for z in self._logits(batch, max(candidates(batch.tokens))):
             z.zero_()
-        memory.give_back(block)
 
-    def _logits(self, batch: Batch, rows: int) -> tuple[Tensor | None, list[Tensor]]:
+    def _logits(self, batch: Batch, rows: int) -> list[Tensor]:
         """Of student and teacher, [C, V], in the memory that kdkernels uses as well."""
         sizes = [((rows, len(batch.weight_s)), batch.weight_s.dtype)] * 2
-        return memory.borrow(sizes, batch.weight_s.device)
+        return memory.matrices(sizes, batch.weight_s.device)
 
     @torch.no_grad()
     def __call__(self, batch: Batch, rows: int, teacher: bool) -> None:
         x_s, x_t, w_s, w_t = batch.hidden_s.flatten(0, 1), batch.hidden_t.flatten(0, 1), batch.weight_s, batch.weight_t
-        block, (z_s, z_t) = self._logits(batch, rows)
+        z_s, z_t = self._logits(batch, rows)
         for first in range(0, len(x_s), rows):
             chunk = slice(first, min(first + rows, len(x_s)))
             z = z_s[: chunk.stop - first]
@@ -52,7 +53,6 @@ class BareGemms:
             torch.mm(z, w_s, out=self.d_x[chunk])
             if self.d_w is not None:
                 torch.mm(z.t(), x_s[chunk], out=self.d_w)
-        memory.give_back(block)
 
 
 def flops(case: Case, teacher: bool) -> int:

@@ -65,7 +65,7 @@ class Peak:
     def __init__(self, device: str):
         self.device = device
         gc.collect()
-        memory._kept.clear()  # the logits' block of the last call would hide what this one needs
+        memory.release()  # the last call's blocks would hide what this one needs
         if device == "cuda":
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
