@@ -19,8 +19,6 @@ from torch import Tensor
 
 _ALIGNMENT = 64  # bytes
 _SMALLEST = 1 << 20  # bytes: malloc keeps what is smaller
-_blocks: list[mmap.mmap] = []
-_lock = threading.Lock()
 
 
 def _references(things: list, i: int) -> int:
@@ -30,31 +28,46 @@ def _references(things: list, i: int) -> int:
 _UNUSED = _references([object()], 0)  # the list's, and what the count itself takes; a tensor over a block adds one
 
 
-def _free() -> list[int]:
-    """Places of the blocks that no tensor uses."""
-    return [i for i in range(len(_blocks)) if _references(_blocks, i) == _UNUSED]
+class _Pool:
+    """Blocks of memory, each under one tensor at a time; ``most``: how many times larger than asked for one may be."""
+
+    def __init__(self, most: float):
+        self.blocks: list[mmap.mmap] = []
+        self.most, self.lock = most, threading.Lock()
+
+    def free(self) -> list[int]:
+        """Places of the blocks that no tensor uses."""
+        return [i for i in range(len(self.blocks)) if _references(self.blocks, i) == _UNUSED]
+
+    def release(self) -> None:
+        """Gives these back."""
+        for i in reversed(self.free()):
+            del self.blocks[i]
+
+    def take(self, count: int) -> Tensor:
+        """[count] uninitialised bytes."""
+        size = -(-count // mmap.PAGESIZE) * mmap.PAGESIZE
+        with self.lock:
+            fit = [i for i in self.free() if size <= len(self.blocks[i]) <= self.most * size]
+            if fit:
+                block = self.blocks[min(fit, key=lambda i: len(self.blocks[i]))]
+            else:
+                self.release()
+                block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # a fork's writes are its own
+                with suppress(AttributeError, OSError):  # not every system has them
+                    block.madvise(mmap.MADV_HUGEPAGE)
+                self.blocks.append(block)
+            return torch.frombuffer(block, dtype=torch.uint8, count=count)
+
+
+_logits = _Pool(most=math.inf)  # of the largest call so far
+_gradients = _Pool(most=1)  # some are the caller's: none may hold more than it shows
 
 
 def release() -> None:
     """Gives the blocks back that no tensor uses."""
-    for i in reversed(_free()):
-        del _blocks[i]
-
-
-def _bytes(count: int, most: float) -> Tensor:
-    """[count] uninitialised bytes of a block of at most ``most`` times as many."""
-    size = -(-count // mmap.PAGESIZE) * mmap.PAGESIZE
-    with _lock:
-        fit = [i for i in _free() if size <= len(_blocks[i]) <= most * size]
-        if fit:
-            block = _blocks[min(fit, key=lambda i: len(_blocks[i]))]
-        else:
-            release()
-            block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # a fork's writes are its own
-            with suppress(AttributeError, OSError):  # not every system has them
-                block.madvise(mmap.MADV_HUGEPAGE)
-            _blocks.append(block)
-        return torch.frombuffer(block, dtype=torch.uint8, count=count)
+    _logits.release()
+    _gradients.release()
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -62,7 +75,7 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
     count = math.prod(shape) * dtype.itemsize
     if device.type != "cpu" or count < _SMALLEST:
         return torch.empty(shape, dtype=dtype, device=device)
-    return _bytes(count, most=1).view(dtype).view(shape)
+    return _gradients.take(count).view(dtype).view(shape)
 
 
 def matrices(sizes: list[tuple[tuple[int, int], torch.dtype]], device: torch.device) -> list[Tensor]:
@@ -73,7 +86,7 @@ def matrices(sizes: list[tuple[tuple[int, int], torch.dtype]], device: torch.dev
     for (rows, columns), dtype in sizes:
         starts.append(total)
         total += -(-rows * columns * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
-    block = torch.empty(total, dtype=torch.uint8) if total < _SMALLEST else _bytes(total, most=math.inf)
+    block = torch.empty(total, dtype=torch.uint8) if total < _SMALLEST else _logits.take(total)
     return [
         block.view(dtype).as_strided((rows, columns), (columns, 1), start // dtype.itemsize)
         for start, ((rows, columns), dtype) in zip(starts, sizes, strict=True)

@@ -1,6 +1,7 @@
 """Peak resident memory of TSD-KD at a real vocabulary, and the blocks that are kept between calls."""
 
 import json
+import math
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -90,14 +91,15 @@ def test_a_smaller_budget_is_kept(linux):
 
 
 @pytest.fixture
-def blocks(monkeypatch) -> list:
-    """The blocks kept; small tensors have them too."""
+def gradients(monkeypatch) -> list:
+    """The blocks kept for gradients, where small tensors have them too; none is there for logits either."""
     monkeypatch.setattr(memory, "_SMALLEST", 1)
-    monkeypatch.setattr(memory, "_blocks", [])
-    return memory._blocks
+    monkeypatch.setattr(memory, "_logits", memory._Pool(math.inf))
+    monkeypatch.setattr(memory, "_gradients", memory._Pool(1))
+    return memory._gradients.blocks
 
 
-def test_matrices_do_not_overlap_and_are_aligned(blocks):
+def test_matrices_do_not_overlap_and_are_aligned(gradients):
     sizes = [((3, 7), torch.bfloat16), ((5, 11), torch.float32), ((1, 1), torch.float64)]
     matrices = memory.matrices(sizes, CPU)
     for i, (matrix, (shape, dtype)) in enumerate(zip(matrices, sizes, strict=True)):
@@ -105,10 +107,10 @@ def test_matrices_do_not_overlap_and_are_aligned(blocks):
         assert matrix.data_ptr() % 64 == 0
         matrix.fill_(i + 1)
     assert [matrix.unique().tolist() for matrix in matrices] == [[1], [2], [3]]
-    assert len(blocks) == 1
+    assert len(memory._logits.blocks) == 1
 
 
-def test_a_block_serves_again_when_no_tensor_uses_it(blocks):
+def test_a_block_serves_again_when_no_tensor_uses_it(gradients):
     first = memory.empty((100, 1000), torch.float32, CPU)
     place, view = first.data_ptr(), first[3:].t().numpy()
     second = memory.empty((100, 1000), torch.float32, CPU)
@@ -121,33 +123,32 @@ def test_a_block_serves_again_when_no_tensor_uses_it(blocks):
     assert again.data_ptr() == place and again.shape == (200, 1000) and again.dtype == torch.bfloat16
 
 
-def test_what_the_caller_gets_is_no_larger_than_asked_for(blocks):
-    """A gradient must not hold the logits' block."""
-    del memory.matrices([((1000, 100), torch.float32)], CPU)[:]
+def test_what_the_caller_gets_is_no_larger_than_asked_for(gradients):
+    memory.empty((1000, 100), torch.float32, CPU)
     memory.empty((100, 100), torch.float32, CPU)
-    assert [len(block) for block in blocks] == [40960]
+    assert [len(block) for block in gradients] == [40960]
 
 
-def test_logits_fit_in_the_block_of_a_larger_call(blocks):
+def test_logits_fit_in_the_block_of_a_larger_call(gradients):
     place = memory.matrices([((1000, 100), torch.float32)], CPU)[0].data_ptr()
     assert memory.matrices([((700, 100), torch.float32)], CPU)[0].data_ptr() == place
     inner, outer = (memory.matrices([((700, 100), torch.float32)], CPU) for _ in range(2))
     assert inner[0].data_ptr() != outer[0].data_ptr(), "a call inside a call"
 
 
-def test_blocks_that_do_not_fit_are_released(blocks):
+def test_blocks_that_do_not_fit_are_released(gradients):
     kept = memory.empty((10, 4096), torch.uint8, CPU)
     memory.empty((20, 4096), torch.uint8, CPU)
     memory.empty((30, 4096), torch.uint8, CPU)
-    assert [len(block) // 4096 for block in blocks] == [10, 30]
+    assert [len(block) // 4096 for block in gradients] == [10, 30]
     memory.release()
-    assert [len(block) // 4096 for block in blocks] == [10]
+    assert [len(block) // 4096 for block in gradients] == [10]
     del kept
     memory.release()
-    assert not blocks
+    assert not gradients
 
 
-def test_threads_never_share_a_block(blocks):
+def test_threads_never_share_a_block(gradients):
     def work(number: int) -> bool:
         for _ in range(200):
             mine = memory.empty((1 << 14,), torch.int64, CPU).fill_(number)
@@ -159,7 +160,7 @@ def test_threads_never_share_a_block(blocks):
         assert all(pool.map(work, range(8)))
 
 
-def test_calls_use_the_same_blocks(blocks, backend):
+def test_calls_use_the_same_blocks(gradients, backend):
     """Logits, the sums of dW and dW itself, once the last gradient is gone; never a gradient that is still there."""
     batch = fixed(torch.bfloat16, (4, 20, 4), longest=20)
     budget = None if backend == "eager" else smallest_budget(lambda n: loss_of(kd.GKD, batch, memory_budget=n)) + 9000
@@ -167,7 +168,7 @@ def test_calls_use_the_same_blocks(blocks, backend):
     for _ in range(3):
         batch.student.weight.grad = None
         loss_of(kd.GKD, batch, memory_budget=budget).backward()
-        places.append((batch.student.weight.grad.data_ptr(), len(blocks)))
+        places.append((batch.student.weight.grad.data_ptr(), len(gradients)))
     assert places[1] == places[2]
     kept, expected = batch.student.weight.grad, batch.student.weight.grad.clone()
     batch.student.weight.grad = None
@@ -176,7 +177,7 @@ def test_calls_use_the_same_blocks(blocks, backend):
     assert torch.equal(kept, expected) and torch.equal(batch.student.weight.grad, expected)
 
 
-def test_a_block_from_inference_mode_serves_training(blocks, backend):
+def test_a_block_from_inference_mode_serves_training(gradients, backend):
     batch = fixed()
     with torch.inference_mode():
         expected = loss_of(kd.GKD, batch)
