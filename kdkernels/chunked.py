@@ -41,7 +41,7 @@ class Tokens(Summary):
     """Per-token vectors [n]; None where the program or the inputs do not have it."""
 
     stats: Tensor  # [n, ...]: entropy, lse
-    top_indices: Tensor  # [n, K] the student's candidates, at least the first: argmax
+    top_indices: Tensor  # [n, K] the student's candidates; without any, at least the first: argmax
     top_log_probs: Tensor | None = None  # [n, K]
     cross_entropy: Tensor | None = None  # -log q(target)
     collision: Tensor | None = None  # sum of the largest squared probabilities
@@ -105,7 +105,7 @@ class Call:
     target: Tensor | None = None  # [N] token ids
     weight: Tensor | None = None  # [N]
     from_teacher: int = 0  # so many tokens come first that are of responses the teacher wrote
-    coefficients: dict[str, Tensor] | None = None  # term -> [N]: given, not asked of the program
+    coefficients: dict[str, Tensor] | None = None  # term -> [N]: given (or {}: none), not asked of the program
     scale: float = 1.0  # on the loss: one over what it is a mean of
     memory_budget: int | None = None
     logits_dtype: torch.dtype | None = None
@@ -165,8 +165,10 @@ class _Loop:
         self.coefficients: list[dict[str, Tensor]] = []
         self.student = self._side(student, layout.index, buffer, needs)
         self.teacher = teacher and self._side(teacher, call.teacher_index, *others)
-        # For what is no word another's id: CPUs have raised an error, asking a GPU would be a sync.
-        self.target = None if call.target is None else call.target.clamp(0, self.vocabulary - 1)[:, None]
+        self.target, self.no_word = call.target, None
+        if call.target is not None and device.type != "cpu":  # which have raised an error; asking others would be a sync
+            self.target = call.target.clamp(0, self.vocabulary - 1)
+            self.no_word = self.target != call.target
 
     def _side(self, source: Source, index: Tensor, buffer: Tensor | None = None, needs: tuple[bool, ...] | None = None):
         needs = needs or (False,) * len(source.tensors)
@@ -203,7 +205,7 @@ class _Loop:
     def _piece(self, piece: slice, chunk: plan.Chunk, selected: dict[str, Tensor] | None) -> None:
         program = self.call.program
         words = self.teacher.words(piece) if isinstance(self.teacher, sides.TopKSide) else None
-        gather = _beside(words and words[0], None if self.target is None else self.target[piece])
+        gather = _beside(words and words[0], self._targets(piece))
         largest = max(1, program.topk, program.collision)
         student = self.student.rows(self.backend, piece, program.temperature, largest, gather)
         if selected is None:
@@ -219,6 +221,10 @@ class _Loop:
         if self.differentiates:
             self.student.add(piece, d_logits)
 
+    def _targets(self, tokens: slice) -> Tensor | None:
+        """Ids [n, 1] that are words."""
+        return None if self.target is None else self.target[tokens, None]
+
     def _tokens(
         self,
         tokens: slice,
@@ -232,10 +238,13 @@ class _Loop:
         terms = [term for term in ("divergence", "divergence_from_teacher") if getattr(program, term)]
         own = "divergence_from_teacher" if tokens.start < call.from_teacher else "divergence"
         kind, temperature = getattr(program, own), program.temperature
-        target = None if self.target is None else self.target[tokens]
-        values = _summary(student, target is not None, program.collision, max(1, program.topk))
-        if target is not None:
-            values.cross_entropy.masked_fill_(target[:, 0] != call.target[tokens], torch.nan)
+        target = self._targets(tokens)
+        values = _summary(student, target is not None, program.collision)
+        if self.no_word is not None:
+            values.cross_entropy.masked_fill_(self.no_word[tokens], torch.nan)
+        if program.topk:
+            values.top_indices = student.top_indices[:, : program.topk]
+            values.top_log_probs = student.log_prob(student.top_values[:, : program.topk])
         teacher = center = d_candidates = outcomes = value = None
         if words:
             outcomes = coarse.divergence(self.backend, student, *words, kind, temperature, self.teacher.renormalize)
@@ -244,7 +253,7 @@ class _Loop:
             gather = _beside(values.top_indices if program.topk else None, target)
             largest = max(program.collision, min(program.teacher_collision, self.vocabulary))
             teacher = self.teacher.rows(self.backend, tokens, temperature, max(1, largest), gather)
-            values.teacher = _summary(teacher, target is not None, largest, 1)
+            values.teacher = _summary(teacher, target is not None, largest)
             if program.topk:
                 values.teacher.at_student_argmax = teacher.log_prob(teacher.gathered[:, :1])[:, 0]
             if program.plackett_luce:
@@ -255,8 +264,6 @@ class _Loop:
                 value, center = self.backend.divergence(student, teacher, kind, temperature)
         for term in terms:
             setattr(values, term, value if term == own else torch.zeros_like(value))
-        if program.topk:
-            values.top_log_probs = student.log_prob(student.top_values[:, : program.topk])
         if call.coefficients is not None:
             c = {term: each[tokens] for term, each in call.coefficients.items()}
         else:
@@ -284,11 +291,11 @@ def _beside(*ids: Tensor | None) -> Tensor | None:
     return torch.cat(asked, dim=1)
 
 
-def _summary(rows: Rows, targeted: bool, largest: int, candidates: int) -> Tokens:
+def _summary(rows: Rows, targeted: bool, largest: int) -> Tokens:
     """The statistics of one side; the target, where there is one, is the last id gathered."""
-    cross_entropy = -rows.log_prob(rows.gathered[:, -1:])[:, 0] if targeted else None
+    cross_entropy = rows.log_sum - (rows.gathered[:, -1] - rows.max) if targeted else None
     collision = (2 * rows.log_prob(rows.top_values[:, :largest])).exp().sum(-1) if largest else None
-    return Tokens(rows.stats, rows.top_indices[:, :candidates], cross_entropy=cross_entropy, collision=collision)
+    return Tokens(rows.stats, rows.top_indices, cross_entropy=cross_entropy, collision=collision)
 
 
 def _row_coefficients(

@@ -110,12 +110,14 @@ def _term(
     """One term's value at every position."""
     check_limits(memory_budget, logits_dtype)
     rows = _check_rows(rows, student)
-    student, teacher = student.autocast(), teacher and teacher.autocast().detach()
+    student = student.autocast()
     tensors, *about_student = operators.unpacked(student)
+    teachers, *about_teacher = operators.unpacked(teacher and teacher.autocast())
     return operators.token_values(
         tensors,
         *about_student,
-        *operators.unpacked(teacher),
+        [t.detach() for t in teachers],
+        *about_teacher,
         target,
         rows,
         name,

@@ -77,12 +77,21 @@ class Sources(NamedTuple):
         target = None if self.target is None else self.target.flatten()[index]
         if target is not None:
             if ignore_index is not None and index.device.type == "cpu":
-                kept = target != ignore_index
-                index, target = index[kept], target[kept]
+                ignored = target == ignore_index
+                if ignored.any():
+                    index, target = index[~ignored], target[~ignored]
             check_range("target", target, student.vocabulary)
-        layout = Layout.trusted(index, (len(index),) if len(index) else (), (1, self.shape.numel()))
+        (count,) = index.shape
         return Call(
-            program, student, teacher, layout, index, target, memory_budget=memory_budget, logits_dtype=logits_dtype
+            program,
+            student,
+            teacher,
+            Layout.trusted(index, (count,) if count else (), (1, self.shape.numel())),
+            teacher_index=index,
+            target=target,
+            coefficients={},
+            memory_budget=memory_budget,
+            logits_dtype=logits_dtype,
         )
 
     def index(self) -> Tensor:
@@ -99,16 +108,18 @@ def check_range(name: str, ids: Tensor, count: int, distinct: bool = False) -> N
     """Looks at ids on CPUs only: elsewhere it would be a sync."""
     if ids.device.type != "cpu" or not ids.numel():
         return
-    if not 0 <= int(ids.min()) <= int(ids.max()) < count:
-        raise ValueError(f"{name}: expected ids in [0, {count}), got {int(ids.min())} to {int(ids.max())}")
+    low, high = (int(each) for each in ids.aminmax())
+    if not 0 <= low <= high < count:
+        raise ValueError(f"{name}: expected ids in [0, {count}), got {low} to {high}")
     if distinct and len(ids.unique()) < len(ids):
         raise ValueError(f"{name}: expected distinct positions, got {len(ids)} of which {len(ids.unique())} differ")
 
 
 def _spread(values: Tensor, call: Call, shape: torch.Size) -> Tensor:
     """Values [N, ...] at their positions of the leading shape, 0 elsewhere."""
-    out = values.new_zeros((shape.numel(), *values.shape[1:]))
-    return out.index_copy_(0, call.layout.index, values).view((*shape, *values.shape[1:]))
+    rest = values.shape[1:]
+    out = values.new_zeros((shape.numel(), *rest))
+    return out.index_copy_(0, call.layout.index, values).view(shape + rest)
 
 
 def _registered(function: Callable, schema: str, like: Callable, backward: Callable | None = None, save=None):
@@ -146,8 +157,15 @@ class _Values(NamedTuple):
     logits_dtype: torch.dtype | None
     needs: list[bool]  # per tensor of the student
 
-    def program(self) -> _Term:
-        return _Term(self.term, self.kind, self.temperature, self.topk)
+    def call(self, sources: Sources) -> Call:
+        program = _Term(self.term, self.kind, self.temperature, self.topk)
+        return sources.call(program, self.ignore_index, self.memory_budget, self.logits_dtype)
+
+    def ignored(self, call: Call) -> Tensor | None:
+        """Which of the positions [N] of ``call`` do not count: none on CPUs, whose calls leave them out."""
+        if call.target is None or call.target.device.type == "cpu":
+            return None
+        return call.target == self.ignore_index
 
 
 _VALUES = f"{_SOURCES}, str term, float[] kind, float temperature, int topk, int? ignore_index, {_LIMITS}, bool[] needs"
@@ -158,20 +176,16 @@ def _split(arguments: tuple) -> tuple[Sources, _Values]:
     return Sources(*arguments[:count]), _Values(*arguments[count:])
 
 
-def _call(arguments: tuple) -> Call:
-    sources, values = _split(arguments)
-    return sources.call(values.program(), values.ignore_index, values.memory_budget, values.logits_dtype)
-
-
 def _token_values(*arguments) -> Tensor:
     sources, values = _split(arguments)
-    call = _call(arguments)
+    call = values.call(sources)
     result = run(call)
     if result is None:
         return _values_like(*arguments).zero_()
     out = getattr(result.tokens, values.term)
-    if call.target is not None:
-        out = torch.where(call.target == values.ignore_index, 0, out)
+    ignored = values.ignored(call)
+    if ignored is not None:
+        out = out.masked_fill(ignored, 0)
     return _spread(out, call, sources.shape)
 
 
@@ -181,11 +195,12 @@ def _values_like(*arguments) -> Tensor:
 
 
 def _token_gradients(grad: Tensor, *arguments) -> list[Tensor]:
-    _, values = _split(arguments)
-    call = _call(arguments)
+    sources, values = _split(arguments)
+    call = values.call(sources)
     weight = grad.flatten()[call.layout.index]
-    if call.target is not None:
-        weight = torch.where(call.target == values.ignore_index, 0, weight)
+    ignored = values.ignored(call)
+    if ignored is not None:
+        weight = weight.masked_fill(ignored, 0)
     needs = (*values.needs, *(False for _ in call.student.tensors[len(values.needs) :]))  # a bias that is not there
     factor = weight.new_ones(())
     if call.student.dtype == torch.float16 and len(weight):  # it would lose small gradients of logits

@@ -57,7 +57,7 @@ class Rows(Summary):
     gathered: Tensor | None  # [C, J] z at the ids asked for
 
     def __getitem__(self, tokens: slice) -> Rows:
-        if tokens == slice(0, len(self.stats)):
+        if tokens == slice(0, self.stats.shape[0]):
             return self
         gathered = None if self.gathered is None else self.gathered[tokens]
         stats, values, indices = self.stats[tokens], self.top_values[tokens], self.top_indices[tokens]
