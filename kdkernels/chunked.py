@@ -25,6 +25,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from copy import copy
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -118,14 +119,18 @@ class Result:
     gradients: tuple[Tensor | None, ...]  # of the student's tensors
     scale: float  # what coefficients and gradients still have to be multiplied with
 
-    def term(self, name: str) -> Tensor:
+    @cached_property
+    def terms(self) -> dict[str, Tensor]:
         """scale * sum of coefficient * value, in fp64; a token without a coefficient does not count, NaN or not."""
-        c = self.coefficients[name].double()
-        return self.scale * torch.where(c == 0, 0, c * getattr(self.tokens, name).double()).sum()
+        out = {}
+        for name, coefficient in self.coefficients.items():
+            c = coefficient.double()
+            out[name] = self.scale * torch.where(c == 0, 0, c * getattr(self.tokens, name).double()).sum()
+        return out
 
     def loss(self) -> Tensor:
         """The sum of all terms."""
-        return sum(self.term(name) for name in self.coefficients).to(self.tokens.entropy.dtype)
+        return sum(self.terms.values()).to(self.tokens.stats.dtype)
 
 
 class _Loop:

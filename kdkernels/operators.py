@@ -25,8 +25,9 @@ from .layout import Layout
 def _packed(tensors: list[Tensor], kind: str, options: list[float]) -> Source | None:
     """What ``unpacked`` took apart; it has been checked."""
     if kind == "Head":
+        softcap, scale, words = options
         fields = dict(zip(Head.names, tensors, strict=False))
-        return Head.trusted(**fields, softcap=options[0] or None, scale=options[1], vocab_size=int(options[2]))
+        return Head.trusted(**fields, softcap=softcap or None, scale=scale, vocab_size=int(words))
     if kind == "Logits":
         return Logits.trusted(logits=tensors[0], vocab_size=int(options[0]))
     if kind == "TopK":
