@@ -42,7 +42,7 @@ class Tokens(Summary):
     """Per-token vectors [n]; None where the program or the inputs do not have it."""
 
     stats: Tensor  # [n, ...]: entropy, lse
-    top_indices: Tensor  # [n, K] the student's candidates; without any, at least the first: argmax
+    top_indices: Tensor  # [n, K] the student's candidates, or the first alone: argmax
     top_log_probs: Tensor | None = None  # [n, K]
     cross_entropy: Tensor | None = None  # -log q(target)
     collision: Tensor | None = None  # sum of the largest squared probabilities
@@ -170,10 +170,8 @@ class _Loop:
         self.coefficients: list[dict[str, Tensor]] = []
         self.student = self._side(student, layout.index, buffer, needs)
         self.teacher = teacher and self._side(teacher, call.teacher_index, *others)
-        self.target, self.no_word = call.target, None
-        if call.target is not None and device.type != "cpu":  # which have raised an error; asking others would be a sync
-            self.target = call.target.clamp(0, self.vocabulary - 1)
-            self.no_word = self.target != call.target
+        # For what is no word, one that is: CPUs have raised an error, asking a GPU would be a sync.
+        self.target = None if call.target is None else call.target.clamp(0, self.vocabulary - 1)
 
     def _side(self, source: Source, index: Tensor, buffer: Tensor | None = None, needs: tuple[bool, ...] | None = None):
         needs = needs or (False,) * len(source.tensors)
@@ -245,8 +243,8 @@ class _Loop:
         kind, temperature = getattr(program, own), program.temperature
         target = self._targets(tokens)
         values = _summary(student, target is not None, program.collision)
-        if self.no_word is not None:
-            values.cross_entropy.masked_fill_(self.no_word[tokens], torch.nan)
+        if target is not None:
+            values.cross_entropy.masked_fill_(target[:, 0] != call.target[tokens], torch.nan)
         if program.topk:
             values.top_indices = student.top_indices[:, : program.topk]
             values.top_log_probs = student.log_prob(student.top_values[:, : program.topk])
@@ -300,7 +298,7 @@ def _summary(rows: Rows, targeted: bool, largest: int) -> Tokens:
     """The statistics of one side; the target, where there is one, is the last id gathered."""
     cross_entropy = rows.log_sum - (rows.gathered[:, -1] - rows.max) if targeted else None
     collision = (2 * rows.log_prob(rows.top_values[:, :largest])).exp().sum(-1) if largest else None
-    return Tokens(rows.stats, rows.top_indices, cross_entropy=cross_entropy, collision=collision)
+    return Tokens(rows.stats, rows.top_indices[:, :1], cross_entropy=cross_entropy, collision=collision)
 
 
 def _row_coefficients(
