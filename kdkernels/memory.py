@@ -34,7 +34,7 @@ def borrow(
             block = torch.empty(total, dtype=torch.uint8, device=device)
     matrices = []
     for start, ((rows, columns), dtype) in zip(starts, sizes, strict=True):
-        matrices.append(block.view(dtype).as_strided((rows, columns), (columns, 1), start // dtype.itemsize))
+        matrices.append(block[start : start + rows * columns * dtype.itemsize].view(dtype).view(rows, columns))
     return block, matrices
 
 
