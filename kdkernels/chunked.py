@@ -24,26 +24,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from copy import copy
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from . import coarse, memory, plan, sides
 from .divergences import Divergence
-from .heads import Head, Logits, Source, TopK, shared_vocabulary
+from .heads import Head, Logits, Source, TopK, autocast_dtype, shared_vocabulary
 from .layout import Layout
-from .rows import Coefficients, Rows, backend_for, plackett_luce
+from .rows import Coefficients, Rows, Summary, backend_for, plackett_luce
 
 
-@dataclass
-class Tokens:
+@dataclass(eq=False)
+class Tokens(Summary):
     """Per-token vectors [n]; None where the program or the inputs do not have it."""
 
-    entropy: Tensor
-    lse: Tensor
-    argmax: Tensor
-    top_indices: Tensor | None = None  # [n, K]
+    stats: Tensor  # [n, ...]: entropy, lse
+    top_indices: Tensor  # [n, K] the student's candidates, or the first alone: argmax
     top_log_probs: Tensor | None = None  # [n, K]
     cross_entropy: Tensor | None = None  # -log q(target)
     collision: Tensor | None = None  # sum of the largest squared probabilities
@@ -52,20 +51,21 @@ class Tokens:
     divergence: Tensor | None = None
     divergence_from_teacher: Tensor | None = None  # 0 where the student wrote, as divergence is where the teacher did
     plackett_luce: Tensor | None = None
-    length: Tensor | None = None  # tokens of the token's response
+    length: Tensor | None = None  # tokens of the token's response, where coefficients are asked of the program
     weight: Tensor | None = None  # the caller's per-token weight
     selected: dict[str, Tensor] = field(default_factory=dict)  # Program.select of these tokens
 
-    @staticmethod
-    def cat(parts: list[Tokens]) -> Tokens:
-        def join(values):
-            if isinstance(values[0], Tokens):
-                return Tokens.cat(values)
-            if isinstance(values[0], dict):
-                return {key: torch.cat([v[key] for v in values]) for key in values[0]}
-            return None if values[0] is None else torch.cat(values)
 
-        return Tokens(**{f.name: join([getattr(part, f.name) for part in parts]) for f in fields(Tokens)})
+def _cat(parts: list):
+    """Consecutive tokens' tensors, dicts or Tokens as one; None where the parts are."""
+    first = parts[0]
+    if len(parts) == 1 or first is None:
+        return first
+    if isinstance(first, Tensor):
+        return torch.cat(parts)
+    if isinstance(first, dict):
+        return {key: _cat([part[key] for part in parts]) for key in first}
+    return Tokens(**_cat([vars(part) for part in parts]))
 
 
 class Program:
@@ -94,7 +94,7 @@ class Program:
         return {}
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Call:
     """One evaluation of a program. ``student`` and ``teacher`` hold detached tensors; [N] tensors follow ``layout``."""
 
@@ -106,27 +106,31 @@ class Call:
     target: Tensor | None = None  # [N] token ids
     weight: Tensor | None = None  # [N]
     from_teacher: int = 0  # so many tokens come first that are of responses the teacher wrote
-    coefficients: dict[str, Tensor] | None = None  # term -> [N]: given, not asked of the program
+    coefficients: dict[str, Tensor] | None = None  # term -> [N]: given (or {}: none), not asked of the program
     scale: float = 1.0  # on the loss: one over what it is a mean of
     memory_budget: int | None = None
     logits_dtype: torch.dtype | None = None
 
 
-@dataclass
+@dataclass(eq=False)
 class Result:
     tokens: Tokens
     coefficients: dict[str, Tensor]
     gradients: tuple[Tensor | None, ...]  # of the student's tensors
     scale: float  # what coefficients and gradients still have to be multiplied with
 
-    def term(self, name: str) -> Tensor:
+    @cached_property
+    def terms(self) -> dict[str, Tensor]:
         """scale * sum of coefficient * value, in fp64; a token without a coefficient does not count, NaN or not."""
-        c = self.coefficients[name].double()
-        return self.scale * torch.where(c == 0, 0, c * getattr(self.tokens, name).double()).sum()
+        out = {}
+        for name, coefficient in self.coefficients.items():
+            c = coefficient.double()
+            out[name] = self.scale * torch.where(c == 0, 0, c * getattr(self.tokens, name).double()).sum()
+        return out
 
     def loss(self) -> Tensor:
         """The sum of all terms."""
-        return sum(self.term(name) for name in self.coefficients).to(self.tokens.entropy.dtype)
+        return sum(self.terms.values()).to(self.tokens.stats.dtype)
 
 
 class _Loop:
@@ -137,7 +141,7 @@ class _Loop:
         device, self.operand = student.device, student.dtype
         dtype = sides.logits_dtype(student, call.logits_dtype)
         teacher_dtype = torch.promote_types(dtype, teacher.dtype) if teacher else dtype
-        self.call, self.needs = call, needs
+        self.call, self.differentiates = call, any(needs)
         # fp16 loses small gradients of logits: they get the scale after the products. Elsewhere that would be one more
         # pass over dW, 2 % of the call on a CPU.
         self.scale = 1.0 if self.operand == torch.float16 else call.scale
@@ -166,6 +170,8 @@ class _Loop:
         self.coefficients: list[dict[str, Tensor]] = []
         self.student = self._side(student, layout.index, buffer, needs)
         self.teacher = teacher and self._side(teacher, call.teacher_index, *others)
+        # For what is no word, one that is: CPUs have raised an error, asking a GPU would be a sync.
+        self.target = None if call.target is None else call.target.clamp(0, self.vocabulary - 1)
 
     def _side(self, source: Source, index: Tensor, buffer: Tensor | None = None, needs: tuple[bool, ...] | None = None):
         needs = needs or (False,) * len(source.tensors)
@@ -180,9 +186,8 @@ class _Loop:
             selected = self._select_ahead(chunk)
             for piece in chunk.pieces:
                 self._piece(piece, chunk, selected)
-        coefficients = {term: torch.cat([c[term] for c in self.coefficients]) for term in self.coefficients[0]}
         left = self.call.scale / self.scale
-        return Result(Tokens.cat(self.values), coefficients, self.student.gradients(), left)
+        return Result(_cat(self.values), _cat(self.coefficients), self.student.gradients(), left)
 
     def _select_ahead(self, chunk: plan.Chunk) -> dict[str, Tensor] | None:
         """What a response in several pieces selects, from a statistics pass; None where one piece shows it all."""
@@ -198,37 +203,37 @@ class _Loop:
         return program.select(entropy, teacher_entropy, self.call.layout.part(chunk.first, chunk.last))
 
     def _entropies(self, side, pieces: list[slice]) -> Tensor:
-        return torch.cat([side.rows(self.backend, piece, 1.0, 1, None).entropy for piece in pieces])
+        return _cat([side.rows(self.backend, piece, 1.0, 1, None).entropy for piece in pieces])
 
     def _piece(self, piece: slice, chunk: plan.Chunk, selected: dict[str, Tensor] | None) -> None:
         program = self.call.program
         words = self.teacher.words(piece) if isinstance(self.teacher, sides.TopKSide) else None
-        gather = _beside(words and words[0], self._target(piece))
+        gather = _beside(words and words[0], self._targets(piece))
         largest = max(1, program.topk, program.collision)
         student = self.student.rows(self.backend, piece, program.temperature, largest, gather)
         if selected is None:
             selected = self._select(chunk, student.entropy)
-        origin = chunk.pieces[0].start
-        d_logits = student.logits.view(self.operand)[:, : self.vocabulary]  # the gradient overwrites the logits
+        origin, d_logits = chunk.pieces[0].start, None
+        if self.differentiates:  # the gradient overwrites the logits
+            d_logits = student.logits.view(self.operand)[:, : self.vocabulary]
         for tokens in plan.split(piece.start, piece.stop, self.teacher_rows, self.call.from_teacher):
             here = slice(tokens.start - piece.start, tokens.stop - piece.start)
             chosen = {key: v[tokens.start - origin : tokens.stop - origin] for key, v in selected.items()}
-            self._tokens(tokens, student[here], chosen, d_logits[here], words and tuple(each[here] for each in words))
-        self.student.add(piece, d_logits)
+            out = None if d_logits is None else d_logits[here]
+            self._tokens(tokens, student[here], chosen, out, words and tuple(each[here] for each in words))
+        if self.differentiates:
+            self.student.add(piece, d_logits)
 
-    def _target(self, tokens: slice) -> Tensor | None:
-        """Ids [n, 1]; 0 for what is no word: CPUs have raised an error, asking a GPU would be a sync."""
-        if self.call.target is None:
-            return None
-        target = self.call.target[tokens, None]
-        return torch.where((target >= 0) & (target < self.vocabulary), target, 0)
+    def _targets(self, tokens: slice) -> Tensor | None:
+        """Ids [n, 1] that are words."""
+        return None if self.target is None else self.target[tokens, None]
 
     def _tokens(
         self,
         tokens: slice,
         student: Rows,
         selected: dict[str, Tensor],
-        d_logits: Tensor,
+        d_logits: Tensor | None,
         words: tuple[Tensor, Tensor] | None,
     ) -> None:
         """Values, coefficients and logits' gradient of some tokens of a chunk, all written by the same model."""
@@ -236,20 +241,19 @@ class _Loop:
         terms = [term for term in ("divergence", "divergence_from_teacher") if getattr(program, term)]
         own = "divergence_from_teacher" if tokens.start < call.from_teacher else "divergence"
         kind, temperature = getattr(program, own), program.temperature
-        target = self._target(tokens)
+        target = self._targets(tokens)
         values = _summary(student, target is not None, program.collision)
         if target is not None:
             values.cross_entropy.masked_fill_(target[:, 0] != call.target[tokens], torch.nan)
-        candidates = student.top_indices[:, : program.topk]
-        values.selected = selected
-        values.length = call.layout.length[tokens]
-        values.weight = None if call.weight is None else call.weight[tokens]
+        if program.topk:
+            values.top_indices = student.top_indices[:, : program.topk]
+            values.top_log_probs = student.log_prob(student.top_values[:, : program.topk])
         teacher = center = d_candidates = outcomes = value = None
         if words:
             outcomes = coarse.divergence(self.backend, student, *words, kind, temperature, self.teacher.renormalize)
             value = outcomes.value
         elif self.teacher:
-            gather = _beside(candidates if program.topk else None, target)
+            gather = _beside(values.top_indices if program.topk else None, target)
             largest = max(program.collision, min(program.teacher_collision, self.vocabulary))
             teacher = self.teacher.rows(self.backend, tokens, temperature, max(1, largest), gather)
             values.teacher = _summary(teacher, target is not None, largest)
@@ -263,37 +267,38 @@ class _Loop:
                 value, center = self.backend.divergence(student, teacher, kind, temperature)
         for term in terms:
             setattr(values, term, value if term == own else torch.zeros_like(value))
-        if program.topk:
-            values.top_indices = candidates
-            values.top_log_probs = student.log_prob(student.top_values[:, : program.topk])
         if call.coefficients is not None:
             c = {term: each[tokens] for term, each in call.coefficients.items()}
         else:
+            values.selected, values.length = selected, call.layout.length[tokens]
+            values.weight = None if call.weight is None else call.weight[tokens]
             c = {term: self.scale * each for term, each in program.coefficients(values).items()}
             c |= {term: torch.zeros_like(c[term]) for term in terms if term in c and term != own}
         self.values.append(values)
         self.coefficients.append(c)
         if outcomes and c.keys() - set(terms):
             raise TypeError(f"teacher: expected kd.Head or kd.Logits, got TopK: only divergences take it, not {[*c]}")
-        if any(self.needs) and outcomes:
+        if self.differentiates and outcomes:
             coarse.gradient_(self.backend, student, outcomes, c[own], d_logits)
-        elif any(self.needs):
+        elif self.differentiates:
             kind = kind if own in c else None
-            row_coefficients = _row_coefficients(student, target, candidates, d_candidates, c)
+            row_coefficients = _row_coefficients(student, target, values.top_indices, d_candidates, c)
             self.backend.gradient_(student, teacher, kind, temperature, center, row_coefficients, d_logits)
 
 
 def _beside(*ids: Tensor | None) -> Tensor | None:
-    """Columns of ids [n, ...] side by side; None where there are none."""
+    """Columns of ids [n, ...] side by side, contiguous; None where there are none."""
     asked = [each for each in ids if each is not None]
-    return torch.cat(asked, dim=1) if asked else None
+    if len(asked) < 2:
+        return asked[0].contiguous() if asked else None
+    return torch.cat(asked, dim=1)
 
 
 def _summary(rows: Rows, targeted: bool, largest: int) -> Tokens:
     """The statistics of one side; the target, where there is one, is the last id gathered."""
-    cross_entropy = -rows.log_prob(rows.gathered[:, -1:])[:, 0] if targeted else None
+    cross_entropy = rows.log_sum - (rows.gathered[:, -1] - rows.max) if targeted else None
     collision = (2 * rows.log_prob(rows.top_values[:, :largest])).exp().sum(-1) if largest else None
-    return Tokens(rows.entropy, rows.lse, rows.argmax, cross_entropy=cross_entropy, collision=collision)
+    return Tokens(rows.stats, rows.top_indices[:, :1], cross_entropy=cross_entropy, collision=collision)
 
 
 def _row_coefficients(
@@ -301,17 +306,19 @@ def _row_coefficients(
 ) -> Coefficients:
     """Coefficients of the terms as the row kernels take them: a cross-entropy is q minus one at the target."""
     dense = rows.stats.new_zeros(3, len(rows.stats))
-    ids, scatter = [rows.top_indices[:, :0]], [rows.top_values[:, :0]]
     for term, row in (("divergence", 0), ("divergence_from_teacher", 0), ("entropy", 1), ("cross_entropy", 2)):
         if term in c:
-            dense[row] += c[term]
+            dense[row].add_(c[term])
+    ids, scatter = [], []
     if "cross_entropy" in c:
         ids.append(target)
         scatter.append(-dense[2, :, None])
     if "plackett_luce" in c:
         ids.append(candidates)
         scatter.append(c["plackett_luce"][:, None].to(dense.dtype) * d_candidates)
-    return Coefficients(dense, torch.cat(ids, dim=1), torch.cat(scatter, dim=1))
+    if not ids:
+        ids, scatter = [rows.top_indices[:, :0]], [rows.top_values[:, :0]]
+    return Coefficients(dense, _beside(*ids), _beside(*scatter))
 
 
 def run(call: Call, needs: tuple[bool, ...] = ()) -> Result | None:
@@ -323,8 +330,8 @@ def run(call: Call, needs: tuple[bool, ...] = ()) -> Result | None:
     """
     if isinstance(call.teacher, TopK):
         _check_stored(call.program, call.teacher)
-    device = call.student.device.type
-    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+    device = call.student.device
+    with torch.autocast(device.type, enabled=False) if autocast_dtype(device) else nullcontext():
         loop = _Loop(call, needs)
         return loop.run() if loop.chunks else None
 

@@ -37,12 +37,13 @@ def check_teacher(student: Head | Logits, teacher: object, same_positions: bool 
     """A teacher that fits the student: device, dtype and, unless a mask maps them, leading dimensions."""
     if not isinstance(teacher, Source):
         raise TypeError(f"teacher: expected kd.Head, kd.Logits or kd.TopK, got {type(teacher).__name__}")
-    if teacher.device != student.device:
-        raise ValueError(f"teacher: expected device {student.device} (the student's), got {teacher.device}")
-    if isinstance(teacher, Head) and isinstance(student, Head) and autocast_dtype(student.device) is None:
-        fits = teacher.dtype == student.dtype
-    else:  # logits are read as they are; only fp64 would be lost on the student's side
-        fits = teacher.dtype != torch.float64 or student.dtype == torch.float64 or isinstance(teacher, TopK)
+    device = student.device
+    if teacher.device != device:
+        raise ValueError(f"teacher: expected device {device} (the student's), got {teacher.device}")
+    fits = teacher.dtype == student.dtype
+    if not fits and not (isinstance(teacher, Head) and isinstance(student, Head) and autocast_dtype(device) is None):
+        # logits are read as they are; only fp64 would be lost on the student's side
+        fits = teacher.dtype != torch.float64 or isinstance(teacher, TopK)
     if not fits:
         raise TypeError(f"teacher: expected dtype {student.dtype} (the student's), got {teacher.dtype}")
     if same_positions and teacher.shape != student.shape:
@@ -110,12 +111,14 @@ def _term(
     """One term's value at every position."""
     check_limits(memory_budget, logits_dtype)
     rows = _check_rows(rows, student)
-    student, teacher = student.autocast(), teacher and teacher.autocast().detach()
+    student = student.autocast()
     tensors, *about_student = operators.unpacked(student)
+    teachers, *about_teacher = operators.unpacked(teacher and teacher.autocast())
     return operators.token_values(
         tensors,
         *about_student,
-        *operators.unpacked(teacher),
+        [t.detach() for t in teachers],
+        *about_teacher,
         target,
         rows,
         name,

@@ -5,7 +5,6 @@ Axes: V vocabulary, H hidden, K stored words; [...] are any leading dimensions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,28 +20,33 @@ class Source:
 
     names: tuple[str, ...]
 
+    @classmethod
+    def trusted(cls, **fields) -> Source:
+        """From fields that need no second look; the others have their defaults."""
+        source = cls.__new__(cls)
+        source.__dict__.update(fields)
+        return source
+
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
-        return tuple(getattr(self, name) for name in self.names)
-
-    def with_tensors(self, tensors: Sequence[Tensor | None]) -> Source:
-        return replace(self, **dict(zip(self.names, tensors, strict=True)))
+        return tuple([getattr(self, name) for name in self.names])
 
     def detach(self) -> Source:
-        return self.with_tensors([None if t is None else t.detach() for t in self.tensors])
+        detached = [None if t is None else t.detach() for t in self.tensors]
+        return self.trusted(**self.__dict__ | dict(zip(self.names, detached, strict=True)))
 
     @property
     def shape(self) -> torch.Size:
         """The leading dimensions."""
-        return self.tensors[0].shape[:-1]
+        return getattr(self, self.names[0]).shape[:-1]
 
     @property
     def device(self) -> torch.device:
-        return self.tensors[0].device
+        return getattr(self, self.names[0]).device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.tensors[0].dtype
+        return getattr(self, self.names[0]).dtype
 
     def autocast(self) -> Source:
         """This source as autocast wants it: only a head multiplies matrices."""

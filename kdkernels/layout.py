@@ -128,7 +128,7 @@ class Layout:
     @cached_property
     def length(self) -> Tensor:
         """[N] length of each token's response."""
-        return self.response_lengths[self.response]
+        return self.response_lengths.repeat_interleave(self.response_lengths, output_size=len(self))
 
     @cached_property
     def position(self) -> Tensor:

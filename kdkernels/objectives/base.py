@@ -130,8 +130,8 @@ class Objective(Program, nn.Module):
         metrics = {}
         if result is not None:
             metrics = {"loss": loss.detach(), **self.metrics(result.tokens)}
-            for term in result.coefficients:
-                metrics[self.names[term]] = result.term(term).to(loss.dtype)
+            for term, value in result.terms.items():
+                metrics[self.names[term]] = value.to(loss.dtype)
         return Output(loss, torch.full((), count, device=device), metrics)
 
     @property

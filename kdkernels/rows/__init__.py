@@ -16,6 +16,6 @@ from __future__ import annotations
 
 from .candidates import plackett_luce
 from .dispatch import backend_for, info
-from .interface import Coefficients, Rows
+from .interface import Coefficients, Rows, Summary
 
-__all__ = ["Coefficients", "Rows", "backend_for", "info", "plackett_luce"]
+__all__ = ["Coefficients", "Rows", "Summary", "backend_for", "info", "plackett_luce"]

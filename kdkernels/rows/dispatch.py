@@ -24,35 +24,35 @@ def _load(name: str) -> tuple[ModuleType | None, str]:
         return None, f"{type(error).__name__}: {error}"
 
 
-def _why_not(name: str, device: str, dtype: torch.dtype, operand: torch.dtype) -> str:
-    """Empty when backend ``name`` can run these dtypes of logits and operands on ``device``, else the reason."""
+def _able(name: str, device: str, dtype: torch.dtype, operand: torch.dtype) -> tuple[ModuleType | None, str]:
+    """Backend ``name`` if it can run these dtypes of logits and operands on ``device``, else the reason."""
     if name not in _BACKENDS:
-        return f"expected one of {', '.join(_BACKENDS)}"
+        return None, f"expected one of {', '.join(_BACKENDS)}"
     interpreted = name == "triton" and device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
     if name in _DEVICE and device != _DEVICE[name] and not interpreted:
-        return f"it runs on {_DEVICE[name]}, not on {device}"
+        return None, f"it runs on {_DEVICE[name]}, not on {device}"
     module, error = _load(name)
     if module is None:
-        return f"it does not load ({error})"
+        return None, f"it does not load ({error})"
     for name_of_it, each in (("logits", dtype), ("gradients", operand)):  # a gradient has the operands' dtype
         if not module.supports(each):
-            return f"it does not compute with {each} {name_of_it}"
-    return ""
+            return None, f"it does not compute with {each} {name_of_it}"
+    return module, ""
 
 
-def _choose(device: str, dtype: torch.dtype, operand: torch.dtype) -> tuple[str, str]:
-    """The backend's name, and why it is not the one the device deserves (empty where it is, or where it was forced)."""
-    forced = os.environ.get("KDKERNELS_BACKEND")
-    if forced:
-        reason = _why_not(forced, device, dtype, operand)
-        if reason:
-            raise RuntimeError(f"KDKERNELS_BACKEND={forced}: {reason}")
-        return forced, ""
-    wanted = _DESERVED.get(device)
-    if wanted is None:
-        return "eager", f"{device} has no backend of its own yet"
-    reason = _why_not(wanted, device, dtype, operand)
-    return ("eager", f"{wanted}: {reason}") if reason else (wanted, "")
+def _choose(device: str, dtype: torch.dtype, operand: torch.dtype) -> tuple[ModuleType, str]:
+    """The backend, and why it is not the one the device deserves (empty where it is, or where it was forced)."""
+    name = os.environ.get("KDKERNELS_BACKEND")
+    if name:
+        module, reason = _able(name, device, dtype, operand)
+        if module is None:
+            raise RuntimeError(f"KDKERNELS_BACKEND={name}: {reason}")
+        return module, ""
+    name = _DESERVED.get(device)
+    if name is None:
+        return _load("eager")[0], f"{device} has no backend of its own yet"
+    module, reason = _able(name, device, dtype, operand)
+    return (_load("eager")[0], f"{name}: {reason}") if module is None else (module, "")
 
 
 def backend_for(device: torch.device, dtype: torch.dtype, operand: torch.dtype | None = None) -> ModuleType:
@@ -63,11 +63,11 @@ def backend_for(device: torch.device, dtype: torch.dtype, operand: torch.dtype |
     Raises:
         RuntimeError: the forced backend does not exist or cannot run.
     """
-    name, reason = _choose(device.type, dtype, operand or dtype)
+    module, reason = _choose(device.type, dtype, operand or dtype)
     if reason and reason not in _warned:
         _warned.add(reason)
         logger.warning("kdkernels uses its slow eager backend on %s: %s", device, reason)
-    return _load(name)[0]
+    return module
 
 
 def info() -> dict:
@@ -82,7 +82,7 @@ def info() -> dict:
     chosen = {}
     for device in devices:
         try:
-            chosen[device] = _choose(device, fp32, fp32)[0]
+            chosen[device] = _choose(device, fp32, fp32)[0].__name__.rpartition(".")[2]
         except RuntimeError as error:
             chosen[device] = str(error)
     native, _ = _load("native")
@@ -91,7 +91,7 @@ def info() -> dict:
     except RuntimeError as error:  # KDKERNELS_CPU_ISA names one that is not there
         isa = str(error).splitlines()[0]
     return {
-        "backends": {name: _why_not(name, home[name], fp32, fp32) or "ok" for name in _BACKENDS},
+        "backends": {name: _able(name, home[name], fp32, fp32)[1] or "ok" for name in _BACKENDS},
         "devices": chosen,
         "cpu_isa": isa,
     }

@@ -2,32 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Rows:
-    """The logits of a chunk with their statistics; slicing takes tokens.
+class Summary:
+    """What ``stats`` and ``top_indices`` (Rows) say of each token."""
 
-    ``logits`` [C, V] is what the lm_head GEMM wrote; z = softcap * tanh(scale * logits / softcap) is what everything
-    else is computed from. ``stats`` [C, 4 or more], float32 (float64 for float64 logits): max z, log-sum of
-    exp(z - max), entropy (nats), log-sum of exp((z - max) / temperature); what follows is the backend's own. max and
-    log-sum stay apart because their sum, rounded, loses the entropy at |z| ~ 1e4.
-    """
-
-    logits: Tensor
-    scale: float
-    softcap: float | None
     stats: Tensor
-    top_values: Tensor  # [C, K] largest z, descending, ties to the smaller index; K >= 1
-    top_indices: Tensor  # [C, K]
-    gathered: Tensor | None  # [C, J] z at the ids asked for
-
-    def __getitem__(self, tokens: slice) -> Rows:
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Rows(**{k: v[tokens] if isinstance(v, Tensor) else v for k, v in values.items()})
+    top_indices: Tensor
 
     @property
     def max(self) -> Tensor:
@@ -51,10 +35,36 @@ class Rows:
 
     def log_prob(self, z: Tensor) -> Tensor:
         """log-probabilities of logits z [C, J] of these tokens."""
-        return (z - self.max[:, None]) - self.log_sum[:, None]
+        return (z - self.stats[:, :1]) - self.stats[:, 1:2]
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
+class Rows(Summary):
+    """The logits of a chunk with their statistics; slicing takes tokens.
+
+    ``logits`` [C, V] is what the lm_head GEMM wrote; z = softcap * tanh(scale * logits / softcap) is what everything
+    else is computed from. ``stats`` [C, 4 or more], float32 (float64 for float64 logits): max z, log-sum of
+    exp(z - max), entropy (nats), log-sum of exp((z - max) / temperature); what follows is the backend's own. max and
+    log-sum stay apart because their sum, rounded, loses the entropy at |z| ~ 1e4.
+    """
+
+    logits: Tensor
+    scale: float
+    softcap: float | None
+    stats: Tensor
+    top_values: Tensor  # [C, K] largest z, descending, ties to the smaller index; K >= 1
+    top_indices: Tensor  # [C, K]
+    gathered: Tensor | None  # [C, J] z at the ids asked for
+
+    def __getitem__(self, tokens: slice) -> Rows:
+        if tokens == slice(0, self.stats.shape[0]):
+            return self
+        gathered = None if self.gathered is None else self.gathered[tokens]
+        stats, values, indices = self.stats[tokens], self.top_values[tokens], self.top_indices[tokens]
+        return Rows(self.logits[tokens], self.scale, self.softcap, stats, values, indices, gathered)
+
+
+@dataclass(eq=False)
 class Coefficients:
     """What multiplies each token's terms in the gradient
 

@@ -47,15 +47,17 @@ class Operators:
         self, logits: Tensor, scale: float, softcap: float | None, temperature: float, topk: int, gather: Tensor | None
     ) -> Rows:
         rows = logits.shape[0]
-        stats, values = (logits.new_empty((rows, n), dtype=torch.float32) for n in (STATS, topk))
-        indices = logits.new_empty((rows, topk), dtype=torch.int64)
+        stats = logits.new_empty((rows, STATS), dtype=torch.float32)
+        values = stats.new_empty(rows, topk)
+        indices = stats.new_empty((rows, topk), dtype=torch.int64)
         gathered = None if gather is None else stats.new_empty(gather.shape)
         self.row_statistics(logits, scale, softcap or 0.0, temperature, stats, values, indices, gather, gathered)
         return Rows(logits, scale, softcap, stats, values, indices, gathered)
 
     def divergence(self, student: Rows, teacher: Rows, kind: Divergence, temperature: float) -> tuple[Tensor, Tensor]:
-        value = student.stats.new_empty(student.logits.shape[0])
-        center = value.new_empty((len(value), 3), dtype=torch.float64)  # rounded, the gradient would not sum to 0
+        rows = student.stats.shape[0]
+        value = student.stats.new_empty(rows)
+        center = value.new_empty((rows, 3), dtype=torch.float64)  # rounded, the gradient would not sum to 0
         self.row_divergence(*_side(student), *_side(teacher), *_scalars(kind), temperature, value, center)
         return value, center
 
