@@ -150,8 +150,10 @@ class _Loop:
         if program.topk > self.vocabulary:
             raise ValueError(f"k: expected at most the vocabulary's {self.vocabulary} words, got {program.topk}")
 
-        fixed, row_bytes = sides.costs(student, self.vocabulary, dtype, True)
-        teacher_fixed, teacher_row = sides.costs(teacher, self.vocabulary, teacher_dtype, False) if teacher else (0, 0)
+        fixed, row_bytes = sides.costs(self.backend, student, self.vocabulary, dtype, True)
+        teacher_fixed = teacher_row = 0
+        if teacher:
+            teacher_fixed, teacher_row = sides.costs(self.backend, teacher, self.vocabulary, teacher_dtype, False)
         stored = isinstance(teacher, TopK)
         if stored:  # it has no logits, so no chunks of its own
             row_bytes, teacher_row = row_bytes + teacher_row, 0
@@ -176,9 +178,10 @@ class _Loop:
     def _side(self, source: Source, index: Tensor, buffer: Tensor | None = None, needs: tuple[bool, ...] | None = None):
         needs = needs or (False,) * len(source.tensors)
         if isinstance(source, Head):
-            return sides.HeadSide(source, index, buffer, needs, sum(len(chunk.pieces) for chunk in self.chunks))
+            pieces = sum(len(chunk.pieces) for chunk in self.chunks)
+            return sides.HeadSide(self.backend, source, index, buffer, needs, pieces)
         if isinstance(source, Logits):
-            return sides.LogitsSide(source, index, buffer, needs)
+            return sides.LogitsSide(self.backend, source, index, buffer, needs)
         return sides.TopKSide(source, index, self.vocabulary)
 
     def run(self) -> Result:
@@ -203,14 +206,14 @@ class _Loop:
         return program.select(entropy, teacher_entropy, self.call.layout.part(chunk.first, chunk.last))
 
     def _entropies(self, side, pieces: list[slice]) -> Tensor:
-        return _cat([side.rows(self.backend, piece, 1.0, 1, None).entropy for piece in pieces])
+        return _cat([side.rows(piece, 1.0, 1, None).entropy for piece in pieces])
 
     def _piece(self, piece: slice, chunk: plan.Chunk, selected: dict[str, Tensor] | None) -> None:
         program = self.call.program
         words = self.teacher.words(piece) if isinstance(self.teacher, sides.TopKSide) else None
         gather = _beside(words and words[0], self._targets(piece))
         largest = max(1, program.topk, program.collision)
-        student = self.student.rows(self.backend, piece, program.temperature, largest, gather)
+        student = self.student.rows(piece, program.temperature, largest, gather)
         if selected is None:
             selected = self._select(chunk, student.entropy)
         origin, d_logits = chunk.pieces[0].start, None
@@ -255,7 +258,7 @@ class _Loop:
         elif self.teacher:
             gather = _beside(values.top_indices if program.topk else None, target)
             largest = max(program.collision, min(program.teacher_collision, self.vocabulary))
-            teacher = self.teacher.rows(self.backend, tokens, temperature, max(1, largest), gather)
+            teacher = self.teacher.rows(tokens, temperature, max(1, largest), gather)
             values.teacher = _summary(teacher, target is not None, largest)
             if program.topk:
                 values.teacher.at_student_argmax = teacher.log_prob(teacher.gathered[:, :1])[:, 0]

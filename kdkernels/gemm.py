@@ -8,11 +8,12 @@ Axes: C tokens of a chunk, V vocabulary, H hidden.
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
 from . import memory
-from .rows import backend_for
 
 _UPCAST_WORDS = 4096  # words per step where the operands have to be widened
 _ADDED_WORDS = 512  # words per step of adding 16-bit products to fp32 sums: they stay in the cache
@@ -134,11 +135,11 @@ class Native(Torch):
 _TORCH, _TENSOR_CORES, _NATIVE = Torch(), TensorCores(), Native()
 
 
-def products(device: torch.device, operand: torch.dtype) -> Torch:
+def products(backend: ModuleType, device: torch.device, operand: torch.dtype) -> Torch:
     """Who multiplies operands of this dtype: the native backend where it is chosen and this CPU's vendor is slower."""
     if device.type == "cuda" and operand.itemsize < 4:
         return _TENSOR_CORES
-    multiplies = getattr(backend_for(device, operand), "multiplies", None)
+    multiplies = getattr(backend, "multiplies", None)
     return _NATIVE if multiplies and multiplies(operand) else _TORCH
 
 

@@ -5,6 +5,8 @@ Axes: N tokens, n tokens of a chunk, V vocabulary, H hidden, K stored words.
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -30,7 +32,7 @@ def logits_dtype(student: Source, asked: torch.dtype | None) -> torch.dtype:
     return asked
 
 
-def costs(source: Source, vocabulary: int, dtype: torch.dtype, trained: bool) -> tuple[int, int]:
+def costs(backend: ModuleType, source: Source, vocabulary: int, dtype: torch.dtype, trained: bool) -> tuple[int, int]:
     """Bytes whatever the chunk, and bytes a token, of a side with ``dtype`` logits, ``trained``: and gradients."""
     if isinstance(source, TopK):
         return 0, 128 * source.indices.shape[-1]  # ids, and a dozen fp64 vectors of outcomes
@@ -38,14 +40,16 @@ def costs(source: Source, vocabulary: int, dtype: torch.dtype, trained: bool) ->
         copied = _copied(vocabulary, source.device) * vocabulary * source.dtype.itemsize
         return copied, vocabulary * dtype.itemsize
     width, operand = source.hidden.shape[-1], source.dtype
-    fixed, row = gemm.products(source.device, operand).workspace(width, operand, dtype, trained)
+    fixed, row = gemm.products(backend, source.device, operand).workspace(width, operand, dtype, trained)
     return fixed, vocabulary * dtype.itemsize + (1 + trained) * width * operand.itemsize + row
 
 
 class HeadSide:
     """Logits multiplied from hidden states. Gradients, of those in ``needs``: hidden, weight, bias."""
 
-    def __init__(self, head: Head, index: Tensor, buffer: Tensor, needs: tuple[bool, ...], chunks: int):
+    def __init__(
+        self, backend: ModuleType, head: Head, index: Tensor, buffer: Tensor, needs: tuple[bool, ...], chunks: int
+    ):
         self.vocabulary = vocabulary = buffer.shape[1]
         self.flat = head.hidden.reshape(-1, head.hidden.shape[-1])
         self.index = index
@@ -54,7 +58,7 @@ class HeadSide:
         self.bias = None if head.bias is None else head.bias[:vocabulary]
         self.scale, self.softcap = float(head.scale), head.softcap
         self.buffer = buffer
-        self.products = gemm.products(head.device, head.dtype)
+        self.backend, self.products = backend, gemm.products(backend, head.device, head.dtype)
         self.d_hidden = self.d_weight = self.d_bias = None
         needs_hidden, needs_weight, needs_bias = needs
         if needs_hidden:
@@ -67,10 +71,10 @@ class HeadSide:
     def hidden(self, tokens: slice) -> Tensor:
         return self.flat.index_select(0, self.index[tokens])
 
-    def rows(self, backend, tokens: slice, temperature: float, topk: int, gather: Tensor | None) -> Rows:
+    def rows(self, tokens: slice, temperature: float, topk: int, gather: Tensor | None) -> Rows:
         logits = self.buffer[: tokens.stop - tokens.start]
         self.products.project(self.hidden(tokens), self.weight, self.bias, logits)
-        return backend.statistics(logits, self.scale, self.softcap, temperature, topk, gather)
+        return self.backend.statistics(logits, self.scale, self.softcap, temperature, topk, gather)
 
     def add(self, tokens: slice, d_logits: Tensor) -> None:
         """Adds these tokens' part of the gradients; d_logits [n, V]."""
@@ -91,13 +95,13 @@ class HeadSide:
 class LogitsSide:
     """Logits copied into the buffer from where the caller has them. Gradient, if in ``needs``: of the logits."""
 
-    def __init__(self, source: Logits, index: Tensor, buffer: Tensor, needs: tuple[bool, ...]):
-        self.source, self.index, self.buffer = source.logits, index, buffer
+    def __init__(self, backend: ModuleType, source: Logits, index: Tensor, buffer: Tensor, needs: tuple[bool, ...]):
+        self.backend, self.source, self.index, self.buffer = backend, source.logits, index, buffer
         self.vocabulary = buffer.shape[1]
         (needed,) = needs
         self.d_logits = torch.zeros_like(self.source, memory_format=torch.contiguous_format) if needed else None
 
-    def rows(self, backend, tokens: slice, temperature: float, topk: int, gather: Tensor | None) -> Rows:
+    def rows(self, tokens: slice, temperature: float, topk: int, gather: Tensor | None) -> Rows:
         logits = self.buffer[: tokens.stop - tokens.start]
         # One leading dimension at a time, because flattening logits that are not contiguous would copy all of them.
         at, places = self.index[tokens], []
@@ -108,7 +112,7 @@ class LogitsSide:
         for first in range(0, len(logits), step):
             some = slice(first, first + step)
             logits[some] = self.source[(*(place[some] for place in places), slice(self.vocabulary))]
-        return backend.statistics(logits, 1.0, None, temperature, topk, gather)
+        return self.backend.statistics(logits, 1.0, None, temperature, topk, gather)
 
     def add(self, tokens: slice, d_logits: Tensor) -> None:
         if self.d_logits is not None:

@@ -68,6 +68,9 @@ void check_ids(const char* name, const Tensor& ids, int64_t vocab) {
     STD_TORCH_CHECK(p[i] >= 0 && p[i] < vocab, name, ": expected ids in [0, ", vocab, "), got ", p[i]);
 }
 
+// Rows that a thread takes at least: waking another one costs what 32768 words do.
+int64_t grain(int64_t vocab) { return 1 + 32768 / vocab; }
+
 void row_statistics(Tensor logits, double scale, double softcap, double temperature, Tensor out_stats,
                     Tensor top_values, Tensor top_indices, std::optional<Tensor> gather_ids,
                     std::optional<Tensor> gathered) {
@@ -85,7 +88,7 @@ void row_statistics(Tensor logits, double scale, double softcap, double temperat
     check_ids("gather_ids", *gather_ids, vocab);
   }
   const kd::RowKernels& isa = kernels();               // an error in a parallel region would lose its message
-  torch::stable::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, rows, grain(vocab), [&](int64_t begin, int64_t end) {
     isa.statistics(x, vocab, begin, end, temperature, data<kd::Stats>(out_stats), k,
                    data<float>(top_values), data<int64_t>(top_indices), n_gather,
                    gather_ids ? data<int64_t>(*gather_ids) : nullptr,
@@ -109,7 +112,7 @@ void row_divergence(Tensor student, double s_scale, double s_softcap, Tensor s_s
   check("center", center, ScalarType::Double, rows, 3);
   kd::Divergence kind = divergence_kind(a, b, mix, skew, temperature);
   const kd::RowKernels& isa = kernels();
-  torch::stable::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, rows, grain(vocab), [&](int64_t begin, int64_t end) {
     isa.divergence(s, t, vocab, begin, end, ss, ts, kind, data<float>(value), data<double>(center));
   });
 }
@@ -139,7 +142,7 @@ void row_gradient(Tensor student, double s_scale, double s_softcap, Tensor s_sta
   }
   const float* c = data<float>(coefficients);
   const kd::RowKernels& isa = kernels();
-  torch::stable::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, rows, grain(vocab), [&](int64_t begin, int64_t end) {
     isa.gradient(s, t, vocab, begin, end, ss, ts, teacher ? &kind : nullptr,
                  center ? data<double>(*center) : nullptr, dtype_of("out_dtype", out_dtype), c,
                  c + rows, c + 2 * rows, n_scatter, data<int64_t>(ids), data<float>(scatter));
@@ -185,16 +188,18 @@ void gemm(Tensor a, Tensor b, std::optional<Tensor> add, Tensor out) {
     p.add_row = add->stride(0);
     p.add_dtype = written("add", *add);
   }
-  kd::Tiling tiling = isa->tiling(p, torch::stable::get_num_threads());
+  int64_t threads = m * n * k < (1 << 18) ? 1 : torch::stable::get_num_threads();
+  kd::Tiling tiling = isa->tiling(p, threads);
   std::unique_ptr<float[], decltype(&std::free)> shared(nullptr, &std::free);
   if (tiling.shared) {
     shared.reset(static_cast<float*>(std::aligned_alloc(64, (tiling.shared * sizeof(float) + 63) / 64 * 64)));
     STD_TORCH_CHECK(shared != nullptr, "out of memory");
-    torch::stable::parallel_for(0, isa->panels(p), 1, [&](int64_t first, int64_t last) {
+    torch::stable::parallel_for(0, isa->panels(p), threads == 1 ? isa->panels(p) : 1, [&](int64_t first, int64_t last) {
       isa->share(p, first, last, shared.get());
     });
   }
-  torch::stable::parallel_for(0, tiling.m_blocks * tiling.n_blocks, 1, [&](int64_t first, int64_t last) {
+  int64_t blocks = tiling.m_blocks * tiling.n_blocks;
+  torch::stable::parallel_for(0, blocks, threads == 1 ? blocks : 1, [&](int64_t first, int64_t last) {
     isa->multiply(p, tiling, shared.get(), first, last);
   });
 }

@@ -25,7 +25,7 @@ def budget(make, batch: truth.Batch, tokens: int) -> int:
     itemsize = batch.student.hidden.element_size()
     row = itemsize * (V + 2 * HS + (V + 2 * HT if make is not kd.SFT else 0))
     head = batch.student.hidden
-    products = gemm.products(head.device, head.dtype)
+    products = gemm.products(backend_for(head.device, head.dtype), head.device, head.dtype)
     row += sum(products.workspace(HS, head.dtype, head.dtype, trained)[1] for trained in (True, False))
     return least + (tokens - 1) * row
 

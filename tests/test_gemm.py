@@ -8,11 +8,18 @@ from hypothesis import strategies as st
 
 import kdkernels as kd
 from kdkernels import gemm
+from kdkernels.rows import backend_for
 
 C, V, H = 6, 40, 8
 F32, BF16 = torch.float32, torch.bfloat16
 CPU = torch.device("cpu")
-NATIVE = [dtype for dtype in (F32, BF16) if isinstance(gemm.products(CPU, dtype), gemm.Native)]
+
+
+def products_of(dtype: torch.dtype) -> gemm.Torch:
+    return gemm.products(backend_for(CPU, dtype), CPU, dtype)
+
+
+NATIVE = [dtype for dtype in (F32, BF16) if isinstance(products_of(dtype), gemm.Native)]
 needs_native = pytest.mark.skipif(not NATIVE, reason="this CPU's vendor library multiplies")
 
 
@@ -59,7 +66,7 @@ def test_the_weight_gradient_of_chunks_is_summed_from_narrow_operands(tensor_cor
 @pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize("dtype", [torch.float64, F32, BF16, torch.float16])
 def test_the_weight_gradient(dtype, count):
-    check_the_weight_gradient(gemm.products(CPU, dtype), dtype, count)
+    check_the_weight_gradient(products_of(dtype), dtype, count)
     check_the_weight_gradient(gemm.Torch(), dtype, count)
 
 
@@ -197,4 +204,4 @@ def test_strides_that_native_products_cannot_have():
 
 def test_eager_has_torchs_products(monkeypatch):
     monkeypatch.setenv("KDKERNELS_BACKEND", "eager")
-    assert type(gemm.products(CPU, F32)) is gemm.Torch
+    assert type(products_of(F32)) is gemm.Torch
