@@ -86,7 +86,7 @@ def matrices(sizes: list[tuple[tuple[int, int], torch.dtype]], device: torch.dev
     for (rows, columns), dtype in sizes:
         starts.append(total)
         total += -(-rows * columns * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
-    block = torch.empty(total, dtype=torch.uint8) if total < _SMALLEST else _logits.take(total)
+    block = torch.empty(total, dtype=torch.uint8, device=device) if total < _SMALLEST else _logits.take(total)
     return [
         block.view(dtype).as_strided((rows, columns), (columns, 1), start // dtype.itemsize)
         for start, ((rows, columns), dtype) in zip(starts, sizes, strict=True)

@@ -40,13 +40,14 @@ def test_info():
     assert info["backends"]["eager"] == info["backends"]["native"] == "ok"
     assert info["devices"]["cpu"] == "native"
     assert info["cpu_isa"] in ("avx512", "avx2", "portable")
+    assert set(info["cpu_products"]) <= ({"float32", "bfloat16"} if info["cpu_isa"] == "avx512" else set())
 
 
 def test_info_says_why_not(monkeypatch):
     monkeypatch.setattr(dispatch, "_load", lambda name: (None, "no compiler") if name == "native" else LOAD(name))
     info = kd.info()
     assert "no compiler" in info["backends"]["native"]
-    assert info["devices"]["cpu"] == "eager" and info["cpu_isa"] is None
+    assert info["devices"]["cpu"] == "eager" and info["cpu_isa"] is None and info["cpu_products"] == []
 
 
 LOAD = dispatch._load

@@ -73,7 +73,8 @@ def backend_for(device: torch.device, dtype: torch.dtype, operand: torch.dtype |
 def info() -> dict:
     """Backends found, which one each device gets (float32 logits), and why not where one cannot run.
 
-    ``{"backends": {name: "ok" | reason}, "devices": {device: name}, "cpu_isa": "avx512" | "avx2" | "portable" | None}``
+    ``{"backends": {name: "ok" | reason}, "devices": {device: name}, "cpu_isa": "avx512" | "avx2" | "portable" | None,
+    "cpu_products": ["float32", "bfloat16"]}``: of which operands csrc/gemm.h does the products, torch those of others
     (where ``KDKERNELS_BACKEND`` or ``KDKERNELS_CPU_ISA`` forces what cannot run, its place has the reason).
     """
     fp32 = torch.float32
@@ -94,4 +95,9 @@ def info() -> dict:
         "backends": {name: _able(name, home[name], fp32, fp32)[1] or "ok" for name in _BACKENDS},
         "devices": chosen,
         "cpu_isa": isa,
+        "cpu_products": [
+            str(dtype).removeprefix("torch.")
+            for dtype in (torch.float32, torch.bfloat16)
+            if chosen["cpu"] == "native" and native.multiplies(dtype)
+        ],
     }
