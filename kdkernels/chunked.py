@@ -158,7 +158,7 @@ class _Loop:
         if stored:  # it has no logits, so no chunks of its own
             row_bytes, teacher_row = row_bytes + teacher_row, 0
         count = max(1, len(layout))
-        fixed = self.backend.workspace(count, self.vocabulary) + max(fixed, teacher_fixed)
+        fixed = self.backend.workspace(count, self.vocabulary) + max(fixed, teacher_fixed) + count * plan.TOKEN_BYTES
         budget = plan.DEFAULT_BUDGET if call.memory_budget is None else call.memory_budget
         rows, self.teacher_rows = plan.chunk_rows(budget, fixed, row_bytes, teacher_row, count)
         lengths = layout.lengths if program.selects else (len(layout),)

@@ -8,9 +8,10 @@ from typing import NamedTuple
 
 logger = logging.getLogger("kdkernels")
 
-DEFAULT_BUDGET = 384 * 2**20  # bytes; for 151936 words in bf16: 1030 student rows and 256 teacher rows
+DEFAULT_BUDGET = 384 * 2**20  # bytes; for 151936 words in bf16: 1050 student rows and 192 teacher rows
 SMALLEST_GOOD_CHUNK = 256  # rows; below, reading the weights once per chunk dominates
-TEACHER_ROWS = 256  # the teacher's logits only feed the row kernels: a smaller buffer does
+TOKEN_BYTES = 1536  # of every token of a call, whatever the chunk: statistics, top words, coefficients, on both sides
+TEACHER_ROWS = 192  # the teacher's logits only feed the row kernels: a smaller buffer does
 
 
 class Chunk(NamedTuple):

@@ -9,6 +9,7 @@ from batches import random_head
 from products import Products
 
 import kdkernels as kd
+from kdkernels import plan
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 SHAPE, WORDS = (3, 7), 130
@@ -93,7 +94,10 @@ def test_small_budgets_change_nothing(backend):
     student, teacher = heads(F32, shape=(400,))
     incoming = torch.randn(400)
     results = []
-    for budget in (None, {"eager": 112 << 20, "native": 300_000, "triton": 4_500_000}[backend]):
+    for budget in (
+        None,
+        400 * plan.TOKEN_BYTES + {"eager": 112 << 20, "native": 300_000, "triton": 4_500_000}[backend],
+    ):
         with Products() as products:
             value = kd.divergence(student, teacher, kd.JSD(0.9), memory_budget=budget)
             results.append([value.detach(), *torch.autograd.grad(value, truth.leaves(student), incoming)])
