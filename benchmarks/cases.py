@@ -237,7 +237,7 @@ SETS = {
         Case(QWEN_SMALL, 4096, ("TSD-KD",), OURS, response=2048, seconds=0),
         Case(QWEN_SMALL, 1024, THREE, OURS, trained=False, seconds=0),
     ],
-    "readme": [Case(QWEN_SMALL, 512, ("JSD(0.9)", "TSD-KD"), ("kdkernels", "eager PyTorch"), seconds=0)],
+    "readme": [Case(QWEN_SMALL, 512, ("cross-entropy", "JSD(0.9)", "TSD-KD"), (*OURS, *PEERS), seconds=0)],
     "cpu-fp32": [Case(QWEN_SMALL, 4096, ("JSD(0.9)", "TSD-KD"), OURS, "float32", seconds=0)],
     "gpu": [
         Case(QWEN, 16384, tuple(LOSSES), (*BOTH, *PEERS, *ROOM), response=512),
