@@ -33,7 +33,7 @@ class _Pool:
 
     def __init__(self, most: float):
         self.blocks: list[mmap.mmap] = []
-        self.most, self.lock = most, threading.Lock()
+        self.most, self.lock = most, threading.RLock()
 
     def free(self) -> list[int]:
         """Places of the blocks that no tensor uses."""
@@ -41,8 +41,9 @@ class _Pool:
 
     def release(self) -> None:
         """Gives these back."""
-        for i in reversed(self.free()):
-            del self.blocks[i]
+        with self.lock:
+            for i in reversed(self.free()):
+                del self.blocks[i]
 
     def take(self, count: int) -> Tensor:
         """[count] uninitialised bytes."""
@@ -86,7 +87,7 @@ def matrices(sizes: list[tuple[tuple[int, int], torch.dtype]], device: torch.dev
     for (rows, columns), dtype in sizes:
         starts.append(total)
         total += -(-rows * columns * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
-    block = torch.empty(total, dtype=torch.uint8) if total < _SMALLEST else _logits.take(total)
+    block = torch.empty(total, dtype=torch.uint8, device=device) if total < _SMALLEST else _logits.take(total)
     return [
         block.view(dtype).as_strided((rows, columns), (columns, 1), start // dtype.itemsize)
         for start, ((rows, columns), dtype) in zip(starts, sizes, strict=True)
