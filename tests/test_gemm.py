@@ -194,6 +194,14 @@ def test_wrong_shapes_of_native_products(a, b, out, message):
 
 
 @needs_native
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("shape", [(0, 5), (4, 0), (0, 0)])
+def test_empty_native_products(shape, transposed):
+    a, out = matrix(shape[0], 3, NATIVE[0], 0, transposed), torch.empty(shape)
+    torch.ops.kdkernels.gemm_(a, torch.ones(3, shape[1], dtype=NATIVE[0]), None, out)
+
+
+@needs_native
 def test_strides_that_native_products_cannot_have():
     with pytest.raises(RuntimeError, match="a: expected contiguous rows or columns"):
         torch.ops.kdkernels.gemm_(torch.ones(4, 6)[::2, ::2], torch.ones(3, 5), None, torch.ones(2, 5))
