@@ -97,7 +97,7 @@ void row_statistics(Tensor logits, double scale, double softcap, double temperat
 }
 
 kd::Divergence divergence_kind(double a, double b, double mix, double skew, double temperature) {
-  return {float(a), float(b), float(mix), float(skew), temperature};
+  return {float(a), float(b), mix, float(skew), temperature};
 }
 
 void row_divergence(Tensor student, double s_scale, double s_softcap, Tensor s_stats, Tensor teacher, double t_scale,
