@@ -195,14 +195,14 @@ void statistics(Matrix x, int64_t vocab, int64_t begin, int64_t end, double temp
 
 // ---- sweeps 2 and 3: divergence and gradient ------------------------------------------------------------------
 
-// Where the mixture m = mix p + (1 - mix) q lies. kJsd is an interior mixture whose skew coefficient is 0 (no division).
+// Where the mixture m = mix p + (1 - mix) q lies. kJsd is the interior one of a JSD: its skew coefficient is 0 (no division).
 enum Mixture { kNone, kStudent, kTeacher, kJsd, kInterior };
 
 inline Mixture mixture_of(const Divergence* d) {
   if (d == nullptr) return kNone;
   if (d->mix == 0) return kStudent;
   if (d->mix == 1) return kTeacher;
-  return d->skew == 0 ? kJsd : kInterior;
+  return d->skew == 0 && d->a * d->b > 0 ? kJsd : kInterior;
 }
 
 // What the divergence needs of one vector of words.
