@@ -28,6 +28,7 @@ constexpr int64_t kPanel = 64;    // columns of b side by side: 4 vectors
 constexpr int kRows = 6;          // rows of a at a time: 24 sums, 4 words of b and 1 of a make 29 of 32 registers
 constexpr int64_t kDepth = 128;   // words: a packed panel takes 32 KiB
 constexpr int64_t kTall = 96;     // rows of a block where a has to be packed
+constexpr int64_t kWide = 32;     // panels of such a block at most: its sums stay in L2, and within a budget of memory
 constexpr int64_t kCacheLine = 64;
 
 inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -308,7 +309,10 @@ struct Gemm {
   }
 
   static Tiling tiling(const Product& p, int64_t threads) {
-    if (tall(p)) return {kTall, panels(p), ceil_div(p.m, kTall), 1, panels(p) * words(p) * kPanel};
+    if (tall(p)) {
+      int64_t wide = min64(kWide, panels(p));
+      return {kTall, wide, ceil_div(p.m, kTall), ceil_div(panels(p), wide), panels(p) * words(p) * kPanel};
+    }
     int64_t wide = deep(p) ? ceil_div(panels(p), threads) : 1, n_blocks = ceil_div(panels(p), wide);
     int64_t m_block = ceil_div(p.m, ceil_div(threads, n_blocks));
     return {m_block, wide, ceil_div(p.m, m_block), n_blocks, 0};

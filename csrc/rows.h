@@ -33,7 +33,9 @@ struct Stats {
 // D = a KL(p || m) + b KL(q || m), m = mix p + (1 - mix) q; q student, p teacher.
 // dD/dq up to a constant is  skew * (q - p) / m + b * log(q / m).
 struct Divergence {
-  float a, b, mix, skew;
+  float a, b;
+  double mix;              // 1 - 1e-9 is no float
+  float skew;
   double temperature;
 };
 

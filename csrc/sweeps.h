@@ -195,14 +195,14 @@ void statistics(Matrix x, int64_t vocab, int64_t begin, int64_t end, double temp
 
 // ---- sweeps 2 and 3: divergence and gradient ------------------------------------------------------------------
 
-// Where the mixture m = mix p + (1 - mix) q lies. kJsd is an interior mixture whose skew coefficient is 0 (no division).
+// Where the mixture m = mix p + (1 - mix) q lies. kJsd is the interior one of a JSD: its skew coefficient is 0 (no division).
 enum Mixture { kNone, kStudent, kTeacher, kJsd, kInterior };
 
 inline Mixture mixture_of(const Divergence* d) {
   if (d == nullptr) return kNone;
   if (d->mix == 0) return kStudent;
   if (d->mix == 1) return kTeacher;
-  return d->skew == 0 ? kJsd : kInterior;
+  return d->skew == 0 && d->a * d->b > 0 ? kJsd : kInterior;
 }
 
 // What the divergence needs of one vector of words.
@@ -235,12 +235,14 @@ struct Softmax {
 template <bool Tempered>
 struct Pair {
   Softmax<Tempered> q, p;
-  float gap, mix;          // gap: log-sum of q minus that of p
+  float gap, mix, rest;    // gap: log-sum of q minus that of p; rest: the weight of q
   Pair(const Stats& s, const Stats& t, const Divergence& kind)
-      : q(s, kind.temperature), p(t, kind.temperature), gap(float(q.logsum - p.logsum)), mix(kind.mix) {}
+      : q(s, kind.temperature), p(t, kind.temperature), gap(float(q.logsum - p.logsum)), mix(kind.mix),
+        rest(1 - kind.mix) {}
 
   // With d = log q - log p and r = exp(-|d|) in [0, 1], m over the larger of p and q is w = 1 + c (r - 1), where c weighs
-  // the smaller one: nothing overflows, no log of 0 at an interior mixture, and w is exactly 1 where p = q.
+  // the smaller one: nothing overflows, and w is exactly 1 where p = q. It is never less than 1 - c, which is rounded on
+  // its own: no log of 0 at an interior mixture, however close to its ends.
   template <Mixture M>
   Words compare(vf z_q, vf z_p) const {
     Words o;
@@ -262,7 +264,13 @@ struct Pair {
       o.log_q_m = d;
     } else {
       vf fall = r - 1.0f;
-      vf w = 1.0f + (student ? splat(mix) : splat(1.0f - mix)) * fall;
+      vf least = student ? splat(rest) : splat(mix), w;
+      if constexpr (M == kInterior) {
+        vf c = student ? splat(mix) : splat(rest);
+        w = r < 0.5f ? least + c * r : 1.0f + c * fall;
+      } else {                                         // weights that sum to 1, if not quite p's and q's: JSD is stationary in m
+        w = max(least, 1.0f + (student ? splat(mix) : splat(1.0f - mix)) * fall);
+      }
       vf log_w = log(w);
       o.log_p_m = -log_w - max(d, vf{});
       o.log_q_m = min(d, vf{}) - log_w;

@@ -108,12 +108,12 @@ class Native(Torch):
 
     def workspace(self, width: int, operand: torch.dtype, logits: torch.dtype, trained: bool) -> tuple[int, int]:
         # csrc/gemm_avx512.cpp: a thread packs 32 KiB of weights and holds the fp32 sums of its block: 64 words of
-        # every token for logits, 96 words of the whole width for dW. Beside that it packs up to 128 words of these, or
-        # of every token. All threads together hold the sums of dX, or the hidden states, packed, for dW.
+        # every token for logits, 96 words of up to 2048 of the width for dW. Beside that it packs up to 128 words of
+        # these, or of every token. All threads together hold the sums of dX, or the hidden states, packed, for dW.
         threads, padded = torch.get_num_threads(), width + 63
         fixed, row = threads * 32 * 1024, threads * 256
         if trained:
-            fixed, row = fixed + threads * 96 * 4 * (padded + 128), row + threads * 512 + 4 * padded
+            fixed, row = fixed + threads * 96 * 4 * (min(padded, 2048) + 128), row + threads * 512 + 4 * padded
         return fixed, row
 
     def project(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:

@@ -33,7 +33,7 @@ class _Pool:
 
     def __init__(self, most: float):
         self.blocks: list[mmap.mmap] = []
-        self.most, self.lock = most, threading.Lock()
+        self.most, self.lock = most, threading.RLock()
 
     def free(self) -> list[int]:
         """Places of the blocks that no tensor uses."""
@@ -41,8 +41,9 @@ class _Pool:
 
     def release(self) -> None:
         """Gives these back."""
-        for i in reversed(self.free()):
-            del self.blocks[i]
+        with self.lock:
+            for i in reversed(self.free()):
+                del self.blocks[i]
 
     def take(self, count: int) -> Tensor:
         """[count] uninitialised bytes."""

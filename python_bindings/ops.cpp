@@ -97,7 +97,7 @@ void row_statistics(Tensor logits, double scale, double softcap, double temperat
 }
 
 kd::Divergence divergence_kind(double a, double b, double mix, double skew, double temperature) {
-  return {float(a), float(b), float(mix), float(skew), temperature};
+  return {float(a), float(b), mix, float(skew), temperature};
 }
 
 void row_divergence(Tensor student, double s_scale, double s_softcap, Tensor s_stats, Tensor teacher, double t_scale,
@@ -188,6 +188,7 @@ void gemm(Tensor a, Tensor b, std::optional<Tensor> add, Tensor out) {
     p.add_row = add->stride(0);
     p.add_dtype = written("add", *add);
   }
+  if (m == 0 || n == 0) return;
   int64_t threads = m * n * k < (1 << 18) ? 1 : torch::stable::get_num_threads();
   kd::Tiling tiling = isa->tiling(p, threads);
   std::unique_ptr<float[], decltype(&std::free)> shared(nullptr, &std::free);

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kdkernels as kd
-from kdkernels import gemm
+from kdkernels import gemm, plan
 from kdkernels.rows import backend_for
 
 C, V, H = 6, 40, 8
@@ -96,6 +96,12 @@ def test_workspaces():
     assert trained[0] > frozen[0] and trained[1] == frozen[1] + threads * 512 + 4 * (896 + 63)
 
 
+def test_a_wide_model_on_many_threads_leaves_room_for_logits(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 192)
+    fixed, _ = gemm.Native().workspace(8192, BF16, BF16, True)
+    assert fixed < plan.DEFAULT_BUDGET / 2
+
+
 # ---- csrc/gemm.h -----------------------------------------------------------------------------------------------------
 
 SIZES = st.one_of(st.sampled_from([1, 2, 5, 6, 7, 63, 64, 65, 95, 96, 97, 255, 256, 257]), st.integers(1, 300))
@@ -153,6 +159,18 @@ def test_native_products(m, n, k, pad, transposed, dtype, out_dtype, adds, add_d
 
 @needs_native
 @pytest.mark.parametrize("dtype", NATIVE)
+def test_native_products_of_many_rows_and_columns(dtype):
+    a, b, out = (
+        torch.randn(300, 200).to(dtype).t(),
+        torch.randn(300, 2100).to(dtype),
+        torch.full((200, 2100), torch.nan),
+    )
+    torch.ops.kdkernels.gemm_(a, b, None, out)
+    assert truth.relative(out, a.double() @ b.double()) < 1e-6
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", NATIVE)
 def test_native_products_do_not_depend_on_threads_or_on_other_rows(dtype):
     a, b = torch.randn(200, 700).to(dtype), torch.randn(700, 300).to(dtype)
     results = []
@@ -191,6 +209,14 @@ def test_nan_and_infinity_stay_where_they_are(dtype):
 def test_wrong_shapes_of_native_products(a, b, out, message):
     with pytest.raises(RuntimeError, match=message):
         torch.ops.kdkernels.gemm_(torch.ones(a), torch.ones(b), None, torch.ones(out))
+
+
+@needs_native
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("shape", [(0, 5), (4, 0), (0, 0)])
+def test_empty_native_products(shape, transposed):
+    a, out = matrix(shape[0], 3, NATIVE[0], 0, transposed), torch.empty(shape)
+    torch.ops.kdkernels.gemm_(a, torch.ones(3, shape[1], dtype=NATIVE[0]), None, out)
 
 
 @needs_native

@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -158,6 +159,31 @@ def test_threads_never_share_a_block(gradients):
 
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(work, range(8)))
+
+
+def test_blocks_given_back_while_others_are_taken(gradients, monkeypatch):
+    kept = [memory.empty((1, 4096), torch.uint8, CPU) for _ in range(3)]
+    place = kept[1].data_ptr()
+    del kept[0]
+    choose = memory._Pool.free
+
+    def another_thread_releases(pool):
+        places = choose(pool)
+        if threading.current_thread() is threading.main_thread():
+            other = threading.Thread(target=memory.release)
+            other.start()
+            other.join(0.2)
+        return places
+
+    monkeypatch.setattr(memory._Pool, "free", another_thread_releases)
+    assert memory.empty((1, 4096), torch.uint8, CPU).data_ptr() != place
+
+
+def test_the_default_device_is_not_asked(backend):
+    batch = fixed()
+    with torch.device("meta"):
+        loss = loss_of(kd.GKD, batch)
+    assert loss.device == batch.student.hidden.device
 
 
 def test_calls_use_the_same_blocks(gradients, backend):
