@@ -95,27 +95,37 @@ inline void store(f16* p, vf v) {
   store_half(p, sign | (a >= 0x47800000 ? large : a < 0x38800000 ? subnormal : normal));
 }
 
-#if KD_LANES == 16
-
-// e^x for x <= 88, 0 below -104; relative error below 1e-7. exp(0) is exactly 1: identical rows must cancel.
+// e^x for x <= 88, 0 below -104 (with 16 lanes) or -86.6; relative error below 1e-7. exp(0) is exactly 1: identical rows
+// must cancel.
 inline vf exp(vf x) {
-  const vf magic = splat(12582912.0f);                 // 1.5 * 2^23: adding it rounds to an integer
-  x = max(splat(-110.0f), x);
-  vf n = (x * 1.44269504f + magic) - magic;
+  const vf magic = splat(12582912.0f);                 // 1.5 * 2^23: adding it rounds to an integer in the low bits
+#if KD_LANES == 16
+  x = max(splat(-110.0f), x);                          // so that it is one
+#endif
+  vf shifted = x * 1.44269504f + magic;
+  vf n = shifted - magic;
   vf r = (x - n * 0.693145752f) - n * 1.42860677e-6f;   // ln 2 in two parts, the first exact times any n
   vf p = splat(1.395171916e-03f);                      // (e^r - 1 - r) / r^2, minimax on |r| <= ln 2 / 2
   p = p * r + 8.369598221e-03f;
   p = p * r + 4.166618726e-02f;
   p = p * r + 1.666651289e-01f;
   p = p * r + 5.000000101e-01f;
+#if KD_LANES == 16
   p = p * r + 1.0f;
   p = p * r + 1.0f;
   return (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
+  p = (p * r) * r + r;
+  p = p + 1.0f;
+  vf scaled = (vf)((vu)float_to_bits(p) + ((vu)float_to_bits(shifted) << 23));
+  return x < -86.6f ? vf{} : scaled;
+#endif
 }
 
 // log x for normal positive x; log(1) is exactly 0.
+#if KD_LANES == 16
 inline vf log(vf x) {
-  vf e = (vf)_mm512_getexp_ps((__m512)(x * 1.33333337f));
+  vf e = (vf)_mm512_getexp_ps((__m512)(x * 1.33333337f));   // of x over its mantissa in [3/4, 3/2)
   vf f = (vf)_mm512_getmant_ps((__m512)x, _MM_MANT_NORM_p75_1p5, _MM_MANT_SIGN_src) - 1.0f;
   vf p = splat(-4.631003365e-02f);                     // (log(1 + f) - f + f^2 / 2) / f^3, minimax on [-1/4, 1/2]
   p = p * f + 1.059130430e-01f;
@@ -129,27 +139,7 @@ inline vf log(vf x) {
   vf r = p * (f * f) + e * 1.42860677e-6f;
   return e * 0.693145752f + (f + r);
 }
-
 #else
-
-// e^x for x <= 88, 0 below -86.6 (2^-125); relative error below 1e-7. exp(0) is exactly 1: identical rows must cancel.
-inline vf exp(vf x) {
-  const vf magic = splat(12582912.0f);                 // 1.5 * 2^23: adding it rounds to an integer in the low bits
-  vf shifted = x * 1.44269504f + magic;
-  vf n = shifted - magic;
-  vf r = (x - n * 0.693145752f) - n * 1.42860677e-6f;   // ln 2 in two parts, the first exact times any n
-  vf p = splat(1.395171916e-03f);                      // (e^r - 1 - r) / r^2, minimax on |r| <= ln 2 / 2
-  p = p * r + 8.369598221e-03f;
-  p = p * r + 4.166618726e-02f;
-  p = p * r + 1.666651289e-01f;
-  p = p * r + 5.000000101e-01f;
-  p = (p * r) * r + r;
-  p = p + 1.0f;
-  vf scaled = bits_to_float(float_to_bits(p) + (float_to_bits(shifted) << 23));
-  return x < -86.6f ? vf{} : scaled;
-}
-
-// log x for normal positive x; log(1) is exactly 0.
 inline vf log(vf x) {
   vi bits = float_to_bits(x);
   vi exponent = (bits - 0x3f3504f3) >> 23;             // mantissa in [sqrt 1/2, sqrt 2)
@@ -168,7 +158,6 @@ inline vf log(vf x) {
   r = r - 0.5f * f2;
   return e * 0.693145752f + (f + r);
 }
-
 #endif
 
 inline vf tanh(vf y) {
