@@ -234,7 +234,7 @@ SETS = {
         Case(QWEN_SMALL, 1024, tuple(LOSSES), OURS, seconds=0),
         Case(QWEN_SMALL, 4096, THREE, OURS, seconds=0),
         Case(QWEN_SMALL, 256, ("cross-entropy", "JSD(0.9)"), (*OURS, *PEERS), seconds=0),
-        Case(QWEN_SMALL, 1024, THREE, OURS, trained=False, seconds=0),
+        Case(QWEN_SMALL, 1024, THREE, (*OURS, "kdkernels, fp32 logits"), trained=False, seconds=0),
         Case(QWEN_SMALL, 4096, ("TSD-KD",), OURS, response=2048, seconds=0),
     ],
     "readme": [Case(QWEN_SMALL, 512, ("cross-entropy", "JSD(0.9)", "TSD-KD"), (*OURS, *PEERS), seconds=0)],
