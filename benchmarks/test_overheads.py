@@ -14,6 +14,7 @@ from cases import QWEN_SMALL, TINY
 from measure import timed
 
 import kdkernels as kd
+from kdkernels import gemm
 from kdkernels.rows import backend_for
 
 HERE = Path(__file__).parent
@@ -69,6 +70,38 @@ def test_sweep_1_with_and_without_top_k(benchmark, device, shape):
         }
     )
     benchmark.pedantic(steps["with"], rounds=1)
+
+
+@pytest.mark.parametrize("operand", ["bfloat16", "float32"])
+@pytest.mark.parametrize("rows", [160, 512])
+def test_products(benchmark, device, shape, rows, operand, request):
+    """GFLOP/s of each product of a chunk, torch's and those that kdkernels uses; medians of 3 in turns."""
+    if shape is not TINY and time.monotonic() > request.config.deadline:
+        pytest.skip("no time left")
+    dtype, rows = getattr(torch, operand), 16 if shape is TINY else rows
+    where = torch.device(device)
+    products = gemm.products(backend_for(where, dtype), where, dtype)
+    x, w, z, d_w = (
+        torch.randn(size, device=device, dtype=dtype)
+        for size in (
+            (rows, shape.student),
+            (shape.vocabulary, shape.student),
+            (rows, shape.vocabulary),
+            (shape.vocabulary, shape.student),
+        )
+    )
+    logits = torch.empty_like(z)
+    pairs = {
+        "logits": (lambda: torch.mm(x, w.t(), out=logits), lambda: products.project(x, w, None, logits)),
+        "d_hidden": (lambda: torch.mm(z, w), lambda: products.multiply(z, w)),
+        "d_weight": (lambda: torch.mm(z.t(), x, out=d_w), lambda: products.add(z.t(), x, d_w, True)),
+    }
+    work = 2 * rows * shape.vocabulary * shape.student
+    for name, both in pairs.items():
+        seconds = [[timed(device, step)[0] for step in both] for _ in range(4)][1:]
+        for who, each in zip(("torch", "kdkernels"), zip(*seconds, strict=True), strict=True):
+            benchmark.extra_info[f"{name}_{who}_gflops"] = work / statistics.median(each) / 1e9
+    benchmark.pedantic(lambda: None, rounds=1)
 
 
 def test_call_on_tiny_inputs(benchmark, device):

@@ -281,7 +281,7 @@ struct Free {
 using Floats = std::unique_ptr<float[], Free>;
 
 Floats floats(int64_t n) {
-  void* p = std::aligned_alloc(kCacheLine, ceil_div(4 * n, kCacheLine) * kCacheLine);
+  void* p = std::aligned_alloc(kCacheLine, (n / 16 + 1) * kCacheLine);   // of nothing, it may be nullptr
   if (!p) throw std::bad_alloc();
   return Floats(static_cast<float*>(p));
 }

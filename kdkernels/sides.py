@@ -54,6 +54,7 @@ class HeadSide:
         self.flat = head.hidden.reshape(-1, head.hidden.shape[-1])
         self.index = index
         weight = head.weight[:vocabulary]
+        # Words neither side by side nor below each other: every product would copy them, here it is once.
         self.weight = weight if 1 in weight.stride() else weight.contiguous()
         self.bias = None if head.bias is None else head.bias[:vocabulary]
         self.scale, self.softcap = float(head.scale), head.softcap

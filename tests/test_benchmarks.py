@@ -268,7 +268,7 @@ def test_comparison_by_ratio(stored):
         benchmark["extra_info"]["bare_gemms_s"] *= 2
     slower["benchmarks"][2]["extra_info"]["ratio"] = 20.0
     assert compare.compare(stored, slower)[1]
-    slower["benchmarks"][0]["extra_info"]["ratio"] *= 1.25
+    slower["benchmarks"][0]["extra_info"]["ratio"] *= 1.06
     table, good = compare.compare(stored, slower)
     assert not good and table.count("**regression**") == 1
     gone = copy.deepcopy(stored)

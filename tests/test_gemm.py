@@ -1,5 +1,9 @@
 """The products around the row kernels: every implementation against fp64. Here a CPU plays the GPU's part."""
 
+import os
+import re
+from pathlib import Path
+
 import pytest
 import torch
 import truth
@@ -100,6 +104,17 @@ def test_a_wide_model_on_many_threads_leaves_room_for_logits(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 192)
     fixed, _ = gemm.Native().workspace(8192, BF16, BF16, True)
     assert fixed < plan.DEFAULT_BUDGET / 2
+
+
+def test_native_products_are_there_where_they_should_be():
+    """Or the tests below would all be skipped."""
+    cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    flags = set(re.search(r"^flags\s*:(.*)$|\Z", cpu, re.MULTILINE)[0].split())
+    able = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16"} <= flags
+    if os.environ.get("KDKERNELS_BACKEND") or os.environ.get("KDKERNELS_CPU_ISA", "avx512") != "avx512":
+        able = False
+    assert (F32 in NATIVE) == (able and "GenuineIntel" not in cpu)
+    assert (BF16 in NATIVE) == (able and "amx_bf16" not in flags)
 
 
 # ---- csrc/gemm.h -----------------------------------------------------------------------------------------------------
