@@ -5,7 +5,7 @@ Axes: B rows of the batch, L positions, N response tokens, H hidden, V vocabular
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,12 @@ from ..layout import Layout
 from ..operators import check_range
 
 
-@dataclass(frozen=True)
-class Output:
-    """A differentiable loss, the count it is a mean over, and detached scalar metrics (none without tokens)."""
+class Output(NamedTuple):
+    """A differentiable loss, the count it is a mean over, and detached scalar metrics (none without tokens).
+
+    A tuple, because DDP and DeepSpeed look for a forward's tensors in tuples, lists and dicts only: a loss they do not
+    find is one whose backward they do not prepare for.
+    """
 
     loss: Tensor
     count: Tensor

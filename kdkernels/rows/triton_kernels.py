@@ -170,7 +170,7 @@ def candidates_kernel(
         tl.store(values_ptr + i, tl.where(value > MASKED, value, -float("inf")))
         tl.store(indices_ptr + i, index.to(tl.int64))
         maxima = tl.where(group == chosen, tl.max(tl.where(word == at, -float("inf"), z), axis=0), maxima)
-    if n_ids > 0:
+    if ids_ptr is not None:
         slot = tl.arange(0, IDS)
         ids = tl.load(ids_ptr + row * n_ids + slot, mask=slot < n_ids, other=-1)
         inside = (ids >= 0) & (ids < vocabulary)
