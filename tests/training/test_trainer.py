@@ -12,7 +12,7 @@ from kdkernels.training.data import ExampleStream, collate, load_examples
 from kdkernels.training.engine import rate
 from kdkernels.training.metrics import read_metrics
 from kdkernels.training.model import Distillation, head, load_student, load_teacher, load_tokenizer, vocabulary_size
-from kdkernels.training.trainer import student_writes
+from kdkernels.training.step import student_writes
 
 from .conftest import GKD
 
