@@ -9,6 +9,7 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 __all__ = ["Layout"]
 
@@ -145,11 +146,30 @@ class Layout:
         """Whether each response is in a row where ``author`` [B] bool is True."""
         return author.to(self.index.device)[self.row].tolist()
 
-    def spread(self, values: Tensor, fill: float) -> Tensor:
-        """Token values [N] as a [responses, longest] table, the rest ``fill``: one row is one response."""
-        table = values.new_full((self.responses, max(self.lengths)), fill)
-        table[self.response, self.position] = values
-        return table
+    @cached_property
+    def tables(self) -> list[tuple[Tensor, Tensor]]:
+        """Responses of similar length side by side: (numbers [r] of responses, numbers [r, l] of their tokens).
+
+        Rows end with the number N, which is no token. The tables have fewer than 2 N places together, where one table
+        of all responses would be as wide as the longest. What is computed a row at a time stays in its response.
+        """
+        alike: dict[int, list[int]] = {}
+        for number, length in enumerate(self.lengths):
+            alike.setdefault((length - 1).bit_length(), []).append(number)
+        starts, out = self.response_lengths.cumsum(0) - self.response_lengths, []
+        for numbers in alike.values():
+            responses = torch.tensor(numbers, device="cpu").to(self.index.device, non_blocking=True)
+            places = torch.arange(max(self.lengths[i] for i in numbers), device=self.index.device)
+            beyond = places >= self.response_lengths[responses, None]
+            out.append((responses, (starts[responses, None] + places).masked_fill_(beyond, len(self))))
+        return out
+
+    def sums(self, values: Tensor) -> Tensor:
+        """[responses] sums of token values [N] over each response."""
+        out, padded = values.new_empty(self.responses), pad(values, (0, 1))
+        for responses, tokens in self.tables:
+            out[responses] = padded[tokens].sum(1)
+        return out
 
 
 def _check_integers(name: str, values: object) -> None:

@@ -1,5 +1,7 @@
 """Which positions are scored, and which of them form a response."""
 
+import math
+
 import pytest
 import torch
 from batches import positions
@@ -11,6 +13,10 @@ import kdkernels as kd
 
 def responses(layout: kd.Layout) -> list[list[int]]:
     return [part.tolist() for part in layout.index.split(list(layout.lengths))]
+
+
+def layout_of(lengths: list[int]) -> kd.Layout:
+    return kd.Layout(torch.arange(sum(lengths)), tuple(lengths), (1, sum(lengths)))
 
 
 @settings(deadline=None, derandomize=True)
@@ -53,8 +59,35 @@ def test_per_token_tables():
     assert layout.response.tolist() == [0, 0, 0, 1, 1, 2]
     assert layout.length.tolist() == [3, 3, 3, 2, 2, 1]
     assert layout.position.tolist() == [0, 1, 2, 0, 1, 0]
-    table = layout.spread(torch.arange(1.0, 7.0), fill=-1.0)
-    assert table.tolist() == [[1, 2, 3], [4, 5, -1], [6, -1, -1]]
+
+
+def test_tables_of_responses_of_similar_length():
+    layout = layout_of([3, 2, 1, 4, 1, 9])
+    tables = [(responses.tolist(), tokens.tolist()) for responses, tokens in layout.tables]
+    assert tables == [
+        ([0, 3], [[0, 1, 2, 20], [6, 7, 8, 9]]),
+        ([1], [[3, 4]]),
+        ([2, 4], [[5], [10]]),
+        ([5], [list(range(11, 20))]),
+    ]
+    values = torch.arange(20.0, dtype=torch.float64)
+    values[4] = torch.nan
+    sums = layout.sums(values).tolist()
+    assert math.isnan(sums.pop(1)) and sums == [3, 5, 30, 10, 135]
+    assert kd.Layout.from_mask(torch.zeros(2, 3, dtype=torch.bool)).tables == []
+
+
+@settings(deadline=None, derandomize=True)
+@given(lengths=st.lists(st.integers(1, 70), min_size=1, max_size=30))
+def test_tables_have_every_token_once_and_few_places_more(lengths):
+    layout = layout_of(lengths)
+    numbers = torch.cat([responses for responses, _ in layout.tables])
+    places = torch.cat([tokens.flatten() for _, tokens in layout.tables])
+    assert sorted(numbers.tolist()) == list(range(len(lengths)))
+    assert sorted(places[places < len(layout)].tolist()) == list(range(len(layout)))
+    assert len(places) < 2 * len(layout)
+    for responses, tokens in layout.tables:
+        assert torch.equal(layout.response[tokens[:, 0]], responses)
 
 
 def test_a_part_is_a_layout_of_its_own():

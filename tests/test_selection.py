@@ -1,6 +1,8 @@
 """Selections over a batch of responses are the reference's over each of them, ties and zeros included."""
 
+import pytest
 import torch
+from allocations import Allocations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -40,3 +42,42 @@ def test_a_bad_token_stays_in_its_response():
         clean = select(entropy.nan_to_num(1.0), 0.5, layout)
         elsewhere = layout.response != 1
         assert torch.equal(got[elsewhere], clean[elsewhere])
+
+
+RAGGED = kd.Layout(torch.arange(28000), (4,) * 1000 + (20000,) + (4,) * 1000, (1, 28000))
+SELECTIONS = {
+    "opener": lambda entropy, layout: selection.opener(entropy, 0.3, layout),
+    "an opener for each": lambda entropy, layout: selection.opener(
+        entropy, torch.full((layout.responses,), 0.3, dtype=torch.float64, device=entropy.device), layout
+    ),
+    "uncertain": lambda entropy, layout: selection.most_uncertain(entropy, 0.3, layout)[0],
+    "adaptive": lambda entropy, layout: kd.AdaptiveOpener().to(entropy.device)(entropy, entropy / 2, layout),
+}
+
+
+@pytest.mark.parametrize("select", SELECTIONS)
+def test_memory_is_that_of_the_tokens(select):
+    """2000 responses of 4 tokens beside one of 20000: a row for each, as wide as the longest, would be 320 MB in fp64."""
+    entropy = torch.rand(len(RAGGED))
+    with Allocations() as seen:
+        SELECTIONS[select](entropy, RAGGED)
+    assert 8 * len(RAGGED) < seen.peak < 160 * len(RAGGED)
+
+
+def test_a_very_long_response_beside_short_ones():
+    """Each response's tokens are the reference's of it alone; small entropies behind large ones keep their digits."""
+    entropy = torch.rand(len(RAGGED)) ** 8
+    entropy[:4000] *= 1e9
+    opener, uncertain = (
+        SELECTIONS[name](entropy, RAGGED).split(list(RAGGED.lengths)) for name in ("opener", "uncertain")
+    )
+    for i, h in enumerate(entropy.split(list(RAGGED.lengths))):
+        assert torch.equal(opener[i], reference.opener(h, 0.3))
+        assert torch.equal(uncertain[i], reference.most_uncertain(h, 0.3))
+
+
+@pytest.mark.parametrize("select", SELECTIONS)
+def test_no_number_is_read_from_the_device(select):
+    """Meta tensors have none to read."""
+    layout = layout_of([[0.0] * n for n in (3, 9, 1)]).to("meta")
+    SELECTIONS[select](torch.empty(13, device="meta"), layout)

@@ -55,7 +55,7 @@ class AdaptiveOpener(nn.Module):
 
     def forward(self, entropy: Tensor, teacher_entropy: Tensor, layout: Layout) -> Tensor:
         """c of each response [R] fp64, from both models' entropies [n]."""
-        gaps = layout.spread((entropy - teacher_entropy).double(), 0.0).sum(1) / layout.response_lengths
+        gaps = layout.sums((entropy - teacher_entropy).double()) / layout.response_lengths
         gaps = torch.where(gaps.isfinite(), gaps, torch.nan).to(self.gaps.dtype)  # a model cast to bf16 casts buffers
         known, window = self.gaps.to(gaps.device), len(self.gaps)
         if self.training:

@@ -132,7 +132,7 @@ def _token_means(
     if "kl" in settings.metrics:
         values["kl"] = kd.divergence(student, response_head(teacher), kd.ForwardKL())
     lengths = torch.tensor(layout.lengths)
-    means = {name: layout.spread(value.double(), 0.0).sum(1).cpu() / lengths for name, value in values.items()}
+    means = {name: layout.sums(value.double()).cpu() / lengths for name, value in values.items()}
     return [
         {"tokens": tokens} | {name: mean[b].item() for name, mean in means.items()}
         for b, tokens in enumerate(layout.lengths)
