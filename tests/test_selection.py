@@ -57,7 +57,7 @@ SELECTIONS = {
 
 @pytest.mark.parametrize("select", SELECTIONS)
 def test_memory_is_that_of_the_tokens(select):
-    """2000 responses of 4 tokens beside one of 20000: a row for each, as wide as the longest, would be 320 MB in fp64."""
+    """2000 responses of 4 tokens and one of 20000: rows as wide as the longest would be 320 MB in fp64."""
     entropy = torch.rand(len(RAGGED))
     with Allocations() as seen:
         SELECTIONS[select](entropy, RAGGED)
