@@ -63,6 +63,14 @@ def check_ids(name: str, ids: Tensor, shape: torch.Size, device: torch.device) -
         raise ValueError(f"{name}: expected device {device}, got {ids.device}")
 
 
+def _check_shift(target: Tensor, rows: Tensor | Layout | None, device: torch.device) -> Tensor:
+    """The target, refused where ``rows`` is a layout made from labels that say otherwise (as ``Layout.at`` does)."""
+    if not isinstance(rows, Layout) or rows.token is None or rows.shape != target.shape:  # the last: _check_rows
+        return target
+    layout = rows.to(device)
+    return target.flatten().index_copy(0, layout.index, layout.at(target)).view(target.shape)
+
+
 def check_limits(memory_budget: int | None, logits_dtype: torch.dtype | None) -> None:
     if memory_budget is not None and (isinstance(memory_budget, bool) or not isinstance(memory_budget, int)):
         raise TypeError(f"memory_budget: expected an int (bytes) or None, got {memory_budget!r}")
@@ -143,16 +151,21 @@ def cross_entropy(
 ) -> Tensor:
     """-log q(target) in nats; target [...] int64 -> [...] fp32. 0 where target == ignore_index.
 
+    ``target[b, t]`` is the token that position t predicts. Nothing shifts internally and nothing can know that Hugging
+    Face labels, which hold the token *at* t, were given as they are: ``kd.Layout.targets(labels)`` shifts them, and
+    ``rows=kd.Layout.from_labels(labels)`` notices a target that is not.
+
     CPUs skip ignored positions; GPUs compute them, because finding them would cost a sync (``rows=`` skips everywhere).
 
     Raises:
         TypeError, ValueError: target is not int64, has another shape or device than the student, or (on CPUs; on GPUs
-        the value is NaN) an id outside the vocabulary.
+        the value is NaN) an id outside the vocabulary, or another one than the labels that ``rows`` was made from.
     """
     check_student(student)
     check_ids("target", target, student.shape, student.device)
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index: expected an int, got {ignore_index!r}")
+    target = _check_shift(target, rows, student.device)
     options = {"rows": rows, "memory_budget": memory_budget, "logits_dtype": logits_dtype}
     return _term("cross_entropy", student, target=target, ignore_index=ignore_index, **options)
 
@@ -273,6 +286,7 @@ def statistics(
     check_count("collision", collision, 0, min(_LARGEST, words))
     if target is not None:
         check_ids("target", target, student.shape, student.device)
+        target = _check_shift(target, rows, student.device)
     check_limits(memory_budget, logits_dtype)
     rows = _check_rows(rows, student)
     student, teacher = (side and side.autocast().detach() for side in (student, teacher))

@@ -13,6 +13,11 @@ from torch.nn.functional import pad
 
 __all__ = ["Layout"]
 
+SHIFT = (
+    "target[b, t] is the token that position t predicts, labels of transformers hold the token at t: "
+    "kd.Layout.targets(labels) shifts them"
+)
+
 
 @dataclass(frozen=True, eq=False)
 class Layout:
@@ -24,19 +29,29 @@ class Layout:
         index: [N] int64, flat positions b * L + t.
         lengths: tokens of each non-empty response, in order; they sum to N.
         shape: (B, L) of the batch.
+        token: [N] int64, the token that each position predicts, where the layout was made from labels; else None.
 
     Raises:
-        TypeError: index is not an int64 tensor [N]. ValueError: lengths that are not positive or do not sum to N.
+        TypeError: index is not an int64 tensor [N], token neither that nor None. ValueError: lengths that are not
+        positive or do not sum to N, positions that are not distinct or outside the batch.
     """
 
     index: Tensor
     lengths: tuple[int, ...]
     shape: tuple[int, int]
+    token: Tensor | None = None
 
     def __post_init__(self):
         if not isinstance(self.index, Tensor) or self.index.dtype != torch.int64 or self.index.dim() != 1:
             got = (self.index.dtype, list(self.index.shape)) if isinstance(self.index, Tensor) else type(self.index)
             raise TypeError(f"index: expected an int64 tensor [N], got {got}")
+        if self.token is not None and (
+            not isinstance(self.token, Tensor)
+            or self.token.dtype != torch.int64
+            or self.token.shape != self.index.shape
+        ):
+            got = (self.token.dtype, list(self.token.shape)) if isinstance(self.token, Tensor) else type(self.token)
+            raise TypeError(f"token: expected an int64 tensor {list(self.index.shape)} or None, got {got}")
         if any(length < 1 for length in self.lengths) or sum(self.lengths) != len(self.index):
             raise ValueError(
                 f"lengths: expected positive lengths that sum to the {len(self.index)} positions of index, got "
@@ -49,17 +64,20 @@ class Layout:
                 raise ValueError(f"index: expected distinct positions in [0, {count}), got {self.index.tolist()}")
 
     @classmethod
-    def trusted(cls, index: Tensor, lengths: tuple[int, ...], shape: tuple[int, int]) -> Layout:
+    def trusted(
+        cls, index: Tensor, lengths: tuple[int, ...], shape: tuple[int, int], token: Tensor | None = None
+    ) -> Layout:
         """From parts that need no second look, which on a GPU would be a sync."""
         layout = cls.__new__(cls)
-        layout.__dict__.update(index=index, lengths=lengths, shape=shape)
+        layout.__dict__.update(index=index, lengths=lengths, shape=shape, token=token)
         return layout
 
     @classmethod
     def from_mask(cls, mask: Tensor) -> Layout:
         """One response per row of ``mask`` [B, L] bool, True where hidden[b, t] *predicts* a response token.
 
-        The last prompt position is True, the position of the final token (EOS) False. A mask on a GPU costs one sync.
+        The last prompt position is True, the position of the final token (EOS) False. Rows with several responses
+        (packed texts, turns) need ``from_labels`` or ``from_segments``. A mask on a GPU costs one sync.
 
         Raises:
             TypeError: not a bool tensor. ValueError: not two-dimensional.
@@ -73,17 +91,46 @@ class Layout:
 
     @classmethod
     def from_labels(cls, labels: Tensor, ignore_index: int = -100) -> Layout:
-        """From Hugging Face labels [B, L] (the token *at* t, or ``ignore_index``), which it shifts for you."""
+        """From Hugging Face labels [B, L] (the token *at* t, or ``ignore_index``), which it shifts for you.
+
+        Labels that follow each other are one response; an ignored one between them (a prompt, the first token of the
+        next packed text) begins another. So packed rows and conversations of several turns have as many responses as
+        they were given, just as if each had a row of its own. Labels of two texts with nothing ignored between them
+        cannot be told apart (the collators of transformers and TRL ignore each text's first label, which nothing in
+        that text predicts), and an ignored token *inside* a response makes two of it: ``from_segments`` takes both as
+        they are meant.
+
+        The layout knows the tokens (``token``): an objective that needs a target takes them from it, and one that is
+        given another target says so.
+        """
+        targets = cls.targets(labels, ignore_index)
+        scored = targets != ignore_index
+        starts = scored & ~scored.roll(1, dims=1)  # the last position of a row is never scored
+        layout = cls.from_segments(starts.cumsum(1) * scored)
+        return cls.trusted(layout.index, layout.lengths, layout.shape, targets.flatten()[layout.index])
+
+    @staticmethod
+    def targets(labels: Tensor, ignore_index: int = -100) -> Tensor:
+        """``target`` [B, L] of Hugging Face ``labels`` [B, L]: the token that t predicts is the label at t + 1.
+
+        The last position predicts nothing: ``ignore_index``. ``kd.cross_entropy(student, kd.Layout.targets(labels))``.
+
+        Raises:
+            TypeError: not an integer tensor. ValueError: not two-dimensional.
+        """
         _check_integers("labels", labels)
         if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
             raise TypeError(f"ignore_index: expected an int, got {ignore_index!r}")
-        mask = torch.zeros_like(labels, dtype=torch.bool)
-        mask[:, :-1] = labels[:, 1:] != ignore_index
-        return cls.from_mask(mask)
+        targets = torch.full_like(labels, ignore_index, dtype=torch.int64)
+        targets[:, :-1] = labels[:, 1:]
+        return targets
 
     @classmethod
     def from_segments(cls, ids: Tensor) -> Layout:
-        """From integer ids [B, L]: 0 is unscored, equal ids in a row are one response (packed or multi-turn rows)."""
+        """From integer ids [B, L]: 0 is unscored, equal ids in a row are one response (packed or multi-turn rows).
+
+        As in a mask, position t has the id of the response that hidden[b, t] *predicts* a token of.
+        """
         _check_integers("ids", ids)
         flat = ids.flatten()
         index = flat.nonzero()[:, 0]
@@ -103,17 +150,24 @@ class Layout:
     def part(self, first: int, last: int) -> Layout:
         """Responses first..last-1 as a layout of their own."""
         start, count = sum(self.lengths[:first]), sum(self.lengths[first:last])
-        return Layout.trusted(self.index[start : start + count], self.lengths[first:last], self.shape)
+        part = slice(start, start + count)
+        token = None if self.token is None else self.token[part]
+        return Layout.trusted(self.index[part], self.lengths[first:last], self.shape, token)
 
     def take(self, responses: Sequence[int]) -> Layout:
         """The numbered responses, in that order, as a layout of their own."""
-        parts = self.index.split(self.lengths)
-        index = torch.cat([parts[i] for i in responses]) if responses else self.index[:0]
-        return Layout.trusted(index, tuple(self.lengths[i] for i in responses), self.shape)
+
+        def taken(values: Tensor) -> Tensor:
+            parts = values.split(self.lengths)
+            return torch.cat([parts[i] for i in responses]) if responses else values[:0]
+
+        token = None if self.token is None else taken(self.token)
+        return Layout.trusted(taken(self.index), tuple(self.lengths[i] for i in responses), self.shape, token)
 
     def to(self, device) -> Layout:
         """The same layout with its tensors on ``device``."""
-        return Layout.trusted(self.index.to(device, non_blocking=True), self.lengths, self.shape)
+        token = None if self.token is None else self.token.to(device, non_blocking=True)
+        return Layout.trusted(self.index.to(device, non_blocking=True), self.lengths, self.shape, token)
 
     @cached_property
     def response_lengths(self) -> Tensor:
@@ -141,6 +195,28 @@ class Layout:
     def row(self) -> Tensor:
         """[responses] batch row of each response."""
         return self.index[self.position == 0] // max(1, self.shape[1])
+
+    def at(self, target: Tensor) -> Tensor:
+        """[N] of ``target`` [B, L], the scored positions.
+
+        Where the layout was made from labels and ``target`` says otherwise (labels that nobody shifted), that is a
+        ValueError on CPUs. Elsewhere looking would be a sync: there such a token becomes -1, whose loss is NaN.
+        """
+        chosen = target.flatten()[self.index]
+        if self.token is None:
+            return chosen
+        wrong = chosen != self.token
+        if chosen.device.type != "cpu" or torch.compiler.is_compiling():
+            return chosen.masked_fill(wrong, -1)
+        if wrong.any():
+            first = int(wrong.nonzero()[0])
+            b, t = divmod(int(self.index[first]), self.shape[1])
+            raise ValueError(
+                f"target: expected at every scored position the token it predicts, as in the labels the mask was made "
+                f"from ({int(self.token[first])} at [{b}, {t}], the label at [{b}, {t + 1}]), got "
+                f"{int(chosen[first])} there and {int(wrong.sum())} such tokens of {len(self)}; {SHIFT}"
+            )
+        return chosen
 
     def written_by(self, author: Tensor) -> list[bool]:
         """Whether each response is in a row where ``author`` [B] bool is True."""

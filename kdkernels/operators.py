@@ -106,13 +106,13 @@ class Sources(NamedTuple):
         return self.rows
 
 
-def check_range(name: str, ids: Tensor, count: int, distinct: bool = False) -> None:
+def check_range(name: str, ids: Tensor, count: int, distinct: bool = False, hint: str = "") -> None:
     """Looks at ids on CPUs only: elsewhere it would be a sync."""
     if ids.device.type != "cpu" or not ids.numel():
         return
     low, high = (int(each) for each in ids.aminmax())
     if not 0 <= low <= high < count:
-        raise ValueError(f"{name}: expected ids in [0, {count}), got {low} to {high}")
+        raise ValueError(f"{name}: expected ids in [0, {count}), got {low} to {high}{hint and f'; {hint}'}")
     if distinct and len(ids.unique()) < len(ids):
         raise ValueError(f"{name}: expected distinct positions, got {len(ids)} of which {len(ids.unique())} differ")
 

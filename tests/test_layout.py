@@ -52,6 +52,124 @@ def test_eos_is_kept_where_it_pads_too():
     assert responses(kd.Layout.from_labels(labels)) == [[1, 2, 3]]
 
 
+PACKED = [  # prompt 3 4, response 5 6 2; prompt 7, response 8 2; prompt 9 1 4, response 7 5 6 2
+    [([3, 4], [5, 6, 2]), ([7], [8, 2]), ([9, 1, 4], [7, 5, 6, 2])],
+    [([6], [2]), ([8, 8, 3], [9, 9, 9, 4, 2]), ([5], [2])],
+]
+
+
+def labelled(pieces):
+    """Hugging Face labels of one row of (prompt, response) pairs."""
+    return [token for prompt, response in pieces for token in (*[-100] * len(prompt), *response)]
+
+
+def padded(rows, fill):
+    length = max(map(len, rows)) + 1
+    return torch.tensor([[*row, *[fill] * (length - len(row))] for row in rows])
+
+
+def test_packed_labels_are_as_many_responses_as_were_packed():
+    labels = padded([labelled(row) for row in PACKED], -100)
+    layout = kd.Layout.from_labels(labels)
+    assert layout.lengths == (3, 2, 4, 1, 5, 1) and layout.row.tolist() == [0, 0, 0, 1, 1, 1]
+    assert layout.token.tolist() == [token for row in PACKED for _, response in row for token in response]
+    assert layout.part(1, 3).token.tolist() == [8, 2, 7, 5, 6, 2]
+    assert layout.take([5, 1]).token.tolist() == [2, 8, 2]
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [kd.TSDKD(k=4, opener=0.3, entropy_ratio=0.4), kd.GKD(0.5), kd.SFT(), kd.DistiLLM2()],
+    ids=lambda one: type(one).__name__,
+)
+def test_a_packed_row_is_scored_as_its_texts_in_rows_of_their_own(objective):
+    """The hidden states of every text are the same in both batches; loss, count, metrics and gradients must be too."""
+    generator = torch.Generator().manual_seed(5)
+    weight = torch.randn(12, 6, generator=generator, dtype=torch.float64)
+    teacher_weight = torch.randn(12, 6, generator=generator, dtype=torch.float64)
+    states = {
+        (b, i): torch.randn(2, len(p) + len(r), 6, generator=generator, dtype=torch.float64)
+        for b, row in enumerate(PACKED)
+        for i, (p, r) in enumerate(row)
+    }
+
+    def scored(rows):  # rows of (b, i)
+        labels = padded([labelled(PACKED[b][i] for b, i in row) for row in rows], -100)
+        hidden = torch.zeros(2, *labels.shape, 6, dtype=torch.float64)
+        for n, row in enumerate(rows):
+            packed = torch.cat([states[key] for key in row], 1)
+            hidden[:, n, : packed.shape[1]] = packed
+        parameter = weight.clone().requires_grad_()
+        teacher = kd.Head(hidden[1], teacher_weight) if objective.needs_teacher else None
+        by_teacher = {"from_teacher": torch.arange(len(rows)) * 0 == 0} if objective.by_author else {}
+        out = objective(kd.Head(hidden[0], parameter), teacher, kd.Layout.from_labels(labels), **by_teacher)
+        out.loss.backward()
+        return out, parameter.grad
+
+    packed, packed_gradient = scored([[(b, i) for i in range(3)] for b in range(2)])
+    apart, gradient = scored([[(b, i)] for b in range(2) for i in range(3)])
+    assert packed.count == apart.count and gradient.norm() > 0.05
+    torch.testing.assert_close(packed.loss, apart.loss)
+    torch.testing.assert_close(packed_gradient, gradient)
+    torch.testing.assert_close(packed.metrics, apart.metrics)
+
+
+def scores(seed=0, rows=2, length=7, words=11):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(rows, length, words, generator=generator) * 2
+    ids = torch.randint(0, words, (rows, length), generator=generator)
+    return kd.Logits(logits), logits, ids
+
+
+def test_targets_are_the_labels_shifted():
+    student, logits, ids = scores()
+    labels = ids.clone()
+    labels[:, :3] = -100
+    targets = kd.Layout.targets(labels)
+    assert targets.tolist() == [[*row[1:], -100] for row in labels.tolist()]
+    expected = -logits.double().log_softmax(-1)[:, 2:-1].gather(-1, ids[:, 3:, None]).mean()
+    layout = kd.Layout.from_labels(labels)
+    assert kd.SFT()(student, None, layout, target=targets).loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert kd.SFT()(student, None, layout).loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    values = kd.cross_entropy(student, targets)
+    assert values.sum().item() == pytest.approx(expected.item() * 8, rel=1e-6)
+    torch.testing.assert_close(kd.cross_entropy(student, targets, rows=layout), values)
+    torch.testing.assert_close(kd.statistics(student, target=targets, rows=layout).target_log_prob, -values)
+
+
+@pytest.mark.parametrize("prompt", [0, 3])
+def test_labels_that_nobody_shifted_are_refused_as_target(prompt):
+    """With the prompt ignored and, what no range of ids betrays, with every token labelled."""
+    student, _, ids = scores()
+    labels = ids.clone()
+    labels[:, :prompt] = -100
+    layout = kd.Layout.from_labels(labels)
+    calls = {
+        "objective": lambda: kd.SFT()(student, None, layout, target=labels),
+        "metric": lambda: kd.GKD(0.5)(student, student, layout, target=labels),
+        "per token": lambda: kd.cross_entropy(student, labels, rows=layout),
+        "statistics": lambda: kd.statistics(student, target=labels, rows=layout),
+    }
+    for name, call in calls.items():
+        with pytest.raises(ValueError, match=r"^target: .*kd\.Layout\.targets\(labels\) shifts them"):
+            call()
+            pytest.fail(name)
+    if prompt:  # a mask does not know the tokens, but an ignored label where one must be predicted is seen
+        mask = torch.zeros_like(labels, dtype=torch.bool)
+        mask[:, prompt - 1 : -1] = True
+        with pytest.raises(ValueError, match=r"^target: expected ids in \[0, 11\), got -100 to .*shifts them"):
+            kd.SFT()(student, None, mask, target=labels)
+
+
+def test_where_looking_would_be_a_sync_a_wrong_token_becomes_one_without_a_loss(monkeypatch):
+    labels = torch.tensor([[-100, 3, 4, 5]])
+    layout = kd.Layout.from_labels(labels)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert layout.at(labels).tolist() == [-1, -1, -1]
+    assert layout.at(kd.Layout.targets(labels)).tolist() == [3, 4, 5]
+    assert layout.at(torch.tensor([[3, 9, 5, 0]])).tolist() == [3, -1, 5]
+
+
 def test_per_token_tables():
     mask = torch.tensor([[0, 1, 1, 1], [0, 0, 0, 0], [1, 0, 1, 0], [0, 0, 0, 1]]).bool()
     layout = kd.Layout.from_mask(mask)
@@ -121,6 +239,11 @@ def test_to_another_device():
         (lambda: kd.Layout.from_labels(torch.ones(2, 3)), TypeError, ["labels", "int", "float32"]),
         (lambda: kd.Layout.from_labels([[1]]), TypeError, ["labels", "list"]),
         (lambda: kd.Layout.from_labels(torch.ones(3, dtype=torch.int64)), ValueError, ["labels", "[B, L]", "[3]"]),
+        (lambda: kd.Layout.targets(torch.ones(2, 3)), TypeError, ["labels", "int", "float32"]),
+        (
+            lambda: kd.Layout(torch.arange(2), (2,), (1, 3), torch.ones(2)),
+            TypeError, ["token", "int64", "[2]", "float32"],
+        ),
         (lambda: kd.Layout.from_segments(torch.ones(2, 3)), TypeError, ["ids", "int", "float32"]),
         (lambda: kd.Layout.from_segments(None), TypeError, ["ids", "NoneType"]),
         (lambda: kd.Layout.from_segments(torch.ones(2, 3, 1).int()), ValueError, ["ids", "[B, L]", "[2, 3, 1]"]),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..chunked import Call, Program, Tokens, evaluate
 from ..functional import check_ids, check_limits, check_student, check_teacher
 from ..heads import Head, Logits, Source
-from ..layout import Layout
+from ..layout import SHIFT, Layout
 from ..operators import check_range
 
 
@@ -68,10 +68,12 @@ class Objective(Program, nn.Module):
             student, teacher: kd.Head over hidden states [B, L, H] (the hidden sizes may differ) or kd.Logits [B, L, V];
                 the teacher may be kd.TopK where the objective needs no more. No gradient reaches the teacher.
             mask: [B, L] bool, True where hidden[b, t] *predicts* a response token (the last prompt position is True,
-                the position of the final token False), or a ``kd.Layout``. Nothing shifts internally. Positions
-                outside are never multiplied by an lm_head. Without any True the loss is 0 and every gradient zero.
-            target: [B, L] int64, the token that position t predicts. Where the objective does not need it, it adds the
-                metric ``cross_entropy``.
+                the position of the final token False), one response per row, or a ``kd.Layout``, which may have
+                several. Nothing shifts internally. Positions outside are never multiplied by an lm_head. Without any
+                True the loss is 0 and every gradient zero.
+            target: [B, L] int64, the token that position t predicts (``kd.Layout.targets`` makes it of Hugging Face
+                labels). By default the tokens of a layout made from labels, where the objective needs them; where it
+                does not, a target adds the metric ``cross_entropy``.
             weights: [B, L] factor on every term of a token, a constant; the denominators stay counts.
             from_teacher: [B] bool, rows whose response the teacher wrote, for objectives that treat these differently:
                 required there, an error elsewhere. On the CPU it costs no sync.
@@ -97,7 +99,7 @@ class Objective(Program, nn.Module):
             raise TypeError(f"from_teacher: {type(self).__name__} treats all responses alike; expected None")
         if self.needs_weights and weights is None:
             raise TypeError(f"weights: {type(self).__name__} needs a weight for each token, got None")
-        if self.needs_target and target is None:
+        if self.needs_target and target is None and layout.token is None:
             raise TypeError(f"target: {type(self).__name__} needs the token each position predicts, got None")
         shape, device = student.shape, student.device
         count = self.count(layout, from_teacher)
@@ -111,8 +113,11 @@ class Objective(Program, nn.Module):
         layout, teacher_layout = layout.to(device), teacher_layout.to(device)
         if target is not None:
             check_ids("target", target, shape, device)
-            target = target.flatten()[layout.index]
-            check_range("target", target, student.vocabulary)
+            target = layout.at(target)
+        elif self.needs_target:
+            target = layout.token
+        if target is not None:
+            check_range("target", target, student.vocabulary, hint=SHIFT)
         if weights is not None:
             _check_weights(weights, shape, device)
             weights = weights.flatten()[layout.index]
