@@ -17,8 +17,6 @@ from . import memory
 
 _UPCAST_WORDS = 4096  # words per step where the operands have to be widened
 _ADDED_WORDS = 512  # words per step of adding 16-bit products to fp32 sums: they stay in the cache
-_PRODUCT = 1 << 23  # numbers of an fp32 product that cannot be written where it belongs
-_INTO = "dtype_out" in torch.ops.aten.mm.overloads()  # torch 2.12: mm and addmm with out_dtype= take out= as well
 
 
 class Torch:
@@ -70,35 +68,26 @@ class Torch:
 
 
 class TensorCores(Torch):
-    """Products of 16-bit operands on a GPU, summed and written in fp32."""
+    """Products of 16-bit operands on a GPU, summed and written in fp32.
+
+    mm and addmm take out_dtype= together with out= since torch 2.8, an addend of out_dtype since 2.10.
+    """
 
     def workspace(self, width: int, operand: torch.dtype, logits: torch.dtype, trained: bool) -> tuple[int, int]:
-        return 0 if operand == logits or _INTO else _PRODUCT * logits.itemsize, 0
+        return 0, 0
 
     def project(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
         if out.dtype == hidden.dtype:
             super().project(hidden, weight, bias, out)
             return
-        if _INTO:
-            torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)
-        else:
-            step = max(1, _PRODUCT // len(hidden))
-            for first in range(0, len(weight), step):
-                words = slice(first, first + step)
-                out[:, words] = torch.mm(hidden, weight[words].t(), out_dtype=out.dtype)
+        torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)
         if bias is not None:
             out += bias
 
     def accumulate(self, a: Tensor, b: Tensor, sums: Tensor, out: Tensor, first: bool, last: bool) -> None:
         if first:
             sums.zero_()
-        if _INTO:
-            torch.addmm(sums, a, b, out_dtype=sums.dtype, out=sums)
-        else:
-            step = max(1, _PRODUCT // b.shape[1])
-            for start in range(0, len(a), step):
-                rows = slice(start, start + step)
-                sums[rows] += torch.mm(a[rows], b, out_dtype=sums.dtype)
+        torch.addmm(sums, a, b, out_dtype=sums.dtype, out=sums)
         if last:
             out.copy_(sums)
 

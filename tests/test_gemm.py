@@ -27,26 +27,40 @@ NATIVE = [dtype for dtype in (F32, BF16) if isinstance(products_of(dtype), gemm.
 needs_native = pytest.mark.skipif(not NATIVE, reason="this CPU's vendor library multiplies")
 
 
-@pytest.fixture(params=[True, False], ids=["out", "no out"])
-def tensor_cores(request, monkeypatch):
-    """torch.mm and addmm as GPUs have them, with or without ``out=`` of another dtype; lists the operands' dtypes."""
+@pytest.fixture
+def tensor_cores(monkeypatch):
+    """torch.mm and addmm as GPUs have them, with ``out=`` of another dtype; lists the operands' dtypes."""
     seen = []
 
-    def mm(a, b, *, out_dtype=None, out=None):
-        assert out is None or out_dtype is None or request.param, "not in this torch"
-        seen.append((a.dtype, b.dtype, out_dtype or a.dtype))
-        result = (a.float() @ b.float()).to(out_dtype or a.dtype)
-        return result if out is None else out.copy_(result)
+    def mm(a, b, *, out_dtype, out):
+        assert out_dtype == out.dtype
+        seen.append((a.dtype, b.dtype, out_dtype))
+        return out.copy_(a.float() @ b.float())
 
     def addmm(c, a, b, *, out_dtype, out):
-        assert request.param and c.dtype == out_dtype == out.dtype
-        return out.copy_(c + mm(a, b, out_dtype=out_dtype))
+        assert c.dtype == out_dtype
+        return out.copy_(c + mm(a, b, out_dtype=out_dtype, out=torch.empty_like(out)))
 
     monkeypatch.setattr(torch, "mm", mm)
     monkeypatch.setattr(torch, "addmm", addmm)
-    monkeypatch.setattr(gemm, "_INTO", request.param)
-    monkeypatch.setattr(gemm, "_PRODUCT", 64)  # several steps
     return gemm.TensorCores(), seen
+
+
+@pytest.mark.parametrize("operator", ["mm", "addmm"])
+def test_torch_writes_another_dtype_into_a_buffer(operator):
+    """The overloads that TensorCores calls are in every torch that is supported; only GPUs can run them."""
+    assert "dtype_out" in getattr(torch.ops.aten, operator).overloads()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="make gpu-check runs it")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_tensor_cores_on_a_gpu(dtype):
+    with torch.device("cuda"):
+        hidden, weight, bias = (torch.randn(shape).to(dtype) for shape in ((C, H), (V, H), (V,)))
+        out = torch.full((C, V + 5), torch.nan)[:, :V]
+        gemm.TensorCores().project(hidden, weight, bias, out)
+        assert truth.relative(out, hidden.double() @ weight.double().t() + bias.double()) < 1e-6
+        check_the_weight_gradient(gemm.TensorCores(), dtype, 3)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -93,7 +107,7 @@ def test_workspaces():
     native, torchs, tensor_cores = gemm.Native(), gemm.Torch(), gemm.TensorCores()
     assert torchs.workspace(H, BF16, BF16, True) == (0, 0)
     assert torchs.workspace(H, BF16, F32, True) == (4096 * H * 4, H * 4)
-    assert tensor_cores.workspace(H, BF16, F32, True) == (0 if gemm._INTO else (1 << 23) * 4, 0)
+    assert tensor_cores.workspace(H, BF16, F32, True) == (0, 0)
     frozen, trained = (native.workspace(896, BF16, BF16, trained) for trained in (False, True))
     threads = torch.get_num_threads()
     assert frozen == (threads << 15, threads * 256)
