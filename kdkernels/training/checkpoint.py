@@ -26,8 +26,8 @@ def save(engine, directory: Path, progress: dict[str, int], keep: int) -> None:
     """Writes the checkpoint of `progress["step"]` into `directory` and deletes all but the newest `keep` up to it; all
     processes call this together.
 
-    It holds weights, objective buffers, optimizer, learning-rate schedule (through DeepSpeed), the random state of
-    every process and `progress`.
+    It holds weights, objective buffers, optimizer (through DeepSpeed), the random state of every process and
+    `progress`.
     """
 
     def write(path: Path) -> None:

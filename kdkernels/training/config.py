@@ -25,18 +25,21 @@ Positive = Annotated[float, Rule(lambda value: 0 < value < float("inf"), "a numb
 PositiveOrZero = Annotated[float, Rule(lambda value: 0 <= value < float("inf"), "a number >= 0")]
 Share = Annotated[float, Rule(lambda value: 0 <= value <= 1, "a number from 0 to 1")]
 Momentum = Annotated[float, Rule(lambda value: 0 <= value < 1, "a number >= 0 and < 1")]
+Timeout = Annotated[float, Rule(lambda value: 1 <= value <= 10**9, "a number from 1 to 1e9")]
 ZeroStage = Annotated[int, Rule(lambda value: 0 <= value <= 2, "0, 1 or 2 (ZeRO-3 is not supported yet)")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """`output`: the run's directory. `dtype`: of both models' weights; with bfloat16 the optimizer keeps float32 master
-    weights.
+    weights. `timeout_seconds`: a process that waits longer for the others ends with an error; it must exceed what one
+    process does alone, such as writing final/ or the longest rollout of a step.
     """
 
     output: str
     seed: CountOrZero = 0
     dtype: Literal["float32", "bfloat16"] = "float32"
+    timeout_seconds: Timeout = 1800.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,11 +133,15 @@ class OptimizerConfig:
 class TrainConfig:
     """`batch_size`: responses per optimizer step, over all processes. `micro_batch_size`: responses per process and
     forward pass.
+
+    `max_skipped_steps`: a step whose loss or gradient is not finite changes nothing and is counted; a run that has to
+    skip more than so many in a row has diverged and stops.
     """
 
     steps: Count
     batch_size: Count
     micro_batch_size: Count
+    max_skipped_steps: CountOrZero = 10
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,9 @@
 """The processes of a run: one without a launcher, or as many as torchrun starts."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -12,18 +15,24 @@ if not torch.accelerator.is_available():
 import deepspeed
 from deepspeed.accelerator import get_accelerator
 
+from kdkernels.training.schema import InputError
+
 # DeepSpeed would compile an all-reduce for CPU processes on its first use: a minute, a need for ninja, and a lock that
 # blocks every later run where that compile was killed. gloo does the same.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def start() -> None:
-    """Joins the launcher's processes; without one, makes this process a world of its own. May be called again."""
+def start(timeout_seconds: float = 1800) -> None:
+    """Joins the launcher's processes; without one, makes this process a world of its own. May be called again.
+
+    An operation of all processes that does not end within `timeout_seconds` is an error (`lost_process`).
+    """
+    timeout = timedelta(seconds=timeout_seconds)
     if "RANK" not in os.environ and not dist.is_initialized():
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
         backend = get_accelerator().communication_backend_name()
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    deepspeed.init_distributed(verbose=False)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    deepspeed.init_distributed(verbose=False, timeout=timeout)
 
 
 def rank() -> int:
@@ -57,3 +66,39 @@ def gathered(value: Any) -> list[Any]:
     values = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Around what every process does on its own (no operation of all processes may be in it): where it fails on one,
+    all fail with its error at once, instead of waiting for that process until the timeout.
+    """
+    error = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    agree(error)
+
+
+def agree(error: Exception | None) -> None:
+    """Raises the process's own `error`, or that of the first process that has one; all processes call this together."""
+    told = [error] if world_size() == 1 else gathered(None if error is None else _for_others(error))
+    if error is not None:
+        raise error
+    others = [one for one in told if one is not None]
+    if others:
+        raise others[0]
+
+
+def lost_process(error: Exception) -> bool:
+    """Whether `error` is how gloo, NCCL or the rendezvous say that another process ended or does not answer."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
+
+
+def _for_others(error: Exception) -> Exception:
+    """`error` as the other processes raise it; of a kind that survives the journey and keeps the exit status."""
+    text = f"process {rank()}: {error}"
+    if isinstance(error, (InputError, OSError)):
+        return InputError(text)
+    return FloatingPointError(text) if isinstance(error, FloatingPointError) else RuntimeError(f"{type(error)}, {text}")

@@ -1,6 +1,8 @@
-"""The DeepSpeed engine of a run: AdamW, its schedule, precision, accumulation and clipping."""
+"""The DeepSpeed engine of a run: AdamW, its learning rate, precision, accumulation and clipping."""
 
+import itertools
 import math
+from collections.abc import Iterable
 
 import deepspeed
 import torch
@@ -22,9 +24,8 @@ def build_engine(config: Config, module: nn.Module):
     ]
     groups = [group for group in groups if group["params"]]
     optimizer = torch.optim.AdamW(groups, lr=config.optimizer.lr, betas=config.optimizer.betas)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: rate(config.optimizer, step, config.train.steps)
-    )
+    optimizer.skip = False
+    optimizer.register_step_pre_hook(_drop_gradients)
     settings = {
         "train_batch_size": config.train.batch_size,
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
@@ -35,19 +36,63 @@ def build_engine(config: Config, module: nn.Module):
     }
     if config.deepspeed.zero_stage > 0:  # without ZeRO, DeepSpeed adds up in the weights' own precision
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
-    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, lr_scheduler=schedule, config=settings)
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
     return engine
 
 
-def step_engine(engine) -> float | None:
-    """Ends a micro-batch; a step's last one updates the weights. Returns the norm of its gradient before clipping."""
+def update(engine, loss: float, apply: bool = True) -> tuple[float, str | None]:
+    """The update after a step's last micro-batch, and the norm of its gradient before clipping.
+
+    Where `loss` (the step's, of all processes) or the norm is not finite, the second value says so: weights and
+    optimizer state then stay as they were, on all processes. apply=False leaves them in any case.
+    """
     norm = None
-    if engine.is_gradient_accumulation_boundary() and not (engine.bfloat16_enabled() or engine.zero_optimization()):
-        # a plain optimizer: DeepSpeed clips without keeping the norm
-        norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
-    engine.step()
-    norm = engine.get_global_grad_norm() if norm is None else norm
-    return None if norm is None else float(norm)
+    if not (engine.bfloat16_enabled() or engine.zero_optimization()):
+        # a plain optimizer: DeepSpeed clips without keeping the norm. Its gradients are the sums over all processes
+        norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None]).item()
+    engine.basic_optimizer.skip = not (apply and math.isfinite(loss) and (norm is None or math.isfinite(norm)))
+    engine.step()  # which drops gradients that are not finite itself, but for those of a plain optimizer
+    norm = float(engine.get_global_grad_norm()) if norm is None else norm
+    defects = {"loss": loss, "gradient norm": norm}
+    return norm, next((f"the {name} is {value}" for name, value in defects.items() if not math.isfinite(value)), None)
+
+
+def _drop_gradients(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    """Makes a step of AdamW one of no effect: what has no gradient keeps its value and its moments. DeepSpeed's own
+    work around the step goes on as ever.
+    """
+    if optimizer.skip:
+        optimizer.zero_grad(set_to_none=True)
+
+
+def nonfinite(engine) -> str | None:
+    """The name of a weight, buffer or optimizer state of what the engine would save that is not finite on some process;
+    all processes call this together.
+    """
+    groups, states = engine.basic_optimizer.param_groups, engine.basic_optimizer.state.values()
+    own = first_nonfinite(
+        itertools.chain(
+            engine.module.state_dict().items(),
+            (("the optimizer's weights", weight) for group in groups for weight in group["params"]),
+            (
+                (f"the optimizer's {name}", one)
+                for state in states
+                for name, one in state.items()
+                if torch.is_tensor(one)
+            ),
+        )
+    )
+    return next((name for name in distributed.gathered(own) if name is not None), None)
+
+
+def first_nonfinite(tensors: Iterable[tuple[str, torch.Tensor]]) -> str | None:
+    """The name of the first of the named `tensors` that holds a NaN or an infinity."""
+    for name, tensor in tensors:
+        # the largest magnitude is NaN if any value is, and needs no memory
+        measurable = tensor.is_floating_point() and tensor.numel() > 0
+        if measurable and not torch.linalg.vector_norm(tensor.detach(), ord=math.inf).isfinite():
+            return name
+    return None
 
 
 def accumulation_steps(config: Config) -> int:
@@ -61,6 +106,14 @@ def accumulation_steps(config: Config) -> int:
             f"{distributed.world_size()} processes), got {config.train.batch_size}"
         )
     return config.train.batch_size // at_once
+
+
+def set_rate(engine, config: Config, step: int) -> float:
+    """Gives the optimizer the learning rate of `step` (1, 2, ...), whatever became of those before it; that rate."""
+    lr = config.optimizer.lr * rate(config.optimizer, step - 1, config.train.steps)
+    for group in engine.basic_optimizer.param_groups:
+        group["lr"] = lr
+    return lr
 
 
 def rate(config: OptimizerConfig, step: int, steps: int) -> float:

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from kdkernels.training import distributed
 from kdkernels.training.atomic import write_text
+from kdkernels.training.jsonl import json_line
 from kdkernels.training.run import RunDirectory
 
 SHOWN = ("loss", "student_entropy", "teacher_entropy", "gate", "tokens_per_second")
@@ -44,14 +45,15 @@ class MetricsLog:
         )
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Adds the line of `step`; it outlives the process from here on."""
+        """Adds the line of `step`; it outlives the process from here on. A value that is not finite is null there."""
         if not self.active:
             return
-        self.file.write(json.dumps({"step": step} | values) + "\n")
+        self.file.write(json_line({"step": step} | values))
         self.file.flush()
         if self.board is not None:
             for name, value in values.items():
-                self.board.add_scalar(name, value, step)
+                if math.isfinite(value):
+                    self.board.add_scalar(name, value, step)
         shown = {name: f"{values[name]:.4g}" for name in SHOWN if name in values}
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update(step - self.bar.n)
@@ -86,14 +88,16 @@ class MetricsLog:
                 self.board.close()
 
 
-def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The complete lines of a metrics.jsonl, in order, without a last one that an interrupted run left unfinished."""
+def read_metrics(path: Path) -> list[dict[str, float | None]]:
+    """The complete lines of a metrics.jsonl, in order, without a last one that an interrupted run left unfinished. None
+    is a number that was not finite.
+    """
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def evaluations(path: Path) -> dict[int, dict[str, float]]:
-    """The evaluations in a metrics.jsonl, by step."""
+def evaluations(path: Path) -> dict[int, dict[str, float | None]]:
+    """The evaluations in a metrics.jsonl, by step. None is a number that was not finite."""
     lines = {
         line["step"]: {
             name.removeprefix(EVALUATION): value for name, value in line.items() if name.startswith(EVALUATION)
@@ -105,5 +109,5 @@ def evaluations(path: Path) -> dict[int, dict[str, float]]:
 
 def _cut_after(path: Path, step: int) -> None:
     """Drops the lines of the steps after `step`, which are about to be trained again."""
-    kept = [json.dumps(line) + "\n" for line in read_metrics(path) if line["step"] <= step]
+    kept = [json_line(line) for line in read_metrics(path) if line["step"] <= step]
     write_text(path, "".join(kept))

@@ -1,7 +1,8 @@
 """report.md: what a run was, what it was given, and what its evaluations measured before and after."""
 
+import itertools
 import resource
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 from kdkernels.training import distributed
 from kdkernels.training.atomic import write_text
@@ -11,34 +12,67 @@ from kdkernels.training.metrics import evaluations, read_metrics
 from kdkernels.training.run import RunDirectory
 
 
-def write_report(run: RunDirectory, config: Config, data: Iterable[Examples]) -> None:
-    """Writes the report of a finished run, on rank 0."""
+def write_report(run: RunDirectory, config: Config, data: Iterable[Examples], start: int) -> None:
+    """Writes the report of a finished run, on rank 0; all processes call this together. `start`: the step after which
+    these processes began (0, or where they resumed the run).
+    """
+    peaks = distributed.gathered(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
     if distributed.rank() == 0:
-        write_text(run.report, render_report(run, config, data))
+        write_text(run.report, render_report(run, config, data, start, peaks))
 
 
-def render_report(run: RunDirectory, config: Config, data: Iterable[Examples]) -> str:
-    """The report as Markdown."""
+def render_report(
+    run: RunDirectory, config: Config, data: Iterable[Examples], start: int, peaks: Sequence[float]
+) -> str:
+    """The report as Markdown. `peaks`: of the resident memory of each process, in MiB."""
     steps = [line for line in read_metrics(run.metrics) if line["step"] > 0]
-    phases = {name: sum(line[name] for line in steps) for name in steps[0] if name.startswith("time/")}
-    spent = ", ".join(f"{name.removeprefix('time/')} {seconds:.1f}" for name, seconds in phases.items())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    tokens = sum(line["tokens"] for line in steps)
+    skipped = [line["step"] for before, line in itertools.pairwise([{}, *steps]) if _skipped(line) > _skipped(before)]
+    trained = [line for line in steps if line["step"] not in set(skipped)]
+    phases = dict.fromkeys(name for line in steps for name in line if name.startswith("time/"))
+    seconds = {name.removeprefix("time/"): sum(line.get(name) or 0 for line in steps) for name in phases}
+    spent = ", ".join(f"{phase} {value:.1f}" for phase, value in seconds.items())
+    since = f" since it was resumed after step {start}" if start else ""
     lines = [
         f"# {config.objective.name}: {run.root}",
         "",
-        f"- {len(steps)} steps of {config.train.batch_size} responses, {tokens} response tokens",
-        f"- seconds in the steps: {sum(phases.values()):.1f} ({spent})",
-        f"- peak resident memory of the main process: {peak:.0f} MiB",
-        *(f"- {examples}" for examples in data),
-        "",
+        f"- {len(trained)} steps of {config.train.batch_size} responses, "
+        f"{sum(line['tokens'] for line in trained)} response tokens",
     ]
-    measured = evaluations(run.metrics)
-    if measured:
-        first, last = measured[min(measured)], measured[max(measured)]
-        lines += ["| held-out | before | after | change |", "|---|---|---|---|"]
-        lines += [
-            f"| {name} | {first[name]:.4f} | {last[name]:.4f} | {last[name] - first[name]:+.4f} |" for name in first
-        ]
-        lines.append("")
-    return "\n".join(lines)
+    if skipped:
+        first = ", ".join(map(str, skipped[:10])) + (", ..." if len(skipped) > 10 else "")
+        lines.append(f"- {len(skipped)} more steps skipped, their loss or gradient was not finite: {first}")
+    lines += [
+        f"- seconds in the steps, evaluations and checkpoints not counted: {sum(seconds.values()):.1f} ({spent})",
+        f"- peak resident memory{since}: " + ", ".join(f"{peak:.0f} MiB" for peak in peaks) + _of(len(peaks)),
+        *(f"- {examples}" for examples in data),
+    ]
+    if config.evaluation is not None and config.evaluation.limit is not None:
+        lines.append(f"- evaluated on the first {config.evaluation.limit} of the held-out examples at most")
+    return "\n".join([*lines, "", *_table(evaluations(run.metrics))])
+
+
+def _skipped(line: Mapping[str, float | None]) -> float:
+    return line.get("skipped_steps") or 0
+
+
+def _of(processes: int) -> str:
+    return "" if processes == 1 else f" (processes 0 to {processes - 1})"
+
+
+def _table(measured: Mapping[int, Mapping[str, float | None]]) -> list[str]:
+    """What the first and the last evaluation measured."""
+    if not measured:
+        return []
+    first, last = measured[min(measured)], measured[max(measured)]
+    lines = [f"| held-out | step {min(measured)} | step {max(measured)} | change |", "|---|---|---|---|"]
+    for name in dict.fromkeys([*first, *last]):
+        before, after = first.get(name), last.get(name)
+        change = "" if before is None or after is None else f"{after - before:+.4f}"
+        lines.append(f"| {name} | {_number(first, name)} | {_number(last, name)} | {change} |")
+    return [*lines, ""]
+
+
+def _number(values: Mapping[str, float | None], name: str) -> str:
+    if name not in values:
+        return "not measured"
+    return "not finite" if values[name] is None else f"{values[name]:.4f}"

@@ -31,6 +31,8 @@ def generate(
     `sample=True` draws every token from softmax(logits) over the tokenizer's vocabulary: temperature 1, nothing cut,
     nothing penalised, whatever the checkpoint's own generation_config asks for. `sample=False` takes the most probable
     token. Padding rows of the vocabulary have probability 0, as they have in the objectives.
+
+    Raises FloatingPointError for logits that are no distribution: with a NaN or +inf among them, or none above -inf.
     """
     eos_id = tokenizer.eos_token_id
     length = max(map(len, prompts))
@@ -50,19 +52,23 @@ def generate(
             input_ids.to(model.device),
             attention_mask=attention_mask.to(model.device),
             generation_config=settings,
-            logits_processor=LogitsProcessorList([MaskPaddedVocabulary(vocabulary_size(tokenizer))]),
+            logits_processor=LogitsProcessorList([TokenDistribution(vocabulary_size(tokenizer))]),
         )
     return [_until_eos(response, eos_id) for response in output[:, length:].tolist()]
 
 
-class MaskPaddedVocabulary(LogitsProcessor):
-    """Gives the ids from `vocab_size` on, which no token has, probability 0."""
+class TokenDistribution(LogitsProcessor):
+    """Gives the ids from `vocab_size` on, which no token has, probability 0, and refuses logits that are no
+    distribution: the draw would end in an error that names no cause, the greedy choice in any token.
+    """
 
     def __init__(self, vocab_size: int):
         self.vocab_size = vocab_size
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         scores[:, self.vocab_size :] = -torch.inf
+        if not scores.amax(1).isfinite().all():  # the largest is NaN where any is
+            raise FloatingPointError("the logits of the model that writes a response are not finite")
         return scores
 
 

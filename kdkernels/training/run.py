@@ -9,7 +9,6 @@ final/                   model and tokenizer, as transformers reads them
 report.md                before and after
 """
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 from kdkernels.training import distributed
 from kdkernels.training.atomic import write_text
 from kdkernels.training.config import Config
+from kdkernels.training.jsonl import json_line
 from kdkernels.training.schema import InputError, read_toml, to_tables, to_toml
 
 
@@ -64,7 +64,7 @@ class RunDirectory:
     def write_records(self, step: int, records: Iterable[dict[str, Any]]) -> None:
         """Writes the records of the evaluation after `step`, on rank 0."""
         if distributed.rank() == 0:
-            write_text(self.evaluation(step), "".join(json.dumps(record) + "\n" for record in records))
+            write_text(self.evaluation(step), "".join(map(json_line, records)))
 
 
 def _differences(old: dict, new: dict) -> list[str]:

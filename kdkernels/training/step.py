@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kdkernels.training import distributed
 from kdkernels.training.config import Config
 from kdkernels.training.data import Example, collate
-from kdkernels.training.engine import step_engine
+from kdkernels.training.engine import set_rate, update
 from kdkernels.training.model import head
 from kdkernels.training.rollouts import generate
 
@@ -29,18 +29,27 @@ def train_step(
     examples: Sequence[Example],
     step: int,
     config: Config,
-) -> dict[str, float]:
-    """One optimizer step on `examples`, shared among the processes; the step's metrics, over all of them."""
+    apply: bool = True,
+) -> tuple[dict[str, float], str | None]:
+    """One optimizer step on `examples`, shared among the processes: its metrics, over all of them, and what in it was
+    not finite. Such a step is skipped: weights and optimizer state stay as they were, on all processes alike.
+
+    apply=False computes everything and updates nothing.
+    """
     clock = Clock()
     student, objective, vocab_size = engine.module.student, engine.module.objective, engine.module.vocab_size
+    lr = set_rate(engine, config, step)
     share = examples[distributed.rank() :: distributed.world_size()]
     prompts = [example.prompt_ids for example in share]
-    with clock("rollout"):
-        by_student = student_writes(step, config.rollout.student_fraction)
-        if by_student:
-            responses = generate(student, tokenizer, prompts, config.rollout.max_new_tokens, sample=True)
-        else:
+    by_student = student_writes(step, config.rollout.student_fraction)
+    try:
+        with clock("rollout"):
             responses = [example.response_ids for example in share]
+            if by_student:
+                with distributed.together():
+                    responses = generate(student, tokenizer, prompts, config.rollout.max_new_tokens, sample=True)
+    except FloatingPointError as error:
+        return {"loss": math.nan, "lr": lr, "gradient_norm": math.nan, "tokens": 0} | clock.metrics(0), str(error)
 
     # the loss does not depend on who shares a micro-batch: with similar lengths there is less padding
     pairs = sorted(zip(prompts, responses, strict=True), key=lambda pair: len(pair[0]) + len(pair[1]))
@@ -62,23 +71,24 @@ def train_step(
         with clock("student"):
             out = engine(batch, scored)
             engine.backward(out.loss * share_of_count * distributed.world_size(), scale_wrt_gas=False)
-        with clock("step"):
-            lr, gradient_norm = engine.lr_scheduler.get_last_lr()[0], step_engine(engine)
         terms = {"loss", *objective.names.values()}
-        for name, value in out.metrics.items():
+        for name, value in (out.metrics | {"loss": out.loss.detach()}).items():
             weight = share_of_count if name in terms else share_of_tokens if value.is_floating_point() else 1
             sums[name] += value.double() * weight
+        with clock("step"):
+            if not engine.is_gradient_accumulation_boundary():
+                engine.step()  # of DeepSpeed's counter
+                continue
+            means = dict(zip(sums, distributed.total(torch.stack(list(sums.values()))).tolist(), strict=True))
+            gradient_norm, defect = update(engine, means["loss"], apply)
 
-    means = distributed.total(torch.stack(list(sums.values()))).tolist()
     return {
-        **dict(zip(sums, means, strict=True)),
+        **means,
         "lr": lr,
         "gradient_norm": gradient_norm,
         "tokens": tokens,
         "response_length": tokens / len(examples),
-        "tokens_per_second": tokens / clock.total(),
-        **{f"time/{phase}": seconds for phase, seconds in clock.seconds.items()},
-    }
+    } | clock.metrics(tokens), defect
 
 
 def student_writes(step: int, fraction: float) -> bool:
@@ -95,11 +105,14 @@ class Clock:
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         start = time.perf_counter()
-        yield
-        if torch.accelerator.is_available():
-            torch.accelerator.synchronize()
-        self.seconds[phase] += time.perf_counter() - start
+        try:
+            yield
+        finally:
+            if torch.accelerator.is_available():
+                torch.accelerator.synchronize()
+            self.seconds[phase] += time.perf_counter() - start
 
-    def total(self) -> float:
-        """Seconds of all phases together."""
-        return sum(self.seconds.values())
+    def metrics(self, tokens: int) -> dict[str, float]:
+        """The seconds by phase, and the tokens that were trained on in a second of all of them."""
+        phases = {f"time/{phase}": seconds for phase, seconds in self.seconds.items()}
+        return {"tokens_per_second": tokens / sum(self.seconds.values()), **phases}

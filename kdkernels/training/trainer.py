@@ -6,9 +6,8 @@ Without a launcher it is one process; torchrun starts several, which run this to
 """
 
 import itertools
-import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,74 +20,101 @@ from kdkernels.training import checkpoint, distributed
 from kdkernels.training.atomic import write_directory
 from kdkernels.training.config import Config
 from kdkernels.training.data import Example, ExampleStream
-from kdkernels.training.engine import accumulation_steps, build_engine
+from kdkernels.training.engine import accumulation_steps, build_engine, first_nonfinite, nonfinite
 from kdkernels.training.evaluation import evaluate, summarize
 from kdkernels.training.inputs import read_inputs
 from kdkernels.training.metrics import EVALUATION, MetricsLog, evaluations
 from kdkernels.training.model import Distillation, load_student, load_teacher, vocabulary_size
 from kdkernels.training.report import write_report
 from kdkernels.training.run import RunDirectory
+from kdkernels.training.schema import InputError
 from kdkernels.training.step import train_step
 
 
 @dataclass(frozen=True)
 class Result:
-    """A finished run: its directory, that of the trained model, and the metrics of its evaluations by step."""
+    """A finished run: its directory, that of the trained model, and the metrics of its evaluations by step (None:
+    not finite)."""
 
     output: Path
     final: Path
-    evaluations: dict[int, dict[str, float]]
+    evaluations: dict[int, dict[str, float | None]]
 
 
 def train(config: Config, resume: bool = False) -> Result:
     """Trains the recipe's student; with `resume`, from the latest checkpoint in the run's directory on.
 
-    Raises InputError for data, models or a run directory that cannot be used, FloatingPointError for a loss that is not
+    Raises InputError for data, models or a run directory that cannot be used, FloatingPointError for a run that
+    diverged: too many steps in a row had to be skipped ([train] max_skipped_steps), or what would be saved is not
     finite.
     """
-    distributed.start()
+    distributed.start(config.run.timeout_seconds)
     run = RunDirectory(config.run.output)
-    run.check(config, resume)
+    with distributed.together():
+        run.check(config, resume)
     accumulation_steps(config)
-    newest, progress = checkpoint.newest_sound(run.checkpoints) if resume else (None, {"step": 0, "position": 0})
+    progress = {"step": 0, "position": 0, "skipped_steps": 0}
+    if resume:
+        newest, progress = checkpoint.newest_sound(run.checkpoints)
 
-    inputs = read_inputs(config)
-    tokenizer, examples, held_out = inputs.tokenizer, inputs.examples, inputs.held_out
-    _seed(config.run.seed)
-    student = load_student(config, tokenizer)
-    teacher = load_teacher(config, tokenizer).to(distributed.device()) if config.teacher else None
+    with distributed.together():
+        inputs = read_inputs(config)
+        tokenizer, examples, held_out = inputs.tokenizer, inputs.examples, inputs.held_out
+        _seed(config.run.seed)
+        student = load_student(config, tokenizer)
+        teacher = load_teacher(config, tokenizer).to(distributed.device()) if config.teacher else None
+        _refuse_nonfinite({"student": student} | ({"teacher": teacher} if teacher else {}))
     engine = build_engine(config, Distillation(student, config.objective.build(), vocabulary_size(tokenizer)))
     stream = ExampleStream(len(examples.usable), config.run.seed, progress["position"])
     if resume:
         checkpoint.restore(engine, newest)
     else:
         _seed(config.run.seed + distributed.rank())  # every process samples rollouts of its own
-        run.create(config)
+        with distributed.together():
+            run.create(config)
+
+    def batch() -> list[Example]:
+        return [examples.usable[i] for i in stream.next(config.train.batch_size)]
 
     def evaluation(step: int) -> dict[str, float]:
-        records = _evaluate(student, tokenizer, held_out.usable[: config.evaluation.limit], config, teacher)
+        try:
+            records = _evaluate(student, tokenizer, held_out.usable[: config.evaluation.limit], config, teacher)
+        except FloatingPointError as error:
+            raise _diverged(run, step, f"evaluation: {error}") from error
         run.write_records(step, records)
         return {EVALUATION + name: value for name, value in summarize(records).items()}
 
-    with MetricsLog(run, config.train.steps, last_step=progress["step"] if resume else None) as log:
+    step = start = progress["step"]
+    skipped, in_a_row, unsaved = progress["skipped_steps"], 0, False
+    with MetricsLog(run, config.train.steps, last_step=start if resume else None) as log:
         log.say(examples, *([held_out] if held_out else []))
         if held_out and not resume:
             log.write(0, evaluation(0))
-        for step in range(progress["step"] + 1, config.train.steps + 1):
-            batch = [examples.usable[i] for i in stream.next(config.train.batch_size)]
-            values = train_step(engine, teacher, tokenizer, batch, step, config)
+        for step in range(start + 1, config.train.steps + 1):
+            values, defect = train_step(engine, teacher, tokenizer, batch(), step, config)
+            skipped, in_a_row = (skipped + 1, in_a_row + 1) if defect else (skipped, 0)
             if held_out and (step == config.train.steps or _due(step, config.evaluation.every)):
                 values |= evaluation(step)
-            log.write(step, values)
-            if not math.isfinite(values["loss"]):
-                raise FloatingPointError(f"step {step}: the loss is {values['loss']}; see {run.metrics}")
-            if _due(step, config.checkpoint.every):
+            log.write(step, values | {"skipped_steps": skipped})
+            if defect:
+                log.say(f"step {step}: {defect}: skipped")
+            if in_a_row > config.train.max_skipped_steps:
+                raise _diverged(run, step, f"{defect}; {in_a_row} steps in a row ([train] max_skipped_steps)")
+            unsaved = unsaved or _due(step, config.checkpoint.every)
+            if unsaved and not in_a_row:  # after a skipped step, the checkpoint waits until these weights have a loss
+                _check_finite(run, step, engine)
                 log.sync()
-                progress = {"step": step, "position": stream.position}
+                progress = {"step": step, "position": stream.position, "skipped_steps": skipped}
                 checkpoint.save(engine, run.checkpoints, progress, config.checkpoint.keep)
+                unsaved = False
 
+    if in_a_row:  # nothing says yet that the weights are good for anything: one more batch, without an update
+        _, defect = train_step(engine, teacher, tokenizer, batch(), step, config, apply=False)
+        if defect:
+            raise _diverged(run, step, f"{defect}, and so it is of one more batch")
+    _check_finite(run, step, engine)
     write_directory(run.final, lambda directory: _save_final(student, tokenizer, directory))
-    write_report(run, config, [examples, held_out] if held_out else [examples])
+    write_report(run, config, [examples, held_out] if held_out else [examples], start)
     return Result(run.root, run.final, evaluations(run.metrics))
 
 
@@ -101,8 +127,27 @@ def _evaluate(
 ) -> list[dict[str, Any]]:
     """The records of all `examples`, each process having evaluated its share."""
     share = examples[distributed.rank() :: distributed.world_size()]
-    records = evaluate(student, tokenizer, share, config, teacher)
+    with distributed.together():
+        records = evaluate(student, tokenizer, share, config, teacher)
     return sorted(itertools.chain(*distributed.gathered(records)), key=lambda record: record["line"])
+
+
+def _refuse_nonfinite(models: Mapping[str, PreTrainedModel]) -> None:
+    for section, model in models.items():
+        name = first_nonfinite(model.state_dict().items())
+        if name is not None:
+            raise InputError(f"[{section}] path: {name} has values that are not finite")
+
+
+def _check_finite(run: RunDirectory, step: int, engine) -> None:
+    """Nothing that is not finite may be saved."""
+    name = nonfinite(engine)
+    if name is not None:
+        raise _diverged(run, step, f"{name} has values that are not finite")
+
+
+def _diverged(run: RunDirectory, step: int, what: str) -> FloatingPointError:
+    return FloatingPointError(f"step {step}: {what}: the run diverged; see {run.metrics}")
 
 
 def _due(step: int, every: int) -> bool:

@@ -141,4 +141,9 @@ def test_missing_recipe_section_and_key(recipe, tmp_path):
 def test_the_toml_of_a_recipe_is_toml(load, tmp_path):
     path = tmp_path / "written.toml"
     path.write_text(to_toml(load()), encoding="utf-8")
-    assert read_toml(path)["train"] == {"steps": 3, "batch_size": 4, "micro_batch_size": 2}
+    assert read_toml(path)["train"] == {
+        "steps": 3,
+        "batch_size": 4,
+        "micro_batch_size": 2,
+        "max_skipped_steps": 10,
+    }
