@@ -8,6 +8,8 @@ Axes: C tokens of a chunk, V vocabulary, H hidden.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from . import memory
 
-_UPCAST_WORDS = 4096  # words per step where the operands have to be widened
+_WIDENED_WORDS = 1024  # words per step where operands have to be widened
 _ADDED_WORDS = 512  # words per step of adding 16-bit products to fp32 sums: they stay in the cache
 
 
@@ -25,24 +27,22 @@ class Torch:
     def workspace(self, width: int, operand: torch.dtype, logits: torch.dtype, trained: bool) -> tuple[int, int]:
         """Bytes whatever the chunk, and bytes a token, that products with [V, width] weights take beside their outputs:
         those for logits, and if ``trained`` those for gradients."""
-        if operand == logits:
-            return 0, 0
-        return _UPCAST_WORDS * width * logits.itemsize, width * logits.itemsize
+        if operand != logits:
+            return _WIDENED.workspace(width, operand, logits, trained)
+        return _ADDED_WORDS * width * 4 if trained and operand.itemsize < 4 else 0, 0
 
     def project(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
         """out [C, V] = hidden [C, H] @ weight [V, H].T + bias [V], in out's dtype: the operands' or wider.
 
         A wider ``out`` is for accuracy (bf16 logits cost 4-23 % of a JSD's gradient). torch's CPU products have no fp32
-        output for 16-bit operands, so these are widened a few words at a time: about twice the time.
+        output for 16-bit operands, so these are widened: about twice the time.
         """
-        step = len(weight) if out.dtype == hidden.dtype else _UPCAST_WORDS
-        hidden = hidden.to(out.dtype)
-        for first in range(0, len(weight), step):
-            words = slice(first, first + step)
-            if bias is None:
-                torch.mm(hidden, weight[words].to(out.dtype).t(), out=out[:, words])
-            else:
-                torch.addmm(bias[words].to(out.dtype), hidden, weight[words].to(out.dtype).t(), out=out[:, words])
+        if out.dtype != hidden.dtype:
+            _WIDENED.project(hidden, weight, bias, out)
+        elif bias is None:
+            torch.mm(hidden, weight.t(), out=out)
+        else:
+            torch.addmm(bias, hidden, weight.t(), out=out)
 
     def multiply(self, a: Tensor, b: Tensor) -> Tensor:
         return torch.mm(a, b)
@@ -65,6 +65,60 @@ class Torch:
                 sums[rows] += out[rows]
         if last:
             out.copy_(sums)
+
+
+class Widened(Torch):
+    """Products of 16-bit operands where torch's CPU products are slow: in fp32, operands widened a few words at a time.
+
+    torch's own run at 0.8 (dX), 5 (dW) and 12 GFLOP/s (logits) there, its fp32 products at 60 to 90, and they widen
+    whole operands of their own accord: 816 MiB beside a budget of 384.
+    """
+
+    def workspace(self, width: int, operand: torch.dtype, logits: torch.dtype, trained: bool) -> tuple[int, int]:
+        # The weights of a step, and their gradient; each token's hidden state or dX, and its logits or dz of a step.
+        itemsize = max(4, logits.itemsize)
+        return (1 + trained) * _WIDENED_WORDS * width * itemsize, (width + _WIDENED_WORDS) * itemsize
+
+    def project(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        dtype = torch.promote_types(out.dtype, torch.float32)
+        hidden, narrow = hidden.to(dtype), out.dtype != dtype
+        some = hidden.new_empty(len(out) if narrow else 0, _WIDENED_WORDS)
+        for words, wide in _widened(weight, dtype):
+            z = some[:, : len(wide)] if narrow else out[:, words]
+            if bias is None:
+                torch.mm(hidden, wide.t(), out=z)
+            else:
+                torch.addmm(bias[words].to(dtype), hidden, wide.t(), out=z)
+            if narrow:
+                out[:, words] = z
+
+    def multiply(self, a: Tensor, b: Tensor) -> Tensor:
+        sums = torch.zeros(len(a), b.shape[1], device=a.device)
+        for (_, columns), (_, rows) in zip(_widened(a.t()), _widened(b), strict=True):
+            sums.addmm_(columns.t(), rows)
+        return sums.to(a.dtype)
+
+    def add(self, a: Tensor, b: Tensor, out: Tensor, first: bool) -> None:
+        b, some = b.float(), torch.empty(_WIDENED_WORDS, b.shape[1], device=a.device)
+        for words, wide in _widened(a):
+            product = torch.mm(wide, b, out=some[: len(wide)])
+            out[words] = product if first else product.add_(out[words])
+
+    def accumulate(self, a: Tensor, b: Tensor, sums: Tensor, out: Tensor, first: bool, last: bool) -> None:
+        b = b.float()
+        for words, wide in _widened(a):
+            sums[words].addmm_(wide, b, beta=0 if first else 1)
+        if last:
+            out.copy_(sums)
+
+
+def _widened(matrix: Tensor, dtype: torch.dtype = torch.float32) -> Iterator[tuple[slice, Tensor]]:
+    """Some rows of a matrix after the other in ``dtype``, all in the same place: a fresh one each time leaves the
+    allocator with holes."""
+    place = torch.empty_like(matrix[:_WIDENED_WORDS], dtype=dtype)
+    for first in range(0, len(matrix), _WIDENED_WORDS):
+        rows = slice(first, min(first + _WIDENED_WORDS, len(matrix)))
+        yield rows, place[: rows.stop - first].copy_(matrix[rows])
 
 
 class TensorCores(Torch):
@@ -121,15 +175,29 @@ class Native(Torch):
         torch.ops.kdkernels.gemm_(a, b, None if first else sums, out if last else sums)
 
 
-_TORCH, _TENSOR_CORES, _NATIVE = Torch(), TensorCores(), Native()
+_TORCH, _TENSOR_CORES, _NATIVE, _WIDENED = Torch(), TensorCores(), Native(), Widened()
 
 
 def products(backend: ModuleType, device: torch.device, operand: torch.dtype) -> Torch:
     """Who multiplies operands of this dtype: the native backend where it is chosen and this CPU's vendor is slower."""
-    if device.type == "cuda" and operand.itemsize < 4:
+    narrow = operand.itemsize < 4
+    if device.type == "cuda" and narrow:
         return _TENSOR_CORES
     multiplies = getattr(backend, "multiplies", None)
-    return _NATIVE if multiplies and multiplies(operand) else _TORCH
+    if multiplies and multiplies(operand):
+        return _NATIVE
+    # Asked each time, because anyone may switch oneDNN off: torch is then as slow as where it has no units to use.
+    fast = not narrow or device.type != "cpu" or (torch.backends.mkldnn.enabled and _has_units(operand))
+    return _TORCH if fast else _WIDENED
+
+
+@cache
+def _has_units(operand: torch.dtype) -> bool:
+    """Whether oneDNN multiplies CPU operands of this 16-bit dtype: torch asks the same before it hands them over. bf16
+    takes AVX-512, fp16 more than that: today's Xeons only."""
+    name = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}.get(operand)
+    asked = name and getattr(torch.ops.mkldnn, name, None)  # not in every build of torch
+    return bool(asked and asked())
 
 
 def add_column_sums(dz: Tensor, out: Tensor) -> None:

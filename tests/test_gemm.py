@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import truth
+from allocations import Allocations, Resident
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,7 +16,7 @@ from kdkernels import gemm, plan
 from kdkernels.rows import backend_for
 
 C, V, H = 6, 40, 8
-F32, BF16 = torch.float32, torch.bfloat16
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 CPU = torch.device("cpu")
 
 
@@ -86,6 +87,8 @@ def test_the_weight_gradient_of_chunks_is_summed_from_narrow_operands(tensor_cor
 def test_the_weight_gradient(dtype, count):
     check_the_weight_gradient(products_of(dtype), dtype, count)
     check_the_weight_gradient(gemm.Torch(), dtype, count)
+    if dtype.itemsize == 2:
+        check_the_weight_gradient(gemm.Widened(), dtype, count)
 
 
 def check_the_weight_gradient(products, dtype, count):
@@ -104,14 +107,82 @@ def check_the_weight_gradient(products, dtype, count):
 
 
 def test_workspaces():
-    native, torchs, tensor_cores = gemm.Native(), gemm.Torch(), gemm.TensorCores()
-    assert torchs.workspace(H, BF16, BF16, True) == (0, 0)
-    assert torchs.workspace(H, BF16, F32, True) == (4096 * H * 4, H * 4)
+    native, torchs, tensor_cores, widened = gemm.Native(), gemm.Torch(), gemm.TensorCores(), gemm.Widened()
+    assert torchs.workspace(H, F32, F32, True) == torchs.workspace(H, BF16, BF16, False) == (0, 0)
+    assert torchs.workspace(H, BF16, BF16, True) == (512 * H * 4, 0)
+    assert widened.workspace(H, BF16, BF16, True) == (2 * 1024 * H * 4, (H + 1024) * 4)
+    assert torchs.workspace(H, BF16, F32, True) == widened.workspace(H, BF16, F32, True)
     assert tensor_cores.workspace(H, BF16, F32, True) == (0, 0)
     frozen, trained = (native.workspace(896, BF16, BF16, trained) for trained in (False, True))
     threads = torch.get_num_threads()
     assert frozen == (threads << 15, threads * 256)
     assert trained[0] > frozen[0] and trained[1] == frozen[1] + threads * 512 + 4 * (896 + 63)
+
+
+def someone(dtype: torch.dtype) -> list[gemm.Torch]:
+    """Who multiplies on this CPU, and who would where its torch has no units for these operands."""
+    return [products_of(dtype), *([gemm.Widened()] if dtype.itemsize == 2 else [])]
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+@pytest.mark.parametrize("wide", [False, True], ids=["own logits", "fp32 logits"])
+def test_products_take_what_they_say(dtype, wide):
+    """torch's own widen both operands and the product where a CPU has no 16-bit units: here 80 MB for dW alone."""
+    rows, words, width = 16, 40000, 512
+    hidden, weight, bias = (torch.randn(shape).to(dtype) for shape in ((rows, width), (words, width), (words,)))
+    dz, logits = torch.randn(rows, words).to(dtype), F32 if wide else dtype
+    out, sums, d_weight = torch.zeros(rows, words, dtype=logits), torch.zeros(words, width), torch.zeros_like(weight)
+    for products in someone(dtype):
+        calls = {
+            "logits": lambda p=products: p.project(hidden, weight, bias, out),
+            "dX": lambda p=products: p.multiply(dz, weight),
+            "dW": lambda p=products: p.add(dz.t(), hidden, d_weight, True),
+        }
+        if dtype != F32:
+            calls["sums of dW"] = lambda p=products: p.accumulate(dz.t(), hidden, sums, d_weight, False, True)
+        fixed, row = products.workspace(width, dtype, logits, True)
+        for name, call in calls.items():
+            call()  # libraries are up
+            with Allocations() as allocated:
+                result = call()
+            said = fixed + rows * row + (0 if result is None else result.nbytes)
+            assert allocated.peak <= said + (1 << 16), (type(products).__name__, name)
+            if Resident.measurable:
+                with Resident() as resident:
+                    call()
+                assert resident.peak <= said + (8 << 20), (type(products).__name__, name)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+@pytest.mark.parametrize("logits", [None, F32, torch.float64], ids=str)
+@pytest.mark.parametrize("biased", [True, False])
+def test_widened_products(dtype, logits, biased, monkeypatch):
+    """Of a few words at a time, the last fewer: as exact as one rounding allows; nothing around them is read."""
+    monkeypatch.setattr(gemm, "_WIDENED_WORDS", 16)
+    products, eps = gemm.Widened(), torch.finfo(logits or dtype).eps
+    hidden, weight, bias = matrix(C, H, dtype, 1), matrix(V, H, dtype, 2, transposed=biased), torch.randn(V).to(dtype)
+    out = torch.full((C, V + 3), 7.0, dtype=logits or dtype)[:, :V]
+    products.project(hidden, weight, bias if biased else None, out)
+    exact = hidden.double() @ weight.double().t() + (bias.double() if biased else 0)
+    assert truth.relative(out, exact) < max(1e-6 if logits == F32 else 0, eps)
+    assert (out._base[:, V:] == 7.0).all()
+    dz = matrix(C, V, dtype, 5)
+    assert truth.relative(products.multiply(dz, weight), dz.double() @ weight.double()) < torch.finfo(dtype).eps
+
+
+def test_who_multiplies_where_a_cpu_has_no_units(monkeypatch):
+    backend = backend_for(CPU, F32)
+    monkeypatch.setattr(backend, "multiplies", lambda operand: False, raising=False)
+    chosen = {}
+    for units in (True, False):
+        monkeypatch.setattr(gemm, "_has_units", lambda operand: units)  # noqa: B023
+        chosen[units] = [type(gemm.products(backend, CPU, dtype)) for dtype in (torch.float64, F32, BF16, F16)]
+    assert chosen[True] == [gemm.Torch] * 4
+    assert chosen[False] == [gemm.Torch] * 2 + [gemm.Widened] * 2
+    assert type(gemm.products(backend, torch.device("cuda"), F16)) is gemm.TensorCores
+    monkeypatch.setattr(gemm, "_has_units", lambda operand: True)
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+    assert type(gemm.products(backend, CPU, BF16)) is gemm.Widened
 
 
 def test_a_wide_model_on_many_threads_leaves_room_for_logits(monkeypatch):
