@@ -78,8 +78,11 @@ class DataConfig:
     """`train`: one JSON object a line; `prompt`, `response`: templates over its fields. A recipe that never reads
     responses may leave theirs out.
 
-    `max_prompt_tokens`, `max_response_tokens` (end-of-sequence token included): longer examples are left out, counted
-    and reported. Together they must fit the models' `max_position_embeddings`.
+    `max_prompt_tokens`, `max_response_tokens` (end-of-sequence token included; where responses are read): longer
+    examples are left out, counted and reported. Together they must fit the models' `max_position_embeddings`.
+
+    `special_tokens_in_fields`: the fields hold special tokens that are meant as such (texts rendered by a chat
+    template). Otherwise a special token in a field is an error: only the templates may have them.
     """
 
     train: str
@@ -87,6 +90,7 @@ class DataConfig:
     response: str | None = None
     max_prompt_tokens: Count
     max_response_tokens: Count
+    special_tokens_in_fields: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,6 +174,11 @@ class EvaluationConfig:
     max_new_tokens: Count | None = None
     metrics: tuple[Literal["exact_match", "cross_entropy", "kl"], ...]
     answer: str | None = None
+
+    @property
+    def by_token(self) -> bool:
+        """Whether the data's responses are read token by token; for exact_match, only the answers in them are."""
+        return bool({"cross_entropy", "kl"} & set(self.metrics))
 
 
 @dataclass(frozen=True, kw_only=True)

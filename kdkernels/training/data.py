@@ -1,29 +1,35 @@
-"""Examples from JSON lines, and the batches of them that a step sees.
+"""Examples from rendered and tokenized texts, and the batches of them that a step sees.
 
 Shapes: B responses, L length of the longest prompt + response (the others are padded on the right).
 """
 
-import json
+import os
 import random
-import string
+import sys
+import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import Any
 
 import torch
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from kdkernels import Layout
 from kdkernels.training.config import DataConfig
+from kdkernels.training.encoding import Encoder
 from kdkernels.training.schema import InputError
+from kdkernels.training.texts import render
+
+AT_ONCE = 512  # examples that are tokenized in one call
+PLAIN_SECONDS = 20.0  # between two lines about it where there is no terminal
 
 
 @dataclass(frozen=True)
 class Example:
     """One line of a data file: prompt and response, rendered and tokenized.
 
-    `response_ids` ends with the end-of-sequence token; it is empty where the recipe has no response template.
+    `response_ids` ends with the end-of-sequence token; it is empty where nobody reads responses token by token.
     """
 
     line: int
@@ -35,91 +41,118 @@ class Example:
 
 @dataclass(frozen=True)
 class Examples:
-    """The usable examples of the file at `path`, and how many were left out because a prompt or a response was too
-    long.
+    """The usable examples of the file at `path`, and how many were left out: for a prompt or a response that is too
+    long, or for a response that no tokens express behind its prompt's (`joined`).
+
+    `notes`: in words, the first example of those, and how many usable ones have a text that the tokenizer changes.
+    `first`: the first usable one as the model sees it, for people.
     """
 
     path: str
     usable: tuple[Example, ...]
     long_prompts: int
     long_responses: int
+    joined: int = 0
+    notes: tuple[str, ...] = ()
+    first: str = ""
 
     def __str__(self) -> str:
         left_out = (
             f"left out {self.long_prompts} with too long a prompt, {self.long_responses} with too long a response"
         )
-        return f"{self.path}: {len(self.usable)} examples; {left_out}"
+        return "; ".join((f"{self.path}: {len(self.usable)} examples", left_out, *self.notes))
 
 
-def render(config: DataConfig, path: str) -> Iterator[tuple[int, str, str]]:
-    """(line number, prompt, response) of every line of the JSON lines file at `path`.
+def load_examples(
+    config: DataConfig, path: str, tokenizer: PreTrainedTokenizerBase, responses: bool = True
+) -> Examples:
+    """The examples of the JSON lines file at `path`, tokenized. Those that cannot be used are counted, not kept.
 
-    Raises InputError naming file and line for a line that is no JSON object, or whose fields a template has no use for.
+    responses: whether anybody reads the responses token by token. Otherwise they are not tokenized, and none is too
+    long.
+
+    Raises InputError as `render` does, for a prompt without tokens, for a response with an end-of-sequence token before
+    its end, and where no example is left.
     """
-    templates = {"prompt": config.prompt, "response": config.response or ""}
-    needed = {key: sorted(_field_names(text, key)) for key, text in templates.items()}
-    with Path(path).open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                record = json.loads(line.decode("utf-8"))
-            except ValueError as error:
-                raise InputError(f"{path}, line {number}: expected a JSON object: {error}") from error
-            if not isinstance(record, dict):
-                raise InputError(f"{path}, line {number}: expected a JSON object, got {type(record).__name__}")
-            for key, names in needed.items():
-                for name in names:
-                    if name not in record:
-                        raise InputError(
-                            f"{path}, line {number}: field {name!r} of [data] {key} is missing; the line has "
-                            f"{', '.join(record)}"
-                        )
-            texts = (_fill(text, record, f"{path}, line {number}: [data] {key}") for key, text in templates.items())
-            yield number, *texts
-
-
-def _fill(template: str, record: dict[str, Any], place: str) -> str:
-    try:
-        return template.format_map(record)
-    except (ValueError, TypeError, LookupError) as error:  # a format or a conversion that the value does not have
-        raise InputError(f"{place}: {template!r} cannot be filled in: {error}") from error
-
-
-def _field_names(template: str, key: str) -> set[str]:
-    try:
-        names = {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
-    except ValueError as error:
-        raise InputError(f"[data] {key}: not a template: {error}: {template!r}") from error
-    for name in names:
-        if not name.isidentifier():
-            raise InputError(
-                f"[data] {key}: expected field names in braces (literal braces doubled), got {{{name}}} in {template!r}"
-            )
-    return names
-
-
-def load_examples(config: DataConfig, path: str, tokenizer: PreTrainedTokenizerBase) -> Examples:
-    """The examples of the JSON lines file at `path`, tokenized. Those over the token limits are counted, not kept.
-
-    Raises InputError as `render` does, for a prompt without tokens, and where no example is left.
-    """
-    usable, long_prompts, long_responses = [], 0, 0
-    for number, prompt, response in render(config, path):
-        prompt_ids = tokenizer(prompt)["input_ids"]
-        response_ids = []
-        if config.response is not None:
-            response_ids = [*tokenizer(response, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-        if not prompt_ids:
-            raise InputError(f"{path}, line {number}: the prompt {prompt!r} has no tokens")
-        if len(prompt_ids) > config.max_prompt_tokens:
-            long_prompts += 1
-        elif len(response_ids) > config.max_response_tokens:
-            long_responses += 1
-        else:
-            usable.append(Example(number, prompt, response, tuple(prompt_ids), tuple(response_ids)))
-    examples = Examples(path, tuple(usable), long_prompts, long_responses)
+    responses = responses and config.response is not None
+    encoder = Encoder(tokenizer)
+    lines = list(render(config, path, encoder.special_tokens()))
+    usable, counts, firsts = [], Counter(), {}
+    for part in _in_parts(lines, path):
+        texts = [response if responses else "" for *_, response in part]
+        encoded = encoder.encode([prompt for _, prompt, _ in part], texts)
+        for (number, prompt, response), ids in zip(part, encoded, strict=True):
+            place = f"{path}, line {number}"
+            if not ids.prompt:
+                raise InputError(f"{place}: the prompt {prompt!r} has no tokens")
+            if len(ids.prompt) > config.max_prompt_tokens:
+                counts["long_prompts"] += 1
+                continue
+            if ids.response is None:
+                counts["joined"] += 1
+                firsts.setdefault("joined", f"line {number}")
+                continue
+            response_ids = _ended(ids.response, tokenizer.eos_token_id, place) if responses else ()
+            if len(response_ids) > config.max_response_tokens:
+                counts["long_responses"] += 1
+                continue
+            if ids.changed:
+                counts["changed"] += 1
+                firsts.setdefault("changed", f"line {number}, {_difference(*ids.changed)}")
+            usable.append(Example(number, prompt, response, tuple(ids.prompt), tuple(response_ids)))
+    notes = []
+    if counts["joined"]:
+        notes.append(
+            f"left out {counts['joined']} whose response has no tokens of its own behind the prompt's (the first: "
+            f"{firsts['joined']}): the tokenizer would join the two; let the prompt end, or the response begin, with "
+            "a space or a line break"
+        )
+    if counts["changed"]:
+        notes.append(f"the tokenizer changes the text of {counts['changed']} (the first: {firsts['changed']})")
+    first = encoder.show(usable[0].prompt_ids, usable[0].response_ids) if usable else ""
+    counts = [counts[name] for name in ("long_prompts", "long_responses", "joined")]
+    examples = Examples(
+        path,
+        tuple(usable),
+        *counts,
+        tuple(notes),
+        first and f"first example, line {usable[0].line} of {path}:\n{first}",
+    )
     if not usable:
         raise InputError(f"{examples}: none is left")
     return examples
+
+
+def _in_parts(lines: Sequence, path: str) -> Iterator[Sequence]:
+    """`lines`, AT_ONCE at a time, and how far they are: a bar, or without a terminal a line now and then."""
+    main = os.environ.get("RANK", "0") == "0"  # a dry run has no process group to ask
+    terminal, said = sys.stderr.isatty(), time.monotonic()
+    with tqdm(total=len(lines), unit="example", desc=path, leave=False, disable=not (main and terminal)) as bar:
+        for start in range(0, len(lines), AT_ONCE):
+            part = lines[start : start + AT_ONCE]
+            yield part
+            bar.update(len(part))
+            if main and not terminal and time.monotonic() - said > PLAIN_SECONDS:
+                said = time.monotonic()
+                print(
+                    f"{path}: {start + len(part)} of {len(lines)} examples are tokenized", file=sys.stderr, flush=True
+                )
+
+
+def _ended(ids: list[int], eos_id: int, place: str) -> list[int]:
+    """The response with its end-of-sequence token, which its text may have already."""
+    if eos_id in ids[:-1]:
+        raise InputError(
+            f"{place}: expected the response's end-of-sequence token at its end, got one as token "
+            f"{ids.index(eos_id) + 1} of {len(ids)}: a model would stop there"
+        )
+    return ids if ids[-1:] == [eos_id] else [*ids, eos_id]
+
+
+def _difference(text: str, read: str) -> str:
+    """Where two texts part, a few characters of either."""
+    same = next((i for i, (a, b) in enumerate(zip(text, read, strict=False)) if a != b), min(len(text), len(read)))
+    return f"{text[same : same + 12]!r} became {read[same : same + 12]!r}"
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import kdkernels as kd
 from kdkernels.training.config import Config, EvaluationConfig
 from kdkernels.training.data import Example, collate
 from kdkernels.training.model import head, vocabulary_size
-from kdkernels.training.rollouts import evaluating, generate
+from kdkernels.training.rollouts import ends, evaluating, generate
 from kdkernels.training.schema import InputError
 
 
@@ -52,8 +52,8 @@ def evaluate(
 def summarize(records: Sequence[dict[str, Any]]) -> dict[str, float]:
     """The metrics of evaluation records, those that the records have data for.
 
-    exact_match: share of right answers. finished: share of the generated responses that ended by themselves, not at the
-    limit. cross_entropy, kl: means over all response tokens.
+    exact_match: share of right answers. finished: share of the generated responses that ended by themselves (with any
+    of the tokens that end one), not at the limit. cross_entropy, kl: means over all response tokens.
     """
     metrics = {}
     for name, field in (("exact_match", "correct"), ("finished", "finished")):
@@ -92,10 +92,13 @@ def _answers(
     """Greedy responses and whether their answers are right."""
     prompts = [example.prompt_ids for example in batch]
     responses = generate(model, tokenizer, prompts, settings.max_new_tokens, sample=False)
-    rows = []
+    rows, end_ids = [], ends(model, tokenizer)
     for example, ids in zip(batch, responses, strict=True):
         expected = expected_answer(settings, example)
-        response = tokenizer.decode(ids, skip_special_tokens=True)
+        finished = ids[-1] in end_ids  # such a token may be none of the special ones, which decoding leaves out
+        response = tokenizer.decode(
+            ids[:-1] if finished else ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
         answer = find_answer(settings.answer, response)
         rows.append(
             {
@@ -103,7 +106,7 @@ def _answers(
                 "answer": answer,
                 "expected": expected,
                 "correct": answer == expected,
-                "finished": ids[-1] == tokenizer.eos_token_id,
+                "finished": finished,
             }
         )
     return rows

@@ -1,6 +1,6 @@
 """What a run is made from, read and checked against each other: the same for training and for a dry run."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
 
@@ -26,8 +26,13 @@ def read_inputs(config: Config) -> Inputs:
     candidates, words = config.objective.build().topk, vocabulary_size(tokenizer)
     if candidates > words:
         raise InputError(f"[objective] k: expected at most {words}, the tokenizer's words, got {candidates}")
-    examples = load_examples(config.data, config.data.train, tokenizer)
-    held_out = load_examples(config.data, config.evaluation.data, tokenizer) if config.evaluation else None
+    data = config.data
+    if config.rollout.student_fraction == 1:  # nobody reads the responses
+        data = replace(data, response=None)
+    examples = load_examples(data, data.train, tokenizer)
+    held_out = None
+    if config.evaluation is not None:
+        held_out = load_examples(config.data, config.evaluation.data, tokenizer, responses=config.evaluation.by_token)
     if held_out is not None and config.evaluation.answer is not None:
         for example in held_out.usable[: config.evaluation.limit]:
             expected_answer(config.evaluation, example)

@@ -24,8 +24,9 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from kdkernels import Head
 from kdkernels.training.config import Config
-from kdkernels.training.data import Batch, collate, render
+from kdkernels.training.data import Batch, collate
 from kdkernels.training.schema import InputError, refuse_unknown
+from kdkernels.training.texts import render
 from kdkernels.training.tokenizers import train_tokenizer
 
 
@@ -162,7 +163,7 @@ def _try_out(model: PreTrainedModel, vocab_size: int) -> None:
 def _check_positions(configuration: PreTrainedConfig, key: str, config: Config) -> None:
     """Refuses token limits beyond the positions of a model; some models have no bound."""
     fraction, evaluation, limits = config.rollout.student_fraction, config.evaluation, {}
-    if fraction < 1 or evaluation is not None:
+    if fraction < 1 or (evaluation is not None and evaluation.by_token):
         limits["[data] max_response_tokens"] = config.data.max_response_tokens
     if fraction > 0:
         limits["[rollout] max_new_tokens"] = config.rollout.max_new_tokens

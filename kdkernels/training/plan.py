@@ -16,7 +16,7 @@ def plan(config: Config, resume: bool = False) -> str:
     if config.teacher is not None:
         models["teacher"] = load_teacher(config, inputs.tokenizer, meta=True)
     lines = [to_toml(config), "# plan", *(str(examples) for examples in (inputs.examples, inputs.held_out) if examples)]
-    lines.append(f"tokenizer: {vocabulary_size(inputs.tokenizer)} tokens")
+    lines += [inputs.examples.first, f"tokenizer: {vocabulary_size(inputs.tokenizer)} tokens"]
     lines += [f"{name}: {model.num_parameters():,} parameters" for name, model in models.items()]
     responses = config.train.steps * config.train.batch_size
     longest = max(config.data.max_response_tokens, config.rollout.max_new_tokens)

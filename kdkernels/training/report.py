@@ -2,7 +2,7 @@
 
 import itertools
 import resource
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from kdkernels.training import distributed
 from kdkernels.training.atomic import write_text
@@ -12,7 +12,7 @@ from kdkernels.training.metrics import evaluations, read_metrics
 from kdkernels.training.run import RunDirectory
 
 
-def write_report(run: RunDirectory, config: Config, data: Iterable[Examples], start: int) -> None:
+def write_report(run: RunDirectory, config: Config, data: Sequence[Examples], start: int) -> None:
     """Writes the report of a finished run, on rank 0; all processes call this together. `start`: the step after which
     these processes began (0, or where they resumed the run).
     """
@@ -22,7 +22,7 @@ def write_report(run: RunDirectory, config: Config, data: Iterable[Examples], st
 
 
 def render_report(
-    run: RunDirectory, config: Config, data: Iterable[Examples], start: int, peaks: Sequence[float]
+    run: RunDirectory, config: Config, data: Sequence[Examples], start: int, peaks: Sequence[float]
 ) -> str:
     """The report as Markdown. `peaks`: of the resident memory of each process, in MiB."""
     steps = [line for line in read_metrics(run.metrics) if line["step"] > 0]
@@ -48,7 +48,8 @@ def render_report(
     ]
     if config.evaluation is not None and config.evaluation.limit is not None:
         lines.append(f"- evaluated on the first {config.evaluation.limit} of the held-out examples at most")
-    return "\n".join([*lines, "", *_table(evaluations(run.metrics))])
+    lines += ["", "```", data[0].first, "```", ""]
+    return "\n".join([*lines, *_table(evaluations(run.metrics))])
 
 
 def _skipped(line: Mapping[str, float | None]) -> float:

@@ -25,8 +25,8 @@ def generate(
     *,
     sample: bool,
 ) -> list[list[int]]:
-    """The model's response to each prompt (token ids), its end-of-sequence token included where it came within
-    `max_new_tokens`.
+    """The model's response to each prompt (token ids). It ends with the first end-of-sequence token (any of `ends`),
+    where one came within `max_new_tokens`.
 
     `sample=True` draws every token from softmax(logits) over the tokenizer's vocabulary: temperature 1, nothing cut,
     nothing penalised, whatever the checkpoint's own generation_config asks for. `sample=False` takes the most probable
@@ -34,9 +34,10 @@ def generate(
 
     Raises FloatingPointError for logits that are no distribution: with a NaN or +inf among them, or none above -inf.
     """
-    eos_id = tokenizer.eos_token_id
+    end_ids = ends(model, tokenizer)
+    padding = end_ids[0]
     length = max(map(len, prompts))
-    input_ids = torch.full((len(prompts), length), eos_id)  # the attention mask alone says what is padding
+    input_ids = torch.full((len(prompts), length), padding)  # the attention mask alone says what is padding
     attention_mask = torch.zeros_like(input_ids)
     for b, prompt in enumerate(prompts):
         input_ids[b, length - len(prompt) :] = torch.tensor(prompt)
@@ -44,8 +45,8 @@ def generate(
     settings = GenerationConfig(
         **(UNTRUNCATED if sample else {"do_sample": False}),
         max_new_tokens=max_new_tokens,
-        eos_token_id=eos_id,
-        pad_token_id=eos_id,
+        eos_token_id=list(end_ids),
+        pad_token_id=padding,
     )
     with torch.no_grad(), evaluating(model), _without_generation_config(model):
         output = model.generate(
@@ -54,7 +55,16 @@ def generate(
             generation_config=settings,
             logits_processor=LogitsProcessorList([TokenDistribution(vocabulary_size(tokenizer))]),
         )
-    return [_until_eos(response, eos_id) for response in output[:, length:].tolist()]
+    return [_until_end(response, end_ids) for response in output[:, length:].tolist()]
+
+
+def ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The tokens that end a response of `model`: the tokenizer's end-of-sequence token first, then those that the
+    checkpoint's generation_config names beside it (chat models end a turn with one and a text with another).
+    """
+    named = model.generation_config.eos_token_id
+    named = named if isinstance(named, (list, tuple)) else [] if named is None else [named]
+    return tuple(dict.fromkeys((tokenizer.eos_token_id, *map(int, named))))
 
 
 class TokenDistribution(LogitsProcessor):
@@ -72,9 +82,10 @@ class TokenDistribution(LogitsProcessor):
         return scores
 
 
-def _until_eos(response: list[int], eos_id: int) -> list[int]:
-    """Cuts off the padding after the end-of-sequence token, which may be that token again."""
-    return response[: response.index(eos_id) + 1] if eos_id in response else response
+def _until_end(response: list[int], end_ids: Sequence[int]) -> list[int]:
+    """Cuts off what follows the first token that ends a response: padding, which may be such a token again."""
+    end = next((i for i, token in enumerate(response) if token in end_ids), len(response))
+    return response[: end + 1]
 
 
 @contextmanager

@@ -87,7 +87,7 @@ def train(config: Config, resume: bool = False) -> Result:
     step = start = progress["step"]
     skipped, in_a_row, unsaved = progress["skipped_steps"], 0, False
     with MetricsLog(run, config.train.steps, last_step=start if resume else None) as log:
-        log.say(examples, *([held_out] if held_out else []))
+        log.say(examples, *([held_out] if held_out else []), examples.first)
         if held_out and not resume:
             log.write(0, evaluation(0))
         for step in range(start + 1, config.train.steps + 1):

@@ -6,9 +6,15 @@ from collections import Counter
 import pytest
 import torch
 
-from kdkernels.training import InputError
-from kdkernels.training.data import ExampleStream, collate, load_examples, render
+from kdkernels.training import InputError, data
+from kdkernels.training.data import ExampleStream, collate, load_examples
+from kdkernels.training.inputs import read_inputs
 from kdkernels.training.model import load_tokenizer
+from kdkernels.training.texts import render
+from kdkernels.training.tokenizers import train_tokenizer
+
+from .conftest import GKD
+from .families import byte_level, llama, metaspace, word_pieces
 
 
 def test_examples_are_rendered_and_tokenized(load):
@@ -39,12 +45,125 @@ def test_too_long_examples_are_left_out_and_counted(load):
         load_examples(config.data, config.data.train, tokenizer)
 
 
+FAMILIES = {
+    "gpt2": lambda: byte_level("bos eos"),
+    "llama": lambda: llama("bos eos"),
+    "metaspace": lambda: metaspace("first", "bos eos"),
+    "unigram": lambda: metaspace("always", "eos", unigram=True),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_whatever_a_tokenizer_puts_around_texts_an_example_reads_as_it_is_written(load, family):
+    """BOS once in front, where the tokenizer has one; EOS behind the response only; no space between the two."""
+    tokenizer, config = FAMILIES[family](), load("data.max_prompt_tokens=20", "data.max_response_tokens=20")
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    for example in load_examples(config.data, config.data.train, tokenizer).usable:
+        ids = example.prompt_ids + example.response_ids
+        assert ids.count(bos) == (family != "unigram") and (ids[0] == bos or family == "unigram")
+        assert ids.count(eos) == 1 and ids[-1] == eos
+        assert tokenizer.decode(ids, skip_special_tokens=True) == example.prompt + example.response
+    config = load(
+        "data.max_prompt_tokens=30", "data.prompt='<s>[INST] {question} [/INST]'", "data.response=' {answer}</s>'"
+    )
+    for example in load_examples(config.data, config.data.train, tokenizer).usable:
+        assert example.prompt_ids.count(bos) == 1 and example.prompt_ids[0] == bos, "a chat template has its own"
+        assert eos not in example.prompt_ids
+        assert example.response_ids.count(eos) == 1 and example.response_ids[-1] == eos, "so has this response"
+
+
+def test_a_special_token_in_a_field_is_refused_and_taken_where_it_is_meant(load):
+    config, tokenizer = load(), byte_level("bos")
+    with open(config.data.train, "a") as file:
+        file.write(json.dumps({"question": "<s>7</s><s>8+1=", "answer": "9.</s>"}) + "\n")
+    with pytest.raises(InputError, match=r"line 33: field 'question' of \[data\] prompt has '<s>' in it"):
+        load_examples(config.data, config.data.train, tokenizer)
+    config = load("data.special_tokens_in_fields=true", "data.max_prompt_tokens=20")
+    example = load_examples(config.data, config.data.train, tokenizer).usable[-1]
+    assert tokenizer.decode(example.prompt_ids) == "<s>7</s><s>8+1="
+    assert tokenizer.decode(example.response_ids) == "9.</s>"
+
+
+def test_an_end_before_the_end_of_a_response_is_refused(load):
+    config, tokenizer = load("data.response='{answer}</s> '"), byte_level()
+    with pytest.raises(InputError, match=r"line 1: expected the response's end-of-sequence token at its end, got"):
+        load_examples(config.data, config.data.train, tokenizer)
+
+
+def test_text_that_the_tokenizer_changes_is_counted_and_shown(load):
+    config = load()
+    tokenizer = load_tokenizer(config)
+    with open(config.data.train, "a") as file:
+        file.write(json.dumps({"question": "1+1=", "answer": "zwei."}) + "\n")
+    examples = load_examples(config.data, config.data.train, tokenizer)
+    assert len(examples.usable) == 33
+    assert str(examples).endswith(
+        "; the tokenizer changes the text of 1 (the first: line 33, 'zwei.' became '<unk><unk><u')"
+    )
+
+
+def test_a_response_without_tokens_of_its_own_is_left_out_and_said(load):
+    """A tokenizer of words cannot begin a response inside of one."""
+    config = load("data.prompt='{question} 1'", "data.response='{answer}'", "data.max_prompt_tokens=30")
+    words = [f"{n}" for n in range(20)] + [f"1{n}" for n in range(20)] + ["+", "=", "."]
+    tokenizer = word_pieces(words)
+    with pytest.raises(InputError, match=r"left out 32 whose response has no tokens .* line 1\).*none is left"):
+        load_examples(config.data, config.data.train, tokenizer)
+    config = load("data.response=' {answer}'", "data.max_prompt_tokens=30")
+    assert "no tokens" not in str(load_examples(config.data, config.data.train, tokenizer))
+
+
+def test_responses_that_nobody_reads_are_not_too_long(load, teacher_set, tmp_path):
+    """The student writes its own; exact_match reads the answer in the text."""
+    long = json.dumps({"question": "1+1=", "answer": "1+1+1+1+1+1-4=2."}) + "\n"
+    for name in ("train", "test"):
+        with open(tmp_path / f"{name}.jsonl", "a") as file:
+            file.write(long)
+    evaluation = [f"evaluation.data={tmp_path / 'test.jsonl'}", r"evaluation.answer='(\d+)\.'"]
+    matches = 'evaluation.metrics=["exact_match"]'
+    inputs = read_inputs(load(*GKD, teacher_set, *evaluation, matches))
+    assert len(inputs.examples.usable) == 33 and len(inputs.held_out.usable) == 9
+    assert inputs.examples.long_responses == inputs.held_out.long_responses == 0
+    assert all(example.response_ids == () for example in inputs.examples.usable + inputs.held_out.usable)
+    inputs = read_inputs(load(*GKD, teacher_set, *evaluation, matches, "rollout.student_fraction=0.9"))
+    assert len(inputs.examples.usable) == 32 and inputs.examples.long_responses == 1
+    inputs = read_inputs(load(*GKD, teacher_set, *evaluation, 'evaluation.metrics=["exact_match", "kl"]'))
+    assert len(inputs.held_out.usable) == 8 and inputs.held_out.long_responses == 1
+
+
+def test_the_first_example_is_shown_as_the_model_sees_it(load):
+    config = load("data.max_prompt_tokens=20", 'data.prompt="Question:\\n {question}"')
+    examples = load_examples(config.data, config.data.train, llama("bos eos"))
+    assert examples.first == (
+        f"first example, line 1 of {config.data.train}:\n"
+        "  text    '<s> Question:\\n 0+0=' | '0.</s>'\n"
+        "  tokens  <s> \u2581 Quest ion: '\\n' \u2581 0 + 0 = | 0 . </s>\n"
+        "  10 tokens | 3"
+    )
+    config = load("data.prompt='" + "x" * 500 + "{question}'", "data.max_prompt_tokens=600")
+    shown = load_examples(config.data, config.data.train, train_tokenizer(["x0+=."], "characters")).first
+    assert " ... 440 more ... " in shown and len(shown) < 1000 and shown.endswith("\n  504 tokens | 3")
+
+
+def test_tokenizing_a_long_file_is_reported(load, monkeypatch, capsys):
+    config = load()
+    tokenizer = load_tokenizer(config)
+    monkeypatch.setattr(data, "AT_ONCE", 10)
+    monkeypatch.setattr(data, "PLAIN_SECONDS", 0.0)
+    once = load_examples(config.data, config.data.train, tokenizer)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [f"{config.data.train}: {n} of 32 examples are tokenized" for n in (10, 20, 30, 32)]
+    monkeypatch.undo()
+    assert load_examples(config.data, config.data.train, tokenizer) == once
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
         (b'{"question": "1"', "line 33: expected a JSON object: "),
-        (b"", "line 33: expected a JSON object: "),
-        (b"[1, 2]", "line 33: expected a JSON object, got list"),
+        (b"\n{}", "line 33: expected a JSON object, got a blank line between others"),
+        (b"[1, 2]", "line 33: expected a JSON object, got a list"),
         (b'{"question": "\xff", "answer": "1"}', "line 33: expected a JSON object: "),
         (b'{"question": "1"}', "line 33: field 'answer' of [data] response is missing; the line has question"),
         (b'{"question": "", "answer": "1"}', "line 33: the prompt '' has no tokens"),

@@ -104,6 +104,24 @@ def test_what_counts_as_right(load_all, monkeypatch):
     assert {"prompt", "response", "expected"} < records[0].keys()
 
 
+def test_a_response_ended_by_another_of_the_models_end_tokens_is_finished(load_all, monkeypatch):
+    """That token is no special one here: it must not get into the text and the answer."""
+    student, tokenizer, examples, config, teacher = load_all('evaluation.metrics=["exact_match"]')
+    (seven,) = tokenizer("7")["input_ids"]
+    student.generation_config.eos_token_id = [seven, tokenizer.eos_token_id]
+    right = [one.response_ids for one in examples[:3]]
+    answers = {
+        examples[0].prompt_ids: [*right[0]],
+        examples[1].prompt_ids: [*right[1][:-2], seven],  # right: the 7 is the end and not a digit
+        examples[2].prompt_ids: [*right[2][:-1]],  # at the limit
+    }
+    monkeypatch.setattr(evaluation, "generate", lambda _, __, prompts, *a, **k: [answers[one] for one in prompts])
+    records = evaluate(student, tokenizer, examples[:3], config, teacher)
+    assert [record["finished"] for record in records] == [True, True, False]
+    assert [record["correct"] for record in records] == [True, True, True]
+    assert records[1]["response"] == records[1]["expected"] == examples[1].response[:-1]
+
+
 def test_batches_change_nothing(load_all):
     student, tokenizer, examples, config, teacher = load_all()
     threes = evaluate(student, tokenizer, examples, config, teacher)

@@ -1,6 +1,7 @@
 """The models of a recipe and the module that turns a batch into a loss."""
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -216,6 +217,17 @@ def test_positions_that_are_used(load, damaged, overrides, expected):
     else:
         with pytest.raises(InputError, match=expected):
             load_teacher(config, tokenizer)
+
+
+@pytest.mark.parametrize(("metric", "fits"), [("exact_match", True), ("kl", False)])
+def test_an_evaluation_that_reads_only_answers_needs_no_positions_for_responses(load, damaged, tmp_path, metric, fits):
+    configuration = json.loads((damaged / "config.json").read_text())
+    (damaged / "config.json").write_text(json.dumps(configuration | {"max_position_embeddings": 13}))
+    evaluation = [f"evaluation.data={tmp_path / 'test.jsonl'}", f'evaluation.metrics=["{metric}"]']
+    evaluation += [r"evaluation.answer='(\d+)'"] if metric == "exact_match" else []
+    config = load(*GKD, f"teacher.path={damaged}", "rollout.max_new_tokens=3", *evaluation)
+    with nullcontext() if fits else pytest.raises(InputError, match=r"\[data\] max_response_tokens 6 and"):
+        load_teacher(config, load_tokenizer(config))
 
 
 def test_bfloat16_models(load, teacher_set):

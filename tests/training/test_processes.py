@@ -144,6 +144,12 @@ def test_the_command_line(recipe, tmp_path):
     elsewhere.mkdir()
     printed = finish(start(COMMAND, str(recipe), "--set=train.steps=2", cwd=elsewhere), elsewhere)
     assert "step 2/2" in printed and "32 examples" in printed
+    first = "  text    '0+0=' | '0.<eos>'\n  tokens  0 + 0 = | 0 . <eos>\n  4 tokens | 3\n"
+    assert (
+        first in printed
+        and f"```\nfirst example, line 1 of {tmp_path / 'train.jsonl'}:\n{first}```\n"
+        in (tmp_path / "run" / "report.md").read_text()
+    )
     assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == 2
     assert [path.name for path in elsewhere.iterdir()] == [
         "output.txt"
@@ -161,6 +167,7 @@ def test_a_dry_run_tells_everything_and_writes_nothing(recipe, teacher_set, tmp_
     student = load_student(config, load_tokenizer(config)).num_parameters()
     assert f"student: {student:,} parameters" in printed and "teacher: " in printed
     assert "32 examples; left out 0" in printed
+    assert "  text    '0+0=' | ''\n  tokens  0 + 0 = | \n  4 tokens | none: nobody reads the responses" in printed
     assert "3 steps of 4 responses: 0.38 epochs, at most 72 response tokens" in printed
     assert f"run: {tmp_path / 'run'}" in printed
 

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from kdkernels.training.model import load_student, load_tokenizer, vocabulary_size
-from kdkernels.training.rollouts import generate
+from kdkernels.training.rollouts import ends, generate
 
 DRAWS = 3000
 HOSTILE = {
@@ -91,7 +91,7 @@ def test_sampling_is_the_models_distribution(model, tokenizer):
     for prompt, responses in zip(prompts, (drawn[:DRAWS], drawn[DRAWS:]), strict=True):
         first = probabilities(model, tokenizer, prompt)
         assert_drawn_from(first, [response[0] for response in responses])
-        likely = max(range(len(first)), key=lambda id: first[id] * (id != tokenizer.eos_token_id))
+        likely = max(range(len(first)), key=lambda id: first[id] * (id not in ends(model, tokenizer)))
         after = [response[1] for response in responses if response[0] == likely]
         assert len(after) > 200
         assert_drawn_from(probabilities(model, tokenizer, (*prompt, likely)), after)
@@ -116,10 +116,27 @@ def test_the_end_of_sequence_token_stays_where_it_is_the_padding_too(model, toke
     assert all(
         response.count(tokenizer.eos_token_id) == 1 and response[-1] == tokenizer.eos_token_id for response in ended
     )
-    assert all(len(response) == 8 for response in responses if tokenizer.eos_token_id not in response)
+    assert all(len(response) == 8 for response in responses if not {*ends(model, tokenizer)} & {*response})
     share = sum(response == [tokenizer.eos_token_id] for response in responses) / len(responses)
     at_once = probabilities(model, tokenizer, prompt)[tokenizer.eos_token_id].item()
     assert abs(share - at_once) < 6 * math.sqrt(at_once * (1 - at_once) / len(responses)) + 1e-9
+
+
+@pytest.mark.parametrize("named", [None, 5, [5], [8, 1, 5], "the tokenizer's own"])
+def test_any_of_the_checkpoints_end_tokens_ends_a_response(model, tokenizer, named):
+    """Chat models name several in generation_config.json; `named` need not be in the tokenizer's own order."""
+    eos = tokenizer.eos_token_id
+    assert eos == 1
+    model.generation_config.eos_token_id = eos if isinstance(named, str) else named
+    expected = {None: {1}, 5: {1, 5}}.get(named, {1}) if not isinstance(named, list) else {1, *named}
+    assert {*ends(model, tokenizer)} == expected and ends(model, tokenizer)[0] == eos
+    torch.manual_seed(3)
+    prompts = [tokenizer(text)["input_ids"] for text in ("5=", "33+4=")] * 150
+    responses = generate(model, tokenizer, prompts, 12, sample=True)
+    for response in responses:
+        assert not expected & {*response[:-1]}, "nothing follows the first token that ends a response"
+        assert len(response) == 12 or response[-1] in expected
+    assert {response[-1] for response in responses if len(response) < 12} == expected, "each of them ended some"
 
 
 def test_the_model_is_left_as_it_was(model, tokenizer):
