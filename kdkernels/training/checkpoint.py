@@ -1,14 +1,19 @@
 """Checkpoints from which a run continues bit for bit: `step-000123` is that after step 123.
 
-`progress.json` of a checkpoint holds where the run stood and the checksums of all its other files, so that damage is
-found before anything is loaded, by one process for all.
+shared.pt             what all processes have alike: weights, objective buffers, without ZeRO the optimizer
+process-00000.pt      what each process has of its own: random state, with ZeRO its share of the optimizer
+metrics.jsonl         the log up to this step
+progress.json         where the run stood, what it was made from, and the SHA-256 of all the files
+
+Damage is found before anything is loaded, by one process for all. Whoever can write into a checkpoint can change its
+numbers and their hashes, but loading it executes nothing (torch.load with weights_only).
 """
 
+import hashlib
 import json
 import random
-import shutil
 import warnings
-import zlib
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,38 +21,61 @@ import numpy as np
 import torch
 
 from kdkernels.training import distributed
-from kdkernels.training.atomic import UNFINISHED, remove_directory, write_directory
+from kdkernels.training.atomic import remove, write_directory, writing
+from kdkernels.training.engine import engine_state, load_engine_state
+from kdkernels.training.hashes import HashedFile, sha256_of_all
 from kdkernels.training.schema import InputError
 
-PREFIX, PROGRESS, ENGINE = "step-", "progress.json", "engine"
+PREFIX, PROGRESS = "step-", "progress.json"
+SHARED, METRICS = "shared.pt", "metrics.jsonl"
 
 
-def save(engine, directory: Path, progress: dict[str, int], keep: int) -> None:
+@dataclass(frozen=True)
+class Contents:
+    """What progress.json says. `progress`: numbers of the run, `step` among them; `inputs`: the identities of what the
+    run is made from; `processes`: how many wrote it; `sha256`: of every other file.
+    """
+
+    progress: dict[str, int]
+    inputs: dict[str, Any]
+    processes: int
+    sha256: dict[str, str]
+
+
+def save(engine, directory: Path, progress: dict[str, int], inputs: dict[str, Any], metrics: Path, keep: int) -> None:
     """Writes the checkpoint of `progress["step"]` into `directory` and deletes all but the newest `keep` up to it; all
     processes call this together.
 
-    It holds weights, objective buffers, optimizer (through DeepSpeed), the random state of every process and
-    `progress`.
+    It holds the state of the engine, the random state of every process, a copy of the log at `metrics`, and `progress`
+    and `inputs`. Raises DiskError.
     """
+    shared, own = engine_state(engine)
 
-    def write(path: Path) -> None:
-        engine.save_checkpoint(str(path), tag=ENGINE, save_latest=False)
-        torch.save(_random_state(), path / _random_file())
-        distributed.barrier()
+    def write(path: Path) -> dict[str, str]:
+        hashes = {_own_file(): _dump(own | {"random": _random_state()}, path / _own_file())}
         if distributed.rank() == 0:
-            files = {file.relative_to(path).as_posix(): _checksum(file) for file in path.rglob("*") if file.is_file()}
-            contents = {"progress": progress, "processes": distributed.world_size(), "checksums": files}
-            (path / PROGRESS).write_text(json.dumps(contents))
+            hashes[SHARED] = _dump(shared, path / SHARED)
+            log = metrics.read_bytes()
+            (path / METRICS).write_bytes(log)
+            hashes[METRICS] = hashlib.sha256(log).hexdigest()
+        return hashes
+
+    def conclude(path: Path, hashes: list[dict[str, str]]) -> None:
+        everything = {name: value for part in hashes for name, value in part.items()}
+        contents = json.dumps(asdict(Contents(progress, inputs, distributed.world_size(), everything)), sort_keys=True)
+        (path / PROGRESS).write_text(json.dumps({"contents": contents, "sha256": _of_text(contents)}), encoding="utf-8")
 
     new = directory / f"{PREFIX}{progress['step']:06d}"
-    write_directory(new, write)
-    if distributed.rank() == 0:
-        for left_over in directory.glob(f"{UNFINISHED}*"):  # of a deletion or a write that was killed
-            shutil.rmtree(left_over)
+    write_directory(new, write, conclude)
+
+    def tidy() -> None:
         there = complete(directory)
         newest = there.index(new) + 1  # those behind it are of a run that came further and could not be continued
         for old in (*there[: max(0, newest - keep)], *there[newest:]):
-            remove_directory(old)
+            with writing(old):
+                remove(old)
+
+    distributed.by_first(tidy)
 
 
 def complete(directory: Path) -> list[Path]:
@@ -56,37 +84,46 @@ def complete(directory: Path) -> list[Path]:
     return sorted((path for path, number in numbers.items() if number.isdecimal()), key=lambda path: int(numbers[path]))
 
 
-def newest_sound(directory: Path) -> tuple[Path, dict[str, int]]:
-    """The newest checkpoint in `directory` whose files are all there and as they were written, and its `progress`; all
-    processes call this together.
+def newest_sound(directory: Path) -> tuple[Path, Contents] | None:
+    """The newest checkpoint in `directory` whose files are all there and as they were written, or None where there is
+    no checkpoint at all; all processes call this together.
 
-    Each newer one is named in a warning. Raises InputError if there is none or it is of another number of processes.
+    Each newer one is named in a warning. Raises InputError if all are damaged or it is of another number of processes.
     """
-    found = _newest_sound(directory) if distributed.rank() == 0 else None
-    path, contents, defects = distributed.gathered(found)[0]
+    path, contents, defects = distributed.by_first(lambda: _newest_sound(directory))
     if distributed.rank() == 0:
         for defect in defects:
             warnings.warn(f"--resume: {defect}; trying the one before it", stacklevel=2)
+    if path is None and not defects:
+        return None
     if path is None:
-        what = "no checkpoint that can be read" if defects else "no checkpoint yet"
-        raise InputError(f"--resume: {what} in {directory}: delete {directory.parent} and start the run again")
-    if contents["processes"] != distributed.world_size():
         raise InputError(
-            f"--resume: {path} was written by {contents['processes']} processes; expected as many now, "
+            f"--resume: no checkpoint that can be read in {directory}: {'; '.join(defects)}. Put a sound copy "
+            f"there, or move {directory} away to train from the beginning"
+        )
+    if contents.processes != distributed.world_size():
+        raise InputError(
+            f"--resume: {path} was written by {contents.processes} processes; expected as many now, "
             f"got {distributed.world_size()}"
         )
-    return path, contents["progress"]
+    return path, contents
 
 
 def restore(engine, path: Path) -> None:
-    """Puts engine and random state back to the checkpoint at `path`."""
-    loaded, _ = engine.load_checkpoint(str(path), tag=ENGINE)
-    if loaded is None:
-        raise InputError(f"--resume: DeepSpeed found nothing to load in {path / ENGINE}")
-    _set_random_state(torch.load(path / _random_file(), weights_only=False))
+    """Puts engine and random state back to the checkpoint at `path`. Raises InputError for files that hold something
+    else than this run's state.
+    """
+    with distributed.together():
+        shared, own = (_load(path / name) for name in (SHARED, _own_file()))
+    try:
+        load_engine_state(engine, shared, own)
+        _set_random_state(own["random"])
+    except (KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
+        said = " ".join(str(error).split("\n")[:2])  # torch names every weight of another shape
+        raise InputError(f"--resume: {path} is not of this run: {type(error).__name__}: {said}") from error
 
 
-def _newest_sound(directory: Path) -> tuple[Path | None, dict[str, Any] | None, list[str]]:
+def _newest_sound(directory: Path) -> tuple[Path | None, Contents | None, list[str]]:
     """(path, contents of its progress.json, what is wrong with each newer one)."""
     defects = []
     for path in reversed(complete(directory)):
@@ -97,31 +134,57 @@ def _newest_sound(directory: Path) -> tuple[Path | None, dict[str, Any] | None, 
     return None, None, defects
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> Contents:
     """The contents of the checkpoint's progress.json. Raises OSError for a file that is missing or cannot be read,
     ValueError for one whose contents changed.
     """
-    contents = json.loads((path / PROGRESS).read_text())
-    for name, checksum in contents["checksums"].items():
-        if _checksum(path / name) != checksum:
-            raise ValueError(f"the contents of {name} changed")
+    try:
+        text = json.loads((path / PROGRESS).read_text(encoding="utf-8"))
+        contents, expected = text["contents"], text["sha256"]
+        if _of_text(contents) != expected:
+            raise ValueError("its hash is another one")
+        contents = Contents(**json.loads(contents))
+        paths = [path / name for name in contents.sha256.keys() | {SHARED, METRICS}]
+        if contents.progress["step"] != int(path.name.removeprefix(PREFIX)):
+            raise ValueError(f"it is of step {contents.progress['step']}")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"the contents of {PROGRESS} changed: {error}") from error
+    for file, found in zip(paths, sha256_of_all(paths), strict=True):
+        if found != contents.sha256.get(file.name):
+            raise ValueError(f"the contents of {file.name} changed")
     return contents
 
 
-def _checksum(path: Path) -> int:
-    checksum = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            checksum = zlib.crc32(block, checksum)
-    return checksum
+def _own_file() -> str:
+    return f"process-{distributed.rank():05d}.pt"
 
 
-def _random_file() -> str:
-    return f"random-{distributed.rank():05d}.pt"
+def _dump(state: Any, path: Path) -> str:
+    """Writes `state` to `path`; the SHA-256 of the file."""
+    with path.open("wb") as file:
+        hashed = HashedFile(file)
+        torch.save(state, hashed)
+    return hashed.hexdigest()
+
+
+def _load(path: Path) -> Any:
+    """What `_dump` wrote to `path`. Raises InputError for anything that is more than tensors, numbers and text."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # what a file that is no pickle, or one of something else, makes of the reader
+        raise InputError(
+            f"--resume: {path} holds something else than tensors, numbers and text, and is not loaded: no checkpoint "
+            "of kdkernels does"
+        ) from error
+
+
+def _of_text(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
 def _random_state() -> dict[str, Any]:
-    state = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
+    kind, keys, *rest = np.random.get_state()
+    state = {"python": random.getstate(), "numpy": (kind, keys.tolist(), *rest), "torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
     return state

@@ -1,10 +1,10 @@
 """The processes of a run: one without a launcher, or as many as torchrun starts."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,11 +15,14 @@ if not torch.accelerator.is_available():
 import deepspeed
 from deepspeed.accelerator import get_accelerator
 
+from kdkernels.training.errors import DiskError
 from kdkernels.training.schema import InputError
 
 # DeepSpeed would compile an all-reduce for CPU processes on its first use: a minute, a need for ninja, and a lock that
 # blocks every later run where that compile was killed. gloo does the same.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+T = TypeVar("T")
 
 
 def start(timeout_seconds: float = 1800) -> None:
@@ -91,6 +94,15 @@ def agree(error: Exception | None) -> None:
         raise others[0]
 
 
+def by_first(function: Callable[[], T]) -> T:
+    """What `function` returned on rank 0, which alone calls it; what it raises there is raised on all processes."""
+    value = None
+    with together():
+        if rank() == 0:
+            value = function()
+    return gathered(value)[0]
+
+
 def lost_process(error: Exception) -> bool:
     """Whether `error` is how gloo, NCCL or the rendezvous say that another process ended or does not answer."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
@@ -99,6 +111,6 @@ def lost_process(error: Exception) -> bool:
 def _for_others(error: Exception) -> Exception:
     """`error` as the other processes raise it; of a kind that survives the journey and keeps the exit status."""
     text = f"process {rank()}: {error}"
-    if isinstance(error, (InputError, OSError)):
-        return InputError(text)
-    return FloatingPointError(text) if isinstance(error, FloatingPointError) else RuntimeError(f"{type(error)}, {text}")
+    if isinstance(error, (DiskError, InputError, FloatingPointError)):
+        return type(error)(text)
+    return InputError(text) if isinstance(error, OSError) else RuntimeError(f"{type(error)}, {text}")

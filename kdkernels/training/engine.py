@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import deepspeed
 import torch
@@ -11,6 +12,11 @@ from torch import nn
 from kdkernels.training import distributed
 from kdkernels.training.config import Config, OptimizerConfig
 from kdkernels.training.schema import InputError
+
+COUNTERS = ("global_steps", "global_samples", "skipped_steps")
+# What DeepSpeed and ZeRO add to their optimizer's state that is no number, tensor or text: a loss scale that is 1 for
+# float32 and bfloat16, the stage, and where each parameter lies in the flat groups. The recipe gives them again.
+DERIVED = ("loss_scaler", "zero_stage", "param_slice_mappings")
 
 
 def build_engine(config: Config, module: nn.Module):
@@ -126,3 +132,32 @@ def rate(config: OptimizerConfig, step: int, steps: int) -> float:
     if config.schedule == "constant" or step >= steps:
         return 1.0 if config.schedule == "constant" else 0.0
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+
+
+def engine_state(engine) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(what all processes have alike, what this one has of its own) of the engine's state after a whole step: plain
+    containers of tensors, numbers and text.
+
+    Not by DeepSpeed's own save_checkpoint: its files can only be read by unpickling whatever is in them.
+    """
+    optimizer = {name: value for name, value in engine.optimizer.state_dict().items() if name not in DERIVED}
+    shared = {
+        "module": engine.module.state_dict(),
+        "counters": {name: getattr(engine, name) for name in COUNTERS},
+    }
+    return (shared, {"optimizer": optimizer}) if engine.zero_optimization() else (shared | {"optimizer": optimizer}, {})
+
+
+def load_engine_state(engine, shared: dict[str, Any], own: dict[str, Any]) -> None:
+    """Puts the engine back to what `engine_state` gave. Raises whatever torch and DeepSpeed do for a state of another
+    engine.
+    """
+    engine.module.load_state_dict(shared["module"])
+    if engine.zero_optimization():
+        shares = [None] * distributed.world_size()  # each process reads its own share only
+        shares[distributed.rank()] = own["optimizer"]
+        engine.optimizer.load_state_dict(shares, load_from_fp32_weights=True)
+    else:
+        engine.optimizer.load_state_dict(shared["optimizer"])
+    for name in COUNTERS:
+        setattr(engine, name, shared["counters"][name])

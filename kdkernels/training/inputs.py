@@ -1,6 +1,7 @@
 """What a run is made from, read and checked against each other: the same for training and for a dry run."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
@@ -20,9 +21,9 @@ class Inputs:
     held_out: Examples | None
 
 
-def read_inputs(config: Config) -> Inputs:
-    """Everything but the models. Raises InputError."""
-    tokenizer = load_tokenizer(config)
+def read_inputs(config: Config, trained: Path | None = None) -> Inputs:
+    """Everything but the models; `trained` is where the run has the tokenizer that it trained. Raises InputError."""
+    tokenizer = load_tokenizer(config, trained)
     candidates, words = config.objective.build().topk, vocabulary_size(tokenizer)
     if candidates > words:
         raise InputError(f"[objective] k: expected at most {words}, the tokenizer's words, got {candidates}")

@@ -5,16 +5,16 @@ without a terminal).
 import importlib.util
 import json
 import math
-import os
 import sys
 from pathlib import Path
 
 from tqdm import tqdm
 
 from kdkernels.training import distributed
-from kdkernels.training.atomic import write_text
+from kdkernels.training.atomic import append, writing
 from kdkernels.training.jsonl import json_line
 from kdkernels.training.run import RunDirectory
+from kdkernels.training.schema import InputError
 
 SHOWN = ("loss", "student_entropy", "teacher_entropy", "gate", "tokens_per_second")
 EVALUATION = "evaluation/"  # what an evaluation measured is logged under this prefix
@@ -22,38 +22,33 @@ PLAIN_LINES = 20  # progress lines of a whole run where there is no terminal
 
 
 class MetricsLog:
-    """The log of a run up to `steps`; one that goes on after `last_step` forgets what an interrupted run logged beyond
-    it.
+    """The log of a run of `steps` steps, which goes on after `last_step`.
 
-    All processes have one, that of rank 0 writes.
+    All processes have one, that of rank 0 writes. Its methods raise DiskError.
     """
 
-    def __init__(self, run: RunDirectory, steps: int, last_step: int | None = None):
+    def __init__(self, run: RunDirectory, steps: int, last_step: int = 0):
         self.steps, self.active = steps, distributed.rank() == 0
         if not self.active:
             return
-        if last_step is not None:
-            _cut_after(run.metrics, last_step)
-        self.file = run.metrics.open("a", encoding="utf-8")
+        with writing(run.metrics):
+            self.file = run.metrics.open("ab", buffering=0)  # what is not written is not kept for later
         self.board = None
         if importlib.util.find_spec("tensorboard") is not None:
-            from torch.utils.tensorboard import SummaryWriter
+            from kdkernels.training.tensorboard import EventFile
 
-            self.board = SummaryWriter(str(run.tensorboard), purge_step=None if last_step is None else last_step + 1)
+            self.board = EventFile(run.tensorboard, first_step=last_step + 1 if last_step else 0)
         self.bar = tqdm(
-            total=steps, initial=last_step or 0, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True
+            total=steps, initial=last_step, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True
         )
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Adds the line of `step`; it outlives the process from here on. A value that is not finite is null there."""
         if not self.active:
             return
-        self.file.write(json_line({"step": step} | values))
-        self.file.flush()
+        append(self.file, json_line({"step": step} | values).encode())
         if self.board is not None:
-            for name, value in values.items():
-                if math.isfinite(value):
-                    self.board.add_scalar(name, value, step)
+            self.board.write(step, {name: value for name, value in values.items() if math.isfinite(value)})
         shown = {name: f"{values[name]:.4g}" for name in SHOWN if name in values}
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update(step - self.bar.n)
@@ -72,11 +67,6 @@ class MetricsLog:
                 self.bar.write(str(line), file=sys.stdout)
             sys.stdout.flush()
 
-    def sync(self) -> None:
-        """Flushes metrics.jsonl to the disk: no checkpoint may be newer than the log."""
-        if self.active:
-            os.fsync(self.file.fileno())
-
     def __enter__(self) -> "MetricsLog":
         return self
 
@@ -90,10 +80,17 @@ class MetricsLog:
 
 def read_metrics(path: Path) -> list[dict[str, float | None]]:
     """The complete lines of a metrics.jsonl, in order, without a last one that an interrupted run left unfinished. None
-    is a number that was not finite.
+    is a number that was not finite. Raises InputError for a line that is no JSON object with a step.
     """
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    lines = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        try:
+            values = json.loads(line)
+            values["step"] + 0
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise InputError(f"{path}, line {number}: damaged: expected a JSON object with a step: {error}") from error
+        lines.append(values)
+    return lines
 
 
 def evaluations(path: Path) -> dict[int, dict[str, float | None]]:
@@ -105,9 +102,3 @@ def evaluations(path: Path) -> dict[int, dict[str, float | None]]:
         for line in read_metrics(path)
     }
     return {step: values for step, values in lines.items() if values}
-
-
-def _cut_after(path: Path, step: int) -> None:
-    """Drops the lines of the steps after `step`, which are about to be trained again."""
-    kept = [json_line(line) for line in read_metrics(path) if line["step"] <= step]
-    write_text(path, "".join(kept))

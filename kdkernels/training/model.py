@@ -59,8 +59,12 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
-def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
-    """The recipe's tokenizer, trained on the rendered training examples if it asks for that. Raises InputError."""
+def load_tokenizer(config: Config, trained: Path | None = None) -> PreTrainedTokenizerBase:
+    """The recipe's tokenizer. If it asks for one trained on the rendered training examples: from the directory
+    `trained` where the run did that earlier, or else trained now. Raises InputError.
+    """
+    if trained is not None:
+        return _read_tokenizer(str(trained), "[tokenizer] of the run")
     if config.tokenizer.kind is not None:
         texts = [prompt + response for _, prompt, response in render(config.data, config.data.train)]
         try:

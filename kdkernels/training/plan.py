@@ -1,7 +1,9 @@
 """What a recipe would do, found out without training: everything is read and checked, nothing is written."""
 
+from kdkernels.training import distributed
 from kdkernels.training.config import Config
 from kdkernels.training.inputs import read_inputs
+from kdkernels.training.lock import refuse_if_locked
 from kdkernels.training.model import load_student, load_teacher, vocabulary_size
 from kdkernels.training.run import RunDirectory
 from kdkernels.training.schema import to_toml
@@ -9,9 +11,11 @@ from kdkernels.training.schema import to_toml
 
 def plan(config: Config, resume: bool = False) -> str:
     """The resolved recipe and what it comes to. Raises InputError where training would."""
+    distributed.start()
     run = RunDirectory(config.run.output)
-    run.check(config, resume)
-    inputs = read_inputs(config)
+    refuse_if_locked(run.root)
+    start = run.find_start(config, resume)
+    inputs = read_inputs(config, start.tokenizer)
     models = {"student": load_student(config, inputs.tokenizer, meta=True)}
     if config.teacher is not None:
         models["teacher"] = load_teacher(config, inputs.tokenizer, meta=True)

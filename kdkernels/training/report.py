@@ -13,12 +13,11 @@ from kdkernels.training.run import RunDirectory
 
 
 def write_report(run: RunDirectory, config: Config, data: Sequence[Examples], start: int) -> None:
-    """Writes the report of a finished run, on rank 0; all processes call this together. `start`: the step after which
-    these processes began (0, or where they resumed the run).
+    """Writes the report of a finished run; all processes call this together. `start`: the step after which these
+    processes began (0, or where they resumed the run). Raises DiskError.
     """
     peaks = distributed.gathered(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-    if distributed.rank() == 0:
-        write_text(run.report, render_report(run, config, data, start, peaks))
+    distributed.by_first(lambda: write_text(run.report, render_report(run, config, data, start, peaks)))
 
 
 def render_report(

@@ -1,23 +1,49 @@
 """A run's directory: what it is made of and when it may be used.
 
 config.toml              the recipe with every default filled in
+inputs.json              the identities of what the run is made from
+tokenizer/               the tokenizer, where the recipe trains one
 metrics.jsonl            one line per step (step 0: the evaluation before training)
 tensorboard/             the same numbers, where TensorBoard is installed
 checkpoints/step-000123/
 evaluation-000123.jsonl  one line per held-out problem, after that step
 final/                   model and tokenizer, as transformers reads them
 report.md                before and after
+run.lock                 the run that is at work here
 """
 
-from collections.abc import Iterable
+import json
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kdkernels.training import distributed
-from kdkernels.training.atomic import write_text
+from transformers import PreTrainedTokenizerBase
+
+from kdkernels.training import checkpoint, distributed, lock
+from kdkernels.training.atomic import UNFINISHED, remove_unfinished, write_bytes, write_directory, write_text, writing
 from kdkernels.training.config import Config
+from kdkernels.training.identity import PATHS, TOKENIZER, Identity, differences, identify, sources
 from kdkernels.training.jsonl import json_line
 from kdkernels.training.schema import InputError, read_toml, to_tables, to_toml
+
+BEGINNING = {"step": 0, "position": 0, "skipped_steps": 0}
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins: at its first step (`checkpoint` None) or after a checkpoint, with that one's `progress`.
+
+    `inputs`: the identities of what it is made from. `tokenizer`: the directory of the one that the recipe trained
+    earlier, if it did.
+    """
+
+    checkpoint: Path | None
+    progress: dict[str, int]
+    inputs: dict[str, Identity]
+    tokenizer: Path | None
 
 
 class RunDirectory:
@@ -26,6 +52,8 @@ class RunDirectory:
     def __init__(self, root: str | Path):
         self.root = Path(root)
         self.config = self.root / "config.toml"
+        self.inputs = self.root / "inputs.json"
+        self.tokenizer = self.root / "tokenizer"
         self.metrics = self.root / "metrics.jsonl"
         self.tensorboard = self.root / "tensorboard"
         self.checkpoints = self.root / "checkpoints"
@@ -36,41 +64,149 @@ class RunDirectory:
         """Where the records of the evaluation after `step` are."""
         return self.root / f"evaluation-{step:06d}.jsonl"
 
-    def check(self, config: Config, resume: bool) -> None:
-        """Raises InputError where a new run would write into an old one, or a resumed one has another recipe than the
-        interrupted one.
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other runs out of the directory; all processes call this together. Raises InputError naming the owner
+        where another run is in it.
         """
-        if not resume:
-            if self.root.exists() and any(self.root.iterdir()):
-                raise InputError(
-                    f"[run] output: {self.root} is not empty: continue its run with --resume, delete it, or give "
-                    "another directory"
-                )
-            return
-        if not self.config.is_file():
-            raise InputError(f"--resume: no run in {self.root}: {self.config.name} is missing")
-        differences = _differences(read_toml(self.config), to_tables(config))
-        if differences:
-            raise InputError(
-                f"--resume: the recipe differs from that of the run in {self.root}: {'; '.join(differences)}"
-            )
+        with ExitStack() as held:
+            distributed.by_first(lambda: held.enter_context(lock.locked(self.root)))
+            yield
 
-    def create(self, config: Config) -> None:
-        """Makes the directory, on rank 0."""
-        if distributed.rank() == 0:
-            self.root.mkdir(parents=True, exist_ok=True)
-            write_text(self.config, to_toml(config))
+    def find_start(self, config: Config, resume: bool) -> Start:
+        """Where the run begins, all that it is made from being what it was; all processes call this together, and
+        nothing is written.
+
+        Raises InputError where a new run would write into an old one, where a resumed one has another recipe or is made
+        from anything else than the interrupted one, and where no checkpoint can be read.
+        """
+        distributed.by_first(lambda: self._check(config, resume))
+        found = checkpoint.newest_sound(self.checkpoints) if resume else None
+        return distributed.by_first(lambda: self._start(config, resume, found))
+
+    def remove_left_overs(self) -> None:
+        """Deletes what a killed run did not write or delete to its end; all processes call this together."""
+
+        def remove() -> None:
+            for directory in (self.root, self.checkpoints):
+                with writing(directory):
+                    remove_unfinished(directory)
+
+        distributed.by_first(remove)
+
+    def create(
+        self, config: Config, tokenizer: PreTrainedTokenizerBase, inputs: dict[str, Identity]
+    ) -> dict[str, Identity]:
+        """Writes what there is of a run before its first step; all processes call this together. The identities of
+        everything it is made from, the tokenizer that the recipe trained among them. Raises DiskError.
+        """
+        trained = config.tokenizer.kind is not None
+        distributed.by_first(lambda: write_text(self.config, to_toml(config)))  # from here on there is a run
+        if trained:
+            write_directory(self.tokenizer, lambda path: _save_tokenizer(tokenizer, path))
+
+        def complete() -> dict[str, Identity]:
+            known = inputs | (identify({TOKENIZER: str(self.tokenizer)}) if trained else {})
+            write_text(self.inputs, json.dumps(known, indent=1))
+            return known
+
+        return distributed.by_first(complete)
+
+    def restore_log(self, kept: Path | None) -> None:
+        """Makes metrics.jsonl what it was when the checkpoint `kept` was written, or nothing: what came after it is
+        trained again; all processes call this together. A log that was damaged or cut is repaired with a warning.
+        Raises DiskError.
+        """
+
+        def restore() -> None:
+            log = b"" if kept is None else (kept / checkpoint.METRICS).read_bytes()
+            if log and not (self.metrics.is_file() and self.metrics.read_bytes().startswith(log)):
+                warnings.warn(f"{self.metrics} was damaged: its lines are put back from {kept}", stacklevel=2)
+            write_bytes(self.metrics, log)
+
+        distributed.by_first(restore)
 
     def write_records(self, step: int, records: Iterable[dict[str, Any]]) -> None:
-        """Writes the records of the evaluation after `step`, on rank 0."""
-        if distributed.rank() == 0:
-            write_text(self.evaluation(step), "".join(map(json_line, records)))
+        """Writes the records of the evaluation after `step`; all processes call this together. Raises DiskError."""
+        distributed.by_first(lambda: write_text(self.evaluation(step), "".join(map(json_line, records))))
+
+    def _check(self, config: Config, resume: bool) -> None:
+        """Raises InputError where the directory is not that of an unfinished run of this recipe, or not free."""
+        here = f"{self.root} is not empty"
+        if resume:
+            if not self.config.is_file():
+                raise InputError(f"--resume: no run in {self.root}: {self.config.name} is missing")
+            changes = _differences(read_toml(self.config), to_tables(config))
+            if changes:
+                raise InputError(
+                    f"--resume: the recipe differs from that of the run in {self.root}: {'; '.join(changes)}"
+                )
+        elif self.config.is_file() and self.final.is_dir():
+            raise InputError(
+                f"[run] output: {here}, it holds a finished run with its model in {self.final}: give another directory"
+            )
+        elif self.config.is_file():
+            raise InputError(
+                f"[run] output: {here}, it holds a run that did not end: continue it with --resume, or give another "
+                "directory"
+            )
+        elif self.root.exists() and any(not _left_over(path) for path in self.root.iterdir()):
+            raise InputError(f"[run] output: {here}, and what it holds is no run: give another directory")
+
+    def _start(self, config: Config, resume: bool, found: tuple[Path, checkpoint.Contents] | None) -> Start:
+        began_with, progress = None, BEGINNING
+        if found is not None:
+            began_with, progress = found[1].inputs, found[1].progress
+        elif resume and self.final.is_dir():
+            raise InputError(
+                f"--resume: the run in {self.root} is finished, its model is in {self.final}, and it kept no "
+                "checkpoint: there is nothing left to do"
+            )
+        elif resume and self.inputs.is_file():
+            began_with = _read_json(self.inputs)
+        kept = config.tokenizer.kind is not None and began_with is not None
+        places = sources(config, self.tokenizer if kept else None)
+        inputs = identify(places)
+        changes = [] if began_with is None else differences(began_with, inputs, places)
+        if changes:
+            raise InputError(
+                f"--resume: the run in {self.root} was made from something else: {'; '.join(changes)}. Put back what "
+                "it began with, or start a new run in another directory"
+            )
+        return Start(found and found[0], progress, inputs, self.tokenizer if kept else None)
+
+
+def _left_over(path: Path) -> bool:
+    """Whether a run that was killed before it had begun may have left `path`."""
+    return path.name == lock.NAME or path.name.startswith(UNFINISHED)
+
+
+def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    if distributed.rank() == 0:
+        tokenizer.save_pretrained(directory)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(values, dict):
+            return values
+        problem = "expected an object"
+    except (OSError, ValueError, RecursionError) as error:
+        problem = error
+    raise InputError(f"--resume: {path} is damaged: {problem}: give the run another directory")
 
 
 def _differences(old: dict, new: dict) -> list[str]:
-    """Every key in which two recipes differ, as `section.key: old -> new`."""
+    """Every key in which two recipes differ, as `section.key: old -> new`; but for paths, which may be written another
+    way: there it is the contents that count.
+    """
     keys = dict.fromkeys((section, key) for tables in (old, new) for section, table in tables.items() for key in table)
     pairs = {
         f"{section}.{key}": (old.get(section, {}).get(key), new.get(section, {}).get(key)) for section, key in keys
     }
-    return [f"{name}: {before!r} -> {after!r}" for name, (before, after) in pairs.items() if before != after]
+    return [
+        f"{name}: {before!r} -> {after!r}"
+        for name, (before, after) in pairs.items()
+        if before != after and name not in PATHS
+    ]

@@ -26,7 +26,7 @@ from kdkernels.training.inputs import read_inputs
 from kdkernels.training.metrics import EVALUATION, MetricsLog, evaluations
 from kdkernels.training.model import Distillation, load_student, load_teacher, vocabulary_size
 from kdkernels.training.report import write_report
-from kdkernels.training.run import RunDirectory
+from kdkernels.training.run import RunDirectory, Start
 from kdkernels.training.schema import InputError
 from kdkernels.training.step import train_step
 
@@ -50,28 +50,29 @@ def train(config: Config, resume: bool = False) -> Result:
     """
     distributed.start(config.run.timeout_seconds)
     run = RunDirectory(config.run.output)
-    with distributed.together():
-        run.check(config, resume)
     accumulation_steps(config)
-    progress = {"step": 0, "position": 0, "skipped_steps": 0}
-    if resume:
-        newest, progress = checkpoint.newest_sound(run.checkpoints)
+    with run.locked():
+        return _train(config, run, run.find_start(config, resume))
 
+
+def _train(config: Config, run: RunDirectory, start: Start) -> Result:
     with distributed.together():
-        inputs = read_inputs(config)
+        inputs = read_inputs(config, start.tokenizer)
         tokenizer, examples, held_out = inputs.tokenizer, inputs.examples, inputs.held_out
         _seed(config.run.seed)
         student = load_student(config, tokenizer)
         teacher = load_teacher(config, tokenizer).to(distributed.device()) if config.teacher else None
         _refuse_nonfinite({"student": student} | ({"teacher": teacher} if teacher else {}))
     engine = build_engine(config, Distillation(student, config.objective.build(), vocabulary_size(tokenizer)))
-    stream = ExampleStream(len(examples.usable), config.run.seed, progress["position"])
-    if resume:
-        checkpoint.restore(engine, newest)
+    stream = ExampleStream(len(examples.usable), config.run.seed, start.progress["position"])
+    run.remove_left_overs()
+    if start.checkpoint is not None:
+        checkpoint.restore(engine, start.checkpoint)
+        made_from = start.inputs
     else:
         _seed(config.run.seed + distributed.rank())  # every process samples rollouts of its own
-        with distributed.together():
-            run.create(config)
+        made_from = run.create(config, tokenizer, start.inputs)
+    run.restore_log(start.checkpoint)
 
     def batch() -> list[Example]:
         return [examples.usable[i] for i in stream.next(config.train.batch_size)]
@@ -84,18 +85,19 @@ def train(config: Config, resume: bool = False) -> Result:
         run.write_records(step, records)
         return {EVALUATION + name: value for name, value in summarize(records).items()}
 
-    step = start = progress["step"]
-    skipped, in_a_row, unsaved = progress["skipped_steps"], 0, False
-    with MetricsLog(run, config.train.steps, last_step=start if resume else None) as log:
+    step = first = start.progress["step"]
+    skipped, in_a_row, unsaved = start.progress["skipped_steps"], 0, False
+    with MetricsLog(run, config.train.steps, last_step=first) as log:
         log.say(examples, *([held_out] if held_out else []), examples.first)
-        if held_out and not resume:
+        if held_out and start.checkpoint is None:
             log.write(0, evaluation(0))
-        for step in range(start + 1, config.train.steps + 1):
+        for step in range(first + 1, config.train.steps + 1):
             values, defect = train_step(engine, teacher, tokenizer, batch(), step, config)
             skipped, in_a_row = (skipped + 1, in_a_row + 1) if defect else (skipped, 0)
             if held_out and (step == config.train.steps or _due(step, config.evaluation.every)):
                 values |= evaluation(step)
-            log.write(step, values | {"skipped_steps": skipped})
+            with distributed.together():
+                log.write(step, values | {"skipped_steps": skipped})
             if defect:
                 log.say(f"step {step}: {defect}: skipped")
             if in_a_row > config.train.max_skipped_steps:
@@ -103,9 +105,8 @@ def train(config: Config, resume: bool = False) -> Result:
             unsaved = unsaved or _due(step, config.checkpoint.every)
             if unsaved and not in_a_row:  # after a skipped step, the checkpoint waits until these weights have a loss
                 _check_finite(run, step, engine)
-                log.sync()
                 progress = {"step": step, "position": stream.position, "skipped_steps": skipped}
-                checkpoint.save(engine, run.checkpoints, progress, config.checkpoint.keep)
+                checkpoint.save(engine, run.checkpoints, progress, made_from, run.metrics, config.checkpoint.keep)
                 unsaved = False
 
     if in_a_row:  # nothing says yet that the weights are good for anything: one more batch, without an update
@@ -114,7 +115,7 @@ def train(config: Config, resume: bool = False) -> Result:
             raise _diverged(run, step, f"{defect}, and so it is of one more batch")
     _check_finite(run, step, engine)
     write_directory(run.final, lambda directory: _save_final(student, tokenizer, directory))
-    write_report(run, config, [examples, held_out] if held_out else [examples], start)
+    write_report(run, config, [examples, held_out] if held_out else [examples], first)
     return Result(run.root, run.final, evaluations(run.metrics))
 
 

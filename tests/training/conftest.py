@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from kdkernels.training import Config, load_config
 from kdkernels.training.model import load_student, load_tokenizer
@@ -56,6 +57,11 @@ def write_task(root: Path) -> Path:
     recipe = root / "recipe.toml"
     recipe.write_text(RECIPE.format(root=root))
     return recipe
+
+
+def final_weights(run: Path) -> dict[str, torch.Tensor]:
+    """The weights of a finished run."""
+    return AutoModelForCausalLM.from_pretrained(run / "final", dtype="auto").state_dict()
 
 
 @pytest.fixture

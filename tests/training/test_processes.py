@@ -10,14 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from kdkernels.training import load_config, train
 from kdkernels.training.cli import main
 from kdkernels.training.metrics import read_metrics
 from kdkernels.training.model import load_student, load_tokenizer
 
-from .conftest import GKD
+from .conftest import GKD, final_weights
 
 EXACT_MATCH = (
     "evaluation.data={root}/test.jsonl",
@@ -40,10 +39,6 @@ def finish(process: subprocess.Popen, cwd) -> str:
     printed = (cwd / "output.txt").read_text()
     assert status == 0, printed
     return printed
-
-
-def final_weights(run: Path):
-    return AutoModelForCausalLM.from_pretrained(run / "final", dtype="auto").state_dict()
 
 
 def untimed(run: Path):
@@ -208,8 +203,8 @@ def test_more_candidates_than_words(recipe, teacher_set, capsys):
 def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(load):
     whole = train(load())
     weights = final_weights(whole.output)
-    (whole.output / "checkpoints" / "step-000003" / "random-00000.pt").unlink()
-    with pytest.warns(UserWarning, match=r"step-000003 is damaged: .*random-00000\.pt"):
+    (whole.output / "checkpoints" / "step-000003" / "process-00000.pt").unlink()
+    with pytest.warns(UserWarning, match=r"step-000003 is damaged: .*process-00000\.pt"):
         again = train(load(), resume=True)
     assert [line["step"] for line in read_metrics(again.output / "metrics.jsonl")] == [1, 2, 3]
     assert all(torch.equal(weight, weights[name]) for name, weight in final_weights(again.output).items())

@@ -1,0 +1,85 @@
+"""What a run was made from, by its contents: training data, held-out data, models and tokenizer.
+
+A run that goes on must find the same, wherever it lies by now. An identity is the SHA-256 of a data file, those of all
+files of a model's directory that transformers may read, or for a model of the hub the commit of its snapshot. Weights
+are read as a whole: a changed weight in a file of the same size and date is noticed.
+"""
+
+from pathlib import Path
+
+from transformers.utils.hub import cached_file, extract_commit_hash
+
+from kdkernels.training.config import Config
+from kdkernels.training.hashes import sha256_of_all
+from kdkernels.training.schema import InputError
+
+MODEL_FILES = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja")
+TOKENIZER = "[tokenizer]"
+# the keys of a recipe that say where something lies
+PATHS = ("run.output", "data.train", "evaluation.data", "student.path", "teacher.path", "tokenizer.path")
+Identity = str | dict[str, str]  # of a file or commit, or of every file in a directory
+
+
+def sources(config: Config, trained_tokenizer: Path | None) -> dict[str, str]:
+    """Where everything that a run is made from lies, by its key in the recipe; a tokenizer that the recipe trained
+    earlier in `trained_tokenizer`.
+    """
+    paths = {
+        "[data] train": config.data.train,
+        "[evaluation] data": config.evaluation and config.evaluation.data,
+        "[student] path": config.student.path,
+        "[teacher] path": config.teacher and config.teacher.path,
+        "[tokenizer] path": config.tokenizer.path,
+        TOKENIZER: trained_tokenizer and str(trained_tokenizer),
+    }
+    return {key: path for key, path in paths.items() if path is not None}
+
+
+def identify(sources: dict[str, str]) -> dict[str, Identity]:
+    """The identity of each source. Raises InputError for one that cannot be read."""
+    keys = {path: key for key, path in sources.items()}  # a tokenizer often is the student's: read once
+    known = {path: _identify(key, path) for path, key in keys.items()}
+    return {key: known[path] for key, path in sources.items()}
+
+
+def differences(old: dict[str, Identity], new: dict[str, Identity], sources: dict[str, str]) -> list[str]:
+    """What has other contents now than the run began with, in words."""
+    places = {key: f"{key} ({sources[key]})" if key in sources else key for key in {**old, **new}}
+    return [f"{place}: {change}" for key, place in places.items() for change in _changes(old.get(key), new.get(key))]
+
+
+def _identify(key: str, path: str) -> Identity:
+    place = Path(path)
+    try:
+        if place.is_file():
+            return sha256_of_all([place])[0]
+        if place.is_dir():
+            files = sorted(file for file in place.iterdir() if file.suffix in MODEL_FILES and file.is_file())
+            return dict(zip((file.name for file in files), sha256_of_all(files), strict=True))
+        return f"commit {_commit(path)}"
+    except OSError as error:
+        raise InputError(f"{key}: {path} cannot be read: {error}") from error
+
+
+def _commit(name: str) -> str:
+    """The commit of the snapshot from which transformers reads the model `name` of the hub."""
+    try:
+        file = cached_file(name, "config.json")
+    except OSError:  # a tokenizer alone has none
+        file = cached_file(name, "tokenizer_config.json")
+    return extract_commit_hash(file, None)
+
+
+def _changes(old: Identity | None, new: Identity | None) -> list[str]:
+    if old == new:
+        return []
+    if old is None or new is None:
+        return ["the run began without it" if old is None else "the run began with it"]
+    if isinstance(old, dict) and isinstance(new, dict):
+        names = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
+        return [
+            f"{name} {'is new' if name not in old else 'is missing' if name not in new else 'changed'}"
+            for name in names
+        ]
+    commits = [value for value in (old, new) if isinstance(value, str) and value.startswith("commit ")]
+    return [f"{old} -> {new}" if len(commits) == 2 else "its contents changed"]
