@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from .checks import check_count, check_positive
+from .from_model import tail
+from .tensors import check_floating, where_the_rows_are
 
 __all__ = ["Head", "Logits", "TopK"]
 
@@ -66,7 +68,8 @@ class Head(Source):
         vocab_size: real vocabulary where ``weight`` is padded beyond it; the padding rows have probability 0.
 
     Raises:
-        TypeError: a tensor of the wrong kind, or hidden, weight and bias of different dtypes (autocast makes them one).
+        TypeError: a tensor of the wrong kind (quantized, a shard: the message says how to get a plain one), or hidden,
+            weight and bias of different dtypes (autocast makes them one).
         ValueError: shapes or devices that do not fit, a soft-cap that is not positive, a vocab_size outside [1, V].
     """
 
@@ -83,13 +86,18 @@ class Head(Source):
         for name, tensor in (("hidden", self.hidden), ("weight", self.weight), ("bias", self.bias)):
             if tensor is None and name == "bias":
                 continue
-            _check_floating(name, tensor)
+            check_floating(name, tensor)
             if tensor.device != self.hidden.device:
-                raise ValueError(f"{name}: expected device {self.hidden.device} (that of hidden), got {tensor.device}")
+                lost = "; it has no values there: load it first" if tensor.is_meta else ""
+                raise ValueError(
+                    f"{name}: expected device {self.hidden.device} (that of hidden), got {tensor.device}{lost}"
+                )
             if tensor.dtype != self.hidden.dtype and autocast_dtype(self.hidden.device) is None:
                 raise TypeError(f"{name}: expected dtype {self.hidden.dtype} (that of hidden), got {tensor.dtype}")
         if self.weight.dim() != 2 or 0 in self.weight.shape:
-            raise ValueError(f"weight: expected shape [V, H], got {list(self.weight.shape)}")
+            way_out = where_the_rows_are(self.weight)
+            kind = TypeError if way_out else ValueError
+            raise kind(f"weight: expected shape [V, H], got {list(self.weight.shape)}{way_out}")
         rows, width = self.weight.shape
         if self.hidden.dim() < 1 or self.hidden.shape[-1] != width:
             raise ValueError(
@@ -117,29 +125,25 @@ class Head(Source):
 
     @classmethod
     def from_model(cls, model, hidden: Tensor, vocab_size: int | None = None) -> Head:
-        """The head of a transformers causal LM over ``hidden`` [..., H], with its bias, soft-cap and logit scale.
+        """The head of a transformers causal LM over ``hidden`` [..., H], the last hidden states of its base model, with
+        its bias, soft-cap and logit scale as the model's own forward applies them (``from_model.py``).
 
-        ``vocab_size`` is the real vocabulary (the tokenizer's) where the embedding is padded; default: the model's
-        ``config.vocab_size``.
+        ``vocab_size`` is the real vocabulary (the tokenizer's) where the embedding is padded; default: the words that
+        the model's forward gives a logit.
 
         Raises:
-            TypeError: the model has no output embedding, or one that is more than a linear layer (an adapter whose
-                effect reading ``.weight`` would lose).
+            TypeError: naming what a Head cannot say of this model: an output embedding that is more than a linear
+                layer (an adapter whose effect reading ``.weight`` would lose) or has hooks, a replaced forward, a
+                transform between base model and output embedding, logits that are more than scaled and capped.
         """
-        layer = model.get_output_embeddings()
-        if type(layer) is not torch.nn.Linear:
-            raise TypeError(
-                f"model: expected a plain torch.nn.Linear as output embedding, got {type(layer).__name__}; "
-                "pass kd.Head(hidden, weight, ...) with the effective weight instead"
-            )
-        config = model.config.get_text_config()
+        read = tail(model)
         return cls(
             hidden,
-            layer.weight,
-            layer.bias,
-            softcap=_first(config, _SOFTCAPS),
-            scale=_scale(config),
-            vocab_size=min(config.vocab_size, layer.weight.shape[0]) if vocab_size is None else vocab_size,
+            read.layer.weight,
+            read.layer.bias,
+            softcap=read.softcap,
+            scale=read.scale,
+            vocab_size=read.words if vocab_size is None else vocab_size,
         )
 
 
@@ -165,7 +169,7 @@ class Logits(Source):
     names = ("logits",)
 
     def __post_init__(self):
-        _check_floating("logits", self.logits)
+        check_floating("logits", self.logits)
         if self.logits.dim() < 1 or self.logits.shape[-1] == 0:
             raise ValueError(f"logits: expected shape [..., V], got {list(self.logits.shape)}")
         _check_vocab_size(self.vocab_size, self.logits.shape[-1], "the columns of logits")
@@ -208,7 +212,7 @@ class TopK(Source):
     names = ("log_probs", "indices")
 
     def __post_init__(self):
-        _check_floating("log_probs", self.log_probs)
+        check_floating("log_probs", self.log_probs)
         if not isinstance(self.indices, Tensor) or self.indices.dtype != torch.int64:
             got = getattr(self.indices, "dtype", type(self.indices).__name__)
             raise TypeError(f"indices: expected an int64 tensor, got {got}")
@@ -227,12 +231,6 @@ class TopK(Source):
             raise TypeError(f"renormalize: expected a bool, got {self.renormalize!r}")
 
 
-def _check_floating(name: str, tensor: object) -> None:
-    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-        got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-        raise TypeError(f"{name}: expected a floating-point tensor, got {got}")
-
-
 def _check_vocab_size(vocab_size: int | None, most: int, what: str) -> None:
     if vocab_size is None:
         return
@@ -247,25 +245,6 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)
-
-
-# What transformers' configs call them (5.23).
-_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-_FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
-
-
-def _first(config, names: tuple[str, ...]):
-    """The first of these attributes that the config has, else None."""
-    return next((value for name in names if (value := getattr(config, name, None)) is not None), None)
-
-
-def _scale(config) -> float:
-    """Factor on the raw logits. Granite divides by its logits_scaling, HyperCLOVA X multiplies by it."""
-    scaling = _first(config, ("logits_scaling",))
-    if scaling is not None:
-        return float(scaling) if config.model_type.startswith("hyperclovax") else 1.0 / scaling
-    factor = _first(config, _FACTORS)
-    return 1.0 if factor is None else float(factor)
 
 
 def shared_vocabulary(student: Head | Logits, teacher: Source | None) -> int:

@@ -127,3 +127,115 @@ def test_bad_input(arguments, error, words):
     with pytest.raises(error) as raised:
         kd.Head(**{"hidden": HIDDEN, "weight": WEIGHT, **arguments})
     assert all(word in str(raised.value) for word in words), str(raised.value)
+
+
+class Packed(torch.Tensor):
+    """Like torchao's: a tensor whose values are computed when they are needed."""
+
+    @staticmethod
+    def __new__(cls, values):
+        return torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=values.dtype)
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, arguments=(), options=None):
+        raise NotImplementedError(function)
+
+    def dequantize(self):
+        return torch.ones(self.shape)
+
+
+class Unknown(Packed):
+    dequantize = torch.Tensor.dequantize
+
+
+class Params4bit(torch.nn.Parameter):
+    """Like bitsandbytes': packed bits in a parameter of any dtype, bf16 too."""
+
+    quant_state = None
+
+
+def four_bits(data: torch.Tensor) -> torch.Tensor:
+    weight = data.as_subclass(Params4bit)
+    weight.quant_state = object()
+    return weight
+
+
+def partitioned() -> torch.Tensor:
+    """What ZeRO-3 leaves of a weight between its uses."""
+    weight = torch.nn.Parameter(torch.empty(0))
+    weight.ds_id, weight.ds_shape = 7, WEIGHT.shape
+    return weight
+
+
+ELSEWHERE = {
+    "packed": (lambda: Packed(WEIGHT), ["weight", "test_heads.Packed", "quantized", "weight.dequantize()"]),
+    "unknown": (lambda: Unknown(WEIGHT), ["weight", "plain tensor", "test_heads.Unknown", "pass the tensor"]),
+    "4 bits": (lambda: four_bits(torch.zeros(7, 3)), ["weight", "Params4bit", "quantized", "dequantize_4bit"]),
+    "int8": (lambda: WEIGHT.to(torch.int8), ["weight", "floating-point", "int8", "dequantized"]),
+    "fp8": (lambda: WEIGHT.to(torch.float8_e4m3fn), ["weight", "floating-point", "float8_e4m3fn", "dequantized"]),
+    "sparse": (lambda: WEIGHT.to_sparse(), ["weight", "dense", "torch.sparse_coo", "weight.to_dense()"]),
+    "lazy": (lambda: torch.nn.LazyLinear(7).weight, ["weight", "UninitializedParameter", "run the model once"]),
+    "ZeRO-3": (partitioned, ["weight", "[V, H]", "[0]", "ZeRO-3", "GatheredParameters"]),
+    "FSDP1": (lambda: torch.nn.Parameter(torch.zeros(21)), ["weight", "[21]", "FSDP", "summon_full_params"]),
+}
+
+
+@pytest.mark.parametrize("case", ELSEWHERE)
+def test_weights_that_are_elsewhere(case):
+    """The refusal comes at the head, with a way out; a product over what is here would be another one, or a riddle."""
+    make, words = ELSEWHERE[case]
+    with pytest.raises(TypeError) as raised:
+        kd.Head(HIDDEN, make())
+    assert all(word in str(raised.value) for word in words), str(raised.value)
+
+
+def test_a_head_without_values_is_named():
+    with pytest.raises(ValueError, match=r"weight: expected device cpu.*got meta; it has no values there: load it"):
+        kd.Head(HIDDEN, WEIGHT.to("meta"))
+
+
+def test_hidden_states_logits_and_stored_words_are_looked_at_too():
+    for make in (lambda: kd.Head(Packed(HIDDEN), WEIGHT), lambda: kd.Head(HIDDEN, WEIGHT, Packed(WEIGHT[:, 0]))):
+        with pytest.raises(TypeError, match=r"(hidden|bias): .*\.dequantize\(\)"):
+            make()
+    with pytest.raises(TypeError, match=r"logits: .*logits\.dequantize\(\)"):
+        kd.Logits(Packed(HIDDEN))
+    with pytest.raises(TypeError, match=r"log_probs: .*float8_e4m3fn"):
+        kd.TopK(torch.zeros(2, 3, dtype=torch.int64), HIDDEN.to(torch.float8_e4m3fn))
+
+
+def test_subclasses_that_only_watch_are_tensors():
+    class Watched(torch.Tensor):
+        pass
+
+    hidden, weight = torch.randn(2, 3), torch.randn(7, 3)
+    watched = kd.entropy(kd.Head(hidden.as_subclass(Watched), weight.as_subclass(Watched)))
+    torch.testing.assert_close(watched.as_subclass(torch.Tensor), kd.entropy(kd.Head(hidden, weight)))
+    with torch._subclasses.FakeTensorMode() as mode:
+        assert kd.Head(mode.from_tensor(hidden), mode.from_tensor(weight)).vocabulary == 7
+
+
+def test_distributed_tensors():
+    """FSDP2's: refused outside its forward, where this process has a shard; ``full_tensor`` is differentiable."""
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        layer = torch.nn.Linear(3, 7)
+        expected = kd.entropy(kd.Head(torch.ones(2, 3), layer.weight.detach().clone(), layer.bias.detach().clone()))
+        mesh = dist.init_device_mesh("cpu", (1,))
+        fully_shard(layer, mesh=mesh)
+        assert isinstance(layer.weight, DTensor)
+        with pytest.raises(TypeError, match=r"weight: .*DTensor.*a shard; pass weight\.full_tensor\(\), or"):
+            kd.Head(torch.ones(2, 3), layer.weight, layer.bias)
+        with pytest.raises(TypeError, match=r"hidden: .*DTensor"):
+            kd.Head(DTensor.from_local(torch.ones(2, 3), mesh), WEIGHT)
+        head = kd.Head(torch.ones(2, 3), layer.weight.full_tensor(), layer.bias.full_tensor())
+        entropy = kd.entropy(head)
+        torch.testing.assert_close(entropy, expected)
+        entropy.sum().backward()
+        assert layer.weight.grad.full_tensor().abs().sum() > 0
+    finally:
+        dist.destroy_process_group()

@@ -139,7 +139,7 @@ def test_an_architecture_that_is_none(load, override, expected, meta):
 
 
 @pytest.mark.parametrize(
-    ("model_type", "heads"), [("gpt2", 2), ("bert", 2), ("qwen3_moe", 4), ("mamba", None), ("bloom", 2), ("gemma2", 4)]
+    ("model_type", "heads"), [("gpt2", 2), ("phi", 2), ("qwen3_moe", 4), ("mamba", None), ("bloom", 2), ("gemma2", 4)]
 )
 def test_architectures_are_tried_out_without_weights(load, model_type, heads):
     heads = f"num_attention_heads={heads}, " if heads else ""
@@ -147,6 +147,14 @@ def test_architectures_are_tried_out_without_weights(load, model_type, heads):
     tokenizer = load_tokenizer(config)
     expected = load_student(config, tokenizer).num_parameters()
     assert load_student(config, tokenizer, meta=True).num_parameters() == expected
+
+
+@pytest.mark.parametrize("meta", [False, True])
+def test_a_model_whose_head_is_more_than_a_head_is_refused(load, meta):
+    config = load('student.architecture={model_type="bert", num_hidden_layers=1, hidden_size=16, num_attention_heads=2}')
+    expected = r"^\[student\] architecture: .*BertLMHeadModel \(model_type bert\).*cls\.predictions\.transform"
+    with pytest.raises(InputError, match=expected):
+        load_student(config, load_tokenizer(config), meta=meta)
 
 
 @pytest.fixture

@@ -1,0 +1,328 @@
+"""What a transformers causal LM does between its trunk and its logits, read from its own forward.
+
+Names in configs are no guide: the same ``logits_scaling`` divides in one model and multiplies in another, a vision
+model's text config has a soft-cap that its own forward never applies, and a few models transform the hidden states
+once more. So the forward itself is asked, once per model: it runs on a copy of the model's outermost modules, with
+stand-ins for trunk and output layer that return known numbers. No weight is read, so it works wherever the weights
+are (another device, shards, nowhere at all), and nothing but Python and a few vectors of V numbers is paid for.
+
+Axes: T positions, V vocabulary, H hidden.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import weakref
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Tail(NamedTuple):
+    """logits = softcap * tanh(scale * layer(hidden) / softcap), of which the first ``words`` are real."""
+
+    layer: nn.Linear
+    scale: float
+    softcap: float | None
+    words: int
+
+
+def trunk(model: nn.Module) -> nn.Module:
+    """The module whose last hidden state the head multiplies: ``base_model``, or what stands in its place.
+
+    A few models name a base model that they do not have (Llama 4's and Mllama's text models): transformers then says
+    that it is the model itself.
+
+    Raises:
+        TypeError: there is none.
+    """
+    model = unwrapped(model)
+    for find in (
+        lambda: model.base_model,
+        lambda: model.get_decoder(),
+        lambda: model.model,
+    ):
+        try:
+            found = find()
+        except AttributeError:
+            continue
+        if isinstance(found, nn.Module) and found is not model:
+            return found
+    raise _refusal(model, "it has no base model below its head")
+
+
+def tail(model: nn.Module) -> Tail:
+    """How ``model`` makes logits of its trunk's last hidden states.
+
+    Raises:
+        TypeError: naming what of it no ``kd.Head`` can say.
+    """
+    model = unwrapped(model)
+    numbers = _numbers(model)
+    return Tail(model.get_output_embeddings(), *numbers)
+
+
+def _numbers(model: nn.Module) -> tuple[float, float | None, int]:
+    """Scale, soft-cap and words; checked in every call, measured in the first and wherever something has changed."""
+    layer = _output_layer(model)
+    for name, module in (("the model", model), ("its output layer", layer)):
+        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
+            if not _is_plumbing(hook):
+                raise _refusal(model, f"{name} has a forward hook, {_name(hook)}, which nobody would call")
+    state = _state(model, layer)
+    known = _KNOWN.get(model)
+    if known is None or known[0] != state:
+        known = _KNOWN[model] = (state, _measure(model, layer))
+    return known[1]
+
+
+# What torch.compiler.assume_constant_result does, without loading the compiler: compiled code has them built in.
+_numbers._dynamo_marked_constant = True
+_KNOWN: weakref.WeakKeyDictionary[nn.Module, tuple] = weakref.WeakKeyDictionary()
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The transformers model inside DDP, FSDP, DeepSpeed's engine, torch.compile's or PEFT's wrapper."""
+    while not hasattr(type(model), "get_output_embeddings"):
+        inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
+        if inner is None and hasattr(model, "get_base_model"):
+            inner = model.get_base_model()
+        if inner is None or inner is model:
+            break
+        model = inner
+    return model
+
+
+def _output_layer(model: nn.Module) -> nn.Linear:
+    layer = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    # a subclass that multiplies like nn.Linear is one: parametrized weights (read, they are what multiplies), FSDP2
+    if not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward:
+        raise TypeError(
+            f"model: expected a plain torch.nn.Linear as output embedding of {_kind(model)}, got "
+            f"{type(layer).__name__}; {_WAY_OUT}"
+        )
+    replaced = _own_forward(layer)
+    if replaced is not None and getattr(replaced, "__func__", None) is not nn.Linear.forward:
+        raise _refusal(model, f"its output layer's forward was replaced by {_name(replaced)}")
+    return layer
+
+
+_WAY_OUT = (
+    "pass kd.Head(hidden, weight, bias, softcap, scale, vocab_size) with the effective weight and what the model's "
+    "forward does, or kd.Logits(model(...).logits)"
+)
+
+
+def _kind(model: nn.Module) -> str:
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    return type(model).__name__ + (f" (model_type {model_type})" if model_type else "")
+
+
+def _refusal(model: nn.Module, reason: str) -> TypeError:
+    return TypeError(f"model: no kd.Head is {_kind(model)}: {reason}; {_WAY_OUT}")
+
+
+def _name(function: object) -> str:
+    function = _innermost(function)
+    return f"{getattr(function, '__module__', '?')}.{getattr(function, '__qualname__', type(function).__qualname__)}"
+
+
+def _innermost(function: object) -> object:
+    while isinstance(function, partial):
+        function = function.func
+    return function
+
+
+def _is_plumbing(hook: object) -> bool:
+    """Hooks that gather or move what a module needs, and leave its numbers as they are."""
+    module = getattr(_innermost(hook), "__module__", None) or ""
+    return module.split(".")[0] in ("accelerate", "deepspeed") or module.startswith("torch.distributed.")
+
+
+def _own_forward(module: nn.Module):
+    """The forward put on this very module in place of its class's, without what only moves tensors or compiles."""
+    forward = module.__dict__.get("forward")
+    if forward is not None and "_hf_hook" in module.__dict__:  # accelerate, device_map="auto"
+        forward = module.__dict__.get("_old_forward")
+    forward = getattr(forward, "_torchdynamo_orig_callable", forward)  # model.forward = torch.compile(model.forward)
+    return forward
+
+
+def _state(model: nn.Module, layer: nn.Linear) -> tuple:
+    """All that the measurement may depend on, cheap enough to be looked at in every call."""
+    config = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    configs = () if config is None else (dict(vars(config)), {} if text is config else dict(vars(text)))
+    return (layer.out_features, layer.in_features, model.training, type(model).forward, _own_forward(model), configs)
+
+
+# What the stand-in for the output layer returns at each of the four positions. Powers of two and eighths: every
+# floating-point type holds them.
+_SMALL, _HUGE = 2.0**-10, 2.0**30
+
+
+def _measure(model: nn.Module, layer: nn.Linear) -> tuple[float, float | None, int]:
+    """Scale, soft-cap and real words of the logits that the model's own forward makes of known numbers."""
+    rows, width = layer.out_features, layer.in_features
+    raw = torch.zeros(4, rows, dtype=torch.float64, device="cpu")
+    raw[1], raw[2] = _SMALL, _HUGE
+    raw[3] = (torch.arange(rows, device="cpu") * 37 % 129 - 64) / 8
+    hidden = (torch.arange(4 * width, dtype=torch.float64, device="cpu").reshape(1, 4, width) * 5) % 7 + 1
+    seen, logits = _run(model, layer, hidden, raw)
+
+    factor = (seen / hidden).mean().item() if seen.shape == hidden.shape else math.nan
+    if not torch.allclose(seen, factor * hidden, rtol=1e-6, atol=0):
+        raise _refusal(model, "it transforms the trunk's last hidden states before its output layer")
+    if factor != 1 and layer.bias is not None:
+        raise _refusal(model, "it scales the hidden states before an output layer with a bias")
+    if logits.dim() != 3 or logits.shape[:2] != (1, 4) or not 0 < logits.shape[-1] <= rows:
+        raise _refusal(model, f"it makes logits {list(logits.shape)} of an output layer's [1, 4, {rows}]")
+
+    masked = (logits[0] <= torch.finfo(torch.float16).min).all(0)  # words that it gives no probability
+    words = logits.shape[-1] - int(masked.sum())
+    if words == 0 or masked[:words].any():
+        raise _refusal(model, "it masks words in the middle of the vocabulary")
+    zero, small, huge = logits[0, :3, :words]
+    if zero.any():
+        raise _refusal(model, "it adds something to the output layer's logits")
+    scale, softcap = small[0].item() / _SMALL, None
+    if not math.isclose(huge[0].item(), scale * _HUGE, rel_tol=1e-5):
+        softcap = huge[0].item()
+        if not abs(small[0].item()) < abs(softcap):
+            raise _refusal(model, "what it does to the output layer's logits is no scale and no soft-cap")
+        scale = softcap * math.atanh(small[0].item() / softcap) / _SMALL
+    expected = scale * raw[:, :words]
+    if softcap is not None:
+        expected = softcap * torch.tanh(expected / softcap)
+    if not torch.allclose(logits[0, :, :words], expected, rtol=1e-5, atol=1e-6):
+        raise _refusal(model, "what it does to the output layer's logits is no scale and no soft-cap")
+    return _short(scale * factor), softcap, words
+
+
+def _short(number: float) -> float:
+    """The number as someone wrote it where float32 arithmetic has touched its last digits."""
+    short = float(f"{number:.6g}")
+    return short if math.isclose(number, short, rel_tol=2e-7) else number
+
+
+def _run(model: nn.Module, layer: nn.Linear, hidden: Tensor, raw: Tensor) -> tuple[Tensor, Tensor]:
+    """What the model's own forward hands to its output layer when its trunk returns ``hidden`` [1, T, H], and the
+    logits it makes when that layer returns ``raw`` [T, V].
+    """
+    forward = _own_forward(model) or partial(type(model).forward, model)
+    function = getattr(forward, "__func__", None) if forward is not None else None
+    if isinstance(forward, partial):
+        function = type(model).forward
+    elif function is None or forward.__self__ is not model:
+        raise _refusal(model, f"its forward was replaced by {_name(forward)}")
+    recorder, copy = _OutputLayer(layer, raw), _shallow(model)
+    for encoder in _encoders(model):
+        _replace(copy, model, encoder, _Trunk(encoder, hidden))
+    below = trunk(model)
+    if not _replace(copy, model, below, _Trunk(below, hidden)):
+        raise _refusal(model, f"its base model, {type(below).__name__}, is not one of its own modules")
+    if not _replace(copy, model, layer, recorder):
+        raise _refusal(model, "its output layer is part of its base model")
+    ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device="cpu")
+    given = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "decoder_input_ids": ids,
+        "use_cache": False,
+        "return_dict": True,
+    }
+    known = inspect.signature(function).parameters
+    try:
+        with torch.no_grad():
+            out = function(copy, **{name: value for name, value in given.items() if name in known})
+        logits = out[0] if isinstance(out, tuple) else out.logits
+        return recorder.seen.double(), logits.double()
+    except Exception as error:  # whatever a forward does that stand-ins cannot follow
+        said = f"{type(error).__name__}: {error}".splitlines()[0]
+        others = [name for name, module in copy.named_modules() if _computes(module)]
+        others = f", where it has {', '.join(others)}" if others else ""
+        raise _refusal(model, f"its forward cannot be followed from trunk to logits{others} ({said})") from error
+
+
+def _computes(module: nn.Module) -> bool:
+    return not isinstance(module, (_Trunk, _OutputLayer)) and any(True for _ in module.parameters(recurse=False))
+
+
+def _encoders(model: nn.Module) -> list[nn.Module]:
+    """The encoder beside a decoder that serves as the trunk (T5)."""
+    encoder = getattr(model, "encoder", None)
+    return [encoder] if isinstance(encoder, nn.Module) else []
+
+
+def _shallow(module: nn.Module) -> nn.Module:
+    """The same module with the same children, whose children can be replaced."""
+    copy = object.__new__(type(module))  # FSDP2's classes have a __new__ of their own
+    copy.__dict__.update(module.__dict__, _modules=dict(module._modules), _buffers=_on_cpu(module._buffers))
+    return copy
+
+
+def _on_cpu(tensors: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+    return {name: t if t is None or t.is_meta else t.cpu() for name, t in tensors.items()}
+
+
+def _replace(copy: nn.Module, original: nn.Module, old: nn.Module, new: nn.Module) -> bool:
+    """Puts ``new`` in the place that ``old`` has under ``original``, copying the modules on the way there."""
+    for name, child in original._modules.items():
+        if child is old:
+            copy._modules[name] = new
+            return True
+        if child is None or isinstance(copy._modules[name], _Trunk):
+            continue
+        below = copy._modules[name] if copy._modules[name] is not child else _shallow(child)
+        if _replace(below, child, old, new):
+            copy._modules[name] = below
+            return True
+    return False
+
+
+class _Trunk(nn.Module):
+    """Stands in for a trunk or a part of one: called, it returns the hidden states it was given."""
+
+    def __init__(self, original: nn.Module, hidden: Tensor):
+        super().__init__()
+        self.__dict__.update(original=original, hidden=hidden)
+
+    def __getattr__(self, name: str):
+        value = getattr(self.__dict__["original"], name)
+        return _Trunk(value, self.__dict__["hidden"]) if isinstance(value, nn.Module) else value
+
+    def forward(self, *_, **__) -> _Hidden:
+        return _Hidden((self.__dict__["hidden"].clone(),))
+
+
+class _Hidden(tuple):
+    """A model output: the last hidden state comes first, whatever else is asked for is None."""
+
+    @property
+    def last_hidden_state(self) -> Tensor:
+        return self[0]
+
+    def __getitem__(self, key):
+        return getattr(self, key) if isinstance(key, str) else super().__getitem__(key)
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
+class _OutputLayer(nn.Module):
+    """Stands in for the output layer: remembers what it is given, returns known numbers."""
+
+    def __init__(self, original: nn.Linear, raw: Tensor):
+        super().__init__()
+        self.__dict__.update(original=original, raw=raw, seen=None)
+
+    def __getattr__(self, name: str):
+        return getattr(self.__dict__["original"], name)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        self.__dict__["seen"] = hidden.clone()
+        return self.__dict__["raw"].expand(*hidden.shape[:-1], -1).clone()
