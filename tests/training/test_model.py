@@ -151,7 +151,8 @@ def test_architectures_are_tried_out_without_weights(load, model_type, heads):
 
 @pytest.mark.parametrize("meta", [False, True])
 def test_a_model_whose_head_is_more_than_a_head_is_refused(load, meta):
-    config = load('student.architecture={model_type="bert", num_hidden_layers=1, hidden_size=16, num_attention_heads=2}')
+    sizes = "num_hidden_layers=1, hidden_size=16, num_attention_heads=2"
+    config = load(f'student.architecture={{model_type="bert", {sizes}}}')
     expected = r"^\[student\] architecture: .*BertLMHeadModel \(model_type bert\).*cls\.predictions\.transform"
     with pytest.raises(InputError, match=expected):
         load_student(config, load_tokenizer(config), meta=meta)
