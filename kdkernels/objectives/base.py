@@ -100,7 +100,10 @@ class Objective(Program, nn.Module):
         if self.needs_weights and weights is None:
             raise TypeError(f"weights: {type(self).__name__} needs a weight for each token, got None")
         if self.needs_target and target is None and layout.token is None:
-            raise TypeError(f"target: {type(self).__name__} needs the token each position predicts, got None")
+            raise TypeError(
+                f"target: {type(self).__name__} needs the token each position predicts, or a mask that is a Layout "
+                "made from labels, got None"
+            )
         shape, device = student.shape, student.device
         count = self.count(layout, from_teacher)
         teacher_layout = _teacher_layout(layout, teacher, teacher_mask)

@@ -9,7 +9,8 @@ follow those of its prompt and read, behind them, as the response's text:
 Tokenizing a response by itself does that for byte-level tokenizers but not for those of the SentencePiece family, which
 put a space before every text: "12+3=" and "15." would become "12+3= 15.". So a response is tokenized in several
 contexts (nothing, its prompt, one character) and what belongs to the context is cut off again; the first one whose ids
-read right is taken.
+read right is taken. Ids that follow the prompt's in those of the whole text are right by definition: where they read
+otherwise (a space that the tokenizer puts behind every special token), that is the tokenizer's way to read the text.
 """
 
 from collections.abc import Iterable, Sequence
@@ -27,8 +28,8 @@ SHOWN = 32  # tokens of a prompt or a response that are shown, at either end of 
 class Encoded:
     """A prompt and its response as ids. `response` has no EOS; None where no ids read as it behind the prompt's.
 
-    `changed`: how the text reads where the tokenizer does not give it back as it was (unknown characters,
-    normalization), else None.
+    `changed`: the text and how it reads, where the tokenizer does not give it back as it was (unknown characters,
+    normalization); else None.
     """
 
     prompt: list[int]
@@ -56,18 +57,20 @@ class Encoder:
         bodies = self._ids(prompts)
         heads = self.decode(bodies)
         wanted = [head + response for head, response in zip(heads, responses, strict=True)]
-        found: list[list[int] | None] = [None] * len(prompts)
+        found: list[tuple[list[int], str] | None] = [None] * len(prompts)  # response ids and how all of it reads
         self._follow(bodies, prompts, responses, wanted, found)
         # where normalization or unknown characters change the response: as prompt and response read together
-        left = [i for i, ids in enumerate(found) if ids is None]
-        together = dict(zip(left, self.decode(self._ids([prompts[i] + responses[i] for i in left])), strict=True))
-        self._follow(bodies, prompts, responses, [together.get(i, "") for i in range(len(prompts))], found)
+        left = [i for i, one in enumerate(found) if one is None]
+        together = self.decode(self._ids([prompts[i] + responses[i] for i in left]))
+        expected = dict(zip(left, together, strict=True))
+        self._follow(bodies, prompts, responses, [expected.get(i, "") for i in range(len(prompts))], found)
 
         unknown, prefix = self.tokenizer.unk_token_id, self.prefix(prompts)
         encoded = []
-        for i, (body, response) in enumerate(zip(bodies, found, strict=True)):
-            changed = (wanted[i], together[i]) if i in together else None
-            if changed is None and unknown is not None and unknown in body:
+        for i, (body, one) in enumerate(zip(bodies, found, strict=True)):
+            response, read = one or (None, wanted[i])
+            changed = (wanted[i], read) if read != wanted[i] else None
+            if changed is None and unknown is not None and unknown in body and heads[i] != prompts[i]:
                 changed = (prompts[i], heads[i])
             once = body if body[:1] == prefix[:1] else prefix + body
             encoded.append(Encoded(once, response, changed))
@@ -94,7 +97,7 @@ class Encoder:
     def prefix(self, texts: Iterable[str]) -> list[int]:
         """The ids that the tokenizer puts before every text; `texts` are some to try it with."""
         if self._prefix is None:
-            text, body = next(((text, ids) for text in (*texts, "x") if (ids := self._ids([text])[0])), ("", []))
+            text, body = next(((text, ids) for text in ("x", *texts) if (ids := self._ids([text])[0])), ("", []))
             full = list(self.tokenizer(text, verbose=False)["input_ids"])
             starts = [i for i in range(len(full) - len(body) + 1) if full[i : i + len(body)] == body]
             if not starts:
@@ -119,11 +122,13 @@ class Encoder:
         prompts: Sequence[str],
         responses: Sequence[str],
         wanted: Sequence[str],
-        found: list[list[int] | None],
+        found: list[tuple[list[int], str] | None],
     ) -> None:
-        """Puts response ids that read as `wanted` behind the prompt's `bodies` where `found` has None."""
+        """Where `found` has None, puts response ids there that read as `wanted` behind the prompt's `bodies`, or, if
+        the ids of prompt and response together begin with the prompt's, the rest of them, however they read.
+        """
         for context in ("", None, *ANCHORS):  # None: the prompt
-            left = [i for i, ids in enumerate(found) if ids is None]
+            left = [i for i, one in enumerate(found) if one is None]
             if not left:
                 return
             if context is None:
@@ -139,13 +144,14 @@ class Encoder:
             }
             read = self.decode([bodies[i] + ids for i, ids in candidates.items()])
             for (i, ids), text in zip(candidates.items(), read, strict=True):
-                if text == wanted[i]:
-                    found[i] = ids
+                if context is None or text == wanted[i]:
+                    found[i] = ids, text
 
 
 def _shortened(parts: Sequence[str], joint: str, ends: int) -> str:
     """`parts` in one line, of very many the first and the last `ends` only."""
     left_out = len(parts) - 2 * ends
     if left_out > 0:
-        parts = [*parts[:ends], f" ... {left_out} more ... ", *parts[-ends:]]
+        dots = f"... {left_out} more ..." if joint else f" ... {left_out} more ... "
+        parts = [*parts[:ends], dots, *parts[-ends:]]
     return joint.join(parts)

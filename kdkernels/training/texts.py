@@ -84,10 +84,10 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return record
 
 
-def _integer(digits: str) -> int:
+def _integer(digits: str) -> float:
     if len(digits) > DIGITS:
         raise ValueError(f"an integer of {len(digits)} digits; expected at most {DIGITS}, or a text")
-    return int(digits)
+    return _Decimal(digits) if digits == "-0" else int(digits)
 
 
 def _no_constant(name: str) -> None:

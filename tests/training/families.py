@@ -32,11 +32,11 @@ def wrapped(tokenizer, affixes, **special):
 SPECIAL = ["<unk>", "<s>", "</s>"]
 
 
-def byte_level(affixes="", split=None, **options):
+def byte_level(affixes="", split=None, **special):
     """GPT-2's family; `split`: a regular expression of words, as Llama 3 and Qwen have."""
     tokenizer = Tokenizer(models.BPE())
     if split is None:
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, **options)
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     else:
         tokenizer.normalizer = normalizers.NFC()
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -52,7 +52,7 @@ def byte_level(affixes="", split=None, **options):
         TEXTS * 3,
         trainers.BpeTrainer(vocab_size=340, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False),
     )
-    return wrapped(tokenizer, affixes, **({} if split is None else {"unk_token": None}))
+    return wrapped(tokenizer, affixes, **({} if split is None else {"unk_token": None}), **special)
 
 
 def prefix_space(affixes=""):

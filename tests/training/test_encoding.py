@@ -90,7 +90,7 @@ def test_no_space_gets_into_a_sum():
 def test_bos_is_there_once_and_eos_not_behind_a_prompt():
     for tokenizer in (byte_level("bos eos"), metaspace("first", "bos eos"), llama("bos eos")):
         bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-        texts = ["12+3=", "<s>12+3=", "", "<s>", "<s>7</s><s>8"]
+        texts = ["<s>", "12+3=", "<s>12+3=", "", "<s>7</s><s>8"]
         encoded = [one.prompt for one in Encoder(tokenizer).encode(texts, [" 15"] * len(texts))]
         assert tokenizer("12+3=")["input_ids"][-1] == eos, "the post-processor closes a text"
         assert [ids.count(bos) for ids in encoded] == [1, 1, 1, 1, 2]
@@ -98,6 +98,16 @@ def test_bos_is_there_once_and_eos_not_behind_a_prompt():
         assert [ids.count(eos) for ids in encoded] == [0, 0, 0, 0, 1], "one that the text has itself stays"
     (one,) = Encoder(byte_level("eos")).encode([""], ["15"])
     assert one.prompt == []
+
+
+def test_behind_a_special_token_the_text_as_a_whole_is_what_models_are_trained_on():
+    """As Phi-3 has it: the special token swallows the line break behind it, and a space follows it in every text."""
+    tokenizer = llama()
+    tokenizer.add_tokens([AddedToken("<|assistant|>", special=True, rstrip=True)], special_tokens=True)
+    prompt, response = "12+3=<|assistant|>\n", "15."
+    (one,) = Encoder(tokenizer).encode([prompt], [response])
+    assert one.prompt + one.response == tokenizer(prompt + response)["input_ids"]
+    assert one.changed == ("12+3=<|assistant|>15.", "12+3=<|assistant|> 15."), "which is said"
 
 
 def test_truncation_and_padding_that_a_tokenizer_was_saved_with_do_not_count():
@@ -128,6 +138,13 @@ def test_unknown_characters_are_said():
     assert first.changed is None and first.response == tokenizer("2")["input_ids"]
     assert second.response == [tokenizer.unk_token_id]
     assert second.changed == ("1+1=é", "1+1=<unk>")
+
+
+def test_an_end_token_that_is_the_unknown_token_too_changes_nothing():
+    """As GPT-2 has it."""
+    tokenizer = byte_level("bos", unk_token="<s>")
+    (one,) = Encoder(tokenizer).encode(["<s>12+3="], ["15"])
+    assert tokenizer.unk_token_id in one.prompt and one.changed is None
 
 
 def test_special_tokens_are_those_the_tokenizer_reads_as_such():

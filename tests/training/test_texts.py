@@ -59,7 +59,7 @@ def test_a_whole_surrogate_pair_is_a_character(rendered):
     assert rendered(b'{"question": "\\ud83d\\ude42", "answer": "\xf0\x9f\x99\x82"}') == [(1, smile, smile)]
 
 
-@pytest.mark.parametrize("number", ["0", "-3", "1.50", "1e3", "0.1", "12345678901234567890123", "1E-400"])
+@pytest.mark.parametrize("number", ["0", "-0", "-3", "1.50", "1e3", "0.1", "12345678901234567890123", "1E-400"])
 def test_numbers_are_written_as_the_file_writes_them(rendered, number):
     assert rendered(b'{"question": %b, "answer": "x"}' % number.encode()) == [(1, number, "x")]
 
