@@ -1,4 +1,7 @@
-"""Numbers that options may take. Errors name the option, what was expected and what came."""
+"""Numbers that options may take. Errors name the option, what was expected and what came.
+
+Comparisons alone, which torch.compile traces for numbers that change from call to call; it refuses math.isfinite there.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import math
 def check_number(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {value!r}")
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:  # nor a NaN
         raise ValueError(f"{name}: expected a finite number, got {value!r}")
 
 

@@ -22,11 +22,17 @@ class Divergence:
     ``detached``: no gradient flows through m; the value is the same.
     """
 
-    name: str
+    family: str
     a: float
     b: float
     mix: float
     detached: bool = False
+    parameter: float | None = None  # what the family's member is called by: beta or alpha
+
+    @property
+    def name(self) -> str:
+        """As users write it; made when asked for, because torch.compile cannot format a number that changes."""
+        return self.family if self.parameter is None else f"{self.family}({self.parameter:g})"
 
     @property
     def skew(self) -> float:
@@ -59,13 +65,13 @@ def JSD(beta: float) -> Divergence:
         return ForwardKL()
     if beta == 1.0:
         return ReverseKL()
-    return Divergence(f"JSD({beta:g})", a=beta, b=1 - beta, mix=beta)
+    return Divergence("JSD", a=beta, b=1 - beta, mix=beta, parameter=beta)
 
 
 def SkewKL(alpha: float) -> Divergence:
     """KL(p || alpha * p + (1 - alpha) * q)  (DistiLLM; VCRD on teacher prefixes). 0 for alpha = 1."""
     check_share("alpha", alpha)
-    return Divergence(f"SkewKL({alpha:g})", a=1.0 if alpha < 1 else 0.0, b=0.0, mix=alpha)
+    return Divergence("SkewKL", a=1.0 if alpha < 1 else 0.0, b=0.0, mix=alpha, parameter=alpha)
 
 
 def SkewReverseKL(alpha: float, detach: bool = False) -> Divergence:
@@ -76,4 +82,5 @@ def SkewReverseKL(alpha: float, detach: bool = False) -> Divergence:
     """
     check_share("alpha", alpha)
     check_bool("detach", detach)
-    return Divergence(f"SkewReverseKL({alpha:g})", a=0.0, b=1.0 if alpha < 1 else 0.0, mix=1 - alpha, detached=detach)
+    b = 1.0 if alpha < 1 else 0.0
+    return Divergence("SkewReverseKL", a=0.0, b=b, mix=1 - alpha, detached=detach, parameter=alpha)

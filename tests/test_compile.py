@@ -113,3 +113,109 @@ def test_an_objective_breaks_the_graph_once(compiler):
     assert all(torch.equal(e, c) for e, c in zip(eager, compiled, strict=True))
     for e, c in zip(*(torch.autograd.grad(out[0], leaves) for out in (eager, compiled)), strict=True):
         assert torch.equal(e, c) and e.norm() > 0
+
+
+# ---- numbers and shapes that change from call to call: the compiler makes them symbols --------------------------------
+
+
+def _head(batch, hidden, **options) -> kd.Head:
+    return kd.Head(hidden, batch.student.weight, batch.student.bias, **options)
+
+
+def _teacher(batch, hidden) -> kd.Head:
+    return kd.Head(batch.teacher.hidden.detach()[:, : hidden.shape[1]], batch.teacher.weight.detach())
+
+
+def _stored(batch, hidden, k) -> kd.TopK:
+    log_p = truth.dense_logits(_teacher(batch, hidden), 60).log_softmax(-1).topk(k)
+    return kd.TopK(log_p.indices, log_p.values, renormalize=True)
+
+
+# name -> (the function of a batch, hidden states and a number, the numbers); the first may stay constants
+CHANGING = {
+    "temperature": (lambda b, h, x: kd.divergence(_head(b, h), _teacher(b, h), kd.JSD(0.9), x), (0.7, 0.8, 1.3)),
+    "JSD": (lambda b, h, x: kd.divergence(_head(b, h), _teacher(b, h), kd.JSD(x)), (0.2, 0.5, 0.0)),
+    "SkewKL": (lambda b, h, x: kd.divergence(_head(b, h), _teacher(b, h), kd.SkewKL(x)), (0.2, 0.5, 0.9)),
+    "SkewReverseKL": (
+        lambda b, h, x: kd.divergence(_head(b, h), _teacher(b, h), kd.SkewReverseKL(x, detach=True)),
+        (0.2, 0.5, 0.0),
+    ),
+    "scale": (lambda b, h, x: kd.entropy(_head(b, h, scale=x)), (0.5, 0.7, 2)),
+    "softcap": (lambda b, h, x: kd.entropy(_head(b, h, softcap=x)), (3.0, 5.0, 7)),
+    "vocab_size": (lambda b, h, x: kd.entropy(_head(b, h, vocab_size=x)), (60, 50, 40)),
+    "k": (lambda b, h, x: kd.plackett_luce(_head(b, h), _teacher(b, h), x), (2, 3, 5)),
+    "stored words": (
+        lambda b, h, x: kd.divergence(_head(b, h), _stored(b, h, x), kd.JSD(0.3), 1 / x),
+        (2, 3, 5),
+    ),
+    "ignore_index": (
+        lambda b, h, x: kd.cross_entropy(_head(b, h), b.target[:, : h.shape[1]] % 8, x), (2, 3, 5),
+    ),
+    "rows": (lambda b, h, x: kd.entropy(_head(b, h), rows=torch.arange(x) * 2), (2, 3, 5)),
+    "memory_budget": (lambda b, h, x: kd.entropy(_head(b, h), memory_budget=x), (2_000_000, 3_000_000, 4_000_000)),
+    "modules": (lambda b, h, x: kd.modules.Divergence(kd.JSD(x), x)(_head(b, h), _teacher(b, h)), (0.2, 0.3, 0.5)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHANGING)
+@pytest.mark.parametrize(
+    "dynamic", [pytest.param(None, marks=pytest.mark.slow, id="numbers"), pytest.param(True, id="lengths too")]
+)
+def test_one_graph_whatever_changes(compiler, name, dynamic):
+    """Options and, with ``dynamic``, lengths differ from call to call: one graph each, values and gradients eager's."""
+    function, numbers = CHANGING[name]
+    batch = fixed(bias=True)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for step, number in enumerate(numbers):
+        hidden = batch.student.hidden.detach()[:, : 6 + (step if dynamic else 0)].clone().requires_grad_()
+        leaves = (hidden, batch.student.weight)
+        eager, got = function(batch, hidden, number), compiled(batch, hidden, number)
+        assert torch.equal(eager, got)
+        for g, e in zip(*(torch.autograd.grad(out.square().sum(), leaves) for out in (got, eager)), strict=True):
+            assert torch.equal(g, e) and g.norm() > 0
+
+
+@pytest.mark.parametrize("name", ["topk", "collision"])
+def test_statistics_in_one_graph_whatever_changes(compiler, name):
+    batch = fixed(bias=True)
+
+    def step(hidden, number):
+        found = kd.statistics(_head(batch, hidden), _teacher(batch, hidden), **{name: number})
+        return found.entropy, found.lse, found.topk_log_probs if name == "topk" else found.teacher.collision
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=True)
+    for length, number in ((5, 2), (6, 3), (7, 5)):
+        hidden = batch.student.hidden.detach()[:, :length]
+        assert all(torch.equal(a, b) for a, b in zip(step(hidden, number), compiled(hidden, number), strict=True))
+
+
+def test_a_number_that_is_none_is_refused_in_the_graph_too(compiler):
+    """The checks are traced, not skipped."""
+    batch = fixed(bias=True)
+    compiled = torch.compile(CHANGING["temperature"][0], backend="aot_eager")
+    for temperature in (0.7, 0.8, 1.3):
+        compiled(batch, batch.student.hidden, temperature)
+    for wrong in (2e3, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="temperature: expected a "):
+            compiled(batch, batch.student.hidden, wrong)
+
+
+def test_an_objective_with_changing_lengths_breaks_the_graph_once(compiler):
+    batch, objective, graphs = fixed(bias=True), kd.TSDKD(k=3), []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def step(hidden, mask):
+        return 2 * objective(_head(batch, hidden * 1.5), _teacher(batch, hidden), mask).loss
+
+    compiled = torch.compile(step, backend=count, dynamic=True)
+    for length in (8, 9, 10):
+        hidden = batch.student.hidden.detach()[:, :length].clone().requires_grad_()
+        leaves, mask = (hidden, batch.student.weight), batch.mask[:, :length]
+        eager, got = step(hidden, mask), compiled(hidden, mask)
+        assert torch.equal(eager, got)
+        assert len(graphs) == 2 or length > 8, "before and after"
+        for g, e in zip(*(torch.autograd.grad(out, leaves) for out in (got, eager)), strict=True):
+            assert torch.equal(g, e) and g.norm() > 0
