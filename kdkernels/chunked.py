@@ -13,8 +13,8 @@ Coefficients are constants to the gradient, so one sweep writes d loss / d logit
 logits. Chunks hold whole responses wherever they fit. A response longer than a chunk gets a statistics pass first
 (one more student GEMM) where the program selects within responses, and is then processed in pieces: the same numbers.
 
-Memory: ``memory_budget`` bytes bound logits and workspace. Outside it are the gradients that are returned and, from two
-chunks on with 16-bit weights, one fp32 [V, H] accumulator for dW.
+Memory: ``memory_budget`` bytes bound logits and workspace. Outside it are the gradients that are returned and one fp32
+[V, H] accumulator for dW: with bf16 weights from two chunks on, with fp16 weights always.
 
 Axes: N tokens, n tokens of a part, V vocabulary, H hidden, K candidates.
 """
@@ -30,7 +30,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from . import coarse, memory, plan, sides
+from . import coarse, fp16, memory, plan, sides
 from .divergences import Divergence
 from .heads import Head, Logits, Source, TopK, autocast_dtype, shared_vocabulary
 from .layout import Layout
@@ -115,17 +115,17 @@ class Call:
 @dataclass(eq=False)
 class Result:
     tokens: Tokens
-    coefficients: dict[str, Tensor]
+    coefficients: dict[str, Tensor]  # Call.scale included
     gradients: tuple[Tensor | None, ...]  # of the student's tensors
-    scale: float  # what coefficients and gradients still have to be multiplied with
+    factors: tuple[Tensor | float, ...]  # what they still have to be multiplied with: fp16 does not hold it
 
     @cached_property
     def terms(self) -> dict[str, Tensor]:
-        """scale * sum of coefficient * value, in fp64; a token without a coefficient does not count, NaN or not."""
+        """The sum of coefficient * value, in fp64; a token without a coefficient does not count, NaN or not."""
         out = {}
         for name, coefficient in self.coefficients.items():
             c = coefficient.double()
-            out[name] = self.scale * torch.where(c == 0, 0, c * getattr(self.tokens, name).double()).sum()
+            out[name] = torch.where(c == 0, 0, c * getattr(self.tokens, name).double()).sum()
         return out
 
     def loss(self) -> Tensor:
@@ -142,9 +142,6 @@ class _Loop:
         dtype = sides.logits_dtype(student, call.logits_dtype)
         teacher_dtype = torch.promote_types(dtype, teacher.dtype) if teacher else dtype
         self.call, self.differentiates = call, any(needs)
-        # fp16 loses small gradients of logits: they get the scale after the products. Elsewhere that would be one more
-        # pass over dW, 2 % of the call on a CPU.
-        self.scale = 1.0 if self.operand == torch.float16 else call.scale
         self.backend = backend_for(device, dtype, self.operand)
         self.vocabulary = shared_vocabulary(student, teacher)
         if program.topk > self.vocabulary:
@@ -189,8 +186,7 @@ class _Loop:
             selected = self._select_ahead(chunk)
             for piece in chunk.pieces:
                 self._piece(piece, chunk, selected)
-        left = self.call.scale / self.scale
-        return Result(_cat(self.values), _cat(self.coefficients), self.student.gradients(), left)
+        return Result(_cat(self.values), _cat(self.coefficients), *zip(*self.student.gradients(), strict=True))
 
     def _select_ahead(self, chunk: plan.Chunk) -> dict[str, Tensor] | None:
         """What a response in several pieces selects, from a statistics pass; None where one piece shows it all."""
@@ -216,16 +212,18 @@ class _Loop:
         student = self.student.rows(piece, program.temperature, largest, gather)
         if selected is None:
             selected = self._select(chunk, student.entropy)
-        origin, d_logits = chunk.pieces[0].start, None
+        origin, d_logits, powers = chunk.pieces[0].start, None, []
         if self.differentiates:  # the gradient overwrites the logits
             d_logits = student.logits.view(self.operand)[:, : self.vocabulary]
         for tokens in plan.split(piece.start, piece.stop, self.teacher_rows, self.call.from_teacher):
             here = slice(tokens.start - piece.start, tokens.stop - piece.start)
             chosen = {key: v[tokens.start - origin : tokens.stop - origin] for key, v in selected.items()}
             out = None if d_logits is None else d_logits[here]
-            self._tokens(tokens, student[here], chosen, out, words and tuple(each[here] for each in words))
+            powers.append(
+                self._tokens(tokens, student[here], chosen, out, words and tuple(each[here] for each in words))
+            )
         if self.differentiates:
-            self.student.add(piece, d_logits)
+            self.student.add(piece, d_logits, _cat(powers))
 
     def _targets(self, tokens: slice) -> Tensor | None:
         """Ids [n, 1] that are words."""
@@ -238,8 +236,11 @@ class _Loop:
         selected: dict[str, Tensor],
         d_logits: Tensor | None,
         words: tuple[Tensor, Tensor] | None,
-    ) -> None:
-        """Values, coefficients and logits' gradient of some tokens of a chunk, all written by the same model."""
+    ) -> Tensor | None:
+        """Values, coefficients and logits' gradient of some tokens of a chunk, all written by the same model.
+
+        The gradient of fp16 logits still has to be multiplied with what is returned [n].
+        """
         call, program = self.call, self.call.program
         terms = [term for term in ("divergence", "divergence_from_teacher") if getattr(program, term)]
         own = "divergence_from_teacher" if tokens.start < call.from_teacher else "divergence"
@@ -275,18 +276,28 @@ class _Loop:
         else:
             values.selected, values.length = selected, call.layout.length[tokens]
             values.weight = None if call.weight is None else call.weight[tokens]
-            c = {term: self.scale * each for term, each in program.coefficients(values).items()}
+            c = {term: call.scale * each for term, each in program.coefficients(values).items()}
             c |= {term: torch.zeros_like(c[term]) for term in terms if term in c and term != own}
         self.values.append(values)
         self.coefficients.append(c)
         if outcomes and c.keys() - set(terms):
             raise TypeError(f"teacher: expected kd.Head or kd.Logits, got TopK: only divergences take it, not {[*c]}")
-        if self.differentiates and outcomes:
-            coarse.gradient_(self.backend, student, outcomes, c[own], d_logits)
-        elif self.differentiates:
-            kind = kind if own in c else None
-            row_coefficients = _row_coefficients(student, target, values.top_indices, d_candidates, c)
-            self.backend.gradient_(student, teacher, kind, temperature, center, row_coefficients, d_logits)
+        if not self.differentiates:
+            return None
+        powers, narrow = None, self.operand == torch.float16
+        if outcomes:
+            coefficient = c[own]
+            if narrow:
+                powers = fp16.power(coefficient[None] * (student.scale / temperature))
+                coefficient = coefficient / powers
+            coarse.gradient_(self.backend, student, outcomes, coefficient, d_logits)
+            return powers
+        kind = kind if own in c else None
+        row_coefficients = _row_coefficients(student, target, values.top_indices, d_candidates, c)
+        if narrow:
+            row_coefficients, powers = _divided(row_coefficients, temperature, student.scale)
+        self.backend.gradient_(student, teacher, kind, temperature, center, row_coefficients, d_logits)
+        return powers
 
 
 def _beside(*ids: Tensor | None) -> Tensor | None:
@@ -322,6 +333,12 @@ def _row_coefficients(
     if not ids:
         ids, scatter = [rows.top_indices[:, :0]], [rows.top_values[:, :0]]
     return Coefficients(dense, _beside(*ids), _beside(*scatter))
+
+
+def _divided(c: Coefficients, temperature: float, scale: float) -> tuple[Coefficients, Tensor]:
+    """Coefficients without their powers of two [n] (fp16.py), and these; the rest is what the kernels multiply with."""
+    powers = fp16.power(torch.cat([c.dense[:1] / temperature, c.dense[1:], c.scatter.t()]) * scale)
+    return Coefficients(c.dense / powers, c.ids, c.scatter / powers[:, None]), powers
 
 
 def run(call: Call, needs: tuple[bool, ...] = ()) -> Result | None:
@@ -372,7 +389,7 @@ class _Chunked(torch.autograd.Function):
         ctx.gradients = None
         if result is None:
             return tensors[0].new_zeros((), dtype=torch.promote_types(tensors[0].dtype, torch.float32))
-        ctx.gradients, ctx.scale = result.gradients, result.scale
+        ctx.gradients, ctx.factors = result.gradients, result.factors
         # What a second backward needs: the program's options and state may change in between.
         ctx.call = replace(call, program=copy(call.program), coefficients=result.coefficients)
         return result.loss()
@@ -387,22 +404,35 @@ class _Chunked(torch.autograd.Function):
             gradients = [torch.zeros_like(t) if need else None for t, need in zip(saved, ctx.needs, strict=False)]
         else:
             if gradients is None:
-                gradients = run(call, ctx.needs).gradients
-            scale_(gradients, ctx.scale * grad)
+                gradients = run(call, ctx.needs).gradients  # their factors are the same
+            scale_(gradients, ctx.factors, grad)
         return None, None, None, *gradients
 
 
-def scale_(gradients: Sequence[Tensor | None], factor: Tensor) -> None:
-    """gradients *= factor [], a scalar of at least fp32, in its precision: AMP's loss scale has no fp16 value."""
-    if factor.device.type == "cpu":
-        factor = factor.item()
-        if factor == 1:  # saves a pass over dW; a GPU would have to sync to know
-            return
-    else:
-        factor = factor[None]  # one dimension makes it take part in type promotion
-    for gradient in gradients:
-        if gradient is not None:
-            gradient.mul_(factor)
+_SCALED = 1 << 20  # numbers at a time: PyTorch widens them first
+
+
+def scale_(gradients: Sequence[Tensor | None], factors: Sequence[Tensor | float], grad: Tensor | float = 1.0) -> None:
+    """gradients *= factors * grad, in the precision of ``grad`` [], at least fp32: AMP's loss scale has no fp16 value.
+
+    A factor is one number or, for gradients [..., X], one for each [..., 1].
+    """
+    for gradient, factor in zip(gradients, factors, strict=True):
+        if gradient is None:
+            continue
+        factor = factor * grad
+        on_cpu = gradient.device.type == "cpu"
+        if isinstance(factor, Tensor) and factor.dim():
+            rows = gradient.view(-1, gradient.shape[-1])
+            step = max(1, _SCALED // rows.shape[1]) if on_cpu else max(1, len(rows))
+            for some, each in zip(rows.split(step), factor.view(-1, 1).split(step), strict=True):
+                some.mul_(each)
+        elif on_cpu:
+            factor = float(factor)
+            if factor != 1:  # saves a pass over dW; a GPU would have to sync to know
+                gradient.mul_(factor)
+        else:
+            gradient.mul_(factor[None])  # one dimension makes it take part in type promotion
 
 
 def evaluate(call: Call) -> tuple[Tensor, Result | None]:

@@ -15,7 +15,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import memory
+from . import fp16, memory
 
 _WIDENED_WORDS = 1024  # words per step where operands have to be widened
 _ADDED_WORDS = 512  # words per step of adding 16-bit products to fp32 sums: they stay in the cache
@@ -27,7 +27,7 @@ class Torch:
     def workspace(self, width: int, operand: torch.dtype, logits: torch.dtype, trained: bool) -> tuple[int, int]:
         """Bytes whatever the chunk, and bytes a token, that products with [V, width] weights take beside their outputs:
         those for logits, and if ``trained`` those for gradients."""
-        if operand != logits:
+        if operand != logits or (trained and operand == torch.float16):
             return _WIDENED.workspace(width, operand, logits, trained)
         return _ADDED_WORDS * width * 4 if trained and operand.itemsize < 4 else 0, 0
 
@@ -55,7 +55,11 @@ class Torch:
         """sums += a @ b in fp32, starting from nothing with the ``first``; with the ``last``, rounded to ``out``.
 
         The product goes to ``out`` first, and from there a few rows at a time: adding it at once would widen all of it.
+        One of fp16 would not fit there, where many tokens push a word the same way: these are widened.
         """
+        if out.dtype == torch.float16:
+            _WIDENED.accumulate(a, b, sums, out, first, last)
+            return
         torch.mm(a, b, out=out)
         for start in range(0, len(out), _ADDED_WORDS):
             rows = slice(start, start + _ADDED_WORDS)
@@ -200,19 +204,28 @@ def _has_units(operand: torch.dtype) -> bool:
     return bool(asked and asked())
 
 
-def add_column_sums(dz: Tensor, out: Tensor) -> None:
-    """out [V] += the sums of dz [C, V] over its rows, in out's dtype; on CPUs a few words at a time: they widen dz."""
+def add_column_sums(dz: Tensor, out: Tensor, powers: Tensor | None = None) -> None:
+    """out [V] += the sums of dz [C, V] over its rows, each times its power (fp16.py), in out's dtype.
+
+    On CPUs a few words at a time, because they widen dz.
+    """
+    if powers is not None and out.device.type == "cuda":
+        largest = powers.amax()
+        out += largest * torch.mm((powers / largest).to(dz.dtype)[None], dz, out_dtype=out.dtype)[0]
+        return
     step = _ADDED_WORDS if out.device.type == "cpu" else len(out)
     for first in range(0, len(out), step):
         words = slice(first, first + step)
-        out[words] += dz[:, words].sum(0, dtype=out.dtype)
+        part = dz[:, words]
+        out[words] += part.sum(0, dtype=out.dtype) if powers is None else powers @ part.to(out.dtype)
 
 
 class WeightGradient:
-    """dW [V, H] = sum over chunks of dz.T @ hidden, summed in fp32 where there is more than one chunk.
+    """dW [V, H] = sum over chunks of dz.T @ hidden, summed in fp32 where there is more than one chunk, or fp16.
 
     Rows from ``vocabulary`` on (padding) are zero. ``accumulator`` is the one fp32 [V, H] buffer outside the memory
-    budget; a single chunk, or fp32 operands, do without it.
+    budget; a single chunk of bf16 operands, or fp32 operands, do without it. ``gradient`` is to be multiplied with
+    ``factor``, which is 1 but for fp16 operands (fp16.py).
     """
 
     def __init__(self, products: Torch, weight: Tensor, vocabulary: int, chunks: int):
@@ -220,14 +233,33 @@ class WeightGradient:
         self.gradient = memory.empty(weight.shape, weight.dtype, weight.device)
         self.gradient[vocabulary:] = 0
         self.words = self.gradient[:vocabulary]
-        wide = weight.dtype.itemsize >= 4
-        self.accumulator = None if wide or chunks == 1 else memory.empty(self.words.shape, torch.float32, weight.device)
+        self.factor: Tensor | float = 1.0
+        summed = weight.dtype.itemsize < 4 and (chunks > 1 or weight.dtype == torch.float16)
+        self.accumulator = memory.empty(self.words.shape, torch.float32, weight.device) if summed else None
 
-    def add(self, dz: Tensor, hidden: Tensor) -> None:
-        """Adds dz.T @ hidden; dz [C, V], hidden [C, H]. The last of the chunks completes ``gradient``."""
+    def add(self, dz: Tensor, hidden: Tensor, powers: Tensor | None = None) -> None:
+        """Adds dz.T @ hidden; dz [C, V], hidden [C, H], of fp16 with the powers [C] that dz still has to be multiplied
+        with. The last of the chunks completes ``gradient``.
+        """
         first, last = self.added == 0, self.added == self.chunks - 1
         self.added += 1
         if self.accumulator is None:
             self.products.add(dz.t(), hidden, self.words, first)
-        else:
+        elif powers is None:
             self.products.accumulate(dz.t(), hidden, self.accumulator, self.words, first, last)
+        else:
+            hidden = self._in_one_unit(hidden, powers, first)
+            self.products.accumulate(dz.t(), hidden, self.accumulator, self.words, first, False)
+            if last:
+                self.factor = self.factor * fp16.normalized(self.accumulator)
+                self.words.copy_(self.accumulator)
+
+    def _in_one_unit(self, hidden: Tensor, powers: Tensor, first: bool) -> Tensor:
+        """hidden * powers / unit, where the unit, ``factor``, is the largest power so far: the sums follow it."""
+        unit = powers.amax()
+        if not first:
+            unit = torch.maximum(unit, self.factor)
+            if unit.device.type != "cpu" or unit != self.factor:  # saves a pass; a GPU would have to sync to know
+                self.accumulator.mul_(self.factor / unit)
+        self.factor = unit
+        return (hidden * (powers / unit)[:, None]).to(hidden.dtype)

@@ -205,21 +205,11 @@ def _token_gradients(grad: Tensor, *arguments) -> list[Tensor]:
     if ignored is not None:
         weight = weight.masked_fill(ignored, 0)
     needs = (*values.needs, *(False for _ in call.student.tensors[len(values.needs) :]))  # a bias that is not there
-    factor = weight.new_ones(())
-    if call.student.dtype == torch.float16 and len(weight):  # it would lose small gradients of logits
-        factor = _power_of_two(weight)
-        weight = weight / factor
     result = run(replace(call, coefficients={values.term: weight}), needs)
     if result is None:
         return [t.zero_() for t in _gradients_like(grad, *arguments)]
-    scale_(result.gradients, factor)
+    scale_(result.gradients, result.factors)
     return [g for g in result.gradients if g is not None]
-
-
-def _power_of_two(weight: Tensor) -> Tensor:
-    """The power of two next to the largest finite weight: what divides without rounding."""
-    largest = weight.abs().nan_to_num(0, 0, 0).amax()
-    return torch.ldexp(torch.ones_like(largest), largest.frexp().exponent)
 
 
 def _gradients_like(grad: Tensor, *arguments) -> list[Tensor]:

@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import gemm
+from . import fp16, gemm
 from .heads import Head, Logits, Source, TopK
 from .rows import Rows
 
@@ -44,6 +44,16 @@ def costs(backend: ModuleType, source: Source, vocabulary: int, dtype: torch.dty
     return fixed, vocabulary * dtype.itemsize + (1 + trained) * width * operand.itemsize + row
 
 
+# A gradient and what it still has to be multiplied with, where fp16 does not hold the product: a number or, for
+# gradients [..., H], one for each [..., 1].
+Gradient = tuple[Tensor | None, Tensor | float]
+
+
+def _powers(values: Tensor) -> Tensor | float:
+    """Room for the powers (fp16.py) of the rows of fp16 values [..., H]: fp32 [..., 1]."""
+    return values.new_ones((*values.shape[:-1], 1), dtype=torch.float32) if values.dtype == torch.float16 else 1.0
+
+
 class HeadSide:
     """Logits multiplied from hidden states. Gradients, of those in ``needs``: hidden, weight, bias."""
 
@@ -68,6 +78,7 @@ class HeadSide:
             self.d_weight = gemm.WeightGradient(self.products, head.weight, vocabulary, chunks)
         if needs_bias:
             self.d_bias = torch.zeros_like(head.bias, dtype=torch.promote_types(head.dtype, torch.float32))
+        self.powers = _powers(head.hidden)
 
     def hidden(self, tokens: slice) -> Tensor:
         return self.flat.index_select(0, self.index[tokens])
@@ -77,20 +88,27 @@ class HeadSide:
         self.products.project(self.hidden(tokens), self.weight, self.bias, logits)
         return self.backend.statistics(logits, self.scale, self.softcap, temperature, topk, gather)
 
-    def add(self, tokens: slice, d_logits: Tensor) -> None:
-        """Adds these tokens' part of the gradients; d_logits [n, V]."""
+    def add(self, tokens: slice, d_logits: Tensor, powers: Tensor | None) -> None:
+        """Adds these tokens' part of the gradients; d_logits [n, V], of fp16 to be multiplied with powers [n]."""
         if self.d_hidden is not None:
             rows = self.products.multiply(d_logits, self.weight)
             self.d_hidden.view(-1, rows.shape[-1]).index_copy_(0, self.index[tokens], rows)
+            if powers is not None:
+                self.powers.view(-1).index_copy_(0, self.index[tokens], powers)
         if self.d_weight is not None:
-            self.d_weight.add(d_logits, self.hidden(tokens))
+            self.d_weight.add(d_logits, self.hidden(tokens), powers)
         if self.d_bias is not None:
-            gemm.add_column_sums(d_logits, self.d_bias[: self.vocabulary])
+            gemm.add_column_sums(d_logits, self.d_bias[: self.vocabulary], powers)
 
-    def gradients(self) -> tuple[Tensor | None, ...]:
-        d_weight = self.d_weight and self.d_weight.gradient
-        d_bias = None if self.d_bias is None else self.d_bias.to(self.flat.dtype)
-        return self.d_hidden, d_weight, d_bias
+    def gradients(self) -> tuple[Gradient, ...]:
+        """Of hidden, weight and bias."""
+        weight = (self.d_weight.gradient, self.d_weight.factor) if self.d_weight else (None, 1.0)
+        bias, factor = self.d_bias, 1.0
+        if bias is not None:
+            if self.flat.dtype == torch.float16:
+                factor = fp16.normalized(bias)
+            bias = bias.to(self.flat.dtype)
+        return (self.d_hidden, self.powers), weight, (bias, factor)
 
 
 class LogitsSide:
@@ -101,6 +119,7 @@ class LogitsSide:
         self.vocabulary = buffer.shape[1]
         (needed,) = needs
         self.d_logits = torch.zeros_like(self.source, memory_format=torch.contiguous_format) if needed else None
+        self.powers = _powers(self.source)
 
     def rows(self, tokens: slice, temperature: float, topk: int, gather: Tensor | None) -> Rows:
         logits = self.buffer[: tokens.stop - tokens.start]
@@ -115,13 +134,15 @@ class LogitsSide:
             logits[some] = self.source[(*(place[some] for place in places), slice(self.vocabulary))]
         return self.backend.statistics(logits, 1.0, None, temperature, topk, gather)
 
-    def add(self, tokens: slice, d_logits: Tensor) -> None:
+    def add(self, tokens: slice, d_logits: Tensor, powers: Tensor | None) -> None:
         if self.d_logits is not None:
             flat = self.d_logits.view(-1, self.d_logits.shape[-1])
             flat[:, : self.vocabulary].index_copy_(0, self.index[tokens], d_logits)
+            if powers is not None:
+                self.powers.view(-1).index_copy_(0, self.index[tokens], powers)
 
-    def gradients(self) -> tuple[Tensor | None, ...]:
-        return (self.d_logits,)
+    def gradients(self) -> tuple[Gradient, ...]:
+        return ((self.d_logits, self.powers),)
 
 
 class TopKSide:

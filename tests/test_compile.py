@@ -115,7 +115,7 @@ def test_an_objective_breaks_the_graph_once(compiler):
         assert torch.equal(e, c) and e.norm() > 0
 
 
-# ---- numbers and shapes that change from call to call: the compiler makes them symbols --------------------------------
+# ---- numbers and shapes that change from call to call: the compiler makes them symbols ---
 
 
 def _head(batch, hidden, **options) -> kd.Head:

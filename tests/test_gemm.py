@@ -98,11 +98,16 @@ def check_the_weight_gradient(products, dtype, count):
     gradient.gradient[:V] = torch.nan  # it comes uninitialised
     if gradient.accumulator is not None:
         gradient.accumulator.fill_(torch.nan)
-    for dz, hidden in chunks:
-        gradient.add(dz, hidden)
-    exact = sum(dz.double().t() @ hidden.double() for dz, hidden in chunks)
+    powers = [torch.ldexp(torch.ones(C), torch.randint(-6, 6, (C,))) for _ in chunks]  # of fp16 alone
+    powers = powers if dtype == torch.float16 else [None] * count
+    for (dz, hidden), power in zip(chunks, powers, strict=True):
+        gradient.add(dz, hidden, power)
+    wide = [
+        (dz.double() if p is None else p[:, None] * dz.double(), h) for (dz, h), p in zip(chunks, powers, strict=True)
+    ]
+    exact = sum(dz.t() @ hidden.double() for dz, hidden in wide)
     # one rounding; torch's products round each chunk
-    assert truth.relative(gradient.gradient[:V], exact) < 2 * torch.finfo(dtype).eps
+    assert truth.relative(gradient.gradient[:V].double() * gradient.factor, exact) < 2 * torch.finfo(dtype).eps
     assert (gradient.gradient[V:] == 0).all()
 
 
