@@ -6,21 +6,22 @@ from collections.abc import Sequence
 
 from transformers.utils.logging import disable_progress_bar
 
-from kdkernels.training.config import load_config
+from kdkernels.training import distributed
+from kdkernels.training.config import Config, load_config
 from kdkernels.training.plan import plan
 from kdkernels.training.schema import InputError
 from kdkernels.training.trainer import train
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line. Its exit status is 0, or after a line that says why 1 (the run diverged) or 2 (input that
-    cannot be used).
+    """Runs the command line. Its exit status is 0, or after a line that says why 1 (the run diverged), 2 (input that
+    cannot be used) or 3 (another process of the run ended or stopped answering).
     """
     options = _parser().parse_args(arguments)
     if not sys.stderr.isatty():
         disable_progress_bar()
     try:
-        config = load_config(options.recipe, options.set)
+        config = _read_recipe(options.recipe, options.set)
         if options.dry_run:
             print(plan(config, resume=options.resume))
         else:
@@ -31,7 +32,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (InputError, OSError) as error:
         print(f"kdkernels: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except Exception as error:
+        if not distributed.lost_process(error):
+            raise
+        processes = f"process {distributed.rank()} of {distributed.world_size()}"
+        print(
+            f"kdkernels: {processes} stopped, since another one ended or did not answer within "
+            f"{config.run.timeout_seconds:g} s ([run] timeout_seconds): {str(error).splitlines()[0]}",
+            file=sys.stderr,
+        )
+        return 3
     return 0
+
+
+def _read_recipe(path: str, overrides: Sequence[str]) -> Config:
+    """The recipe of all processes: where one cannot read it, all end."""
+    try:
+        config, error = load_config(path, overrides), None
+    except InputError as caught:
+        config, error = None, caught
+    if error is not None and not distributed.launched():
+        raise error
+    distributed.start(*([config.run.timeout_seconds] if config else []))
+    distributed.agree(error)
+    return config
 
 
 def _parser() -> argparse.ArgumentParser:

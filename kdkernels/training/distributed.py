@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 if not torch.accelerator.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no accelerator
@@ -25,17 +26,40 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 T = TypeVar("T")
 
 
+LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what it tells its processes
+
+
+def launched() -> bool:
+    """Whether a launcher started this process as one of several."""
+    return "RANK" in os.environ
+
+
 def start(timeout_seconds: float = 1800) -> None:
     """Joins the launcher's processes; without one, makes this process a world of its own. May be called again.
 
-    An operation of all processes that does not end within `timeout_seconds` is an error (`lost_process`).
+    An operation of all processes that does not end within `timeout_seconds` is an error (`lost_process`). Raises
+    InputError where a launcher did not say all that it has to.
     """
     timeout = timedelta(seconds=timeout_seconds)
-    if "RANK" not in os.environ and not dist.is_initialized():
-        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
-        backend = get_accelerator().communication_backend_name()
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    if not dist.is_initialized():
+        if launched():
+            missing = [name for name in LAUNCHER if name not in os.environ]
+            if missing:
+                raise InputError(
+                    f"the environment variable RANK is set, as a launcher does, but {', '.join(missing)} is not: start "
+                    "the processes with torchrun, or unset RANK"
+                )
+        else:
+            os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
+            backend = get_accelerator().communication_backend_name()
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     deepspeed.init_distributed(verbose=False, timeout=timeout)
+
+
+def limit_waiting(timeout_seconds: float) -> None:
+    """Gives all groups of processes that there are the timeout: DeepSpeed makes its own, with half an hour or more."""
+    for group in distributed_c10d._world.pg_map:
+        distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_seconds), group)
 
 
 def rank() -> int:

@@ -43,6 +43,7 @@ def build_engine(config: Config, module: nn.Module):
     if config.deepspeed.zero_stage > 0:  # without ZeRO, DeepSpeed adds up in the weights' own precision
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
+    distributed.limit_waiting(config.run.timeout_seconds)
     return engine
 
 

@@ -1,0 +1,121 @@
+"""Two processes of one run, of which one cannot go on: the other one ends too, and both say why."""
+
+import os
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from kdkernels.training import InputError, distributed, train
+from kdkernels.training.cli import main
+
+from .test_processes import COMMAND
+
+ENDLESS = ("--set=train.steps=1000000", "--set=checkpoint.every=0")
+
+
+@pytest.fixture
+def pair(recipe, tmp_path):
+    """pair(common, second): two processes of a run, as a launcher starts them; `second` are further arguments of the
+    second one. Their output is in 0.txt and 1.txt.
+    """
+    processes = []
+
+    def pair(common=(), second=()):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        for rank in range(2):
+            launcher = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+            launcher |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PYTHONPATH": str(Path(__file__).parents[2])}
+            command = [*COMMAND, str(recipe), "--set=train.micro_batch_size=1", *common, *(second if rank else ())]
+            with (tmp_path / f"{rank}.txt").open("w") as output:
+                processes.append(
+                    subprocess.Popen(
+                        command, cwd=tmp_path, env=os.environ | launcher, stdout=subprocess.DEVNULL, stderr=output
+                    )
+                )
+        return processes
+
+    yield pair
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+def last_line(tmp_path, rank):
+    return (tmp_path / f"{rank}.txt").read_text().splitlines()[-1]
+
+
+@pytest.mark.parametrize("where", ["recipe", pytest.param("data", marks=pytest.mark.slow)])
+def test_input_that_one_process_cannot_use_ends_both(pair, tmp_path, where):
+    (tmp_path / "broken.jsonl").write_text("no JSON\n")
+    path = tmp_path / ("nowhere.jsonl" if where == "recipe" else "broken.jsonl")
+    processes = pair(second=[f"--set=data.train={path}"])
+    assert [process.wait(timeout=200) for process in processes] == [2, 2]  # long before the timeout of half an hour
+    said = {"recipe": f"[data] train: no such file: {path}", "data": f"{path}, line 1: expected a JSON object"}[where]
+    first, second = (last_line(tmp_path, rank) for rank in range(2))
+    assert first.startswith("kdkernels: process 1: ") and said in first
+    assert second.startswith("kdkernels: ") and said in second and "process 1" not in second
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("sign", "seconds"), [(signal.SIGSTOP, 12), pytest.param(signal.SIGKILL, 1800, marks=pytest.mark.slow)]
+)
+def test_a_process_that_no_longer_answers_ends_the_other(pair, tmp_path, sign, seconds):
+    processes = pair([*ENDLESS, f"--set=run.timeout_seconds={seconds}"])
+    metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 200
+    while not metrics.exists() or metrics.read_text().count("\n") < 2:
+        assert processes[0].poll() is None and time.monotonic() < deadline, (tmp_path / "0.txt").read_text()
+        time.sleep(0.1)
+    processes[1].send_signal(sign)
+    assert processes[0].wait(timeout=200) == 3
+    line = last_line(tmp_path, 0)
+    assert line.startswith("kdkernels: process 0 of 2 stopped, since another one ended or did not answer within ")
+    assert f"{seconds} s ([run] timeout_seconds)" in line
+    assert not (tmp_path / "run" / "final").exists()
+
+
+def test_half_a_launcher_is_refused(monkeypatch, recipe, capsys):
+    monkeypatch.setattr(distributed.dist, "is_initialized", lambda: False)
+    for name in distributed.LAUNCHER:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["train", str(recipe)]) == 2
+    printed = capsys.readouterr().err
+    assert "RANK is set" in printed and "LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not" in printed
+
+
+def test_where_one_fails_all_fail(monkeypatch):
+    """What `together` does on a process that succeeded, and on one that did not, when process 1 of 3 fails."""
+    distributed.start()
+    monkeypatch.setattr(distributed, "world_size", lambda: 3)
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    for error, kind in ((OSError(2, "No such file", "x"), InputError), (KeyError("k"), RuntimeError)):
+        sent = distributed._for_others(error)
+        assert type(sent) is kind and "process 1" in str(sent) and str(error) in str(sent)
+        monkeypatch.setattr(distributed, "gathered", lambda own, sent=sent: [None, sent, own])
+        with pytest.raises(kind, match="process 1"), distributed.together():
+            pass
+        with pytest.raises(type(error)), distributed.together():
+            raise error
+    monkeypatch.setattr(distributed, "gathered", lambda own: [None, None, own])
+    with distributed.together():
+        pass
+
+
+def test_every_group_of_processes_has_the_timeout(load, monkeypatch):
+    limited = {}
+    monkeypatch.setattr(
+        distributed.distributed_c10d,
+        "_set_pg_timeout",
+        lambda timeout, group: limited.update({group: timeout.total_seconds()}),
+    )
+    train(load("run.timeout_seconds=77", "train.steps=1"))
+    groups = set(distributed.distributed_c10d._world.pg_map)
+    assert len(groups) > 1 and limited == dict.fromkeys(groups, 77)  # the default one and DeepSpeed's
