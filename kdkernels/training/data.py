@@ -41,18 +41,17 @@ class Example:
 
 @dataclass(frozen=True)
 class Examples:
-    """The usable examples of the file at `path`, and how many were left out: for a prompt or a response that is too
-    long, or for a response that no tokens express behind its prompt's (`joined`).
+    """The usable examples of the file at `path`, and how many were left out because a prompt or a response was too
+    long.
 
-    `notes`: in words, the first example of those, and how many usable ones have a text that the tokenizer changes.
-    `first`: the first usable one as the model sees it, for people.
+    `notes`: in words, how many were left out because no tokens express their response behind the prompt's, and how many
+    usable ones have a text that the tokenizer changes. `first`: the first usable one as the model sees it, for people.
     """
 
     path: str
     usable: tuple[Example, ...]
     long_prompts: int
     long_responses: int
-    joined: int = 0
     notes: tuple[str, ...] = ()
     first: str = ""
 
@@ -109,15 +108,12 @@ def load_examples(
         )
     if counts["changed"]:
         notes.append(f"the tokenizer changes the text of {counts['changed']} (the first: {firsts['changed']})")
-    first = encoder.show(usable[0].prompt_ids, usable[0].response_ids) if usable else ""
-    counts = [counts[name] for name in ("long_prompts", "long_responses", "joined")]
-    examples = Examples(
-        path,
-        tuple(usable),
-        *counts,
-        tuple(notes),
-        first and f"first example, line {usable[0].line} of {path}:\n{first}",
-    )
+    first = ""
+    if usable:
+        shown = encoder.show(usable[0].prompt_ids, usable[0].response_ids)
+        first = f"first example, line {usable[0].line} of {path}:\n{shown}"
+    long = counts["long_prompts"], counts["long_responses"]
+    examples = Examples(path, tuple(usable), *long, tuple(notes), first)
     if not usable:
         raise InputError(f"{examples}: none is left")
     return examples
