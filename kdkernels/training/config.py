@@ -75,8 +75,8 @@ class TokenizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """`train`: one JSON object a line; `prompt`, `response`: templates over its fields, texts or numbers. A recipe that never reads
-    responses may leave theirs out.
+    """`train`: one JSON object a line; `prompt`, `response`: templates over its fields (texts or numbers). A recipe
+    that never reads responses may leave theirs out.
 
     `max_prompt_tokens`, `max_response_tokens` (end-of-sequence token included; where responses are read): longer
     examples are left out, counted and reported. Together they must fit the models' `max_position_embeddings`.
