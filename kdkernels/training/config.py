@@ -5,7 +5,7 @@
 Every section below is a TOML table of the same name, every field a key. Whatever is wrong with a recipe (a key nobody
 knows, a value of the wrong type, a model directory or data file that is not there) is found here, before any model is
 loaded, and told as one `InputError` naming the file, the key, what was expected and what came. Relative paths start at
-the current directory.
+the current directory, a `~` in front is the home directory.
 """
 
 import inspect
@@ -17,12 +17,14 @@ from typing import Annotated, Any, Literal
 
 from kdkernels import objectives
 from kdkernels.training.resolve import resolve
-from kdkernels.training.schema import InputError, Rule, override, parse_table, read_toml, refuse_unknown
+from kdkernels.training.schema import InputError, Rule, override, parse_table, read_toml, refuse_unknown, show
 
 Count = Annotated[int, Rule(lambda value: value >= 1, "an integer >= 1")]
 CountOrZero = Annotated[int, Rule(lambda value: value >= 0, "an integer >= 0")]
-Positive = Annotated[float, Rule(lambda value: 0 < value < float("inf"), "a number > 0")]
-PositiveOrZero = Annotated[float, Rule(lambda value: 0 <= value < float("inf"), "a number >= 0")]
+Seed = Annotated[int, Rule(lambda value: value >= 0, "an integer from 0 to 2^63 - 1")]
+LearningRate = Annotated[float, Rule(lambda value: 0 < value <= 1e30, "a number > 0 and at most 1e30")]
+PositiveOrZero = Annotated[float, Rule(lambda value: 0 <= value < float("inf"), "a finite number >= 0")]
+Place = Annotated[str, Rule(lambda value: value.strip() and "\0" not in value, "a path, which is not empty")]
 Share = Annotated[float, Rule(lambda value: 0 <= value <= 1, "a number from 0 to 1")]
 Momentum = Annotated[float, Rule(lambda value: 0 <= value < 1, "a number >= 0 and < 1")]
 Timeout = Annotated[float, Rule(lambda value: 1 <= value <= 10**9, "a number from 1 to 1e9")]
@@ -36,8 +38,8 @@ class RunConfig:
     process does alone, such as writing final/ or the longest rollout of a step.
     """
 
-    output: str
-    seed: CountOrZero = 0
+    output: Place
+    seed: Seed = 0
     dtype: Literal["float32", "bfloat16"] = "float32"
     timeout_seconds: Timeout = 1800.0
 
@@ -50,7 +52,7 @@ class StudentConfig:
     `pad_vocab_to`: embedding and head of a fresh model get the tokenizer's size rounded up to a multiple of it.
     """
 
-    path: str | None = None
+    path: Place | None = None
     architecture: dict | None = None
     pad_vocab_to: Count = 1
 
@@ -59,7 +61,7 @@ class StudentConfig:
 class TeacherConfig:
     """`path`: directory or hub name of a model that shares the student's tokenizer."""
 
-    path: str
+    path: Place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +70,7 @@ class TokenizerConfig:
     needs `vocab_size`).
     """
 
-    path: str | None = None
+    path: Place | None = None
     kind: Literal["characters", "bpe"] | None = None
     vocab_size: Count | None = None
 
@@ -85,7 +87,7 @@ class DataConfig:
     template). Otherwise a special token in a field is an error: only the templates may have them.
     """
 
-    train: str
+    train: Place
     prompt: str
     response: str | None = None
     max_prompt_tokens: Count
@@ -122,10 +124,11 @@ class OptimizerConfig:
     """AdamW. `warmup_ratio`: share of the steps over which the rate rises to `lr`, after which it stays or follows half
     a cosine to 0.
 
+    `weight_decay`: each step takes the share lr * weight_decay off the weights, which must not exceed all of it.
     `max_grad_norm`: the gradient is scaled down to this norm; 0 leaves it alone.
     """
 
-    lr: Positive
+    lr: LearningRate
     betas: tuple[Momentum, Momentum] = (0.9, 0.999)
     weight_decay: PositiveOrZero = 0.0
     warmup_ratio: Share = 0.1
@@ -167,7 +170,7 @@ class EvaluationConfig:
     counts).
     """
 
-    data: str
+    data: Place
     every: CountOrZero = 0
     limit: Count | None = None
     batch_size: Count = 32
@@ -229,7 +232,7 @@ def parse_config(tables: Mapping[str, Any], source: str) -> Config:
     for name, section in known.items():
         if name in tables:
             if not isinstance(tables[name], Mapping):
-                raise InputError(f"{source}: [{name}] expected a table, got {tables[name]!r}")
+                raise InputError(f"{source}: [{name}] expected a table, got {show(tables[name])}")
             kind = next(option for option in (*typing.get_args(section.type), section.type) if inspect.isclass(option))
             parse = _parse_objective if kind is ObjectiveConfig else _parse_section
             sections[name] = parse(kind, tables[name], f"{source}: [{name}]")

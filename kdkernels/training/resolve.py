@@ -6,6 +6,7 @@ Raises InputError naming the section and key; the caller adds the recipe's name.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,8 +19,10 @@ if TYPE_CHECKING:
 
 def resolve(config: Config) -> Config:
     """The checked recipe with every default filled in."""
+    config = _expand_home(config)
     _check_student(config)
     _check_train(config)
+    _check_optimizer(config)
     config = replace(config, tokenizer=_tokenizer(config), rollout=_rollout(config), evaluation=_evaluation(config))
     if config.data.response is None and (config.rollout.student_fraction < 1 or config.evaluation is not None):
         raise InputError(
@@ -35,10 +38,36 @@ def resolve(config: Config) -> Config:
     return config
 
 
+PATHS = (
+    ("run", "output"),
+    ("data", "train"),
+    ("evaluation", "data"),
+    ("student", "path"),
+    ("teacher", "path"),
+    ("tokenizer", "path"),
+)
+
+
+def _expand_home(config: Config) -> Config:
+    """The recipe with the home directory in place of a `~` in front of any of its paths."""
+    for name, key in PATHS:
+        section = getattr(config, name)
+        path = getattr(section, key) if section is not None else None
+        if path is not None and path.startswith("~"):
+            try:
+                path = str(Path(path).expanduser())
+            except RuntimeError as error:
+                raise InputError(f"[{name}] {key}: no home directory is known for {path}: write it out") from error
+            config = replace(config, **{name: replace(section, **{key: path})})
+    return config
+
+
 def _check_student(config: Config) -> None:
     student = config.student
-    if (student.path is None) == (student.architecture is None):
-        raise InputError("[student] expected exactly one of path and architecture")
+    if student.path is None and student.architecture is None:
+        raise InputError("[student] key 'path' or 'architecture' is missing; expected exactly one of them")
+    if student.path is not None and student.architecture is not None:
+        raise InputError("[student] expected exactly one of path and architecture, got both")
     if student.architecture is not None and type(student.architecture.get("model_type")) is not str:
         raise InputError(
             '[student] architecture: expected a model_type, as in {model_type = "qwen2", hidden_size = 64}'
@@ -57,6 +86,12 @@ def _check_train(config: Config) -> None:
         )
 
 
+def _check_optimizer(config: Config) -> None:
+    lr, decay = config.optimizer.lr, config.optimizer.weight_decay
+    if lr * decay > 1:  # a step would take more off each weight than there is
+        raise InputError(f"[optimizer] weight_decay: expected at most 1 / lr = {1 / lr:g}, got {decay:g}")
+
+
 def _tokenizer(config: Config) -> TokenizerConfig:
     tokenizer = config.tokenizer
     if tokenizer.path is not None and tokenizer.kind is not None:
@@ -65,11 +100,17 @@ def _tokenizer(config: Config) -> TokenizerConfig:
         raise InputError(
             "[tokenizer] kind belongs to an architecture; the model at [student] path has its tokens already"
         )
-    if (tokenizer.kind == "bpe") != (tokenizer.vocab_size is not None):
-        raise InputError('[tokenizer] vocab_size belongs to kind "bpe" and only to it')
+    if tokenizer.kind == "bpe" and tokenizer.vocab_size is None:
+        raise InputError("[tokenizer] key 'vocab_size' is missing; kind \"bpe\" needs it")
+    if tokenizer.kind != "bpe" and tokenizer.vocab_size is not None:
+        raise InputError(
+            f'[tokenizer] vocab_size belongs to kind "bpe": leave it out, or set that kind; got {tokenizer.vocab_size}'
+        )
     if tokenizer.path is None and tokenizer.kind is None:
         if config.student.path is None:
-            raise InputError("[tokenizer] expected path or kind: a student made from an architecture has no tokenizer")
+            raise InputError(
+                "[tokenizer] key 'path' or 'kind' is missing: a student made from an architecture has no tokenizer"
+            )
         tokenizer = replace(tokenizer, path=config.student.path)
     return tokenizer
 
@@ -105,12 +146,17 @@ def _evaluation(config: Config) -> EvaluationConfig | None:
         raise InputError("[evaluation] metrics: expected at least one")
     if "kl" in evaluation.metrics and config.teacher is None:
         raise InputError('[evaluation] metrics: "kl" needs a [teacher]')
-    if ("exact_match" in evaluation.metrics) != (evaluation.answer is not None):
-        raise InputError('[evaluation] answer belongs to the metric "exact_match" and only to it')
+    if "exact_match" in evaluation.metrics and evaluation.answer is None:
+        raise InputError("[evaluation] key 'answer' is missing; the metric \"exact_match\" needs it")
+    if "exact_match" not in evaluation.metrics and evaluation.answer is not None:
+        raise InputError(
+            '[evaluation] answer belongs to the metric "exact_match": leave it out, or add the metric; '
+            f"got {evaluation.answer!r}"
+        )
     if evaluation.answer is not None:
         try:
             groups = re.compile(evaluation.answer).groups
-        except re.error as error:
+        except (re.error, RecursionError, OverflowError) as error:
             raise InputError(f"[evaluation] answer: not a regular expression: {error}") from error
         if groups != 1:
             raise InputError(
@@ -125,7 +171,7 @@ def _evaluation(config: Config) -> EvaluationConfig | None:
 def _check_paths(config: Config) -> None:
     files = {"[data] train": config.data.train, "[evaluation] data": config.evaluation and config.evaluation.data}
     for key, path in files.items():
-        if path is not None and not Path(path).is_file():
+        if path is not None and not _is(key, Path(path), Path.is_file):
             raise InputError(f"{key}: no such file: {path}")
     models = {
         "[student] path": config.student.path,
@@ -142,8 +188,16 @@ HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")  # name or owner/name
 
 def _check_model(key: str, path: str) -> None:
     """Refuses a directory without a model in it, and a missing one unless `path` may be a name on the hub."""
-    if Path(path).is_dir():
-        if not any((Path(path) / name).is_file() for name in ("config.json", "tokenizer_config.json")):
+    if _is(key, Path(path), Path.is_dir):
+        if not any(_is(key, Path(path) / name, Path.is_file) for name in ("config.json", "tokenizer_config.json")):
             raise InputError(f"{key}: no model in directory {path}: config.json is missing")
     elif not HUB_NAME.fullmatch(path) or Path(Path(path).parts[0]).is_dir():
         raise InputError(f"{key}: no such directory: {path}")
+
+
+def _is(key: str, path: Path, kind: Callable[[Path], bool]) -> bool:
+    """`kind(path)`, where it can be asked: no path that is too long, nothing in a directory that may not be read."""
+    try:
+        return kind(path)
+    except OSError as error:
+        raise InputError(f"{key}: cannot be read: {error.strerror}: {path}") from error

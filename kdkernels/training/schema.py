@@ -4,6 +4,7 @@ was expected and what came.
 
 import difflib
 import json
+import math
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -39,6 +40,8 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     except ValueError as error:  # not TOML, not UTF-8
         raise InputError(f"{path}: not a TOML file: {error}") from error
+    except RecursionError as error:
+        raise InputError(f"{path}: not a TOML file that can be read: arrays or tables nested too deeply") from error
 
 
 def override(tables: dict[str, Any], assignment: str) -> None:
@@ -53,10 +56,16 @@ def override(tables: dict[str, Any], assignment: str) -> None:
         tables = tables.setdefault(parent, {})
         if not isinstance(tables, dict):
             raise InputError(f"--set {assignment}: {parent!r} is not a table")
+    if any("\ud800" <= character <= "\udfff" for character in text):  # how Python hands on bytes that are not UTF-8
+        raise InputError(f"--set {path}: expected UTF-8, got {text!r}")
     try:
         parsed = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
         parsed = {}
+    except RecursionError as error:
+        raise InputError(f"--set {path}: arrays or tables nested too deeply") from error
+    except ValueError as error:  # TOML, but no value of Python: a number of thousands of digits
+        raise InputError(f"--set {path}: {error}") from error
     tables[key] = parsed["value"] if parsed.keys() == {"value"} else text
 
 
@@ -109,6 +118,8 @@ def parse_value(value: Any, kind: Any, place: str) -> Any:
     """`value` as the type `kind`. An integer is a number too; nothing else is converted. Raises InputError, whose
     message starts with `place`.
     """
+    if type(value) is int and not _has_64_bits(value):
+        raise InputError(f"{place}: expected an integer of 64 bits, as TOML has them, got {show(value)}")
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin in UNIONS:
         return parse_value(value, _in_toml(args), place)
@@ -124,8 +135,10 @@ def parse_value(value: Any, kind: Any, place: str) -> Any:
         if isinstance(value, str) and value in args:
             return value
     elif _fits(value, kind):
+        if kind is dict:
+            _check_plain(value, place)
         return kind(value)
-    raise InputError(f"{place}: expected {describe(kind)}, got {value!r}")
+    raise InputError(f"{place}: expected {describe(kind)}, got {show(value)}")
 
 
 def _in_toml(options: tuple) -> Any:
@@ -135,6 +148,36 @@ def _in_toml(options: tuple) -> Any:
 
 def _fits(value: Any, kind: type) -> bool:
     return type(value) in (int, float) if kind is float else type(value) is kind
+
+
+def _has_64_bits(value: int) -> bool:
+    """Whether TOML can say the integer; tomllib reads any."""
+    return -(2**63) <= value < 2**63
+
+
+def show(value: Any) -> str:
+    """`value` in an error message, at most a line of it."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no integer of more than 4300 digits
+        text = f"a value of type {type(value).__name__} with too many digits to show"
+    return text if len(text) <= 300 else f"{text[:300]}..."
+
+
+def _check_plain(value: Any, place: str) -> None:
+    """Refuses what a free table must not hold, at any depth: a run writes it down and compares it when it resumes."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            _check_plain(item, f"{place}.{key}")
+    elif isinstance(value, list):
+        for i, item in enumerate(value):
+            _check_plain(item, f"{place}[{i}]")
+    elif not (isinstance(value, (bool, str)) or (_fits(value, int) and _has_64_bits(value)) or _finite(value)):
+        raise InputError(f"{place}: expected text, true or false, or a finite number of 64 bits, got {show(value)}")
+
+
+def _finite(value: Any) -> bool:
+    return type(value) is float and math.isfinite(value)
 
 
 def to_tables(config: Any) -> dict[str, dict[str, Any]]:

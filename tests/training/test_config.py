@@ -70,7 +70,35 @@ def test_malformed_overrides_are_refused(assignment):
         (["train.steps=0"], ["[train] steps: expected an integer >= 1, got 0"]),
         (["train.steps=true"], ["expected an integer >= 1, got True"]),
         (["train.steps=1.0"], ["expected an integer >= 1, got 1.0"]),
-        (["optimizer.lr=nan"], ["[optimizer] lr: expected a number > 0, got nan"]),
+        (["optimizer.lr=nan"], ["[optimizer] lr: expected a number > 0 and at most 1e30, got nan"]),
+        (["optimizer.lr=inf"], ["[optimizer] lr: expected a number > 0 and at most 1e30, got inf"]),
+        (["optimizer.lr=1e31"], ["[optimizer] lr: expected a number > 0 and at most 1e30, got 1e+31"]),
+        ([f"optimizer.lr={10**400}"], ["[optimizer] lr: expected an integer of 64 bits, as TOML has them, got 1000"]),
+        (["optimizer.weight_decay=101"], ["[optimizer] weight_decay: expected at most 1 / lr = 100, got 101"]),
+        (["optimizer.weight_decay=1e300"], ["[optimizer] weight_decay: expected at most 1 / lr = 100, got 1e+300"]),
+        (["run.seed=-1"], ["[run] seed: expected an integer from 0 to 2^63 - 1, got -1"]),
+        ([f"run.seed={2**64}"], [f"[run] seed: expected an integer of 64 bits, as TOML has them, got {2**64}"]),
+        (["run.seed=1979-05-27"], ["[run] seed: expected an integer from 0 to 2^63 - 1, got datetime.date(1979"]),
+        (["run.seed=0x" + "f" * 4000], ["[run] seed: expected an integer of 64 bits", "too many digits to show"]),
+        (["run.seed=" + "9" * 5000], ["--set run.seed: Exceeds the limit"]),
+        (["run.seed=" + "[" * 5000 + "]" * 5000], ["--set run.seed: arrays or tables nested too deeply"]),
+        (["run.output="], ["[run] output: expected a path, which is not empty, got ''"]),
+        (["data.train= "], ["[data] train: expected a path, which is not empty, got ' '"]),
+        (['data.train="a\\u0000b"'], ["[data] train: expected a path"]),
+        (["data.train=" + 5000 * "a"], ["[data] train: cannot be read: File name too long: aaa"]),
+        (
+            ["run.output=~nobody-of-that-name/x"],
+            ["[run] output: no home directory is known for ~nobody-of-that-name/x"],
+        ),
+        (["run.output=\udcff"], ["--set run.output: expected UTF-8"]),
+        (["train.max_skipped_steps=-1"], ["[train] max_skipped_steps: expected an integer >= 0, got -1"]),
+        (["run.timeout_seconds=0"], ["[run] timeout_seconds: expected a number from 1 to 1e9, got 0"]),
+        (["student.architecture.hidden_size=1979-05-27"], ["[student] architecture.hidden_size: expected text, true"]),
+        (
+            ["student.architecture.rope=[{{a=[nan]}}]"],
+            ["[student] architecture.rope[0].a[0]: expected text", "got nan"],
+        ),
+        ([f"student.architecture.hidden_size={2**63}"], ["[student] architecture.hidden_size: expected text"]),
         (["optimizer.betas=[0.9]"], ["betas: expected an array of 2 values, each a number >= 0 and < 1, got [0.9]"]),
         (["optimizer.betas=[0.9, 1.0]"], ["betas[1]: expected a number >= 0 and < 1, got 1.0"]),
         (["run.dtype=float16"], ["[run] dtype: expected one of 'float32', 'bfloat16', got 'float16'"]),
@@ -94,10 +122,16 @@ def test_malformed_overrides_are_refused(assignment):
         (["student.path=gpt2"], ["[student] expected exactly one of path and architecture"]),
         (["student.architecture.model_type=3"], ["[student] architecture: expected a model_type"]),
         (["tokenizer.path=gpt2"], ["[tokenizer] expected at most one of path and kind"]),
-        (["tokenizer.kind=bpe"], ["[tokenizer] vocab_size belongs to kind"]),
+        (["tokenizer.kind=bpe"], ["[tokenizer] key 'vocab_size' is missing; kind \"bpe\" needs it"]),
+        (["tokenizer.vocab_size=9"], ['[tokenizer] vocab_size belongs to kind "bpe": leave it out', "got 9"]),
         (["evaluation.data={root}/test.jsonl"], ["[evaluation] key 'metrics' is missing"]),
         ([*EVALUATION, 'evaluation.metrics=["bleu"]'], ["metrics[0]: expected one of 'exact_match'", "got 'bleu'"]),
         ([*EVALUATION, 'evaluation.metrics=["kl"]'], ['"kl" needs a [teacher]']),
+        (EVALUATION[:2], ["[evaluation] key 'answer' is missing; the metric \"exact_match\" needs it"]),
+        (
+            [EVALUATION[0], 'evaluation.metrics=["cross_entropy"]', "evaluation.answer='(a)'"],
+            ['[evaluation] answer belongs to the metric "exact_match": leave it out', "got '(a)'"],
+        ),
         ([*EVALUATION, "evaluation.answer='('"], ["[evaluation] answer: not a regular expression"]),
         ([*EVALUATION, "evaluation.answer='a'"], ["answer: expected a regular expression with one group, got 0"]),
         ([*EVALUATION, "evaluation.data=nowhere.jsonl"], ["[evaluation] data: no such file: nowhere.jsonl"]),
@@ -107,13 +141,23 @@ def test_a_refusal_names_file_key_expectation_and_value(load, recipe, tmp_path, 
     with pytest.raises(InputError) as refusal:
         load(*(text.format(root=tmp_path) for text in overrides))
     message = str(refusal.value)
-    for part in expected if overrides == ["run=3"] else [str(recipe), *expected]:
+    assert "a" * 4000 in message or len(message) < 1000
+    for part in expected if expected[0].startswith(("--set", "expected section")) else [str(recipe), *expected]:
         assert part in message
 
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("[run", "not a TOML file"), ("\xff", "not a TOML file"), ("run = 3", "[run] expected a table, got 3")],
+    [
+        ("[run", "not a TOML file"),
+        ("\xff", "not a TOML file"),
+        ("run = 3", "[run] expected a table, got 3"),
+        ("run = 0x" + "f" * 4000, "[run] expected a table, got a value of type int with too many digits"),
+        ("run = " + "9" * 5000, "not a TOML file: Exceeds the limit"),
+        ("run = " + "[" * 5000 + "]" * 5000, "arrays or tables nested too deeply"),
+        ("run = " + "{a = " * 5000 + "1" + "}" * 5000, "arrays or tables nested too deeply"),
+        ("[run]\noutput = 1979-13-27", "not a TOML file"),
+    ],
 )
 def test_files_that_are_no_recipes(tmp_path, text, expected):
     path = tmp_path / "broken.toml"
@@ -121,6 +165,19 @@ def test_files_that_are_no_recipes(tmp_path, text, expected):
     with pytest.raises(InputError, match=r"broken\.toml") as refusal:
         load_config(path)
     assert expected in str(refusal.value)
+
+
+def test_a_tilde_in_front_of_any_path_is_the_home_directory(load, recipe, tmp_path, monkeypatch, teacher_set):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    model = teacher_set.partition("=")[2]
+    (tmp_path / "model").symlink_to(model)
+    paths = ["run.output=~/runs", "data.train=~/train.jsonl", "evaluation.data=~/test.jsonl", "teacher.path=~/model"]
+    config = load(*GKD, *paths, 'evaluation.metrics=["kl"]')
+    assert config.run.output == f"{tmp_path}/runs" and config.teacher.path == f"{tmp_path}/model"
+    assert config.data.train == f"{tmp_path}/train.jsonl" and config.evaluation.data == f"{tmp_path}/test.jsonl"
+    recipe.write_text(recipe.read_text().replace('kind = "characters"', "").replace("architecture = ", "# "))
+    recipe.write_text(recipe.read_text().replace("pad_vocab_to = 20", 'path = "~/model"'))
+    assert load().student.path == load("tokenizer.path=~/model").tokenizer.path == f"{tmp_path}/model"
 
 
 def test_missing_recipe_section_and_key(recipe, tmp_path):
@@ -132,6 +189,12 @@ def test_missing_recipe_section_and_key(recipe, tmp_path):
         load_config(recipe)
     recipe.write_text(text.replace("steps = 3", ""))
     with pytest.raises(InputError, match=r"\[train\] key 'steps' is missing; expected an integer >= 1"):
+        load_config(recipe)
+    recipe.write_text(text.replace('kind = "characters"', ""))
+    with pytest.raises(InputError, match=r"\[tokenizer\] key 'path' or 'kind' is missing"):
+        load_config(recipe)
+    recipe.write_text(text.replace("architecture = ", "# "))
+    with pytest.raises(InputError, match=r"\[student\] key 'path' or 'architecture' is missing"):
         load_config(recipe)
     recipe.write_text(text.replace('response = "{answer}"', ""))
     with pytest.raises(InputError, match=r"\[data\] key 'response' is missing"):
