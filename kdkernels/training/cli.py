@@ -15,7 +15,7 @@ from kdkernels.training.trainer import train
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line. Its exit status is 0, or after a line that says why 1 (the run diverged), 2 (input that
-    cannot be used) or 3 (another process of the run ended or stopped answering).
+    cannot be used) or 4 (another process of the run ended or stopped answering).
     """
     options = _parser().parse_args(arguments)
     if not sys.stderr.isatty():
@@ -35,13 +35,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if not distributed.lost_process(error):
             raise
-        processes = f"process {distributed.rank()} of {distributed.world_size()}"
         print(
-            f"kdkernels: {processes} stopped, since another one ended or did not answer within "
-            f"{config.run.timeout_seconds:g} s ([run] timeout_seconds): {str(error).splitlines()[0]}",
+            "kdkernels: another process of the run ended, or did not answer in time ([run] timeout_seconds): "
+            f"{str(error).splitlines()[0]}",
             file=sys.stderr,
         )
-        return 3
+        return 4
     return 0
 
 
