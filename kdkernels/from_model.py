@@ -212,34 +212,43 @@ def _run(model: nn.Module, layer: nn.Linear, hidden: Tensor, raw: Tensor) -> tup
     """What the model's own forward hands to its output layer when its trunk returns ``hidden`` [1, T, H], and the
     logits it makes when that layer returns ``raw`` [T, V].
     """
-    forward = _own_forward(model) or partial(type(model).forward, model)
-    function = getattr(forward, "__func__", None) if forward is not None else None
-    if isinstance(forward, partial):
-        function = type(model).forward
-    elif function is None or forward.__self__ is not model:
+    ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "decoder_input_ids": ids}
+    with torch.no_grad():
+        seen, out = ask(model, layer, _Hidden((hidden.clone(),)), raw, **given)
+    logits = out[0] if isinstance(out, tuple) else out.logits
+    return seen.double(), logits.double()
+
+
+def ask(model: nn.Module, layer: nn.Linear, states: tuple, raw: Tensor, **given) -> tuple[Tensor, object]:
+    """Runs the model's own forward with stand-ins: its trunk returns ``states`` whatever it is called with, its output
+    layer ``raw`` [T, V].
+
+    Returns:
+        What the output layer was given, and what the forward returned. Of ``given`` it got what it has a name for.
+
+    Raises:
+        TypeError: it cannot be run that way.
+    """
+    forward = _own_forward(model)
+    if forward is not None and getattr(forward, "__self__", None) is not model:
         raise _refusal(model, f"its forward was replaced by {_name(forward)}")
-    recorder, copy = _OutputLayer(layer, raw), _shallow(model)
-    for encoder in _encoders(model):
-        _replace(copy, model, encoder, _Trunk(encoder, hidden))
-    below = trunk(model)
-    if not _replace(copy, model, below, _Trunk(below, hidden)):
+    function = type(model).forward if forward is None else forward.__func__
+    recorder, copy = _OutputLayer(layer, raw), _shallow(model, raw.device)
+    encoder, below = getattr(model, "encoder", None), trunk(model)  # T5 has an encoder beside its trunk
+    if isinstance(encoder, nn.Module):
+        _replace(copy, encoder, _Trunk(encoder, states), raw.device)
+    if not _replace(copy, below, _Trunk(below, states), raw.device):
         raise _refusal(model, f"its base model, {type(below).__name__}, is not one of its own modules")
-    if not _replace(copy, model, layer, recorder):
+    if not _replace(copy, layer, recorder, raw.device):
         raise _refusal(model, "its output layer is part of its base model")
-    ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device="cpu")
-    given = {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "decoder_input_ids": ids,
-        "use_cache": False,
-        "return_dict": True,
-    }
     known = inspect.signature(function).parameters
+    given |= {"use_cache": False, "return_dict": True}
     try:
-        with torch.no_grad():
-            out = function(copy, **{name: value for name, value in given.items() if name in known})
-        logits = out[0] if isinstance(out, tuple) else out.logits
-        return recorder.seen.double(), logits.double()
+        out = function(copy, **{name: value for name, value in given.items() if name in known})
+        if recorder.seen is None:
+            raise RuntimeError("the output layer was not called")
+        return recorder.seen, out
     except Exception as error:  # whatever a forward does that stand-ins cannot follow
         said = f"{type(error).__name__}: {error}".splitlines()[0]
         others = [name for name, module in copy.named_modules() if _computes(module)]
@@ -251,51 +260,42 @@ def _computes(module: nn.Module) -> bool:
     return not isinstance(module, (_Trunk, _OutputLayer)) and any(True for _ in module.parameters(recurse=False))
 
 
-def _encoders(model: nn.Module) -> list[nn.Module]:
-    """The encoder beside a decoder that serves as the trunk (T5)."""
-    encoder = getattr(model, "encoder", None)
-    return [encoder] if isinstance(encoder, nn.Module) else []
-
-
-def _shallow(module: nn.Module) -> nn.Module:
-    """The same module with the same children, whose children can be replaced."""
+def _shallow(module: nn.Module, device: torch.device) -> nn.Module:
+    """The same module with the same children, whose children can be replaced, and its own buffers on ``device``."""
     copy = object.__new__(type(module))  # FSDP2's classes have a __new__ of their own
-    copy.__dict__.update(module.__dict__, _modules=dict(module._modules), _buffers=_on_cpu(module._buffers))
+    buffers = {name: b if b is None or b.is_meta else b.to(device) for name, b in module._buffers.items()}
+    copy.__dict__.update(module.__dict__, _modules=dict(module._modules), _buffers=buffers)
     return copy
 
 
-def _on_cpu(tensors: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
-    return {name: t if t is None or t.is_meta else t.cpu() for name, t in tensors.items()}
-
-
-def _replace(copy: nn.Module, original: nn.Module, old: nn.Module, new: nn.Module) -> bool:
-    """Puts ``new`` in the place that ``old`` has under ``original``, copying the modules on the way there."""
-    for name, child in original._modules.items():
+def _replace(copy: nn.Module, old: nn.Module, new: nn.Module, device: torch.device) -> bool:
+    """Puts ``new`` in the place that ``old`` has below ``copy``; the modules on the way there become copies too."""
+    for name, child in copy._modules.items():
         if child is old:
             copy._modules[name] = new
             return True
-        if child is None or isinstance(copy._modules[name], _Trunk):
+        if child is None or isinstance(child, _Trunk):
             continue
-        below = copy._modules[name] if copy._modules[name] is not child else _shallow(child)
-        if _replace(below, child, old, new):
+        below = _shallow(child, device)
+        if _replace(below, old, new, device):
             copy._modules[name] = below
             return True
     return False
 
 
 class _Trunk(nn.Module):
-    """Stands in for a trunk or a part of one: called, it returns the hidden states it was given."""
+    """Stands in for a trunk or a part of one: called, it returns the states it was given."""
 
-    def __init__(self, original: nn.Module, hidden: Tensor):
+    def __init__(self, original: nn.Module, states: tuple):
         super().__init__()
-        self.__dict__.update(original=original, hidden=hidden)
+        self.__dict__.update(original=original, states=states)
 
     def __getattr__(self, name: str):
         value = getattr(self.__dict__["original"], name)
-        return _Trunk(value, self.__dict__["hidden"]) if isinstance(value, nn.Module) else value
+        return _Trunk(value, self.__dict__["states"]) if isinstance(value, nn.Module) else value
 
-    def forward(self, *_, **__) -> _Hidden:
-        return _Hidden((self.__dict__["hidden"].clone(),))
+    def forward(self, *_, **__) -> tuple:
+        return self.__dict__["states"]
 
 
 class _Hidden(tuple):

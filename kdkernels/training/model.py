@@ -20,14 +20,19 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.modeling_outputs import ModelOutput
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from kdkernels import Head
+from kdkernels.from_model import tail, trunk
+from kdkernels.training.auxiliary import router_loss
 from kdkernels.training.config import Config
 from kdkernels.training.data import Batch, collate
 from kdkernels.training.schema import InputError, refuse_unknown
 from kdkernels.training.texts import render
 from kdkernels.training.tokenizers import train_tokenizer
+
+ROUTER_LOSS = "router_loss"  # among the metrics
 
 
 class Distillation(nn.Module):
@@ -40,18 +45,31 @@ class Distillation(nn.Module):
         self.student, self.objective, self.vocab_size = student, objective, vocab_size
 
     def forward(self, batch: Batch, teacher: Head | None):
-        """The objective's output (loss, count, metrics) for `batch`."""
-        scored = head(self.student, batch, self.vocab_size)
+        """The objective's output (loss, count, metrics) for `batch`; the student's own router loss is part of the loss
+        where its config turns that on.
+        """
+        output = states(self.student, batch)
+        scored = Head.from_model(self.student, output.last_hidden_state, vocab_size=self.vocab_size)
         from_teacher = batch.from_teacher if self.objective.by_author else None
-        return self.objective(scored, teacher, batch.layout, target=batch.target, from_teacher=from_teacher)
+        out = self.objective(scored, teacher, batch.layout, target=batch.target, from_teacher=from_teacher)
+        routers = router_loss(self.student, output, batch.attention_mask)
+        if routers is None:
+            return out
+        return out._replace(loss=out.loss + routers, metrics=out.metrics | {ROUTER_LOSS: routers.detach()})
 
 
 def head(model: PreTrainedModel, batch: Batch, vocab_size: int) -> Head:
     """The model's last hidden states [B, L, H] for `batch` with its lm_head, which is left to multiply the positions
     that matter.
     """
-    trunk = model.base_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-    return Head.from_model(model, trunk.last_hidden_state, vocab_size=vocab_size)
+    return Head.from_model(model, states(model, batch).last_hidden_state, vocab_size=vocab_size)
+
+
+def states(model: PreTrainedModel, batch: Batch) -> ModelOutput:
+    """What the model's trunk returns for `batch`: its last hidden states [B, L, H] and, if its config asks for them,
+    the logits of its routers.
+    """
+    return trunk(model)(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -130,7 +148,10 @@ def _read_model(path: str, key: str, config: Config, tokenizer: PreTrainedTokeni
         if report["missing_keys"]:
             missing = sorted(report["missing_keys"])
             raise InputError(f"{key}: {len(missing)} weights are missing in {path}, for instance {missing[0]}")
-    rows, words = model.get_output_embeddings().weight.shape[0], vocabulary_size(tokenizer)
+    with _named(key):  # without weights, this is all that can be known of its head
+        rows, _ = tail(model).layer.weight.shape
+        trunk(model)
+    words = vocabulary_size(tokenizer)
     if rows < words:
         raise InputError(
             f"{key}: expected a vocabulary of at least {words}, that of the tokenizer, got {rows} in {path}"

@@ -18,7 +18,7 @@ from kdkernels.training import distributed
 from kdkernels.training.config import Config
 from kdkernels.training.data import Example, collate
 from kdkernels.training.engine import set_rate, update
-from kdkernels.training.model import head
+from kdkernels.training.model import ROUTER_LOSS, head
 from kdkernels.training.rollouts import generate
 
 
@@ -71,7 +71,7 @@ def train_step(
         with clock("student"):
             out = engine(batch, scored)
             engine.backward(out.loss * share_of_count * distributed.world_size(), scale_wrt_gas=False)
-        terms = {"loss", *objective.names.values()}
+        terms = {"loss", ROUTER_LOSS, *objective.names.values()}
         for name, value in (out.metrics | {"loss": out.loss.detach()}).items():
             weight = share_of_count if name in terms else share_of_tokens if value.is_floating_point() else 1
             sums[name] += value.double() * weight

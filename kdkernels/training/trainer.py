@@ -17,6 +17,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kdkernels.training import checkpoint, distributed
+from kdkernels.training.agreement import check_model
 from kdkernels.training.atomic import write_directory
 from kdkernels.training.config import Config
 from kdkernels.training.data import Example, ExampleStream
@@ -64,6 +65,14 @@ def _train(config: Config, run: RunDirectory, start: Start) -> Result:
         teacher = load_teacher(config, tokenizer).to(distributed.device()) if config.teacher else None
         _refuse_nonfinite({"student": student} | ({"teacher": teacher} if teacher else {}))
     engine = build_engine(config, Distillation(student, config.objective.build(), vocabulary_size(tokenizer)))
+    with distributed.together():
+        first = examples.usable[0]
+        tokens = (*first.prompt_ids, *first.response_ids, tokenizer.eos_token_id)[:2]
+        check_model(
+            "[student] path" if config.student.path else "[student] architecture", student, tokens, trained=True
+        )
+        if teacher is not None:
+            check_model("[teacher] path", teacher, tokens, trained=False)
     stream = ExampleStream(len(examples.usable), config.run.seed, start.progress["position"])
     run.remove_left_overs()
     if start.checkpoint is not None:
