@@ -221,7 +221,9 @@ def test_distributed_tensors():
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
 
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    ours = not dist.is_initialized()  # the trainer's tests leave a group of one process behind
+    if ours:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         layer = torch.nn.Linear(3, 7)
         expected = kd.entropy(kd.Head(torch.ones(2, 3), layer.weight.detach().clone(), layer.bias.detach().clone()))
@@ -238,4 +240,5 @@ def test_distributed_tensors():
         entropy.sum().backward()
         assert layer.weight.grad.full_tensor().abs().sum() > 0
     finally:
-        dist.destroy_process_group()
+        if ours:
+            dist.destroy_process_group()
