@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -31,6 +30,7 @@ from kdkernels.training.data import Batch, collate
 from kdkernels.training.schema import InputError, refuse_unknown
 from kdkernels.training.texts import render
 from kdkernels.training.tokenizers import train_tokenizer
+from kdkernels.training.weights import check_weights
 
 ROUTER_LOSS = "router_loss"  # among the metrics
 
@@ -136,11 +136,11 @@ def _read_model(path: str, key: str, config: Config, tokenizer: PreTrainedTokeni
     with _named(key):
         configuration = AutoConfig.from_pretrained(path)
     _check_positions(configuration, key, config)
-    if meta:
-        _check_files(Path(path), key)
-        with _named(key), torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(configuration)
-    else:
+    with _named(key), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(configuration)
+    if Path(path).is_dir():
+        check_weights(Path(path), model, key)
+    if not meta:
         with _named(key):
             model, report = AutoModelForCausalLM.from_pretrained(
                 path, config=configuration, dtype=getattr(torch, config.run.dtype), output_loading_info=True
@@ -213,19 +213,6 @@ def _check_tokenizer(path: str, key: str, config: Config, tokenizer: PreTrainedT
             f"{key}: expected the recipe's tokenizer, {recipes}, but that of {path} differs in {len(differ)} entries, "
             f"for instance {differ[0]}"
         )
-
-
-def _check_files(path: Path, key: str) -> None:
-    """Refuses a directory without weights or with a cut or overwritten safetensors file; reads only their headers."""
-    if not path.is_dir():
-        return
-    files = [file for pattern in ("*.safetensors", "*.bin") for file in sorted(path.glob(pattern))]
-    if not files:
-        raise InputError(f"{key}: no weights in directory {path}: expected model.safetensors")
-    for file in files:
-        if file.suffix == ".safetensors":
-            with _named(f"{key}: {file}"), safe_open(file, framework="pt"):
-                pass
 
 
 def _read_tokenizer(path: str, key: str) -> PreTrainedTokenizerBase:
