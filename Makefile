@@ -1,4 +1,4 @@
-# make install | demo | test | gpu-check | test-slow | bench | bench-compare | gpu-report | gsm8k | lint | clean.
+# make install | demo | test | gpu-check | test-slow | drills | bench | bench-compare | gpu-report | gsm8k | lint | clean.
 # Everything lives in .venv; nothing outside this folder is touched.
 PYTHON ?= python3
 PY := .venv/bin/python
@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 
-.PHONY: install demo gsm8k gpu-check test test-slow bench bench-compare gpu-report lint clean
+.PHONY: install demo gsm8k gpu-check test test-slow drills bench bench-compare gpu-report lint clean
 
 install: .venv/installed
 
@@ -42,6 +42,11 @@ gpu-check:
 
 test-slow: install
 	$(PY) -m pytest -m slow
+
+# Runs of the trainer killed at every file event, on disks that are full from every event on, two at once: a quarter of
+# an hour. Needs Linux and a C compiler.
+drills: install
+	$(PY) -m pytest -m slow tests/training/drills
 
 # What people use instead, for the benchmarks' tables. --no-deps: they ask for more than their losses need.
 PEERS := liger-kernel==0.8.5 cut-cross-entropy==25.1.1 trl==1.16.0 accelerate==1.15.0 datasets==5.2.0 \

@@ -18,6 +18,8 @@ from kdkernels.training import distributed
 from kdkernels.training.errors import DiskError
 
 UNFINISHED = "unfinished-"
+NO_SPACE = "no space left on the disk"
+FULL = (errno.ENOSPC, errno.EDQUOT)
 T = TypeVar("T")
 
 
@@ -36,9 +38,13 @@ def writing(path: Path) -> Iterator[None]:
         number = _error_number(error)
         if number is None:
             raise
-        full = number in (errno.ENOSPC, errno.EDQUOT)
-        why = "no space left on the disk" if full else f"cannot be written: {os.strerror(number)}"
+        why = NO_SPACE if number in FULL else f"cannot be written: {os.strerror(number)}"
         raise DiskError(f"{path}: {why}") from error
+
+
+def is_full(error: OSError) -> bool:
+    """Whether there was no space left for what `error` is about."""
+    return error.errno in FULL
 
 
 def write_text(path: Path, text: str) -> None:

@@ -80,8 +80,14 @@ def save(engine, directory: Path, progress: dict[str, int], inputs: dict[str, An
 
 def complete(directory: Path) -> list[Path]:
     """The checkpoints in `directory` that were written to their end, oldest first."""
-    numbers = {path: path.name.removeprefix(PREFIX) for path in directory.glob(f"{PREFIX}*")}
-    return sorted((path for path, number in numbers.items() if number.isdecimal()), key=lambda path: int(numbers[path]))
+    return sorted(
+        (path for path in directory.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdecimal()), key=step
+    )
+
+
+def step(path: Path) -> int:
+    """The step after which the checkpoint at `path` was written."""
+    return int(path.name.removeprefix(PREFIX))
 
 
 def newest_sound(directory: Path) -> tuple[Path, Contents] | None:
@@ -145,7 +151,7 @@ def _read(path: Path) -> Contents:
             raise ValueError("its hash is another one")
         contents = Contents(**json.loads(contents))
         paths = [path / name for name in contents.sha256.keys() | {SHARED, METRICS}]
-        if contents.progress["step"] != int(path.name.removeprefix(PREFIX)):
+        if contents.progress["step"] != step(path):
             raise ValueError(f"it is of step {contents.progress['step']}")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"the contents of {PROGRESS} changed: {error}") from error

@@ -1,6 +1,7 @@
 """The command `kdkernels`."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -8,18 +9,30 @@ from transformers.utils.logging import disable_progress_bar
 
 from kdkernels.training import distributed
 from kdkernels.training.config import Config, load_config
+from kdkernels.training.errors import DiskError, Stopped
 from kdkernels.training.plan import plan
+from kdkernels.training.run import RunDirectory
 from kdkernels.training.schema import InputError
 from kdkernels.training.trainer import train
 
+DONE, DIVERGED, UNUSABLE, DISK, LOST, INTERRUPTED = 0, 1, 2, 3, 4, 130
+STATUSES = """\
+exit status, each but the first with a line that says why:
+  0    the run is finished; or SIGTERM came, a checkpoint was written after the step under way, and --resume goes on
+  1    the run diverged
+  2    recipe, data, models or the run's directory cannot be used (another run may be in it), or the command line
+  3    the disk did not take what the run had to write, for want of space or else
+  4    another process of the run ended or stopped answering
+  130  interrupted (Ctrl-C)
+"""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line. Its exit status is 0, or after a line that says why 1 (the run diverged), 2 (input that
-    cannot be used) or 4 (another process of the run ended or stopped answering).
-    """
+    """Runs the command line; its exit status, of which `kdkernels train --help` says what it means (STATUSES)."""
     options = _parser().parse_args(arguments)
     if not sys.stderr.isatty():
         disable_progress_bar()
+    config = None
     try:
         config = _read_recipe(options.recipe, options.set)
         if options.dry_run:
@@ -27,21 +40,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             train(config, resume=options.resume)
     except FloatingPointError as error:
-        print(f"kdkernels: {error}", file=sys.stderr)
-        return 1
+        return _end(DIVERGED, error)
     except (InputError, OSError) as error:
-        print(f"kdkernels: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return _end(UNUSABLE, error)
+    except DiskError as error:
+        return _end(DISK, error)
+    except (KeyboardInterrupt, Stopped) as error:
+        stopped = isinstance(error, Stopped)
+        text = str(error) if stopped else "interrupted"
+        if config is not None and not options.dry_run:
+            text += f"; {RunDirectory(config.run.output).way_on(config)}"
+        if os.environ.get("RANK", "0") == "0":  # it is the same for all processes
+            _end(DONE, text)
+        return DONE if stopped else INTERRUPTED
     except Exception as error:
         if not distributed.lost_process(error):
             raise
-        print(
-            "kdkernels: another process of the run ended, or did not answer in time ([run] timeout_seconds): "
+        return _end(
+            LOST,
+            "another process of the run ended, or did not answer in time ([run] timeout_seconds): "
             f"{str(error).splitlines()[0]}",
-            file=sys.stderr,
         )
-        return 4
-    return 0
+    return DONE
+
+
+def _end(status: int, text: object) -> int:
+    """Says `text` in one line; `status`."""
+    print(f"kdkernels: {' '.join(str(text).split())}", file=sys.stderr)
+    return status
 
 
 def _read_recipe(path: str, overrides: Sequence[str]) -> Config:
@@ -61,7 +87,11 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="kdkernels", description="Distillation of language models.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     command = commands.add_parser(
-        "train", help="train the student of a recipe", description="Trains the student of a recipe."
+        "train",
+        help="train the student of a recipe",
+        description="Trains the student of a recipe.",
+        epilog=STATUSES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_argument("recipe", metavar="RECIPE.toml")
     command.add_argument(
@@ -72,7 +102,9 @@ def _parser() -> argparse.ArgumentParser:
         help="overrides a key of the recipe; may be repeated",
     )
     command.add_argument(
-        "--resume", action="store_true", help="continue from the latest checkpoint in the run's directory"
+        "--resume",
+        action="store_true",
+        help="continue from the latest checkpoint in the run's directory, or from the beginning where there is none",
     )
     command.add_argument(
         "--dry-run", action="store_true", help="check everything, print the resolved recipe and the plan, train nothing"

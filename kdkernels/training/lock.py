@@ -14,6 +14,8 @@ from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
+from kdkernels.training.atomic import NO_SPACE, is_full
+from kdkernels.training.errors import DiskError
 from kdkernels.training.schema import InputError
 
 NAME = "run.lock"
@@ -33,6 +35,8 @@ def locked(directory: Path) -> Iterator[None]:
         handle = _own(path)
     except OSError as error:
         _remove_empty(made)
+        if is_full(error):
+            raise DiskError(f"{path}: {NO_SPACE}") from error
         raise InputError(f"[run] output: {path} cannot be locked: {error.strerror}") from error
     try:
         yield

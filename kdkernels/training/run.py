@@ -126,6 +126,19 @@ class RunDirectory:
 
         distributed.by_first(restore)
 
+    def way_on(self, config: Config) -> str:
+        """How a run that did not come to its end goes on, in words."""
+        there = checkpoint.complete(self.checkpoints)
+        if not self.config.is_file():
+            return "start the run again: nothing was trained yet"
+        if not there and config.checkpoint.every == 0:
+            return "--resume starts from the beginning, as [checkpoint] every = 0 asked for no checkpoints"
+        if not there:
+            return "--resume starts from the beginning, as there is no checkpoint yet"
+        if checkpoint.step(there[-1]) == config.train.steps:
+            return f"--resume writes {self.final}: all steps are trained, and are in {there[-1]}"
+        return f"--resume goes on from {there[-1]}"
+
     def write_records(self, step: int, records: Iterable[dict[str, Any]]) -> None:
         """Writes the records of the evaluation after `step`; all processes call this together. Raises DiskError."""
         distributed.by_first(lambda: write_text(self.evaluation(step), "".join(map(json_line, records))))

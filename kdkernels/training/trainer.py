@@ -22,6 +22,7 @@ from kdkernels.training.atomic import write_directory
 from kdkernels.training.config import Config
 from kdkernels.training.data import Example, ExampleStream
 from kdkernels.training.engine import accumulation_steps, build_engine, first_nonfinite, nonfinite
+from kdkernels.training.errors import DiskError, Stopped
 from kdkernels.training.evaluation import evaluate, summarize
 from kdkernels.training.inputs import read_inputs
 from kdkernels.training.metrics import EVALUATION, MetricsLog, evaluations
@@ -30,6 +31,7 @@ from kdkernels.training.report import write_report
 from kdkernels.training.run import RunDirectory, Start
 from kdkernels.training.schema import InputError
 from kdkernels.training.step import train_step
+from kdkernels.training.termination import Termination
 
 
 @dataclass(frozen=True)
@@ -45,18 +47,24 @@ class Result:
 def train(config: Config, resume: bool = False) -> Result:
     """Trains the recipe's student; with `resume`, from the latest checkpoint in the run's directory on.
 
+    SIGTERM ends it after the step under way, with a checkpoint.
+
     Raises InputError for data, models or a run directory that cannot be used, FloatingPointError for a run that
     diverged: too many steps in a row had to be skipped ([train] max_skipped_steps), or what would be saved is not
-    finite.
+    finite, DiskError for what the disk did not take, Stopped after SIGTERM.
     """
     distributed.start(config.run.timeout_seconds)
     run = RunDirectory(config.run.output)
     accumulation_steps(config)
-    with run.locked():
-        return _train(config, run, run.find_start(config, resume))
+    with Termination() as termination, run.locked():
+        start = run.find_start(config, resume)
+        try:
+            return _train(config, run, start, termination)
+        except DiskError as error:
+            raise DiskError(f"{error}. Once that is mended, {run.way_on(config)}") from error
 
 
-def _train(config: Config, run: RunDirectory, start: Start) -> Result:
+def _train(config: Config, run: RunDirectory, start: Start, termination: Termination) -> Result:
     with distributed.together():
         inputs = read_inputs(config, start.tokenizer)
         tokenizer, examples, held_out = inputs.tokenizer, inputs.examples, inputs.held_out
@@ -94,6 +102,12 @@ def _train(config: Config, run: RunDirectory, start: Start) -> Result:
         run.write_records(step, records)
         return {EVALUATION + name: value for name, value in summarize(records).items()}
 
+    def save(step: int) -> None:
+        _check_finite(run, step, engine)
+        progress = {"step": step, "position": stream.position, "skipped_steps": skipped}
+        checkpoint.save(engine, run.checkpoints, progress, made_from, run.metrics, config.checkpoint.keep)
+
+    termination.training = True
     step = first = start.progress["step"]
     skipped, in_a_row, unsaved = start.progress["skipped_steps"], 0, False
     with MetricsLog(run, config.train.steps, last_step=first) as log:
@@ -111,17 +125,21 @@ def _train(config: Config, run: RunDirectory, start: Start) -> Result:
                 log.say(f"step {step}: {defect}: skipped")
             if in_a_row > config.train.max_skipped_steps:
                 raise _diverged(run, step, f"{defect}; {in_a_row} steps in a row ([train] max_skipped_steps)")
-            unsaved = unsaved or _due(step, config.checkpoint.every)
+            last, stop = step == config.train.steps, termination.asked()
+            # after the last step too: final/ may not fit on the disk
+            unsaved = unsaved or stop or _due(step, config.checkpoint.every) or (last and config.checkpoint.every > 0)
             if unsaved and not in_a_row:  # after a skipped step, the checkpoint waits until these weights have a loss
-                _check_finite(run, step, engine)
-                progress = {"step": step, "position": stream.position, "skipped_steps": skipped}
-                checkpoint.save(engine, run.checkpoints, progress, made_from, run.metrics, config.checkpoint.keep)
+                save(step)
                 unsaved = False
+            if stop and not last:
+                raise Stopped(f"stopped by SIGTERM after step {step}")
 
     if in_a_row:  # nothing says yet that the weights are good for anything: one more batch, without an update
         _, defect = train_step(engine, teacher, tokenizer, batch(), step, config, apply=False)
         if defect:
             raise _diverged(run, step, f"{defect}, and so it is of one more batch")
+    if unsaved:
+        save(step)
     _check_finite(run, step, engine)
     write_directory(run.final, lambda directory: _save_final(student, tokenizer, directory))
     write_report(run, config, [examples, held_out] if held_out else [examples], first)

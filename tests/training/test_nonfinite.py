@@ -1,6 +1,7 @@
 """Numbers that are not finite: a step with one changes nothing on any process, and nothing of them is ever saved."""
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -130,7 +131,9 @@ def test_skipped_steps_survive_a_resumption_and_delay_the_checkpoint(load):
     config = load("train.steps=5", "train.max_skipped_steps=1", "checkpoint.every=2", "checkpoint.keep=9")
     result, _ = train_poisoned(config, "gradient", range(2, 3))
     checkpoints = complete(result.output / "checkpoints")
-    assert [path.name for path in checkpoints] == ["step-000003", "step-000004"]  # 2 was skipped: one step later
+    # 2 was skipped: one step later; the last step has one in any case
+    assert [path.name for path in checkpoints] == ["step-000003", "step-000004", "step-000005"]
+    shutil.rmtree(checkpoints[-1])
     expected, lines = weights(result.final), read_metrics(result.output / "metrics.jsonl")
     again = train(config, resume=True)
     resumed = read_metrics(again.output / "metrics.jsonl")

@@ -162,7 +162,7 @@ def test_a_student_learns_and_leaves_everything_behind(run, tmp_path):
     assert [line["step"] for line in lines] == list(range(61))
     assert lines[-1]["evaluation/cross_entropy"] == result.evaluations[60]["cross_entropy"]
     assert all(line["time/student"] > 0 and line["tokens_per_second"] > 0 for line in lines[1:])
-    assert sorted(path.name for path in (result.output / "checkpoints").iterdir()) == ["step-000050"]
+    assert sorted(path.name for path in (result.output / "checkpoints").iterdir()) == ["step-000060"]
     for step in (0, 40, 60):
         records = [
             json.loads(line) for line in (result.output / f"evaluation-{step:06d}.jsonl").read_text().splitlines()
