@@ -2,9 +2,11 @@
 
 from kdkernels.training import distributed
 from kdkernels.training.config import Config
+from kdkernels.training.engine import accumulation_steps
 from kdkernels.training.inputs import read_inputs
 from kdkernels.training.lock import refuse_if_locked
 from kdkernels.training.model import load_student, load_teacher, vocabulary_size
+from kdkernels.training.needs import check_disk, check_output, describe, needs
 from kdkernels.training.run import RunDirectory
 from kdkernels.training.schema import to_toml
 
@@ -13,15 +15,20 @@ def plan(config: Config, resume: bool = False) -> str:
     """The resolved recipe and what it comes to. Raises InputError where training would."""
     distributed.start()
     run = RunDirectory(config.run.output)
+    accumulation_steps(config)
+    check_output(run.root)
     refuse_if_locked(run.root)
     start = run.find_start(config, resume)
     inputs = read_inputs(config, start.tokenizer)
     models = {"student": load_student(config, inputs.tokenizer, meta=True)}
     if config.teacher is not None:
         models["teacher"] = load_teacher(config, inputs.tokenizer, meta=True)
+    needed = needs(config, models["student"], models.get("teacher"))
+    check_disk(run, needed)
     lines = [to_toml(config), "# plan", *(str(examples) for examples in (inputs.examples, inputs.held_out) if examples)]
     lines += [inputs.examples.first, f"tokenizer: {vocabulary_size(inputs.tokenizer)} tokens"]
     lines += [f"{name}: {model.num_parameters():,} parameters" for name, model in models.items()]
+    lines += describe(run, needed)
     responses = config.train.steps * config.train.batch_size
     longest = max(config.data.max_response_tokens, config.rollout.max_new_tokens)
     lines.append(

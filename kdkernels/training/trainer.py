@@ -27,6 +27,7 @@ from kdkernels.training.evaluation import evaluate, summarize
 from kdkernels.training.inputs import read_inputs
 from kdkernels.training.metrics import EVALUATION, MetricsLog, evaluations
 from kdkernels.training.model import Distillation, load_student, load_teacher, vocabulary_size
+from kdkernels.training.needs import check_disk, needs
 from kdkernels.training.report import write_report
 from kdkernels.training.run import RunDirectory, Start
 from kdkernels.training.schema import InputError
@@ -71,6 +72,7 @@ def _train(config: Config, run: RunDirectory, start: Start, termination: Termina
         _seed(config.run.seed)
         student = load_student(config, tokenizer)
         teacher = load_teacher(config, tokenizer).to(distributed.device()) if config.teacher else None
+        check_disk(run, needs(config, student, teacher))
         _refuse_nonfinite({"student": student} | ({"teacher": teacher} if teacher else {}))
     engine = build_engine(config, Distillation(student, config.objective.build(), vocabulary_size(tokenizer)))
     with distributed.together():

@@ -1,0 +1,145 @@
+"""What a run takes of the machine: memory of its processes, space in its directory. Estimated before anything is made.
+
+Counted are the tensors whose sizes the recipe determines: weights, gradients, AdamW's moments and float32 weights.
+Activations, logits, logs and evaluation records come on top.
+"""
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from kdkernels.training import distributed
+from kdkernels.training.config import Config
+from kdkernels.training.run import RunDirectory
+from kdkernels.training.schema import InputError
+
+
+@dataclass(frozen=True)
+class Needs:
+    """All in bytes. `memory`: of each process, by what it is for. `checkpoint`, `final`: of one of them on the disk;
+    `written`: how many checkpoints a run writes; `keep`: how many of them stay.
+    """
+
+    memory: dict[str, int]
+    checkpoint: int
+    final: int
+    written: int
+    keep: int
+
+    def disk(self) -> int:
+        """The space at the worst moment: an old checkpoint goes when the new one is there, the model comes last."""
+        kept = min(self.written, self.keep)
+        return max(min(self.written, self.keep + 1) * self.checkpoint, kept * self.checkpoint + self.final)
+
+
+def needs(config: Config, student: nn.Module, teacher: nn.Module | None) -> Needs:
+    """The needs of a run of `config` with these models (on the meta device, if need be) on as many processes as there
+    are.
+    """
+    weights, width = _count(student), 2 if config.run.dtype == "bfloat16" else 4
+    stage = config.deepspeed.zero_stage
+    master = 4 if stage > 0 or width < 4 else 0  # float32 weights beside the model's own
+    shares = distributed.world_size() if stage > 0 else 1
+    gradients = weights * width
+    if stage == 1 and width < 4:
+        gradients += 4 * weights  # of all micro-batches so far, in float32
+    elif stage > 0:
+        gradients += 4 * weights // shares
+    memory = {
+        "student": weights * width,
+        "gradients": gradients,
+        "optimizer": (8 + master) * weights // shares,
+        **({} if teacher is None else {"teacher": _count(teacher) * width}),
+    }
+    every = config.checkpoint.every
+    return Needs(
+        memory,
+        checkpoint=(width + master + 8) * weights,
+        final=width * weights,
+        written=config.train.steps // every if every else 0,
+        keep=config.checkpoint.keep,
+    )
+
+
+def check_disk(run: RunDirectory, needed: Needs) -> None:
+    """Raises InputError unless the disk of the run's directory can hold the run, whose checkpoints may be there."""
+    free = free_disk(run.root) + _size(run.checkpoints)
+    if needed.disk() > free:
+        raise InputError(
+            f"[run] output: expected {text(needed.disk())} on the disk of {run.root}, for {describe_disk(needed)}, got "
+            f"{text(free)}: free some, write fewer ([checkpoint] keep, every), or give another directory"
+        )
+
+
+def check_output(root: Path) -> None:
+    """Raises InputError unless the directory `root` is there and writable, or can be made; makes nothing."""
+    there = _nearest(root)
+    if not there.is_dir():
+        raise InputError(f"[run] output: {root} cannot be a directory: {there} is none")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"[run] output: nothing can be written into {root}: no permission to write into {there}")
+
+
+def describe_disk(needed: Needs) -> str:
+    """What the space is for, in words."""
+    at_once = min(needed.written, needed.keep + 1)
+    checkpoints = f"{at_once} checkpoints of {text(needed.checkpoint)}, " if at_once else ""
+    return f"{checkpoints}a model of {text(needed.final)}"
+
+
+def describe(run: RunDirectory, needed: Needs) -> list[str]:
+    """Lines of a plan: what is needed and what there is."""
+    memory, parts = sum(needed.memory.values()), needed.memory.items()
+    there = free_memory()
+    warning = "" if there is None or memory <= there else "; more than there is"
+    free = "unknown" if there is None else text(there)
+    return [
+        f"memory: {text(memory)} for each process ({', '.join(f'{name} {text(part)}' for name, part in parts)}), "
+        f"activations and logits on top; free for each: {free}{warning}",
+        f"disk: at most {text(needed.disk())} ({describe_disk(needed)}); free: {text(free_disk(run.root))}",
+    ]
+
+
+def free_memory() -> int | None:
+    """Free bytes for each process of this machine: of its accelerator, or its share of the machine's memory. None where
+    nothing says it.
+    """
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info(distributed.device())[0]
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        free = int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, LookupError, ValueError):
+        return None
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", distributed.world_size()))
+
+
+def free_disk(root: Path) -> int:
+    """Free bytes of the disk that `root` is on, or would be."""
+    return shutil.disk_usage(_nearest(root)).free
+
+
+def text(size: int) -> str:
+    """`size` bytes, to read."""
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+def _nearest(path: Path) -> Path:
+    """`path`, or the nearest of the directories above it that is there."""
+    return next(one for one in (path.absolute(), *path.absolute().parents) if one.exists())
+
+
+def _size(directory: Path) -> int:
+    return sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
+
+
+def _count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
