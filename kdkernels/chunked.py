@@ -128,6 +128,15 @@ class Result:
             out[name] = torch.where(c == 0, 0, c * getattr(self.tokens, name).double()).sum()
         return out
 
+    def nonfinite(self) -> Tensor:
+        """[] tokens of which a term's value or coefficient, an entropy or a likelihood of the target is not finite."""
+        seen = list(self.coefficients.values())
+        for side in (self.tokens, self.tokens.teacher):
+            if side is not None:
+                seen += [side.entropy, side.cross_entropy, side.divergence, side.divergence_from_teacher]
+                seen.append(side.plackett_luce)
+        return sum(~each.isfinite() for each in seen if each is not None).count_nonzero()
+
     def loss(self) -> Tensor:
         """The sum of all terms."""
         return sum(self.terms.values()).to(self.tokens.stats.dtype)
@@ -265,7 +274,7 @@ class _Loop:
                 values.teacher.at_student_argmax = teacher.log_prob(teacher.gathered[:, :1])[:, 0]
             if program.plackett_luce:
                 values.plackett_luce, d_candidates = plackett_luce(
-                    student.top_values[:, : program.topk], teacher.gathered[:, : program.topk]
+                    student.top_values[:, : program.topk], teacher.gathered[:, : program.topk], teacher.max
                 )
             if kind:
                 value, center = self.backend.divergence(student, teacher, kind, temperature)

@@ -132,25 +132,50 @@ def candidates(z_s: Tensor, k: int) -> Tensor:
     return z_s.sort(dim=-1, descending=True, stable=True).indices[:, :k]
 
 
-def teacher_order(z_t_candidates: Tensor) -> Tensor:
-    """The teacher's descending order of the student's candidates, ties by the student's rank; [C, K] -> [C, K]."""
-    return z_t_candidates.sort(dim=-1, descending=True, stable=True).indices
+ABSENT = 3e4  # nats below the most likely word: masks lie there, fp16's lowest number -65504 included, and no real word
+
+
+def absent(z: Tensor, top: Tensor) -> Tensor:
+    """Which words do not exist, being masked: -inf, a dtype's lowest number; z [C, K], the row's largest top [C, 1].
+
+    Where the row has no word at all, or a NaN, none is called absent: its values have to become NaN.
+    """
+    return z - top <= -ABSENT
+
+
+def teacher_order(z_t_candidates: Tensor, top: Tensor) -> Tensor:
+    """The teacher's descending order of the student's candidates, ties by the student's rank; [C, K] -> [C, K].
+
+    Words that the teacher masks come last, as ties. top [C]: the teacher's largest logit of all words.
+    """
+    z = z_t_candidates.masked_fill(absent(z_t_candidates, top[:, None]), -math.inf)
+    return z.sort(dim=-1, descending=True, stable=True).indices
+
+
+def _present(ranked: Tensor) -> tuple[Tensor, Tensor]:
+    """Candidates relative to the most likely one, and which of them exist; absent ones without any weight."""
+    top = ranked.max(-1, keepdim=True).values
+    gone = absent(ranked, top)
+    return (ranked - top).masked_fill(gone, -2 * ABSENT), ~gone
 
 
 def plackett_luce(ranked: Tensor) -> Tensor:
-    """NLL = sum_j [logsumexp(ranked_j..ranked_k) - ranked_j]  (TSD-KD eq. 4).
+    """NLL = sum_j [logsumexp(ranked_j..ranked_k) - ranked_j]  (TSD-KD eq. 4), over the words that exist.
 
-    ranked [C, K]: the student's logits of its own candidates, in the teacher's order -> [C].
+    ranked [C, K]: the student's logits of its own candidates, in the teacher's order -> [C]. Words that the student
+    masks are no candidates, wherever the teacher ranks them: with fewer words than k the order of these is learnt.
     """
-    tails = ranked.flip(-1).logcumsumexp(-1).flip(-1)
-    return (tails - ranked).sum(-1)
+    z, exists = _present(ranked)
+    tails = z.flip(-1).logcumsumexp(-1).flip(-1)
+    return torch.where(exists, tails - z, 0).sum(-1)
 
 
 def plackett_luce_gradient(ranked: Tensor) -> Tensor:
-    """dNLL/dranked_i = sum_{j <= i} exp(ranked_i - logsumexp(ranked_j..)) - 1; [C, K] -> [C, K]."""
-    tails = ranked.flip(-1).logcumsumexp(-1).flip(-1)
-    shares = (ranked[:, None, :] - tails[:, :, None]).exp()  # [C, j, i]: softmax of i among the candidates from j on
-    return shares.triu().sum(1) - 1
+    """dNLL/dranked_i = sum_{j <= i} exp(ranked_i - logsumexp(ranked_j..)) - 1; 0 for absent words; [C, K] -> [C, K]."""
+    z, exists = _present(ranked)
+    tails = z.flip(-1).logcumsumexp(-1).flip(-1)
+    shares = (z[:, None, :] - tails[:, :, None]).exp()  # [C, j, i]: softmax of i among the candidates from j on
+    return torch.where(exists, torch.where(exists[:, :, None], shares, 0).triu().sum(1) - 1, 0)
 
 
 def gate(entropy_s: Tensor, entropy_t: Tensor, tau: float) -> Tensor:
@@ -247,7 +272,8 @@ def tsd_kd(
         h_s, h_t = entropy(s), entropy(t)
         direct = (gate(h_s, h_t, tau) * divergence(s, t, JSD(beta), temperature)).mean()
         proposed = candidates(s.detach(), k)
-        ranked = s.gather(-1, proposed.gather(-1, teacher_order(t.gather(-1, proposed))))
+        order = teacher_order(t.gather(-1, proposed), t.max(-1).values)
+        ranked = s.gather(-1, proposed.gather(-1, order))
         indirect = plackett_luce(ranked)[opener(h_s, share)].sum()
         uncertain = h_s[most_uncertain(h_s, entropy_ratio)].mean()
         losses.append(indirect_weight * indirect + direct_weight * direct + entropy_weight * uncertain)

@@ -18,9 +18,9 @@ class Recorder:
         self.orders, self.tokens = [], []
         rank, coefficients = chunked.plackett_luce, objective.coefficients
 
-        def recording_rank(student_logits, teacher_logits):
-            self.orders.append(reference.teacher_order(teacher_logits))
-            return rank(student_logits, teacher_logits)
+        def recording_rank(student_logits, teacher_logits, teacher_top):
+            self.orders.append(reference.teacher_order(teacher_logits, teacher_top))
+            return rank(student_logits, teacher_logits, teacher_top)
 
         def recording_coefficients(tokens):
             self.tokens.append(tokens)

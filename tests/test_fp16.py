@@ -51,7 +51,8 @@ def selection(batch: truth.Batch, k: int) -> truth.Selection:
         z_s, z_t = truth.token_logits(batch)
         h = truth.entropy(z_s.double())
     proposed = reference.candidates(z_s, k)
-    ranked = proposed.gather(-1, reference.teacher_order(z_t.gather(-1, proposed)))
+    order = reference.teacher_order(z_t.gather(-1, proposed), z_t.max(-1).values)
+    ranked = proposed.gather(-1, order)
     parts = truth.slices(batch)
     chosen = [torch.cat([rule(h[r], 0.1) for r in parts]) for rule in (reference.opener, reference.most_uncertain)]
     return truth.Selection(ranked, *chosen)

@@ -55,7 +55,7 @@ def test_example_divergences(kind, expected):
 def test_example_plackett_luce(k, expected):
     chosen = reference.candidates(Z_S, k)
     assert chosen.tolist() == [list(range(k))]
-    order = reference.teacher_order(Z_T.gather(-1, chosen))
+    order = reference.teacher_order(Z_T.gather(-1, chosen), Z_T.max(-1).values)
     assert order.tolist() == [[1, 2, 0][:k] if k == 3 else [1, 0]]
     close(reference.plackett_luce(Z_S.gather(-1, chosen.gather(-1, order))), [expected], 1e-6)
 
@@ -255,7 +255,49 @@ def test_candidate_ties_go_to_the_smaller_index():
 
 
 def test_teacher_ties_go_to_the_students_rank():
-    assert reference.teacher_order(torch.tensor([[1.0, 3.0, 1.0, 3.0]])).tolist() == [[1, 3, 0, 2]]
+    assert order_of([1.0, 3.0, 1.0, 3.0]).tolist() == [[1, 3, 0, 2]]
+
+
+@pytest.mark.parametrize(
+    "masks", [(-math.inf, -math.inf), (-3.4e38, -3.3e38), (-65504.0, -65472.0), (-1e30, -math.inf)]
+)
+def test_words_that_the_teacher_masks_rank_last_by_the_students_rank(masks):
+    """A mask's own value says nothing: -65504 plus a logit is another number for each word."""
+    first, second = masks
+    assert order_of([1.0, first, 3.0, second, 2.0]).tolist() == [[2, 4, 0, 1, 3]]
+    assert order_of([1.0, second, 3.0, first, 2.0]).tolist() == [[2, 4, 0, 1, 3]]
+    assert order_of([first, second], top=7.0).tolist() == order_of([second, first], top=7.0).tolist() == [[0, 1]]
+
+
+def order_of(teacher, top=None):
+    z = torch.tensor([teacher])
+    return reference.teacher_order(z, z.max(-1).values if top is None else torch.tensor([top]))
+
+
+@pytest.mark.parametrize("mask", [-math.inf, -3.4e38, -65504.0])
+@pytest.mark.parametrize("places", [(0,), (2,), (4,), (0, 1, 3), (0, 1, 2, 3, 4)])
+def test_plackett_luce_ranks_the_words_that_exist(mask, places):
+    """Masked candidates change nothing, wherever the teacher ranks them."""
+    torch.manual_seed(5)
+    words = torch.randn(3, 4, dtype=F64, requires_grad=True)
+    ranked, left = [], list(words.unbind(-1))
+    for place in range(4 + len(places)):
+        ranked.append(torch.full((3,), mask, dtype=F64) if place in places else left.pop(0))
+    value = reference.plackett_luce(torch.stack(ranked, -1))
+    expected = truth.plackett_luce(words)
+    close(value, expected.tolist(), 1e-12)
+    (gradient,) = torch.autograd.grad(expected.sum(), words)
+    got = reference.plackett_luce_gradient(torch.stack(ranked, -1))
+    masked = torch.tensor([place in places for place in range(4 + len(places))])
+    assert (got[:, masked] == 0).all() and (got[:, ~masked] - gradient).abs().max() < 1e-12
+    (through,) = torch.autograd.grad(value.sum(), words)
+    assert (through - gradient).abs().max() < 1e-12 and gradient.norm() > 0
+
+
+def test_plackett_luce_of_no_word_or_of_nan_is_nan():
+    for row in ([-math.inf] * 3, [1.0, math.nan, 0.0]):
+        z = torch.tensor([row])
+        assert reference.plackett_luce(z).isnan().all() and reference.plackett_luce_gradient(z).isnan().any()
 
 
 @pytest.mark.parametrize(

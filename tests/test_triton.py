@@ -55,6 +55,7 @@ SUITES = {
         test_topk.py and (is_the_reference or small_budgets or masked_bucket or 20.0 and (jsd.1 or skl))
         test_autograd.py and TSDKD and (frozen or detached or second or no_grad)
         bias_alone
+        test_masked_words.py and objectives and TSDKD and finfo
         test_chunks.py and (longer_than or change_no_bit and (jsd.9 or srkl or statistics or TSDKD))
         test_bad_input.py
     """,

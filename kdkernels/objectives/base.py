@@ -140,7 +140,7 @@ class Objective(Program, nn.Module):
         loss, result = evaluate(call)
         metrics = {}
         if result is not None:
-            metrics = {"loss": loss.detach(), **self.metrics(result.tokens)}
+            metrics = {"loss": loss.detach(), **self.metrics(result.tokens), "nonfinite_tokens": result.nonfinite()}
             for term, value in result.terms.items():
                 metrics[self.names[term]] = value.to(loss.dtype)
         return Output(loss, torch.full((), count, device=device), metrics)
@@ -162,20 +162,12 @@ class Objective(Program, nn.Module):
 
     def metrics(self, tokens: Tokens) -> dict[str, Tensor]:
         """Means over the tokens; a subclass adds its own."""
-        entropy = tokens.entropy
-        finite = entropy.isfinite()
-        out = {"student_entropy": entropy.mean()}
+        out = {"student_entropy": tokens.entropy.mean()}
         if tokens.teacher is not None:
-            finite &= tokens.teacher.entropy.isfinite()
             out["teacher_entropy"] = tokens.teacher.entropy.mean()
             out["argmax_agreement"] = (tokens.argmax == tokens.teacher.argmax).float().mean()
-        for value in (tokens.divergence, tokens.divergence_from_teacher):
-            if value is not None:
-                finite &= value.isfinite()
         if tokens.cross_entropy is not None:
-            finite &= tokens.cross_entropy.isfinite()
             out["cross_entropy"] = tokens.cross_entropy.mean()
-        out["nonfinite_tokens"] = (~finite).sum()
         return out
 
 

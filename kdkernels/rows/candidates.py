@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .. import reference
 
 
-def plackett_luce(student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Tensor]:
-    """NLL of the teacher's order of the candidates, and its gradient (TSD-KD eq. 4).
+def plackett_luce(student_logits: Tensor, teacher_logits: Tensor, teacher_top: Tensor) -> tuple[Tensor, Tensor]:
+    """NLL of the teacher's order of the candidates that exist, and its gradient (TSD-KD eq. 4).
 
-    student_logits [C, K] in the student's descending order, teacher_logits [C, K] of the same words
-    -> value [C], gradient [C, K] with respect to student_logits.
+    student_logits [C, K] in the student's descending order, teacher_logits [C, K] of the same words, the teacher's
+    largest logits teacher_top [C] -> value [C], gradient [C, K] with respect to student_logits; NaN where the teacher's
+    logits have no order.
     """
-    order = reference.teacher_order(teacher_logits)
+    order = reference.teacher_order(teacher_logits, teacher_top)
     ranked = student_logits.gather(-1, order)
-    ranked = ranked - ranked.max(-1, keepdim=True).values  # the likelihood ignores a shift
+    none = teacher_logits.isnan().any(-1) | ~teacher_top.isfinite()
+    ranked = ranked.masked_fill(none[:, None], torch.nan)
     gradient = reference.plackett_luce_gradient(ranked)
     return reference.plackett_luce(ranked), gradient.scatter(-1, order, gradient)
