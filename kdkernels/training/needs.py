@@ -60,7 +60,7 @@ def needs(config: Config, student: nn.Module, teacher: nn.Module | None) -> Need
         memory,
         checkpoint=(width + master + 8) * weights,
         final=width * weights,
-        written=config.train.steps // every if every else 0,
+        written=-(-config.train.steps // every) if every else 0,  # the last step has one in any case
         keep=config.checkpoint.keep,
     )
 

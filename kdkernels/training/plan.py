@@ -1,5 +1,7 @@
 """What a recipe would do, found out without training: everything is read and checked, nothing is written."""
 
+from pathlib import Path
+
 from kdkernels.training import distributed
 from kdkernels.training.config import Config
 from kdkernels.training.engine import accumulation_steps
@@ -28,6 +30,11 @@ def plan(config: Config, resume: bool = False) -> str:
     lines = [to_toml(config), "# plan", *(str(examples) for examples in (inputs.examples, inputs.held_out) if examples)]
     lines += [inputs.examples.first, f"tokenizer: {vocabulary_size(inputs.tokenizer)} tokens"]
     lines += [f"{name}: {model.num_parameters():,} parameters" for name, model in models.items()]
+    lines += [
+        f"{name}: {path} is not on this disk: its weights were not looked at"
+        for name, path in (("student", config.student.path), ("teacher", config.teacher and config.teacher.path))
+        if path is not None and not Path(path).is_dir()
+    ]
     lines += describe(run, needed)
     responses = config.train.steps * config.train.batch_size
     longest = max(config.data.max_response_tokens, config.rollout.max_new_tokens)

@@ -35,13 +35,16 @@ def render_report(
         f"# {config.objective.name}: {run.root}",
         "",
         f"- {len(trained)} steps of {config.train.batch_size} responses, "
-        f"{sum(line['tokens'] for line in trained)} response tokens",
+        f"{sum(line.get('tokens') or 0 for line in trained)} response tokens",
     ]
+    if len(steps) < config.train.steps:
+        lines.append(f"- of {config.train.steps} steps: the log has lost the others, which nothing below counts")
     if skipped:
         first = ", ".join(map(str, skipped[:10])) + (", ..." if len(skipped) > 10 else "")
         lines.append(f"- {len(skipped)} more steps skipped, their loss or gradient was not finite: {first}")
     lines += [
-        f"- seconds in the steps, evaluations and checkpoints not counted: {sum(seconds.values()):.1f} ({spent})",
+        f"- seconds in the steps, evaluations and checkpoints not counted{_first(len(peaks))}: "
+        f"{sum(seconds.values()):.1f} ({spent})",
         f"- peak resident memory{since}: " + ", ".join(f"{peak:.0f} MiB" for peak in peaks) + _of(len(peaks)),
         *(f"- {examples}" for examples in data),
     ]
@@ -53,6 +56,10 @@ def render_report(
 
 def _skipped(line: Mapping[str, float | None]) -> float:
     return line.get("skipped_steps") or 0
+
+
+def _first(processes: int) -> str:
+    return "" if processes == 1 else ", on process 0"
 
 
 def _of(processes: int) -> str:
