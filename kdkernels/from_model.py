@@ -102,7 +102,7 @@ def _output_layer(model: nn.Module) -> nn.Linear:
     if not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward:
         raise TypeError(
             f"model: expected a plain torch.nn.Linear as output embedding of {_kind(model)}, got "
-            f"{type(layer).__name__}; {_WAY_OUT}"
+            f"{type(layer).__name__} (of {type(layer).__module__}); {_WAY_OUT}"
         )
     replaced = _own_forward(layer)
     if replaced is not None and getattr(replaced, "__func__", None) is not nn.Linear.forward:
@@ -145,8 +145,8 @@ def _is_plumbing(hook: object) -> bool:
 def _own_forward(module: nn.Module):
     """The forward put on this very module in place of its class's, without what only moves tensors or compiles."""
     forward = module.__dict__.get("forward")
-    if forward is not None and "_hf_hook" in module.__dict__:  # accelerate, device_map="auto"
-        forward = module.__dict__.get("_old_forward")
+    if "_old_forward" in module.__dict__ and _is_plumbing(forward):  # accelerate's, for device_map="auto"
+        forward = module._old_forward
     forward = getattr(forward, "_torchdynamo_orig_callable", forward)  # model.forward = torch.compile(model.forward)
     return forward
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import types
 
 import pytest
@@ -357,6 +358,22 @@ def test_hooks_that_only_gather_and_move():
         for module in (model, model.lm_head):
             module.register_forward_pre_hook(gather)
     compare(model)
+
+
+def test_models_that_accelerate_spreads_over_devices():
+    """It wraps each forward in one that moves tensors and says where the original is."""
+
+    def new_forward(module, *arguments, **options):
+        return module._old_forward(*arguments, **options)
+
+    new_forward.__module__ = "accelerate.hooks"
+    model = tiny("gemma2")
+    for module in (model, model.lm_head):
+        module._old_forward = module.forward
+        module.forward = functools.update_wrapper(functools.partial(new_forward, module), module._old_forward)
+    assert compare(model).softcap == 3.0
+    model.lm_head.forward = functools.partial(nn.Linear.forward, model.lm_head)  # no longer accelerate's
+    assert "its output layer's forward was replaced" in wrong(model)
 
 
 def test_compiled_in_one_graph():

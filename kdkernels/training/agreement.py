@@ -24,12 +24,15 @@ def check_model(key: str, model: PreTrainedModel, tokens: Sequence[int], trained
     name = f"{key}: {type(model).__name__} (model_type {model.config.model_type})"
     batch = collate([tokens[:1]], [tokens[1:]], pad_id=0).to(model.device)
     inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-    with torch.no_grad(), evaluating(model), torch.random.fork_rng(devices=[]):
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
         try:
-            own = model(**inputs, use_cache=False).logits.float()
-            output = states(model, batch)
-            ours = _logits(Head.from_model(model, output.last_hidden_state))
-            beyond = beyond_cross_entropy(model, output, batch.attention_mask) if trained else None
+            with evaluating(model):
+                own = model(**inputs, use_cache=False).logits.float()
+                output = states(model, batch)
+                ours = _logits(Head.from_model(model, output.last_hidden_state))
+                beyond = beyond_cross_entropy(model, output, batch.attention_mask) if trained else None
+            if trained:  # some models take other inputs then
+                states(model, batch)
         except Exception as error:  # of any kind: the model's code ran
             raise InputError(f"{name}: the logits behind two tokens could not be computed: {error!r}") from error
     words = ours.shape[-1]

@@ -1,13 +1,16 @@
 """What is trained is the model's own distribution, and its own loss for the experts' load is part of the loss."""
 
+import deepspeed
 import pytest
 import torch
 from tiny_models import KINDS, UNBUILDABLE, tiny
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
 from transformers import BambaForCausalLM, Llama4Config, MllamaConfig, Qwen2ForCausalLM
 
 import kdkernels as kd
-from kdkernels.training import InputError, train
+from kdkernels.training import InputError, distributed, train
 from kdkernels.training.agreement import check_model
 from kdkernels.training.auxiliary import router_loss
 from kdkernels.training.data import collate
@@ -136,6 +139,38 @@ def test_a_term_of_the_loss_that_training_does_not_know_is_refused():
         InputError, match=r"BambaForCausalLM \(model_type bamba\): its own loss .* z_loss_coefficient = 0"
     ):
         check_model("[student] path", model, (5, 6), trained=True)
+
+
+def test_a_model_that_needs_more_in_training_than_token_ids_is_refused():
+    model = tiny("reformer")
+    check_model("[teacher] path", model, (5, 6), trained=False)
+    expected = r"ReformerModelWithLMHead \(model_type reformer\): .*If training, make sure that config"
+    with pytest.raises(InputError, match=expected):
+        check_model("[student] path", model.train(), (5, 6), trained=True)
+
+
+def sharded(module: Distillation, how: str):
+    if how == "FSDP2":
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        for layer in module.student.model.layers:
+            fully_shard(layer, mesh=mesh)
+        return fully_shard(module, mesh=mesh)
+    settings = {"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": 3}}
+    return deepspeed.initialize(model=module, config=settings)[0]
+
+
+@pytest.mark.filterwarnings("ignore:.*all_gather_into_tensor:FutureWarning")  # DeepSpeed's
+@pytest.mark.parametrize("how", ["FSDP2", "ZeRO-3"])
+def test_shards_are_gathered_where_the_head_is_read(how):
+    distributed.start()
+    batch = collate([[5, 6, 7], [5, 6]], [[8, 9, 2], [3, 2]], pad_id=0)
+    expected = Distillation(tiny("gemma2"), kd.SFT(), 97)(batch, None)
+    module = sharded(Distillation(tiny("gemma2"), kd.SFT(), 97), how)
+    weight = (module if how == "FSDP2" else module.module).student.lm_head.weight
+    assert isinstance(weight, DTensor) if how == "FSDP2" else weight.shape == (0,)
+    with pytest.raises(TypeError, match=r"weight: .*(full_tensor|GatheredParameters)"):
+        kd.Head(torch.zeros(1, 16), weight)
+    torch.testing.assert_close(module(batch, None).loss, expected.loss)
 
 
 @pytest.fixture
