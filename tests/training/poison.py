@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from kdkernels.training import distributed, load_config, train, trainer
+from kdkernels.training import step as step_module
 from kdkernels.training.model import Distillation
 
 
@@ -34,12 +35,13 @@ def train_poisoned(config, kind: str, steps: Collection[int], rank: int = 0, tim
     """(Result, digests before the first step and after each one).
 
     kind "gradient": one weight's gradient is NaN in the first micro-batch of the `steps`, on the process `rank`;
-    "loss": the loss is infinite in their last micro-batch, while every gradient stays finite; "left out": those steps
-    are not taken at all, only their examples.
+    "loss": the loss is infinite in their last micro-batch, while every gradient stays finite; "rollout": the logits
+    that a response is drawn from are not finite; "left out": those steps are not taken at all, only their examples.
     A step that is computed more often is poisoned `times` times.
     """
     digests, now = [], {"step": 0, "micro_batch": 0, "calls": 0}
     forward, step_once, load = Distillation.forward, trainer.train_step, trainer.load_student
+    generate = step_module.generate
 
     def poisoned() -> bool:
         return now["step"] in steps and now["calls"] <= times and distributed.rank() == rank
@@ -57,6 +59,11 @@ def train_poisoned(config, kind: str, steps: Collection[int], rank: int = 0, tim
         now["micro_batch"] += 1
         return out._replace(loss=out.loss + torch.inf) if kind == "loss" and poisoned() else out
 
+    def generate_poisoned(*arguments, **options):
+        if kind == "rollout" and poisoned():
+            raise FloatingPointError("the logits of the model that writes a response are not finite")
+        return generate(*arguments, **options)
+
     def step_seen(engine, teacher, tokenizer, examples, step, *more, **options):
         now.update(step=step, micro_batch=0, calls=now["calls"] + 1 if step == now["step"] else 1)
         if not digests:
@@ -72,6 +79,7 @@ def train_poisoned(config, kind: str, steps: Collection[int], rank: int = 0, tim
         patch.setattr(trainer, "load_student", load_hooked)
         patch.setattr(Distillation, "forward", forward_poisoned)
         patch.setattr(trainer, "train_step", step_seen)
+        patch.setattr(step_module, "generate", generate_poisoned)
         return train(config), digests
 
 

@@ -71,12 +71,18 @@ def test_a_step_that_is_not_finite_changes_nothing(load, tmp_path, kind, dtype, 
     )
 
 
-def poison_two(recipe, tmp_path, cases):
+def poison_two(recipe, tmp_path, teacher_set, cases):
     """The digests of both processes of each of the `cases`, [dtype, stage, kind, step, rank]."""
+    on_policy = [*GKD, teacher_set]
     runs = [
         [
             str(recipe),
-            [*engine_set(dtype, stage), "train.micro_batch_size=1", f"run.output={tmp_path}/{dtype}-{stage}-{kind}"],
+            [
+                *engine_set(dtype, stage),
+                "train.micro_batch_size=1",
+                f"run.output={tmp_path}/{dtype}-{stage}-{kind}",
+                *(on_policy if kind == "rollout" else ()),
+            ],
             [kind, step, rank],
         ]
         for dtype, stage, kind, step, rank in cases
@@ -91,14 +97,20 @@ def poison_two(recipe, tmp_path, cases):
 @pytest.mark.parametrize(
     "cases",
     [
-        [("gradient", "float32", 0), ("loss", "float32", 0), ("gradient", "bfloat16", 1), ("loss", "float32", 2)],
+        [
+            ("gradient", "float32", 0),
+            ("loss", "float32", 0),
+            ("gradient", "bfloat16", 1),
+            ("loss", "float32", 2),
+            ("rollout", "float32", 0),
+        ],
         pytest.param([(kind, *engine) for kind in ("gradient", "loss") for engine in ENGINES], marks=pytest.mark.slow),
     ],
     ids=["some", "all"],
 )
-def test_what_one_process_finds_skips_the_step_on_both(recipe, tmp_path, cases):
+def test_what_one_process_finds_skips_the_step_on_both(recipe, teacher_set, tmp_path, cases):
     cases = [(dtype, stage, kind, 2, 1) for kind, dtype, stage in cases]
-    for case, processes in zip(cases, poison_two(recipe, tmp_path, cases), strict=True):
+    for case, processes in zip(cases, poison_two(recipe, tmp_path, teacher_set, cases), strict=True):
         for digests in processes:
             assert [digests[s] == digests[s - 1] for s in (1, 2, 3)] == [False, True, False], case
         lines = strictly(tmp_path / "{}-{}-{}".format(*case) / "metrics.jsonl")
