@@ -57,14 +57,15 @@ class Tokens(Summary):
 
 
 def _cat(parts: list):
-    """Consecutive tokens' tensors, dicts or Tokens as one; None where the parts are."""
+    """Consecutive tokens' tensors, dicts or Tokens as one, None where the parts are. Takes dicts and Tokens apart, so
+    that no more than one tensor is there twice at a time."""
     first = parts[0]
     if len(parts) == 1 or first is None:
         return first
     if isinstance(first, Tensor):
         return torch.cat(parts)
     if isinstance(first, dict):
-        return {key: _cat([part[key] for part in parts]) for key in first}
+        return {key: _cat([part.pop(key) for part in parts]) for key in list(first)}
     return Tokens(**_cat([vars(part) for part in parts]))
 
 
@@ -156,17 +157,18 @@ class _Loop:
         if program.topk > self.vocabulary:
             raise ValueError(f"k: expected at most the vocabulary's {self.vocabulary} words, got {program.topk}")
 
-        fixed, row_bytes = sides.costs(self.backend, student, self.vocabulary, dtype, True)
-        teacher_fixed = teacher_row = 0
+        words, vocabulary = max(1, program.topk, program.collision), self.vocabulary
+        mine = sides.costs(self.backend, student, vocabulary, dtype, words, True)
+        other, stored = sides.Costs(0, 0, 0), isinstance(teacher, TopK)
         if teacher:
-            teacher_fixed, teacher_row = sides.costs(self.backend, teacher, self.vocabulary, teacher_dtype, False)
-        stored = isinstance(teacher, TopK)
-        if stored:  # it has no logits, so no chunks of its own
-            row_bytes, teacher_row = row_bytes + teacher_row, 0
+            words = max(words, program.teacher_collision)
+            other = sides.costs(self.backend, teacher, vocabulary, teacher_dtype, min(words, vocabulary), False)
         count = max(1, len(layout))
-        fixed = self.backend.workspace(count, self.vocabulary) + max(fixed, teacher_fixed) + count * plan.TOKEN_BYTES
+        fixed = self.backend.workspace(count, vocabulary) + max(mine.fixed, other.fixed) + mine.kept + other.kept
+        fixed += count * (plan.TOKEN_BYTES + plan.CANDIDATE_BYTES * program.topk)
         budget = plan.DEFAULT_BUDGET if call.memory_budget is None else call.memory_budget
-        rows, self.teacher_rows = plan.chunk_rows(budget, fixed, row_bytes, teacher_row, count)
+        row, teacher_row = (mine.row + other.row, 0) if stored else (mine.row, other.row)  # words have no chunks
+        rows, self.teacher_rows = plan.chunk_rows(budget, fixed, row, teacher_row, count)
         lengths = layout.lengths if program.selects else (len(layout),)
         self.chunks = plan.chunks(lengths, rows)
 
@@ -259,7 +261,7 @@ class _Loop:
         if target is not None:
             values.cross_entropy.masked_fill_(target[:, 0] != call.target[tokens], torch.nan)
         if program.topk:
-            values.top_indices = student.top_indices[:, : program.topk]
+            values.top_indices = student.top_indices[:, : program.topk].clone()
             values.top_log_probs = student.log_prob(student.top_values[:, : program.topk])
         teacher = center = d_candidates = outcomes = value = None
         if words:
@@ -321,7 +323,8 @@ def _summary(rows: Rows, targeted: bool, largest: int) -> Tokens:
     """The statistics of one side; the target, where there is one, is the last id gathered."""
     cross_entropy = rows.log_sum - (rows.gathered[:, -1] - rows.max) if targeted else None
     collision = (2 * rows.log_prob(rows.top_values[:, :largest])).exp().sum(-1) if largest else None
-    return Tokens(rows.stats, rows.top_indices[:, :1], cross_entropy=cross_entropy, collision=collision)
+    argmax = rows.top_indices[:, :1].clone()  # a view would keep all of them
+    return Tokens(rows.stats, argmax, cross_entropy=cross_entropy, collision=collision)
 
 
 def _row_coefficients(

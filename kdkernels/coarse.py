@@ -31,6 +31,13 @@ class Outcomes:
     rest: Bucket | None  # None: there is none, or it was dropped
 
 
+def _put(matrix: Tensor, columns: Tensor, values: Tensor) -> None:
+    """matrix [n, V] gets values [n, K] at columns [n, K]. As integers: of 16-bit floats on CPUs, scatter_ makes an fp32
+    copy of all of the matrix."""
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[matrix.itemsize]
+    matrix.view(bits).scatter_(1, columns, values.view(bits))
+
+
 class Bucket:
     """All words but K of each token, as the first V - K columns of the student's logits, in place."""
 
@@ -45,7 +52,7 @@ class Bucket:
         # them are words among the last columns, which nobody reads.
         self.holes = words.gather(1, inside.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices)
         self.last = count + taken.sort(dim=1, stable=True).indices
-        logits.scatter_(1, self.holes, logits.gather(1, self.last))
+        _put(logits, self.holes, logits.gather(1, self.last))
         rows = backend.statistics(logits[:, :count], student.scale, student.softcap, 1.0, 1, None)
         self.lse = rows.max.double() + rows.log_sum.double()
         empty = rows.top_values[:, 0].isneginf()  # every word masked
@@ -57,7 +64,7 @@ class Bucket:
 
     def restore(self, values: Tensor) -> None:
         """Moves what is written in the holes of values [n, V] back to the last columns."""
-        values.scatter_(1, self.last, values.gather(1, self.holes))
+        _put(values, self.last, values.gather(1, self.holes))
 
 
 def divergence(
@@ -88,4 +95,4 @@ def gradient_(backend, student: Rows, outcomes: Outcomes, coefficient: Tensor, o
         rest.restore(out)
     z = student.gathered[:, : words.shape[1]].double()
     slope = student.scale * (1.0 if student.softcap is None else 1 - (z / student.softcap).square())
-    out.scatter_(1, words, (d_outcomes[:, : words.shape[1]] * slope).to(out.dtype))
+    _put(out, words, (d_outcomes[:, : words.shape[1]] * slope).to(out.dtype))

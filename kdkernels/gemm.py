@@ -220,6 +220,11 @@ def add_column_sums(dz: Tensor, out: Tensor, powers: Tensor | None = None) -> No
         out[words] += part.sum(0, dtype=out.dtype) if powers is None else powers @ part.to(out.dtype)
 
 
+def column_sums_row(vocabulary: int) -> int:
+    """Bytes that ``add_column_sums`` takes for each token."""
+    return 4 * min(_ADDED_WORDS, vocabulary)
+
+
 class WeightGradient:
     """dW [V, H] = sum over chunks of dz.T @ hidden, summed in fp32 where there is more than one chunk, or fp16.
 

@@ -10,7 +10,8 @@ logger = logging.getLogger("kdkernels")
 
 DEFAULT_BUDGET = 384 * 2**20  # bytes; for 151936 words in bf16: 1050 student rows and 192 teacher rows
 SMALLEST_GOOD_CHUNK = 256  # rows; below, reading the weights once per chunk dominates
-TOKEN_BYTES = 1536  # of every token of a call, whatever the chunk: statistics, top words, coefficients, on both sides
+TOKEN_BYTES = 768  # of every token of a call, whatever the chunk: statistics, selections, coefficients, of both sides
+CANDIDATE_BYTES = 24  # of every token's every candidate: id and log-probability, twice while chunks are joined
 TEACHER_ROWS = 192  # the teacher's logits only feed the row kernels: a smaller buffer does
 
 

@@ -171,11 +171,14 @@ def plackett_luce(ranked: Tensor) -> Tensor:
 
 
 def plackett_luce_gradient(ranked: Tensor) -> Tensor:
-    """dNLL/dranked_i = sum_{j <= i} exp(ranked_i - logsumexp(ranked_j..)) - 1; 0 for absent words; [C, K] -> [C, K]."""
+    """dNLL/dranked_i = sum_{j <= i} exp(ranked_i - logsumexp(ranked_j..)) - 1; 0 for absent words; [C, K] -> [C, K].
+
+    ranked_i leaves the sum, whose other factors are summed from the first candidate on: no [C, K, K] terms.
+    """
     z, exists = _present(ranked)
     tails = z.flip(-1).logcumsumexp(-1).flip(-1)
-    shares = (z[:, None, :] - tails[:, :, None]).exp()  # [C, j, i]: softmax of i among the candidates from j on
-    return torch.where(exists, torch.where(exists[:, :, None], shares, 0).triu().sum(1) - 1, 0)
+    before = (-tails).masked_fill(~exists, -math.inf).logcumsumexp(-1)
+    return torch.where(exists, (z + before).exp() - 1, 0)
 
 
 def gate(entropy_s: Tensor, entropy_t: Tensor, tau: float) -> Tensor:

@@ -6,6 +6,7 @@ Axes: N tokens, n tokens of a chunk, V vocabulary, H hidden, K stored words.
 from __future__ import annotations
 
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,16 +33,45 @@ def logits_dtype(student: Source, asked: torch.dtype | None) -> torch.dtype:
     return asked
 
 
-def costs(backend: ModuleType, source: Source, vocabulary: int, dtype: torch.dtype, trained: bool) -> tuple[int, int]:
-    """Bytes whatever the chunk, and bytes a token, of a side with ``dtype`` logits, ``trained``: and gradients."""
+class Costs(NamedTuple):
+    """Bytes that a side takes."""
+
+    kept: int  # throughout the call
+    fixed: int  # at some time, whatever the chunk
+    row: int  # for each token of a chunk
+
+
+def costs(
+    backend: ModuleType, source: Source, vocabulary: int, dtype: torch.dtype, largest: int, trained: bool
+) -> Costs:
+    """Of a side with ``dtype`` logits, whose ``largest`` words are asked for; ``trained``: and gradients."""
     if isinstance(source, TopK):
-        return 0, 128 * source.indices.shape[-1]  # ids, and a dozen fp64 vectors of outcomes
+        return Costs(0, 0, 128 * source.indices.shape[-1])  # ids, and a dozen fp64 vectors of outcomes
+    row = vocabulary * dtype.itemsize + 64 * largest  # ids, values and what is computed from them
     if isinstance(source, Logits):
-        copied = _copied(vocabulary, source.device) * vocabulary * source.dtype.itemsize
-        return copied, vocabulary * dtype.itemsize
+        return Costs(0, _copied(vocabulary, source.device) * vocabulary * source.dtype.itemsize, row)
     width, operand = source.hidden.shape[-1], source.dtype
-    fixed, row = gemm.products(backend, source.device, operand).workspace(width, operand, dtype, trained)
-    return fixed, vocabulary * dtype.itemsize + (1 + trained) * width * operand.itemsize + row
+    kept = 0 if _multiplies(source.weight) else vocabulary * width * operand.itemsize
+    fixed, more = gemm.products(backend, source.device, operand).workspace(width, operand, dtype, trained)
+    if trained and source.bias is not None:
+        more += gemm.column_sums_row(vocabulary)
+    return Costs(kept, fixed, row + (1 + trained) * width * operand.itemsize + more)
+
+
+def _multiplies(weight: Tensor) -> bool:
+    """Whether words lie side by side or below each other; every product would copy other weights."""
+    return 1 in weight.stride()
+
+
+def _take(source: Tensor, at: Tensor) -> Tensor:
+    """Rows [n, X] of source [..., X] at flat positions [n]. Flattening what is not contiguous would copy all of it."""
+    if source.is_contiguous():
+        return source.view(-1, source.shape[-1]).index_select(0, at)
+    places = []  # in each leading dimension
+    for size in reversed(source.shape[:-1]):
+        places.insert(0, at % size)
+        at = at // size
+    return source[tuple(places)]
 
 
 # A gradient and what it still has to be multiplied with, where fp16 does not hold the product: a number or, for
@@ -61,11 +91,9 @@ class HeadSide:
         self, backend: ModuleType, head: Head, index: Tensor, buffer: Tensor, needs: tuple[bool, ...], chunks: int
     ):
         self.vocabulary = vocabulary = buffer.shape[1]
-        self.flat = head.hidden.reshape(-1, head.hidden.shape[-1])
-        self.index = index
+        self.source, self.index = head.hidden, index
         weight = head.weight[:vocabulary]
-        # Words neither side by side nor below each other: every product would copy them, here it is once.
-        self.weight = weight if 1 in weight.stride() else weight.contiguous()
+        self.weight = weight if _multiplies(head.weight) else weight.contiguous()
         self.bias = None if head.bias is None else head.bias[:vocabulary]
         self.scale, self.softcap = float(head.scale), head.softcap
         self.buffer = buffer
@@ -81,7 +109,7 @@ class HeadSide:
         self.powers = _powers(head.hidden)
 
     def hidden(self, tokens: slice) -> Tensor:
-        return self.flat.index_select(0, self.index[tokens])
+        return _take(self.source, self.index[tokens])
 
     def rows(self, tokens: slice, temperature: float, topk: int, gather: Tensor | None) -> Rows:
         logits = self.buffer[: tokens.stop - tokens.start]
@@ -105,9 +133,9 @@ class HeadSide:
         weight = (self.d_weight.gradient, self.d_weight.factor) if self.d_weight else (None, 1.0)
         bias, factor = self.d_bias, 1.0
         if bias is not None:
-            if self.flat.dtype == torch.float16:
+            if self.source.dtype == torch.float16:
                 factor = fp16.normalized(bias)
-            bias = bias.to(self.flat.dtype)
+            bias = bias.to(self.source.dtype)
         return (self.d_hidden, self.powers), weight, (bias, factor)
 
 
@@ -123,15 +151,11 @@ class LogitsSide:
 
     def rows(self, tokens: slice, temperature: float, topk: int, gather: Tensor | None) -> Rows:
         logits = self.buffer[: tokens.stop - tokens.start]
-        # One leading dimension at a time, because flattening logits that are not contiguous would copy all of them.
-        at, places = self.index[tokens], []
-        for size in reversed(self.source.shape[:-1]):
-            places.insert(0, at % size)
-            at = at // size
+        source, at = self.source[..., : self.vocabulary], self.index[tokens]
         step = _copied(self.vocabulary, logits.device)
         for first in range(0, len(logits), step):
             some = slice(first, first + step)
-            logits[some] = self.source[(*(place[some] for place in places), slice(self.vocabulary))]
+            logits[some] = _take(source, at[some])
         return self.backend.statistics(logits, 1.0, None, temperature, topk, gather)
 
     def add(self, tokens: slice, d_logits: Tensor, powers: Tensor | None) -> None:
@@ -149,10 +173,10 @@ class TopKSide:
     """A teacher's stored words."""
 
     def __init__(self, source: TopK, index: Tensor, vocabulary: int):
-        self.ids, self.log_probs = (t.reshape(-1, t.shape[-1]) for t in (source.indices, source.log_probs))
+        self.ids, self.log_probs = source.indices, source.log_probs
         self.index, self.vocabulary, self.renormalize = index, vocabulary, source.renormalize
-        if self.ids.shape[1] > vocabulary:
-            raise ValueError(f"indices: expected at most {vocabulary} words (the vocabulary), got {self.ids.shape[1]}")
+        if self.ids.shape[-1] > vocabulary:
+            raise ValueError(f"indices: expected at most {vocabulary} words (the vocabulary), got {self.ids.shape[-1]}")
 
     def words(self, tokens: slice) -> tuple[Tensor, Tensor]:
         """ids [n, K] and log-probs [n, K] in fp64.
@@ -161,7 +185,7 @@ class TopKSide:
             ValueError: on CPUs, ids or log-probabilities that are none. Elsewhere the token's log-probs become NaN.
         """
         at = self.index[tokens]
-        ids, log_p = self.ids.index_select(0, at), self.log_probs.index_select(0, at)
+        ids, log_p = _take(self.ids, at), _take(self.log_probs, at)
         slack = 1e-3 if log_p.dtype.itemsize >= 4 else 2e-2
         log_p = log_p.double()
         ordered, total = ids.sort(-1).values, log_p.exp().sum(-1)

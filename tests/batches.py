@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from unittest import mock
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from truth import Batch
 
 import kdkernels as kd
+from kdkernels import plan
 
 
 def random_head(
@@ -85,6 +87,13 @@ def run(objective, batch: Batch, **more) -> kd.objectives.Output:
         batch.student, teacher, batch.mask, weights=batch.weights, from_teacher=from_teacher, teacher_mask=teacher_mask,
         **more,
     )  # fmt: skip
+
+
+def costs(call: Callable[[int], object]) -> tuple[int, int, int]:
+    """Bytes that ``call(memory_budget)`` plans with: whatever the chunk, a token of the student's, of the teacher's."""
+    with mock.patch.object(plan, "chunk_rows", side_effect=InterruptedError) as asked, pytest.raises(InterruptedError):
+        call(1)
+    return asked.call_args.args[1:4]
 
 
 def smallest_budget(call: Callable[[int], object]) -> int:

@@ -5,12 +5,12 @@ import logging
 import pytest
 import torch
 import truth
-from batches import OBJECTIVES, fixed, loss_of, smallest_budget
+from batches import OBJECTIVES, costs, fixed, loss_of
 from products import Products
 from test_logits import FUNCTIONS
 
 import kdkernels as kd
-from kdkernels import gemm, plan
+from kdkernels import plan
 from kdkernels.rows import backend_for
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
@@ -20,14 +20,9 @@ OBJECTIVE_OF = {p.id: p.values[0] for p in OBJECTIVES}
 
 
 def budget(make, batch: truth.Batch, tokens: int) -> int:
-    """Bytes for about so many tokens, from what the error about too small a budget says one token takes."""
-    least = smallest_budget(lambda n: loss_of(make, batch, memory_budget=n))
-    itemsize = batch.student.hidden.element_size()
-    row = itemsize * (V + 2 * HS + (V + 2 * HT if make is not kd.SFT else 0))
-    head = batch.student.hidden
-    products = gemm.products(backend_for(head.device, head.dtype), head.device, head.dtype)
-    row += sum(products.workspace(HS, head.dtype, head.dtype, trained)[1] for trained in (True, False))
-    return least + (tokens - 1) * row
+    """Bytes for at most so many tokens of the student's."""
+    fixed, student, teacher = costs(lambda n: loss_of(make, batch, memory_budget=n))
+    return fixed + tokens * student + teacher
 
 
 def measure(make, batch, **more) -> tuple[Products, list[torch.Tensor]]:
@@ -65,9 +60,9 @@ def test_on_identical_logits_chunks_change_no_bit(backend, name, monkeypatch):
 
     whole = outcome(None)
     assert max(seen) == (sum(lengths) if name in OBJECTIVE_OF else 12)
-    least = smallest_budget(outcome)
-    for budget, most in ((least, 1), (least + 2 * 4 * words, 3)):  # the teacher takes one token at a time
-        pieces = outcome(budget)
+    fixed, row, teacher_row = costs(outcome)
+    for most in (1, 3):  # the teacher takes one token at a time
+        pieces = outcome(fixed + most * row + teacher_row)
         assert max(seen) == most
         for got, expected in zip(pieces, whole, strict=True):
             assert torch.equal(got, expected)

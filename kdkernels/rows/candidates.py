@@ -16,8 +16,8 @@ def plackett_luce(student_logits: Tensor, teacher_logits: Tensor, teacher_top: T
     logits have no order.
     """
     order = reference.teacher_order(teacher_logits, teacher_top)
-    ranked = student_logits.gather(-1, order)
     none = teacher_logits.isnan().any(-1) | ~teacher_top.isfinite()
-    ranked = ranked.masked_fill(none[:, None], torch.nan)
-    gradient = reference.plackett_luce_gradient(ranked)
-    return reference.plackett_luce(ranked), gradient.scatter(-1, order, gradient)
+    ranked = student_logits.gather(-1, order).masked_fill(none[:, None], torch.nan).double()
+    value = reference.plackett_luce(ranked).to(student_logits.dtype)
+    gradient = reference.plackett_luce_gradient(ranked).to(student_logits.dtype)
+    return value, gradient.scatter(-1, order, gradient)

@@ -12,7 +12,7 @@ from .. import reference
 from ..divergences import Divergence
 from .interface import Coefficients, Rows
 
-_BLOCK = 1 << 21  # logits per step; a dozen fp32 temporaries of it are the workspace
+_BLOCK = 1 << 23  # bytes of the logits of a step, in at least fp32; 14 tensors of that are the workspace
 
 
 def supports(dtype: torch.dtype) -> bool:
@@ -20,11 +20,12 @@ def supports(dtype: torch.dtype) -> bool:
 
 
 def workspace(rows: int, vocabulary: int) -> int:
-    return 12 * 4 * max(min(_BLOCK, rows * vocabulary), vocabulary)
+    return 14 * max(min(_BLOCK, 8 * rows * vocabulary), 8 * vocabulary)
 
 
-def _steps(rows: int, vocabulary: int):
-    step = max(1, _BLOCK // vocabulary)
+def _steps(logits: Tensor) -> list[slice]:
+    rows, vocabulary = logits.shape
+    step = max(1, _BLOCK // (vocabulary * max(4, logits.itemsize)))
     return [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
 
 
@@ -38,13 +39,13 @@ def _z(rows: Rows) -> Tensor:
 def statistics(
     logits: Tensor, scale: float, softcap: float | None, temperature: float, topk: int, gather: Tensor | None
 ) -> Rows:
-    count, vocabulary = logits.shape
+    count = len(logits)
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     stats = logits.new_empty((count, 4), dtype=dtype)
     values, indices = stats.new_empty((count, topk)), stats.new_empty((count, topk), dtype=torch.int64)
     gathered = None if gather is None else stats.new_empty(gather.shape)
     out = Rows(logits, scale, softcap, stats, values, indices, gathered)
-    for step in _steps(count, vocabulary):
+    for step in _steps(logits):
         z = _z(out[step])
         top = z.max(-1).values
         shifted = z - top[:, None]
@@ -61,7 +62,7 @@ def statistics(
 
 def divergence(student: Rows, teacher: Rows, kind: Divergence, temperature: float) -> tuple[Tensor, Tensor]:
     value = student.stats.new_empty(student.stats.shape[0])
-    for step in _steps(*student.logits.shape):
+    for step in _steps(student.logits):
         value[step] = reference.divergence(_z(student[step]), _z(teacher[step]), kind, temperature)
     return value, value  # reference.divergence_gradient finds the centre itself
 
@@ -75,7 +76,7 @@ def gradient_(
     coefficients: Coefficients,
     out: Tensor,
 ) -> None:
-    for step in _steps(*student.logits.shape):
+    for step in _steps(student.logits):
         rows, c = student[step], coefficients
         c_divergence, c_entropy, c_softmax = (part[step, None] for part in c.dense)
         z = _z(rows)
