@@ -4,10 +4,12 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from transformers.utils.logging import disable_progress_bar
 
 from kdkernels.training import distributed
+from kdkernels.training.atomic import writing
 from kdkernels.training.config import Config, load_config
 from kdkernels.training.errors import DiskError, Stopped
 from kdkernels.training.plan import plan
@@ -36,7 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = _read_recipe(options.recipe, options.set)
         if options.dry_run:
-            print(plan(config, resume=options.resume))
+            text = plan(config, resume=options.resume)
+            with writing(Path("standard output")):
+                print(text, flush=True)
         else:
             train(config, resume=options.resume)
     except FloatingPointError as error:
@@ -66,6 +70,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _end(status: int, text: object) -> int:
     """Says `text` in one line; `status`."""
+    try:
+        sys.stdout.flush()
+    except OSError:  # Python would try again at its end, and end with another status
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     print(f"kdkernels: {' '.join(str(text).split())}", file=sys.stderr)
     return status
 

@@ -153,8 +153,9 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """A checkpoint after `every` steps (0: none; a tenth of the steps by default), of which the newest `keep` stay. One
-    takes the disk space of the weights and the optimizer's state; a crashed run goes on from the newest.
+    """A checkpoint after `every` steps and the last one (0: none; a tenth of the steps by default), and on SIGTERM; the
+    newest `keep` stay. One takes the disk space of the weights and the optimizer's state; a crashed run goes on from
+    the newest.
     """
 
     every: CountOrZero | None = None

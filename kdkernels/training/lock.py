@@ -49,9 +49,9 @@ def locked(directory: Path) -> Iterator[None]:
 def refuse_if_locked(directory: Path) -> None:
     """Raises InputError naming the owner where a run is in `directory`; writes nothing."""
     try:
-        handle = os.open(directory / NAME, os.O_RDONLY)
+        handle = os.open(directory / NAME, os.O_RDWR)  # NFS has exclusive locks for writers only
     except OSError:
-        return  # nobody has been here, or nobody could
+        return  # nobody has been here; or it is not for this user, as the run itself will say
     try:
         _lock(handle, directory / NAME)
     finally:

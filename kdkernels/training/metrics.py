@@ -63,9 +63,10 @@ class MetricsLog:
     def say(self, *lines: object) -> None:
         """Lines for people, beside the progress bar."""
         if self.active:
-            for line in lines:
-                self.bar.write(str(line), file=sys.stdout)
-            sys.stdout.flush()
+            with writing(Path("standard output")):
+                for line in lines:
+                    self.bar.write(str(line), file=sys.stdout)
+                sys.stdout.flush()
 
     def __enter__(self) -> "MetricsLog":
         return self

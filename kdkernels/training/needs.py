@@ -36,9 +36,9 @@ class Needs:
         return max(min(self.written, self.keep + 1) * self.checkpoint, kept * self.checkpoint + self.final)
 
 
-def needs(config: Config, student: nn.Module, teacher: nn.Module | None) -> Needs:
+def needs(config: Config, student: nn.Module, teacher: nn.Module | None, done: int = 0) -> Needs:
     """The needs of a run of `config` with these models (on the meta device, if need be) on as many processes as there
-    are.
+    are, `done` of whose steps are trained.
     """
     weights, width = _count(student), 2 if config.run.dtype == "bfloat16" else 4
     stage = config.deepspeed.zero_stage
@@ -60,7 +60,8 @@ def needs(config: Config, student: nn.Module, teacher: nn.Module | None) -> Need
         memory,
         checkpoint=(width + master + 8) * weights,
         final=width * weights,
-        written=-(-config.train.steps // every) if every else 0,  # the last step has one in any case
+        # the last step has one in any case
+        written=-(-config.train.steps // every) if every and done < config.train.steps else 0,
         keep=config.checkpoint.keep,
     )
 

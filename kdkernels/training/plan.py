@@ -25,7 +25,7 @@ def plan(config: Config, resume: bool = False) -> str:
     models = {"student": load_student(config, inputs.tokenizer, meta=True)}
     if config.teacher is not None:
         models["teacher"] = load_teacher(config, inputs.tokenizer, meta=True)
-    needed = needs(config, models["student"], models.get("teacher"))
+    needed = needs(config, models["student"], models.get("teacher"), start.progress["step"])
     check_disk(run, needed)
     lines = [to_toml(config), "# plan", *(str(examples) for examples in (inputs.examples, inputs.held_out) if examples)]
     lines += [inputs.examples.first, f"tokenizer: {vocabulary_size(inputs.tokenizer)} tokens"]

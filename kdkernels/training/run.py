@@ -149,7 +149,10 @@ class RunDirectory:
         if resume:
             if not self.config.is_file():
                 raise InputError(f"--resume: no run in {self.root}: {self.config.name} is missing")
-            changes = _differences(read_toml(self.config), to_tables(config))
+            recipe = read_toml(self.config)
+            if not all(isinstance(table, dict) for table in recipe.values()):
+                raise InputError(f"--resume: {self.config} is damaged: expected nothing but tables")
+            changes = _differences(recipe, to_tables(config))
             if changes:
                 raise InputError(
                     f"--resume: the recipe differs from that of the run in {self.root}: {'; '.join(changes)}"
@@ -169,7 +172,7 @@ class RunDirectory:
     def _start(self, config: Config, resume: bool, found: tuple[Path, checkpoint.Contents] | None) -> Start:
         began_with, progress = None, BEGINNING
         if found is not None:
-            began_with, progress = found[1].inputs, found[1].progress
+            began_with, progress = found[1].inputs, BEGINNING | found[1].progress
         elif resume and self.final.is_dir():
             raise InputError(
                 f"--resume: the run in {self.root} is finished, its model is in {self.final}, and it kept no "

@@ -72,7 +72,7 @@ def _train(config: Config, run: RunDirectory, start: Start, termination: Termina
         _seed(config.run.seed)
         student = load_student(config, tokenizer)
         teacher = load_teacher(config, tokenizer).to(distributed.device()) if config.teacher else None
-        check_disk(run, needs(config, student, teacher))
+        check_disk(run, needs(config, student, teacher, start.progress["step"]))
         _refuse_nonfinite({"student": student} | ({"teacher": teacher} if teacher else {}))
     engine = build_engine(config, Distillation(student, config.objective.build(), vocabulary_size(tokenizer)))
     with distributed.together():

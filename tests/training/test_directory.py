@@ -284,3 +284,22 @@ def test_the_identity_of_a_model_is_that_of_its_files(load, tmp_path):
         "model.safetensors",
     }
     assert all(re.fullmatch("[0-9a-f]{64}", value) for value in (known["c"], *known["a"].values()))
+
+
+@pytest.mark.parametrize(
+    ("name", "contents"),
+    [
+        ("config.toml", "x = 1"),
+        ("config.toml", "run = [[" + "[" * 100_000),
+        ("config.toml", "\x00"),
+        ("inputs.json", "[1]"),
+        ("inputs.json", "[" * 100_000),
+        ("inputs.json", ""),
+    ],
+    ids=range(6),
+)
+def test_a_damaged_file_of_the_run_is_an_input_error(load, name, contents):
+    run = create(load())
+    (run.root / name).write_text(contents)
+    with pytest.raises(InputError, match=f"{name}"):
+        run.find_start(load(), resume=True)

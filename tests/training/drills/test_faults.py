@@ -124,3 +124,11 @@ def test_statuses_are_documented(worker):
     printed = worker.run("--help")["output"]
     for line in ("exit status", "  0    ", "  1    ", "  2    ", "  3    ", "  4    ", "  130  "):
         assert line in printed
+
+
+@pytest.mark.parametrize("arguments", [(), ("--dry-run",)])
+def test_an_output_that_nobody_takes_is_told(task, arguments):
+    """The lines for people may go to a full disk too."""
+    answer = task.run("-".join(("said", *arguments)), *arguments, stdout="/dev/full")
+    assert answer["statuses"] == [3]
+    assert only_line(answer).startswith("kdkernels: standard output: no space left on the disk")

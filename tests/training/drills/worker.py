@@ -6,6 +6,7 @@ arguments   of the command kdkernels
 processes   how many share the run (1)
 fault       [mode, match, at] for faults.c, and `rank`: the process that meets it (0)
 signal      [number, path]: the signal for all processes once `path` is there
+stdout      where the lines for people go (with the others into `output`)
 kill_after  seconds after which all processes are killed
 
 Answer: `statuses` (of a killed process, minus the signal), `output` and the `events` of the process `rank`.
@@ -27,8 +28,8 @@ PATIENCE = 120  # seconds that a run of the drills may take
 
 def child(job: dict, rank: int, port: int, output: int, events: int) -> None:
     """One process of a run; does not return."""
-    for stream in (1, 2):
-        os.dup2(output, stream)
+    os.dup2(os.open(job["stdout"], os.O_WRONLY) if "stdout" in job else output, 1)
+    os.dup2(output, 2)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if job.get("processes", 1) > 1:
