@@ -156,7 +156,9 @@ def _state(model: nn.Module, layer: nn.Linear) -> tuple:
     config = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     configs = () if config is None else (dict(vars(config)), {} if text is config else dict(vars(text)))
-    return (layer.out_features, layer.in_features, model.training, type(model).forward, _own_forward(model), configs)
+    own = _own_forward(model)
+    own = getattr(own, "__func__", own)  # a bound method would keep the model alive
+    return (layer.out_features, layer.in_features, model.training, type(model).forward, own, configs)
 
 
 # What the stand-in for the output layer returns at each of the four positions. Powers of two and eighths: every

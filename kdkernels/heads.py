@@ -132,11 +132,14 @@ class Head(Source):
         the model's forward gives a logit.
 
         Raises:
+            ValueError: a vocab_size beyond that.
             TypeError: naming what a Head cannot say of this model: an output embedding that is more than a linear
                 layer (an adapter whose effect reading ``.weight`` would lose) or has hooks, a replaced forward, a
                 transform between base model and output embedding, logits that are more than scaled and capped.
         """
         read = tail(model)
+        if vocab_size is not None:
+            check_count("vocab_size", vocab_size, 1, read.words)
         return cls(
             hidden,
             read.layer.weight,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import gc
 import types
+import weakref
 
 import pytest
 import torch
@@ -314,6 +316,24 @@ def test_nothing_is_read_or_left_behind():
     assert (head.softcap, head.vocabulary) == (3.0, VOCABULARY)
     assert {name: id(module) for name, module in model.named_modules()} == before
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_model_is_not_kept_alive():
+    model = tiny("llama")
+    model.forward = types.MethodType(transformers.LlamaForCausalLM.forward, model)
+    kd.Head.from_model(model, torch.zeros(1, 16))
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+def test_words_without_a_logit():
+    """Rows of the weight that the model's forward cuts off are no words, whatever the tokenizer has."""
+    model, hidden = tiny("inkling_text"), torch.zeros(1, 16)
+    assert kd.Head.from_model(model, hidden, vocab_size=80).vocabulary == 80
+    with pytest.raises(ValueError, match="vocab_size: expected an int of 1 to 90, got 95"):
+        kd.Head.from_model(model, hidden, vocab_size=95)
 
 
 class Wrapper(nn.Module):

@@ -6,7 +6,7 @@ import torch
 from tiny_models import KINDS, UNBUILDABLE, tiny
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from torch.nn.functional import cross_entropy
+from torch.nn import functional
 from transformers import BambaForCausalLM, Llama4Config, MllamaConfig, Qwen2ForCausalLM
 
 import kdkernels as kd
@@ -74,7 +74,7 @@ def test_every_router_loss(kind):
     labels = batch.input_ids.masked_fill(batch.attention_mask == 0, -100)
     own = model(**inputs, labels=labels, use_cache=False)
     words = own.logits[:, :-1].flatten(0, 1).float()
-    expected = own.loss - cross_entropy(words, labels[:, 1:].flatten(), ignore_index=-100)
+    expected = own.loss - functional.cross_entropy(words, labels[:, 1:].flatten(), ignore_index=-100)
     routers = router_loss(model, states(model, batch), batch.attention_mask)
     torch.testing.assert_close(torch.zeros(()) if routers is None else routers, expected, rtol=1e-4, atol=1e-5)
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -94,12 +94,15 @@ ROUTED = (
 )
 
 
-def test_a_run_trains_the_router_loss(load):
-    result = train(load(ROUTED, "train.steps=2"))
+@pytest.mark.parametrize("objective", ["SFT", "GKD"])
+def test_a_run_trains_the_router_loss(load, teacher_set, objective):
+    on_policy = ("objective.name=GKD", teacher_set) if objective == "GKD" else ()
+    result = train(load(ROUTED, "train.steps=2", *on_policy))
     for line in read_metrics(result.output / "metrics.jsonl"):
         assert line["router_loss"] > 1.9  # 2 for experts of equal load
-        assert line["loss"] == pytest.approx(line["cross_entropy"] + line["router_loss"], rel=0.2)
-        assert line["loss"] > line["router_loss"] + 0.5
+        term = line["cross_entropy"] if objective == "SFT" else line["direct"]
+        assert line["loss"] == pytest.approx(term + line["router_loss"], rel=0.2)
+        assert line["loss"] > line["router_loss"] + 1e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -161,7 +164,8 @@ def sharded(module: Distillation, how: str):
 
 @pytest.mark.filterwarnings("ignore:.*all_gather_into_tensor:FutureWarning")  # DeepSpeed's
 @pytest.mark.parametrize("how", ["FSDP2", "ZeRO-3"])
-def test_shards_are_gathered_where_the_head_is_read(how):
+def test_shards_are_gathered_where_the_head_is_read(how, monkeypatch):
+    monkeypatch.setattr(functional, "linear", functional.linear)  # put back afterwards: ZeRO-3 leaves its own there
     distributed.start()
     batch = collate([[5, 6, 7], [5, 6]], [[8, 9, 2], [3, 2]], pad_id=0)
     expected = Distillation(tiny("gemma2"), kd.SFT(), 97)(batch, None)
