@@ -1,4 +1,4 @@
-# make install | demo | test | gpu-check | test-slow | drills | bench | bench-compare | gpu-report | gsm8k | lint | clean.
+# make install | demo | test | test-avx2 | gpu-check | test-slow | drills | bench | bench-compare | gpu-report | gsm8k | lint | clean.
 # Everything lives in .venv; nothing outside this folder is touched.
 PYTHON ?= python3
 PY := .venv/bin/python
@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 
-.PHONY: install demo gsm8k gpu-check test test-slow drills bench bench-compare gpu-report lint clean
+.PHONY: install demo gsm8k gpu-check test test-avx2 test-slow drills bench bench-compare gpu-report lint clean
 
 install: .venv/installed
 
@@ -39,6 +39,13 @@ gpu-check:
 	KDKERNELS_TEST_BACKENDS=triton $(PY) -m pytest tests/test_rows.py tests/test_properties.py tests/test_example.py tests/triton_rows.py
 	compute-sanitizer --tool memcheck --error-exitcode 1 $(PY) -m kdkernels.rows.triton_resources launch
 	compute-sanitizer --tool racecheck --error-exitcode 1 $(PY) -m kdkernels.rows.triton_resources launch
+
+# As on a CPU without AVX-512: our kernels, torch's, oneDNN's and MKL's take AVX2, and torch has no fast 16-bit products.
+test-avx2: export KDKERNELS_CPU_ISA := avx2
+test-avx2: export ATEN_CPU_CAPABILITY := avx2
+test-avx2: export ONEDNN_MAX_CPU_ISA := AVX2
+test-avx2: export MKL_ENABLE_INSTRUCTIONS := AVX2
+test-avx2: test
 
 test-slow: install
 	$(PY) -m pytest -m slow

@@ -196,10 +196,24 @@ def test_a_wide_model_on_many_threads_leaves_room_for_logits(monkeypatch):
     assert fixed < plan.DEFAULT_BUDGET / 2
 
 
+def of_this_cpu() -> tuple[str, set[str]]:
+    """What Linux says of it, and its instruction sets."""
+    cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    return cpu, set(re.search(r"^flags\s*:(.*)$|\Z", cpu, re.MULTILINE)[0].split())
+
+
+def test_torch_has_units_where_it_should():
+    """And none in `make test-avx2`, or that would test nothing."""
+    if os.environ.get("ONEDNN_MAX_CPU_ISA") == "AVX2":
+        assert not gemm._has_units(BF16) and not gemm._has_units(F16)
+        assert type(products_of(BF16)) is type(products_of(F16)) is gemm.Widened
+    elif {"avx512bw", "avx512vl", "avx512dq"} <= of_this_cpu()[1]:
+        assert gemm._has_units(BF16)
+
+
 def test_native_products_are_there_where_they_should_be():
     """Or the tests below would all be skipped."""
-    cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    flags = set(re.search(r"^flags\s*:(.*)$|\Z", cpu, re.MULTILINE)[0].split())
+    cpu, flags = of_this_cpu()
     able = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16"} <= flags
     if os.environ.get("KDKERNELS_BACKEND") or os.environ.get("KDKERNELS_CPU_ISA", "avx512") != "avx512":
         able = False

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from allocations import Resident
 from batches import fixed, loss_of, smallest_budget
 
 import kdkernels as kd
@@ -18,22 +19,21 @@ from kdkernels import memory
 CPU = torch.device("cpu")
 
 MEASURE = """
-import json, re, sys
+import json, sys
 import torch
 import kdkernels as kd
 
-rows, length, vocabulary, hidden_s, hidden_t, budget = json.loads(sys.argv[1])
-MIB = 2**20
+tests, dtype, rows, length, vocabulary, hidden_s, hidden_t, budget = json.loads(sys.argv[1])
+sys.path.insert(0, tests)
+from allocations import Resident
 
-
-def status(key):
-    return int(re.search(rf"{key}:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
+dtype = getattr(torch, dtype)
 
 
 def problem(rows, length, vocabulary):
     def head(size, grad):
-        weight = torch.empty(vocabulary, size, dtype=torch.bfloat16).uniform_(-0.1, 0.1).requires_grad_(grad)
-        return kd.Head(torch.randn(rows, length, size, dtype=torch.bfloat16).requires_grad_(grad), weight)
+        weight = torch.empty(vocabulary, size, dtype=dtype).uniform_(-0.1, 0.1).requires_grad_(grad)
+        return kd.Head(torch.randn(rows, length, size, dtype=dtype).requires_grad_(grad), weight)
 
     return head(hidden_s, True), head(hidden_t, False), torch.ones(rows, length, dtype=torch.bool)
 
@@ -44,22 +44,22 @@ def step(student, teacher, mask):
 
 step(*problem(2, 4, 1000))  # libraries and threads are up
 student, teacher, mask = problem(rows, length, vocabulary)
-open("/proc/self/clear_refs", "w").write("5")  # the peak is now what is resident
-before = status("VmRSS")
-step(student, teacher, mask)
-gradients = (student.weight.grad.nbytes + student.hidden.grad.nbytes) / MIB
+with Resident() as resident:
+    step(student, teacher, mask)
+gradients = student.weight.grad.nbytes + student.hidden.grad.nbytes
 print(json.dumps({
-    "beyond": status("VmHWM") - before - gradients,
+    "beyond": (resident.peak - gradients) / 2**20,
     "gradient": float(student.weight.grad.float().norm()),
-    "accumulator": vocabulary * hidden_s * 4 / MIB,
+    "accumulator": vocabulary * hidden_s * 4 / 2**20,
 }))
 """
 
 LIMIT = 400  # MiB: the default budget of 384 and what is not logits
+NARROW = pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 
 
 def measure(*problem) -> dict:
-    command = [sys.executable, "-c", MEASURE, json.dumps(problem)]
+    command = [sys.executable, "-c", MEASURE, json.dumps([str(Path(__file__).parent), *problem])]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     result = json.loads(done.stdout)
@@ -69,25 +69,39 @@ def measure(*problem) -> dict:
 
 @pytest.fixture
 def linux():
-    if not Path("/proc/self/clear_refs").exists():
+    if not Resident.measurable:
         pytest.skip("peak memory is read from Linux's /proc")
 
 
-def test_the_default_budget_at_a_real_vocabulary(linux):
-    """512 tokens of 151936 words, 896 and 1536 hidden, bf16: one chunk, no accumulator."""
-    assert measure(4, 128, 151936, 896, 1536, None)["beyond"] <= LIMIT
+# Hidden states are narrow, because products are slow on some CPUs and the logits are what is large; a product that
+# widens an operand of its own accord is still seen, at 74 MiB or more.
+
+
+@NARROW
+def test_the_default_budget_at_a_real_vocabulary(linux, dtype):
+    """600 tokens of 151936 words, one chunk: no fp32 sums of dW but in fp16."""
+    result = measure(dtype, 4, 150, 151936, 128, 192, None)
+    outside = result["accumulator"] if dtype == "float16" else 0
+    assert 340 <= result["beyond"] - outside <= LIMIT
+
+
+@pytest.mark.slow
+def test_the_default_budget_at_real_sizes(linux):
+    """896 and 1536 hidden."""
+    assert measure("bfloat16", 4, 150, 151936, 896, 1536, None)["beyond"] <= LIMIT
 
 
 def test_several_chunks(linux):
     """2048 tokens of 100003 words: beyond the budget only the one fp32 accumulator of dW."""
-    result = measure(8, 256, 100003, 64, 96, None)
+    result = measure("bfloat16", 8, 256, 100003, 64, 96, None)
     assert result["beyond"] - result["accumulator"] <= LIMIT
 
 
-def test_a_smaller_budget_is_kept(linux):
+@NARROW
+def test_a_smaller_budget_is_kept(linux, dtype):
     """Nothing as large as a weight is allocated on the side: 98 MiB here, were it one."""
     budget = 100
-    result = measure(16, 64, 100003, 256, 96, budget * 2**20)
+    result = measure(dtype, 8, 64, 100003, 256, 96, budget * 2**20)
     assert result["beyond"] - result["accumulator"] <= budget + 16
 
 
