@@ -69,9 +69,15 @@ def _numbers(model: nn.Module) -> tuple[float, float | None, int]:
     """Scale, soft-cap and words; checked in every call, measured in the first and wherever something has changed."""
     layer = _output_layer(model)
     for name, module in (("the model", model), ("its output layer", layer)):
-        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
-            if not _is_plumbing(hook):
-                raise _refusal(model, f"{name} has a forward hook, {_name(hook)}, which nobody would call")
+        for hooks in (
+            module._forward_pre_hooks,
+            module._forward_hooks,
+            module._backward_pre_hooks,
+            module._backward_hooks,
+        ):
+            for hook in hooks.values():
+                if not _is_plumbing(hook):
+                    raise _refusal(model, f"{name} has a hook, {_name(hook)}, which nobody would call")
     state = _state(model, layer)
     known = _KNOWN.get(model)
     if known is None or known[0] != state:

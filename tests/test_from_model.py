@@ -154,7 +154,7 @@ def wrong(model, hidden=None) -> str:
     return str(raised.value)
 
 
-def test_forward_hooks_are_refused_by_name():
+def test_hooks_are_refused_by_name():
     def louder(module, arguments, output):
         return output * 2
 
@@ -164,8 +164,10 @@ def test_forward_hooks_are_refused_by_name():
         model.lm_head.register_forward_hook(louder),
         model.register_forward_hook(louder),
         model.lm_head.register_forward_pre_hook(lambda module, arguments: arguments),
+        model.lm_head.register_full_backward_hook(lambda module, inward, outward: None),
+        model.register_full_backward_pre_hook(lambda module, outward: None),
     ):
-        assert "forward hook, test_from_model.test_forward_hooks_are_refused_by_name" in wrong(model)
+        assert " has a hook, test_from_model.test_hooks_are_refused_by_name" in wrong(model)
         handle.remove()
     kd.Head.from_model(model, torch.zeros(1, 16))
     model.model.norm.register_forward_hook(louder)  # the base model itself is run
@@ -203,7 +205,7 @@ def test_a_pruned_head_is_refused():
     """Its ``weight`` is what the last forward pass left behind: after a step it is another one."""
     model = tiny("llama")
     prune.l1_unstructured(model.lm_head, "weight", amount=0.5)
-    assert "its output layer has a forward hook, torch.nn.utils.prune.L1Unstructured" in wrong(model)
+    assert "its output layer has a hook, torch.nn.utils.prune.L1Unstructured" in wrong(model)
     prune.remove(model.lm_head, "weight")
     compare(model)
 
