@@ -73,13 +73,13 @@ def _drop_gradients(optimizer: torch.optim.Optimizer, *_: object) -> None:
 
 
 def nonfinite(engine) -> str | None:
-    """The name of a weight, buffer or optimizer state of what the engine would save that is not finite on some process;
-    all processes call this together.
+    """The name of a weight, buffer or optimizer state of the student that is not finite on some process; all processes
+    call this together. (The objective's buffers may say NaN for what it has not seen yet.)
     """
     groups, states = engine.basic_optimizer.param_groups, engine.basic_optimizer.state.values()
     own = first_nonfinite(
         itertools.chain(
-            engine.module.state_dict().items(),
+            engine.module.student.state_dict().items(),
             (("the optimizer's weights", weight) for group in groups for weight in group["params"]),
             (
                 (f"the optimizer's {name}", one)

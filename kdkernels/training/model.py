@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -163,6 +164,7 @@ def _architecture(config: Config, tokenizer: PreTrainedTokenizerBase, key: str) 
     """The transformers configuration of a fresh student, its vocabulary that of the tokenizer, padded."""
     options = dict(config.student.architecture)
     model_type = options.pop("model_type")
+    refuse_unknown([model_type], CONFIG_MAPPING.keys(), f"{key}:", "model_type")
     with _named(key):
         default = AutoConfig.for_model(model_type)
     owned = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")

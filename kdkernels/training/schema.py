@@ -75,8 +75,13 @@ def refuse_unknown(given: Iterable[str], known: Iterable[str], place: str, what:
     for name in given:
         if name not in known:
             closest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-            hint = f"did you mean {closest[0]!r}?" if closest else f"expected one of {', '.join(known)}"
-            raise InputError(f"{place} unknown {what} {name!r}; {hint}")
+            few = (
+                f"expected one of {', '.join(known)}"
+                if len(known) <= 50
+                else f"none of the {len(known)} known is close"
+            )
+            hint = f"did you mean {closest[0]!r}?" if closest else few
+            raise InputError(f"{place} unknown {what} {show(name)}; {hint}")
 
 
 def parse_table(table: Mapping[str, Any], known: Mapping[str, tuple[Any, Any]], place: str) -> dict[str, Any]:

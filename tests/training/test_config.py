@@ -121,6 +121,7 @@ def test_malformed_overrides_are_refused(assignment):
         (["data.train=nowhere.jsonl"], ["[data] train: no such file: nowhere.jsonl"]),
         (["student.path=gpt2"], ["[student] expected exactly one of path and architecture"]),
         (["student.architecture.model_type=3"], ["[student] architecture: expected a model_type"]),
+        (["student.path=gpt2"], ["got both"]),
         (["tokenizer.path=gpt2"], ["[tokenizer] expected at most one of path and kind"]),
         (["tokenizer.kind=bpe"], ["[tokenizer] key 'vocab_size' is missing; kind \"bpe\" needs it"]),
         (["tokenizer.vocab_size=9"], ['[tokenizer] vocab_size belongs to kind "bpe": leave it out', "got 9"]),

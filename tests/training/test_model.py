@@ -123,7 +123,8 @@ def test_a_model_smaller_than_the_vocabulary_is_refused(models, load, tmp_path):
     [
         ("hiden_size=3", "unknown key 'hiden_size'; did you mean 'hidden_size'"),
         ("vocab_size=3", "unknown key 'vocab_size'"),
-        ("model_type=qwen0", "qwen0"),
+        ("model_type=qwen0", "unknown model_type 'qwen0'; did you mean 'qwen"),
+        ("model_type='#'", "unknown model_type '#'; none of the "),
         ("hidden_size=many", "'hidden_size' expected int, got str"),
         ("hidden_size=15", "size of tensor"),  # an odd size for each of two heads
         ("num_attention_heads=3", "size of tensor"),
