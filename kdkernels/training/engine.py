@@ -13,6 +13,9 @@ from kdkernels.training import distributed
 from kdkernels.training.config import Config, OptimizerConfig
 from kdkernels.training.schema import InputError
 
+# Micro-batches whose gradients bfloat16 can sum: with 32 of them the sum's rounding is .5 %, as much as one product's;
+# from 256 on, the sum's last place is as large as what is added.
+MOST_IN_BFLOAT16 = 64
 COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 # What DeepSpeed and ZeRO add to their optimizer's state that is no number, tensor or text: a loss scale that is 1 for
 # float32 and bfloat16, the stage, and where each parameter lies in the flat groups. The recipe gives them again.
@@ -104,7 +107,7 @@ def first_nonfinite(tensors: Iterable[tuple[str, torch.Tensor]]) -> str | None:
 
 def accumulation_steps(config: Config) -> int:
     """Micro-batches per process and step. Raises InputError if the batch is no multiple of what the processes take at
-    once.
+    once, or if there are too many to add up.
     """
     at_once = config.train.micro_batch_size * distributed.world_size()
     if config.train.batch_size % at_once:
@@ -112,7 +115,15 @@ def accumulation_steps(config: Config) -> int:
             f"[train] batch_size: expected a multiple of {at_once} (micro_batch_size {config.train.micro_batch_size} x "
             f"{distributed.world_size()} processes), got {config.train.batch_size}"
         )
-    return config.train.batch_size // at_once
+    steps = config.train.batch_size // at_once
+    in_bfloat16 = config.run.dtype == "bfloat16" and config.deepspeed.zero_stage == 0
+    if in_bfloat16 and steps > MOST_IN_BFLOAT16:
+        raise InputError(
+            f"[deepspeed] zero_stage: expected 1 or 2 for bfloat16 with {steps} micro-batches a step: without ZeRO, "
+            f"DeepSpeed adds their gradients up in bfloat16, where sums of more than {MOST_IN_BFLOAT16} lose what is "
+            "added; or raise [train] micro_batch_size"
+        )
+    return steps
 
 
 def set_rate(engine, config: Config, step: int) -> float:

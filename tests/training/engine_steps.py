@@ -1,0 +1,92 @@
+"""Gradients of one step of the trainer's engine, and of full logits in fp64: run by test_engine.py, also as a program
+under torch.distributed.run, which takes a JSON list of recipes with their overrides and a file for the results.
+"""
+
+import copy
+import json
+import sys
+from collections.abc import Sequence
+
+import torch
+from deepspeed.utils import safe_get_full_grad
+
+from kdkernels import reference
+from kdkernels.training import distributed, load_config, step
+from kdkernels.training.config import Config
+from kdkernels.training.data import collate, load_examples
+from kdkernels.training.engine import build_engine
+from kdkernels.training.model import Distillation, load_student, load_teacher, load_tokenizer, vocabulary_size
+
+EXAMPLES = 8
+
+
+def models(config: Config):
+    """Tokenizer, student in the run's dtype, teacher and examples, the same on every process."""
+    tokenizer = load_tokenizer(config)
+    torch.manual_seed(config.run.seed)
+    student = load_student(config, tokenizer).to(getattr(torch, config.run.dtype))
+    teacher = load_teacher(config, tokenizer) if config.teacher else None
+    examples = load_examples(config.data, config.data.train, tokenizer).usable
+    chosen = [examples[i] for i in torch.randperm(len(examples), generator=torch.Generator().manual_seed(1))[:EXAMPLES]]
+    return tokenizer, student, teacher, chosen
+
+
+def engine_gradients(config: Config) -> dict[str, torch.Tensor | float]:
+    """name -> gradient before clipping of one step on the examples; "norm": what the trainer logs."""
+    distributed.start()
+    tokenizer, student, teacher, examples = models(config)
+    engine = build_engine(config, Distillation(student, config.objective.build(), vocabulary_size(tokenizer)))
+    found, update = {}, step.update
+
+    def capturing(engine, *arguments):
+        found.update({n: safe_get_full_grad(p).double().clone() for n, p in student.named_parameters()})
+        return update(engine, *arguments)
+
+    step.update = capturing
+    try:
+        metrics, defect = step.train_step(engine, teacher, tokenizer, examples, 1, config)
+    finally:
+        step.update = update
+        engine.destroy()
+    assert defect is None, defect
+    return found | {"norm": metrics["gradient_norm"]}
+
+
+def exact_gradients(config: Config) -> dict[str, torch.Tensor]:
+    """The same from the papers' formulas on full logits, all in fp64."""
+    tokenizer, student, teacher, examples = models(config)
+    student = copy.deepcopy(student).double()
+    words = vocabulary_size(tokenizer)
+    batch = collate([one.prompt_ids for one in examples], [one.response_ids for one in examples], 0, from_teacher=True)
+
+    def logits(model):
+        z = model.double()(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[..., :words]
+        return list(z.flatten(0, 1)[batch.layout.index].split(batch.layout.lengths))
+
+    z_s, name = logits(student), config.objective.name
+    if name == "SFT":
+        loss = reference.sft(z_s, batch.target.flatten()[batch.layout.index].split(batch.layout.lengths))
+    else:
+        with torch.no_grad():
+            z_t = logits(teacher)
+        objective = config.objective.build()
+        loss = {
+            "GKD": lambda: reference.gkd(z_s, z_t, objective.beta),
+            "TSDKD": lambda: reference.tsd_kd(z_s, z_t, k=objective.topk),
+            "DistiLLM2": lambda: reference.distillm2(z_s, z_t, [True] * len(z_s)),
+            "VCRD": lambda: reference.vcrd(z_s, z_t, [True] * len(z_s)),
+        }[name]()
+    loss.backward()
+    return {name: parameter.grad for name, parameter in student.named_parameters()}
+
+
+def main(arguments: Sequence[str]) -> None:
+    cases, results = arguments
+    found = [engine_gradients(load_config(recipe, overrides)) for recipe, overrides in json.loads(cases)]
+    if distributed.rank() == 0:
+        torch.save(found, results)
+    distributed.barrier()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
