@@ -1,0 +1,95 @@
+"""Student and objective in one module under DDP, FSDP2 and ZeRO-3: the gradients of full logits in fp64."""
+
+import copy
+import pickle
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from kdkernels import Head, reference
+from kdkernels.objectives import Output
+
+from .test_processes import finish, start
+from .wrappers import WRAPPERS, Distillation, batch
+
+PROGRAM = str(Path(__file__).with_name("wrappers.py"))
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What each of two processes got under each wrapper."""
+    root = tmp_path_factory.mktemp("wrappers")
+    command = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", PROGRAM)
+    finish(start(command, str(root / "gradients"), cwd=root), root)
+    return [torch.load(root / f"gradients.{rank}") for rank in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def exact():
+    x, hidden, weight, mask = batch()
+    module = Distillation().double()
+    z_s = module.lm_head(torch.tanh(module.trunk(x.double())))
+    z_t = hidden.double() @ weight.double().t()
+    lengths = mask.sum(1).tolist()
+    z_s, z_t = ([z[row, :n] for row, n in enumerate(lengths)] for z in (z_s, z_t))
+    reference.tsd_kd(z_s, z_t, k=4, opener_share=0.5).backward()
+    return {name: p.grad for name, p in module.named_parameters()}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_gradients(found, exact, wrapper):
+    first, second = (process[wrapper] for process in found)
+    assert first.keys() == second.keys() == exact.keys()
+    for name, expected in exact.items():
+        assert torch.equal(first[name], second[name]), f"{name} differs between the processes"
+        assert expected.norm() > 0
+        assert (first[name].double() - expected).norm() < 2e-6 * expected.norm(), name
+
+
+# ---- what walks through a forward's output ---
+
+
+def output() -> Output:
+    x, hidden, weight, mask = batch()
+    return Distillation()(x, Head(hidden, weight), mask)
+
+
+def test_an_output_is_walked_through():
+    """DDP, DeepSpeed and pytrees look for tensors in tuples; whoever rebuilds what he walked through gets an Output."""
+    out = output()
+    leaves, spec = torch.utils._pytree.tree_flatten(out)
+    assert leaves[0] is out.loss and leaves[1] is out.count and len(leaves) == 2 + len(out.metrics)
+    again = torch.utils._pytree.tree_unflatten(leaves, spec)
+    assert type(again) is Output and again.loss is out.loss and again.metrics == out.metrics
+    moved = torch.utils._pytree.tree_map(lambda t: t.detach().double(), out)
+    assert moved.loss.dtype == torch.float64 and moved.metrics["direct"].dtype == torch.float64
+    loss, count, metrics = out
+    assert loss is out.loss and count == 4 and metrics["loss"] == loss
+
+
+def test_an_output_is_replaced_copied_and_pickled():
+    out = output()
+    larger = out._replace(loss=out.loss * 2, metrics=out.metrics | {"more": out.count})
+    assert type(larger) is Output and larger.loss == 2 * out.loss and "more" not in out.metrics
+    larger.loss.backward()
+    detached = out._replace(loss=out.loss.detach())
+    for again in (pickle.loads(pickle.dumps(detached)), copy.deepcopy(detached)):
+        assert type(again) is Output and again.loss == out.loss and again.metrics.keys() == out.metrics.keys()
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_an_output_under_checkpointing(use_reentrant):
+    """The whole module is computed again in the backward: the same gradients."""
+    x, hidden, weight, mask = batch()
+    gradients = []
+    for checkpointed in (False, True):
+        module, inputs = Distillation(), x.clone().requires_grad_()
+        call = (inputs, Head(hidden, weight), mask)
+        out = checkpoint(module, *call, use_reentrant=use_reentrant) if checkpointed else module(*call)
+        assert use_reentrant or not checkpointed or type(out) is Output  # the reentrant one returns plain tuples
+        out[0].backward()
+        gradients.append([inputs.grad, *(p.grad for p in module.parameters())])
+    assert all(torch.equal(a, b) and a.norm() > 0 for a, b in zip(*gradients, strict=True))
