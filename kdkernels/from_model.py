@@ -78,16 +78,17 @@ def _numbers(model: nn.Module) -> tuple[float, float | None, int]:
             for hook in hooks.values():
                 if not _is_plumbing(hook):
                     raise _refusal(model, f"{name} has a hook, {_name(hook)}, which nobody would call")
-    state = _state(model, layer)
-    known = _KNOWN.get(model)
-    if known is None or known[0] != state:
-        known = _KNOWN[model] = (state, _measure(model, layer))
-    return known[1]
+    state, known = _state(model, layer), _KNOWN.setdefault(model, {})
+    before, numbers = known.get(model.training, (None, None))  # dropout makes training another forward
+    if before != state:
+        numbers = _measure(model, layer)
+        known[model.training] = state, numbers
+    return numbers
 
 
 # What torch.compiler.assume_constant_result does, without loading the compiler: compiled code has them built in.
 _numbers._dynamo_marked_constant = True
-_KNOWN: weakref.WeakKeyDictionary[nn.Module, tuple] = weakref.WeakKeyDictionary()
+_KNOWN: weakref.WeakKeyDictionary[nn.Module, dict[bool, tuple]] = weakref.WeakKeyDictionary()
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -164,7 +165,7 @@ def _state(model: nn.Module, layer: nn.Linear) -> tuple:
     configs = () if config is None else (dict(vars(config)), {} if text is config else dict(vars(text)))
     own = _own_forward(model)
     own = getattr(own, "__func__", own)  # a bound method would keep the model alive
-    return (layer.out_features, layer.in_features, model.training, type(model).forward, own, configs)
+    return (layer.out_features, layer.in_features, type(model).forward, own, configs)
 
 
 # What the stand-in for the output layer returns at each of the four positions. Powers of two and eighths: every
