@@ -31,7 +31,6 @@ def locked(directory: Path) -> Iterator[None]:
     made = [path for path in (directory, *directory.parents) if not path.exists()]
     path = directory / NAME
     try:
-        directory.mkdir(parents=True, exist_ok=True)
         handle = _own(path)
     except OSError as error:
         _remove_empty(made)
@@ -61,6 +60,7 @@ def refuse_if_locked(directory: Path) -> None:
 def _own(path: Path) -> int:
     """An open handle of the lock file, which is this process's now."""
     while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             _lock(handle, path)
@@ -72,7 +72,7 @@ def _own(path: Path) -> int:
         except BaseException:
             os.close(handle)
             raise
-        os.close(handle)  # its owner ended and deleted it after we had opened it
+        os.close(handle)  # its owner ended and deleted it after we had opened it, perhaps with the directory
 
 
 def _lock(handle: int, path: Path) -> None:
