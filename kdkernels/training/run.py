@@ -178,8 +178,11 @@ class RunDirectory:
                 f"--resume: the run in {self.root} is finished, its model is in {self.final}, and it kept no "
                 "checkpoint: there is nothing left to do"
             )
-        elif resume and self.inputs.is_file():
-            began_with = _read_json(self.inputs)
+        elif resume:
+            warnings.warn(
+                f"--resume: no checkpoint yet in {self.root}: the run starts from its beginning", stacklevel=2
+            )
+            began_with = _read_json(self.inputs) if self.inputs.is_file() else None
         kept = config.tokenizer.kind is not None and began_with is not None
         places = sources(config, self.tokenizer if kept else None)
         inputs = identify(places)
