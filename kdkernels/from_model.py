@@ -226,7 +226,7 @@ def _run(model: nn.Module, layer: nn.Linear, hidden: Tensor, raw: Tensor) -> tup
     with torch.no_grad():
         seen, out = ask(model, layer, _Hidden((hidden.clone(),)), raw, **given)
     logits = out[0] if isinstance(out, tuple) else out.logits
-    return seen.double(), logits.double()
+    return seen.to("cpu", torch.float64), logits.to("cpu", torch.float64)  # device_map's forwards may have moved them
 
 
 def ask(model: nn.Module, layer: nn.Linear, states: tuple, raw: Tensor, **given) -> tuple[Tensor, object]:

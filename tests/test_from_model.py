@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import gc
 import types
@@ -67,7 +68,9 @@ def compare(model, **inputs) -> kd.Head:
 def test_every_causal_lm(kind):
     model = tiny(kind)
     if kind not in REFUSED.split():
-        compare(model)
+        head, absent = compare(model), copy.deepcopy(model.to("meta"))  # as a dry run has it
+        unseen = kd.Head.from_model(absent, head.hidden.to("meta"))
+        assert (unseen.scale, unseen.softcap, unseen.vocabulary) == (head.scale, head.softcap, head.vocabulary)
         return
     with pytest.raises(
         TypeError, match=rf"{type(model).__name__} \(model_type {model.config.model_type}\).*kd\.Logits"
