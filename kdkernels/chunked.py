@@ -14,7 +14,8 @@ logits. Chunks hold whole responses wherever they fit. A response longer than a 
 (one more student GEMM) where the program selects within responses, and is then processed in pieces: the same numbers.
 
 Memory: ``memory_budget`` bytes bound logits and workspace. Outside it are the gradients that are returned and one fp32
-[V, H] accumulator for dW: with bf16 weights from two chunks on, with fp16 weights always.
+[V, H] accumulator for dW: with bf16 weights from two chunks on, with fp16 weights always. So are the copies in which
+autocast casts wider weights and hidden states.
 
 Axes: N tokens, n tokens of a part, V vocabulary, H hidden, K candidates.
 """
