@@ -28,6 +28,7 @@ SUITES = {
         bad_row and word1024
         test_rows.py and identical and 0.7
         test_rows.py and symmetric and 0.1
+        mixtures_close
         real_vocabulary
         one_word
         only_one_side

@@ -75,7 +75,7 @@ def row_divergence(
     _launch(
         kernels.divergence_kernel, count, warps, vocabulary=vocabulary,
         **_side("s", student, s_scale, s_softcap, s_stats), **_side("t", teacher, t_scale, t_softcap, t_stats),
-        a=a, **_mixture(b, mix, skew), **_inverse(temperature), value_ptr=value, center_ptr=center, BLOCK=block,
+        a=a, **_mixture(a, b, mix, skew), **_inverse(temperature), value_ptr=value, center_ptr=center, BLOCK=block,
     )  # fmt: skip
 
 
@@ -92,10 +92,10 @@ def row_gradient_(
     common = {"vocabulary": vocabulary, **_side("s", student, s_scale, s_softcap, s_stats)}
     if teacher is None:  # nothing reads its side
         common |= {**_side("t", student, 1.0, 0.0, s_stats), **_inverse(1.0)}
-        common |= {"b": 0.0, "mix": 0.0, "skew": 0.0, "MIXTURE": kernels.NONE}
+        common |= {"b": 0.0, "mix": 0.0, "rest": 1.0, "skew": 0.0, "MIXTURE": kernels.NONE}
     else:
         common |= {**_side("t", teacher, t_scale, t_softcap, t_stats), **_inverse(temperature)}
-        common |= {**_mixture(b, mix, skew), "skew": skew}
+        common |= {**_mixture(a, b, mix, skew), "skew": skew}
     common |= {"center_ptr": center, "dense_ptr": coefficients, "dense_stride": count, "ids_ptr": ids, **_sizes(ids)}
     at_ids = torch.empty_like(scatter)
     if ids.shape[1]:
@@ -126,10 +126,11 @@ def _side(key: str, logits: Tensor, scale: float, softcap: float, stats: Tensor)
     return side | {f"{key}_softcap": softcap, f"{key}_stats_ptr": stats, f"{key.upper()}_SOFTCAP": softcap != 0}
 
 
-def _mixture(b: float, mix: float, skew: float) -> dict:
-    interior = kernels.INTERIOR if skew else kernels.JSD
+def _mixture(a: float, b: float, mix: float, skew: float) -> dict:
+    """Both weights, as kernels round their arguments to fp32: 1 - 1e-9 would be 1 there."""
+    interior = kernels.JSD if skew == 0 and a * b > 0 else kernels.INTERIOR
     mixture = {0.0: kernels.STUDENT, 1.0: kernels.TEACHER}.get(mix, interior)
-    return {"b": b, "mix": mix, "MIXTURE": mixture}
+    return {"b": b, "mix": mix, "rest": 1 - mix, "MIXTURE": mixture}
 
 
 def _inverse(temperature: float) -> dict:

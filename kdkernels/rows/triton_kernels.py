@@ -16,7 +16,7 @@ INFINITE = tl.constexpr(1e12)  # no log-probability is below -1e12 but a masked 
 
 STATS = tl.constexpr(7)  # numbers per row, in the order of operators.py
 
-# Where the mixture m = mix p + (1 - mix) q lies; JSD is an interior mixture whose skew coefficient is 0 (no division).
+# Where the mixture m = mix p + (1 - mix) q lies; JSD is the interior one of a JSD, without a skew term (no division).
 NONE, STUDENT, TEACHER, JSD, INTERIOR = (tl.constexpr(i) for i in range(5))
 
 
@@ -192,11 +192,13 @@ def _below_max(z, top, inverse, inverse_rest, TEMPERED: tl.constexpr):
 
 
 @triton.jit
-def _compare(x_q, x_p, norm_q, norm_p, gap, mix, MIXTURE: tl.constexpr):
+def _compare(x_q, x_p, norm_q, norm_p, gap, mix, rest, MIXTURE: tl.constexpr):
     """q, p, log(p/m), log(q/m), q (q - p)/m, q p/m of words; 0 for what the mixture leaves out.
 
     With d = log q - log p and r = exp(-|d|) in [0, 1], m over the larger of p and q is w = 1 + c (r - 1), c weighing
-    the smaller one: nothing overflows, no log of 0 at an interior mixture, and w is exactly 1 where p = q.
+    the smaller one: nothing overflows, and w is exactly 1 where p = q. It is never less than 1 - c, which is rounded on
+    its own (``rest`` = 1 - mix is no difference of rounded numbers): no log of 0 at an interior mixture, however close
+    to its ends.
     """
     d = (x_q - x_p) - gap
     r = _exp_rough(-tl.abs(d))
@@ -218,7 +220,12 @@ def _compare(x_q, x_p, norm_q, norm_p, gap, mix, MIXTURE: tl.constexpr):
         log_q_m = d
     else:
         less = r - 1.0
-        w = tl.fma(tl.where(student_leads, mix, 1.0 - mix), less, 1.0)
+        least = tl.where(student_leads, rest, mix)
+        if MIXTURE == INTERIOR:
+            c = tl.where(student_leads, mix, rest)
+            w = tl.where(r < 0.5, tl.fma(c, r, least), tl.fma(c, less, 1.0))
+        else:  # weights that sum to 1, if not quite p's and q's: JSD is stationary in m
+            w = tl.maximum(tl.fma(tl.where(student_leads, mix, 1.0 - mix), less, 1.0), least)
         log_w = tl.log(w)
         log_p_m = -log_w - tl.maximum(d, 0.0)
         log_q_m = tl.minimum(d, 0.0) - log_w
@@ -243,7 +250,7 @@ def _pair(s_stats_ptr, t_stats_ptr, row, TEMPERED: tl.constexpr):
 @triton.jit
 def divergence_kernel(
     s_ptr, s_stride, s_scale, s_softcap, s_stats_ptr, t_ptr, t_stride, t_scale, t_softcap, t_stats_ptr, vocabulary,
-    a, b, mix, inverse, inverse_rest, value_ptr, center_ptr,
+    a, b, mix, rest, inverse, inverse_rest, value_ptr, center_ptr,
     BLOCK: tl.constexpr, MIXTURE: tl.constexpr, TEMPERED: tl.constexpr,
     S_SOFTCAP: tl.constexpr, T_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
@@ -264,7 +271,7 @@ def divergence_kernel(
         x_p = _below_max(z_t, t_max, inverse, inverse_rest, TEMPERED)
         z_s = _z(s_ptr, words, inside, s_scale, s_softcap, S_SOFTCAP)
         x_q = _below_max(z_s, s_max, inverse, inverse_rest, TEMPERED)
-        q, p, log_p_m, log_q_m, q_skew, q_p = _compare(x_q, x_p, norm_q, norm_p, gap, mix, MIXTURE)
+        q, p, log_p_m, log_q_m, q_skew, q_p = _compare(x_q, x_p, norm_q, norm_p, gap, mix, rest, MIXTURE)
         if MIXTURE != TEACHER:
             kl_p = tl.fma(p, log_p_m, kl_p)
         if MIXTURE != STUDENT:
@@ -292,7 +299,7 @@ def divergence_kernel(
 @triton.jit
 def _gradient(
     words, inside, added, s_ptr, s_scale, s_softcap, t_ptr, t_scale, t_softcap,
-    scalars, b, mix, skew, inverse, inverse_rest,
+    scalars, b, mix, rest, skew, inverse, inverse_rest,
     MIXTURE: tl.constexpr, TEMPERED: tl.constexpr, S_SOFTCAP: tl.constexpr, T_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """d loss / d logit of some words of a row: divergence, entropy, softmax, what is ``added``, then the chain rule.
@@ -312,7 +319,7 @@ def _gradient(
         z_t = _z(t_ptr, words, inside, t_scale, t_softcap, T_SOFTCAP)
         x_q = _below_max(z, s_max, inverse, inverse_rest, TEMPERED)
         x_p = _below_max(z_t, t_max, inverse, inverse_rest, TEMPERED)
-        q, _, _, log_q_m, q_skew, q_p = _compare(x_q, x_p, norm_q, norm_p, gap, mix, MIXTURE)
+        q, _, _, log_q_m, q_skew, q_p = _compare(x_q, x_p, norm_q, norm_p, gap, mix, rest, MIXTURE)
         d_divergence = tl.zeros_like(q)
         # As q = (1 - mix) q_skew + q_p, this is q_skew less q times its mean; nothing large cancels where p/m is small.
         if (MIXTURE == INTERIOR) | (MIXTURE == STUDENT):
@@ -360,7 +367,8 @@ def _row_scalars(
 @triton.jit
 def scatter_kernel(
     s_ptr, s_stride, s_scale, s_softcap, s_stats_ptr, t_ptr, t_stride, t_scale, t_softcap, t_stats_ptr, vocabulary,
-    b, mix, skew, inverse, inverse_rest, center_ptr, dense_ptr, dense_stride, ids_ptr, scatter_ptr, at_ids_ptr, n_ids,
+    b, mix, rest, skew, inverse, inverse_rest, center_ptr, dense_ptr, dense_stride,
+    ids_ptr, scatter_ptr, at_ids_ptr, n_ids,
     IDS: tl.constexpr, MIXTURE: tl.constexpr, TEMPERED: tl.constexpr, S_SOFTCAP: tl.constexpr, T_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """The gradient of all terms at ``ids`` alone, in fp32, with ``scatter`` added; of equal ids each gets the sum."""
@@ -376,7 +384,7 @@ def scatter_kernel(
     scalars = _row_scalars(row, s_stats_ptr, t_stats_ptr, center_ptr, dense_ptr, dense_stride, MIXTURE, TEMPERED)
     gradient = _gradient(
         ids, inside, added, s_ptr + row * s_stride, s_scale, s_softcap, t_ptr + row * t_stride, t_scale, t_softcap,
-        scalars, b, mix, skew, inverse, inverse_rest, MIXTURE, TEMPERED, S_SOFTCAP, T_SOFTCAP,
+        scalars, b, mix, rest, skew, inverse, inverse_rest, MIXTURE, TEMPERED, S_SOFTCAP, T_SOFTCAP,
     )  # fmt: skip
     tl.store(at_ids_ptr + row * n_ids + slot, gradient, mask=slot < n_ids)
 
@@ -384,7 +392,7 @@ def scatter_kernel(
 @triton.jit
 def gradient_kernel(
     s_ptr, s_stride, s_scale, s_softcap, s_stats_ptr, t_ptr, t_stride, t_scale, t_softcap, t_stats_ptr, vocabulary,
-    b, mix, skew, inverse, inverse_rest, center_ptr, dense_ptr, dense_stride, ids_ptr, at_ids_ptr, n_ids,
+    b, mix, rest, skew, inverse, inverse_rest, center_ptr, dense_ptr, dense_stride, ids_ptr, at_ids_ptr, n_ids,
     out_ptr, out_stride, BLOCK: tl.constexpr, IDS: tl.constexpr, MIXTURE: tl.constexpr, TEMPERED: tl.constexpr,
     S_SOFTCAP: tl.constexpr, T_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
@@ -403,7 +411,7 @@ def gradient_kernel(
         inside = words < vocabulary
         gradient = _gradient(
             words, inside, 0.0, s_ptr + row * s_stride, s_scale, s_softcap, t_ptr + row * t_stride, t_scale, t_softcap,
-            scalars, b, mix, skew, inverse, inverse_rest, MIXTURE, TEMPERED, S_SOFTCAP, T_SOFTCAP,
+            scalars, b, mix, rest, skew, inverse, inverse_rest, MIXTURE, TEMPERED, S_SOFTCAP, T_SOFTCAP,
         )  # fmt: skip
         tl.debug_barrier()
         tl.store(out_ptr + words, gradient.to(out_ptr.dtype.element_ty), mask=inside)
