@@ -34,11 +34,9 @@ gsm8k: install
 test: install lint
 	$(PY) -m pytest
 
-# On a machine with a GPU, with whichever Python has torch and triton: make gpu-check PY=python3
+# On a machine with a GPU, with whichever Python has torch, triton, pytest and hypothesis: make gpu-check PY=python3
 gpu-check:
-	KDKERNELS_TEST_BACKENDS=triton $(PY) -m pytest tests/test_rows.py tests/test_properties.py tests/test_example.py tests/triton_rows.py
-	compute-sanitizer --tool memcheck --error-exitcode 1 $(PY) -m kdkernels.rows.triton_resources launch
-	compute-sanitizer --tool racecheck --error-exitcode 1 $(PY) -m kdkernels.rows.triton_resources launch
+	$(PY) tests/gpu_check.py
 
 # As on a CPU without AVX-512: our kernels, torch's, oneDNN's and MKL's take AVX2, and torch has no fast 16-bit products.
 test-avx2: export KDKERNELS_CPU_ISA := avx2

@@ -5,6 +5,9 @@ from pathlib import Path
 
 # Threads that spin while they wait make small tensors ten times slower where the cores are shared. torch reads it once.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or no product of a GPU is deterministic
+
+import random
 
 import pytest
 import torch
@@ -13,9 +16,12 @@ from backends import BACKENDS, PRECISIONS
 from kdkernels import memory
 
 HERE = Path(__file__).parent
+ON_GPU = torch.cuda.is_available()  # some of PyTorch's operators are not deterministic there: they warn
 # Triton's interpreter computes with NumPy, which remarks on infinities and NaN, and on how Triton 3.6 takes integers.
 STRICT = pytest.mark.filterwarnings(
-    "error", *(f"ignore::{kind}:triton.runtime.interpreter" for kind in ("RuntimeWarning", "DeprecationWarning"))
+    "error",
+    *(f"ignore::{kind}:triton.runtime.interpreter" for kind in ("RuntimeWarning", "DeprecationWarning")),
+    *(["ignore:.*deterministic.*:UserWarning"] if ON_GPU else []),
 )
 
 
@@ -23,10 +29,18 @@ def of_the_engine(path: Path) -> bool:
     return path.parent == HERE
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+    parser.addoption("--share", metavar="I/N", help="one of N disjoint random choices of the tests, in random order")
+
+
+def pytest_collection_modifyitems(config, items):
     for item in items:
         if of_the_engine(item.path):
             item.add_marker(STRICT, append=False)  # a test's own filters win
+    if config.getoption("--share"):
+        share, shares = map(int, config.getoption("--share").split("/"))
+        random.Random(0).shuffle(items)
+        items[:] = items[share::shares]
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +50,9 @@ def poisoned_memory(request, monkeypatch):
         yield
         return
     monkeypatch.setattr(memory, "_SMALLEST", 1 << 60)  # a block would hold old logits, not NaN
-    torch.use_deterministic_algorithms(True)  # what torch.utils.deterministic.fill_uninitialized_memory needs
+    torch.use_deterministic_algorithms(
+        True, warn_only=ON_GPU
+    )  # what torch.utils.deterministic.fill_uninitialized_memory needs
     yield
     torch.use_deterministic_algorithms(False)
 

@@ -1,8 +1,8 @@
 """The Triton backend under the suites of the other backends, and its own (triton_rows.py).
 
 Where there is no GPU the kernels run in Triton's interpreter, which has to be chosen before they are imported, so the
-suites get processes of their own, one for each of two CPUs. It takes milliseconds for a block of words, hence a choice
-of tests. On a GPU all of it: ``make gpu-check``.
+suites get processes of their own, one for each of two CPUs, without the C++ extension. It takes milliseconds for a
+block of words, hence a choice of tests. On a GPU all of it: ``make gpu-check`` (gpu_check.py).
 """
 
 import os
@@ -66,10 +66,11 @@ SUITES = {
 def start(choice: str) -> subprocess.Popen:
     lines = [line.strip() for line in choice.strip().splitlines()]
     files = sorted({f"tests/{name}" for name in re.findall(r"\w+\.py", choice)})
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=5", *files]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no_extension", *files]
     command += ["-k", " or ".join(f"({line})" for line in lines)]
     environment = os.environ | {
-        "KDKERNELS_TEST_BACKENDS": "triton", "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""
+        "KDKERNELS_TEST_BACKENDS": "triton", "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
     }  # fmt: skip
     return subprocess.Popen(
         command,

@@ -11,6 +11,7 @@ import pytest
 import triton
 
 from kdkernels.rows import triton_resources
+from kdkernels.rows.triton_ahead import compiled
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "triton-resources.md"
 
@@ -39,6 +40,15 @@ def test_no_variant_spills(wanted, capsys):
     spilling = [variant.name for variant, each in resources.items() if any(r.stack for r in each)]
     assert not spilling, f"spills: {spilling}"
     assert all(0 < r.registers <= 128 for each in resources.values() for r in each)
+    for variant, each in resources.items():  # what make gpu-check has racecheck look at
+        reduces = not variant.name.startswith(("scatter", "gradient"))
+        assert all((r.shared > 0) == reduces for r in each), variant.name
+
+
+def test_calls_without_ids_are_among_them():
+    names = [variant.name for variant in triton_resources.variants()]
+    assert len(set(names)) == len(names)
+    assert sum(name.startswith("candidates: ") and name.endswith(", without ids") for name in names) == 6
 
 
 @pytest.mark.parametrize("capability", triton_resources.TARGETS)
@@ -47,7 +57,8 @@ def test_gradients_read_all_of_a_block_before_they_write(capability):
     chosen = [v for v in triton_resources.variants() if v.name.startswith("gradient: fp32, JSD")]
     assert len(chosen) == 3
     for variant in chosen:
-        code = triton_resources.dump(triton_resources.cubin(variant, capability)[0], "-sass")
+        wanted = variant.targets[capability]
+        code = triton_resources.dump(compiled([wanted])[wanted].cubin, "-sass")
         order = re.findall(r"\b(LDG|STG|BAR)\b", code)
         assert {"LDG", "STG", "BAR"} <= set(order)
         stores = [i for i, each in enumerate(order) if each == "STG"]

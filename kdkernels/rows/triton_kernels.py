@@ -71,10 +71,20 @@ def _z(x_ptr, words, inside, scale, softcap, SOFTCAP: tl.constexpr):
     return tl.maximum(z, MASKED, propagate_nan=tl.PropagateNan.ALL)
 
 
+# The JIT compiles a kernel anew where an integer becomes 1 or divisible by 16, or a tensor's address ceases to be. Only
+# for rows of logits that pays (wider loads); of everything else the sizes and places change from chunk to chunk.
+_SIZES = ["groups", "k", "n_ids", "dense_stride"]
+_SMALL = [
+    "stats_ptr", "s_stats_ptr", "t_stats_ptr", "maxima_ptr", "values_ptr", "indices_ptr", "ids_ptr", "gathered_ptr",
+    "value_ptr", "center_ptr", "dense_ptr", "scatter_ptr", "at_ids_ptr",
+]  # fmt: skip
+_kernel = triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_SMALL)
+
+
 # ---- sweep 1: statistics and exact top-k -----------------------------------------------------------------------------
 
 
-@triton.jit
+@_kernel
 def statistics_kernel(
     x_ptr, x_stride, vocabulary, scale, softcap, inverse, inverse_rest, stats_ptr, maxima_ptr, groups,
     GROUPS: tl.constexpr, GROUP: tl.constexpr, TEMPERED: tl.constexpr, SOFTCAP: tl.constexpr,
@@ -136,7 +146,7 @@ def statistics_kernel(
     tl.store(stats_ptr + 5, 1.0 + total)
 
 
-@triton.jit
+@_kernel
 def candidates_kernel(
     x_ptr, x_stride, vocabulary, scale, softcap, maxima_ptr, groups, values_ptr, indices_ptr, k,
     ids_ptr, gathered_ptr, n_ids,
@@ -247,7 +257,7 @@ def _pair(s_stats_ptr, t_stats_ptr, row, TEMPERED: tl.constexpr):
     return tl.load(s_stats_ptr), tl.load(t_stats_ptr), tl.div_rn(1.0, s_sum), tl.div_rn(1.0, t_sum), gap
 
 
-@triton.jit
+@_kernel
 def divergence_kernel(
     s_ptr, s_stride, s_scale, s_softcap, s_stats_ptr, t_ptr, t_stride, t_scale, t_softcap, t_stats_ptr, vocabulary,
     a, b, mix, rest, inverse, inverse_rest, value_ptr, center_ptr,
@@ -364,7 +374,7 @@ def _row_scalars(
     )  # fmt: skip
 
 
-@triton.jit
+@_kernel
 def scatter_kernel(
     s_ptr, s_stride, s_scale, s_softcap, s_stats_ptr, t_ptr, t_stride, t_scale, t_softcap, t_stats_ptr, vocabulary,
     b, mix, rest, skew, inverse, inverse_rest, center_ptr, dense_ptr, dense_stride,
@@ -389,7 +399,7 @@ def scatter_kernel(
     tl.store(at_ids_ptr + row * n_ids + slot, gradient, mask=slot < n_ids)
 
 
-@triton.jit
+@_kernel
 def gradient_kernel(
     s_ptr, s_stride, s_scale, s_softcap, s_stats_ptr, t_ptr, t_stride, t_scale, t_softcap, t_stats_ptr, vocabulary,
     b, mix, rest, skew, inverse, inverse_rest, center_ptr, dense_ptr, dense_stride, ids_ptr, at_ids_ptr, n_ids,

@@ -1,0 +1,5 @@
+"""pytest -p no_extension: as on a machine where kdkernels._C was never built."""
+
+import sys
+
+sys.modules["kdkernels.rows.native"] = None  # importing it is an ImportError

@@ -1,0 +1,34 @@
+"""Whatever the public API launches on a GPU compiles: through Triton's JIT, for a GPU that is not there.
+
+In a process of its own, because this one may interpret. For another Triton than the pinned one: python
+tests/triton_calls.py (there).
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import triton
+
+KERNELS = {f"{name}_kernel" for name in ("statistics", "candidates", "divergence", "scatter", "gradient")}
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
+
+
+@pytest.mark.parametrize(
+    ("choice", "calls", "least"), [([], 25, 30), pytest.param(["every"], 60, 400, marks=pytest.mark.slow)], ids=str
+)
+def test_every_call_compiles(tmp_path, choice, calls, least):
+    command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("triton_calls.py")), *choice]
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-6000:]
+    report = json.loads(done.stdout)
+    assert report["triton"] == triton.__version__ and report["failed"] == {}
+    assert set(report["noted"]) == set(report["compiled"]) == KERNELS
+    assert sum(report["compiled"].values()) >= least and report["bytes"] > least * 10_000
+    for name, (made, refused) in report["calls"].items():
+        assert made >= calls and refused < 4 * made, name
