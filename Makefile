@@ -70,11 +70,13 @@ bench-compare: .venv/peers
 		build/benchmarks/compare/cpu.json
 
 # On a machine with a GPU, with the Python on its PATH that has torch, triton and pytest-benchmark. Installs nothing and
-# needs no extension. A dry run anywhere: make gpu-report DEVICE=cpu SHAPES=tiny
+# needs no extension. Ends within LIMIT seconds, with a report of what was measured until then. A dry run anywhere:
+# make gpu-report DEVICE=cpu SHAPES=tiny
 DEVICE ?= cuda
 SHAPES ?= gpu
+LIMIT ?= 600
 gpu-report:
-	$(PYTHON) benchmarks/run.py --device $(DEVICE) --shapes $(SHAPES)
+	$(PYTHON) benchmarks/run.py --device $(DEVICE) --shapes $(SHAPES) --limit $(LIMIT)
 
 lint: install
 	$(PY) -m ruff check .

@@ -1,23 +1,29 @@
-"""Options of the benchmarks, and what their JSON says about the machine."""
+"""Options of the benchmarks, the order of what they measure, and their JSON and report, written after each of it."""
 
 import time
+from pathlib import Path
 
 import environment
 import pytest
+import report
 from cases import SETS
 from measure import CaseRun, key
 
-LIMIT = 490  # seconds after which no further implementation is started: ten minutes with what is under way then
+BEGUN = 0.8  # share of the limit after which no further implementation is started
+USUAL = 490 / BEGUN  # seconds, without a limit: ten minutes with what is under way then
+FIRST = {"cpu": 0, "cuda": 3}  # so many cases come before the overheads, which take a minute and know no limit
 
 
 def pytest_addoption(parser):
     parser.addoption("--device", choices=("cpu", "cuda"), default="cpu")
     parser.addoption("--shapes", choices=tuple(SETS), default="tiny")
+    parser.addoption("--seconds", type=float, default=USUAL)
+    parser.addoption("--results", type=Path, help="JSON; report.md is written beside it")
 
 
 def pytest_configure(config):
-    config.deadline = time.monotonic() + LIMIT
-    config.refused = []
+    config.deadline = time.monotonic() + BEGUN * config.getoption("--seconds")
+    config.refused, config.left = [], 0
 
 
 def pytest_generate_tests(metafunc):
@@ -32,8 +38,38 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("cell", cells, ids=[f"{SETS[shapes][n].name} | {name}" for n, name in cells])
 
 
-def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: "cell" in item.fixturenames)  # the overheads first: a minute, and no time limit
+def pytest_collection_modifyitems(config, items):
+    first = FIRST[config.getoption("--device")]
+
+    def turn(item) -> int:
+        return 1 if "cell" not in item.fixturenames else 0 if item.callspec.params["cell"][0] < first else 2
+
+    items.sort(key=turn)
+
+
+def pytest_collection_finish(session):
+    session.config.left = len(session.items)
+    write(session.config)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item):
+    item.config.left -= 1
+    write(item.config)
+
+
+def write(config) -> None:
+    """JSON and report of all that was measured so far; the plots come at the end (run.py)."""
+    path, hook, session = config.getoption("--results"), config.hook, config._benchmarksession
+    if path is None:
+        return
+    if not hasattr(config, "about"):
+        config.about = session.get_machine_info()
+    both = {"config": config, "benchmarks": session.benchmarks}
+    data = hook.pytest_benchmark_generate_json(**both, include_data=True, machine_info=config.about, commit_info={})
+    hook.pytest_benchmark_update_json(**both, output_json=data)
+    report.save(path, data)
+    report.write(path, plotted=False)
 
 
 @pytest.fixture(scope="session")
@@ -69,6 +105,6 @@ def pytest_benchmark_update_machine_info(config, machine_info):
 
 @pytest.hookimpl
 def pytest_benchmark_update_json(config, benchmarks, output_json):
-    output_json["commit_info"] = {}  # machine_info has what matters
+    output_json["left"] = config.left
     output_json["shapes"] = config.getoption("--shapes")
     output_json["refused"] = config.refused

@@ -34,6 +34,17 @@ def load(path: Path) -> dict:
     return json.loads(path.read_text())
 
 
+def save(path: Path, data: dict) -> None:
+    replace(path, json.dumps(data, indent=4))
+
+
+def replace(path: Path, text: str) -> None:
+    """At no time is half of it there."""
+    new = path.with_name(path.name + ".new")
+    new.write_text(text)
+    new.replace(path)
+
+
 def cells(data: dict) -> list[dict]:
     return [b["extra_info"] for b in data["benchmarks"] if "case" in b["extra_info"]]
 
@@ -180,8 +191,8 @@ def plots(data: dict, folder: Path) -> str:
     return "\n".join(out) + "\n"
 
 
-def render(data: dict, folder: Path) -> str:
-    """Markdown; plots are written to ``folder``."""
+def render(data: dict, folder: Path, plotted: bool = True) -> str:
+    """Markdown; plots, if any, are written to ``folder``."""
     about = (
         "Forward, backward and both, timed in one process in turns; gradients checked against fp64 before anything is "
         "timed. Logits have the operands' dtype on CPUs and fp32 on GPUs unless the name says otherwise. Extra memory "
@@ -190,15 +201,23 @@ def render(data: dict, folder: Path) -> str:
         "divided by the time taken (benchmarks/gemms.py). A batch has two rows of N / 2 tokens.\n"
     )
     parts = [f"# Benchmarks: {data['machine_info']['machine']}, {data['shapes']} shapes\n", environment(data), about]
-    parts += [limits(data), plots(data, folder), "## Every case\n", case_tables(data), overheads(data)]
+    if data.get("left"):
+        count = f"{data['left']} of {data['left'] + len(data['benchmarks']) + len(data['refused'])}"
+        parts.append(f"**Ended before its end: {count} measurements had not been made.**\n")
+    parts += [
+        limits(data),
+        plots(data, folder) if plotted else "",
+        "## Every case\n",
+        case_tables(data),
+        overheads(data),
+    ]
     return "\n".join(part for part in parts if part)
 
 
-def write(path: Path) -> Path:
+def write(path: Path, plotted: bool = True) -> Path:
     """report.md beside the JSON."""
-    data = load(path)
     out = path.with_name("report.md")
-    out.write_text(render(data, path.parent))
+    replace(out, render(load(path), path.parent, plotted))
     return out
 
 

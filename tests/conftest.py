@@ -50,9 +50,8 @@ def poisoned_memory(request, monkeypatch):
         yield
         return
     monkeypatch.setattr(memory, "_SMALLEST", 1 << 60)  # a block would hold old logits, not NaN
-    torch.use_deterministic_algorithms(
-        True, warn_only=ON_GPU
-    )  # what torch.utils.deterministic.fill_uninitialized_memory needs
+    # what torch.utils.deterministic.fill_uninitialized_memory needs
+    torch.use_deterministic_algorithms(True, warn_only=ON_GPU)
     yield
     torch.use_deterministic_algorithms(False)
 

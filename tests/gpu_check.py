@@ -43,9 +43,8 @@ def steps(python: str = sys.executable) -> list[Step]:
     pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", "-rf", *TESTS]
     triton = {"KDKERNELS_TEST_BACKENDS": "triton"}
     variants = [python, "-m", "kdkernels.rows.triton_resources"]
-    sanitizer = [
-        shutil.which("compute-sanitizer", path=f"{os.environ['PATH']}:/usr/local/cuda/bin") or "compute-sanitizer"
-    ]
+    tools = f"{os.environ['PATH']}:/usr/local/cuda/bin"
+    sanitizer = [shutil.which("compute-sanitizer", path=tools) or "compute-sanitizer"]
     sanitizer += ["--error-exitcode", "1", "--print-limit", "20", "--tool"]
     return [
         Step("tests", 140, [[*pytest, f"--share={i}/{shares}"] for i in range(shares)], triton),

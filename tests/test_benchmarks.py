@@ -1,9 +1,11 @@
 """The benchmarks: a dry run of the one-command report, what is refused, the report and the comparison."""
 
 import copy
+import itertools
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -20,6 +22,7 @@ import gemms  # noqa: E402
 import measure  # noqa: E402
 import peers  # noqa: E402
 import report  # noqa: E402
+import run  # noqa: E402
 
 sys.path.remove(str(ROOT / "benchmarks"))
 
@@ -64,6 +67,38 @@ def test_dry_run_of_the_gpu_report():
     assert any("import_ms" in e for e in extras) and any("divergence_us" in e for e in extras)
     text = written.read_text()
     assert "| TSD-KD | kdkernels |" in text and "top_k_share_of_jsd" in text
+    assert data["left"] == 0 and "before its end" not in text
+
+
+def test_a_report_is_there_whenever_it_is_killed(tmp_path):
+    """After every measurement; until then that nothing was measured yet."""
+    command = [sys.executable, str(ROOT / "benchmarks/run.py"), "--device=cpu", "--shapes=tiny", f"--out={tmp_path}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    seen, path = [], tmp_path / "tiny.json"
+    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True) as process:
+        while process.poll() is None and (not seen or seen[-1] < 2):
+            if path.exists():
+                data = report.load(path)  # valid whenever it is read
+                seen.append(len(data["benchmarks"]))
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGKILL)
+    data, text = report.load(path), (tmp_path / "report.md").read_text()
+    assert seen[0] == 0 and len(data["benchmarks"]) >= 2 and data["left"] > 50
+    assert f"Ended before its end: {data['left']} of " in text and "top_k_share_of_jsd" in text
+
+
+def test_the_limit_ends_what_is_under_way():
+    began = time.monotonic()
+    assert run.within(0.5, [sys.executable, "-c", "import time; time.sleep(60)"]) is None
+    assert time.monotonic() - began < 50
+    assert run.within(None, [sys.executable, "-c", "raise SystemExit(3)"]) == 3
+
+
+def test_on_a_gpu_what_has_a_limit_comes_first():
+    limited = {(loss, name) for kind, loss, operand, name in report.LIMITS if kind == "gpu"}
+    first = cases.SETS["gpu"][0]
+    assert limited == set(itertools.product(first.losses, first.implementations))
+    assert first.tokens == report.SMALLEST["gpu"] and first.response <= report.LONGEST["gpu"] and first.trained
 
 
 # ---- what is measured ------------------------------------------------------------------------------------------------

@@ -69,9 +69,12 @@ def start(choice: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no_extension", *files]
     command += ["-k", " or ".join(f"({line})" for line in lines)]
     environment = os.environ | {
-        "KDKERNELS_TEST_BACKENDS": "triton", "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+        "KDKERNELS_TEST_BACKENDS": "triton",
+        "TRITON_INTERPRET": "1",
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
-    }  # fmt: skip
+    }
     return subprocess.Popen(
         command,
         cwd=Path(__file__).parents[1],

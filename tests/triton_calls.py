@@ -5,8 +5,10 @@
 under any Python with torch and triton, another Triton than the pinned one too. By default every two options of a
 function meet in some call, and every property of a kernel's arguments (type, constant, alignment) is in something that
 is compiled; with ``every`` three options meet and all that is noted is compiled (minutes). Prints what was compiled as
-a line of JSON; status 1 if anything does not compile. What a GPU launches does not depend on what kernels compute (nothing is read
-back), so CPU tensors of zeros will do for their results.
+a line of JSON; status 1 if anything does not compile.
+
+What a GPU launches does not depend on what kernels compute (nothing is read back), so CPU tensors of zeros will do for
+their results.
 """
 
 from __future__ import annotations
@@ -26,26 +28,20 @@ os.environ.pop("TRITON_INTERPRET", None)
 os.environ["KDKERNELS_BACKEND"] = "triton"
 sys.path.insert(0, str(Path(__file__).parents[1]))  # kdkernels, installed or not
 
-import torch  # noqa: E402
-import triton  # noqa: E402
+import torch
+import triton
 
-import kdkernels as kd  # noqa: E402
-from kdkernels import functional  # noqa: E402
-from kdkernels.objectives import vcrd  # noqa: E402
-from kdkernels.objectives.base import Objective  # noqa: E402
-from kdkernels.rows import dispatch, triton_ahead  # noqa: E402
-from kdkernels.rows import triton as backend  # noqa: E402
+import kdkernels as kd
+from kdkernels import functional
+from kdkernels.objectives import vcrd
+from kdkernels.objectives.base import Objective
+from kdkernels.rows import dispatch, triton_ahead
+from kdkernels.rows import triton as backend
 
 CAPABILITY = 90
 B, L, H = 2, 3, 8
-KINDS = [
-    kd.ForwardKL(),
-    kd.ReverseKL(),
-    kd.JSD(0.9),
-    kd.SkewKL(0.1),
-    kd.SkewReverseKL(0.1),
-    kd.SkewReverseKL(0.1, True),
-]
+KINDS = [kd.ForwardKL(), kd.ReverseKL(), kd.JSD(0.9), kd.SkewKL(0.1)]
+KINDS += [kd.SkewReverseKL(0.1, detach) for detach in (False, True)]
 WRITTEN = ("stats_ptr", "values_ptr", "indices_ptr", "gathered_ptr", "value_ptr", "center_ptr", "at_ids_ptr")
 
 # ---- options and their values ----------------------------------------------------------------------------------------
@@ -139,9 +135,7 @@ def call(name: str, options: dict) -> None:
         teacher = asked and source(kind if asked == "alike" else asked, dtype, options, options.get("teacher_softcap"))
         sides.append(teacher)
     rest = {k: v for k, v in options.items() if k not in ("student", "teacher", *SIDES)}
-    rest = {k: GIVEN[v] if v in GIVEN else v for k, v in rest.items() if isinstance(v, str)} | {
-        k: v for k, v in rest.items() if not isinstance(v, str)
-    }
+    rest = {k: GIVEN.get(v, v) if isinstance(v, str) else v for k, v in rest.items()}
     if name in functional.__all__:
         out = getattr(kd, name)(*sides, **rest)
         if name != "statistics":
