@@ -1,4 +1,4 @@
-# make install | demo | test | test-avx2 | gpu-check | test-slow | drills | bench | bench-compare | gpu-report | gsm8k | lint | clean.
+# make install | demo | test | test-avx2 | gpu-check | triton-check | test-slow | drills | bench | bench-compare | gpu-report | gsm8k | lint | clean.
 # Everything lives in .venv; nothing outside this folder is touched.
 PYTHON ?= python3
 PY := .venv/bin/python
@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 
-.PHONY: install demo gsm8k gpu-check test test-avx2 test-slow drills bench bench-compare gpu-report lint clean
+.PHONY: install demo gsm8k gpu-check triton-check test test-avx2 test-slow drills bench bench-compare gpu-report lint clean
 
 install: .venv/installed
 
@@ -37,6 +37,11 @@ test: install lint
 # On a machine with a GPU, with whichever Python has torch, triton, pytest and hypothesis: make gpu-check PY=python3
 gpu-check:
 	$(PY) tests/gpu_check.py
+
+# Compiles whatever a call can launch on a GPU, without one, with another Python's torch and Triton than those of .venv
+# (minutes): make triton-check PY=python3
+triton-check:
+	$(PY) tests/triton_calls.py every
 
 # As on a CPU without AVX-512: our kernels, torch's, oneDNN's and MKL's take AVX2, and torch has no fast 16-bit products.
 test-avx2: export KDKERNELS_CPU_ISA := avx2
