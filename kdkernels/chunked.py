@@ -440,7 +440,7 @@ def scale_(gradients: Sequence[Tensor | None], factors: Sequence[Tensor | float]
             step = max(1, _SCALED // rows.shape[1]) if on_cpu else max(1, len(rows))
             for some, each in zip(rows.split(step), factor.view(-1, 1).split(step), strict=True):
                 some.mul_(each)
-        elif on_cpu:
+        elif on_cpu or not isinstance(factor, Tensor):
             factor = float(factor)
             if factor != 1:  # saves a pass over dW; a GPU would have to sync to know
                 gradient.mul_(factor)

@@ -51,6 +51,17 @@ class Torch:
         """out += a @ b, out = a @ b where it is the ``first``; all of one dtype."""
         torch.mm(a, b, out=out) if first else out.addmm_(a, b)
 
+    def add_column_sums(self, dz: Tensor, powers: Tensor | None, out: Tensor) -> None:
+        """out [V] += the sums of dz [C, V] over its rows, each times its power (fp16.py) if any, in out's dtype.
+
+        On CPUs a few words at a time, because they widen dz.
+        """
+        step = _ADDED_WORDS if out.device.type == "cpu" else len(out)
+        for first in range(0, len(out), step):
+            words = slice(first, first + step)
+            part = dz[:, words]
+            out[words] += part.sum(0, dtype=out.dtype) if powers is None else powers @ part.to(out.dtype)
+
     def accumulate(self, a: Tensor, b: Tensor, sums: Tensor, out: Tensor, first: bool, last: bool) -> None:
         """sums += a @ b in fp32, starting from nothing with the ``first``; with the ``last``, rounded to ``out``.
 
@@ -149,6 +160,14 @@ class TensorCores(Torch):
         if last:
             out.copy_(sums)
 
+    def add_column_sums(self, dz: Tensor, powers: Tensor | None, out: Tensor) -> None:
+        if powers is None:
+            super().add_column_sums(dz, powers, out)
+            return
+        largest = powers.amax()
+        shares = (powers / largest).to(dz.dtype)
+        out += largest * torch.mm(shares[None], dz, out_dtype=out.dtype, out=out.new_empty(1, len(out)))[0]
+
 
 class Native(Torch):
     """csrc/gemm.h: products of bf16 or fp32 operands, summed in fp32 and written in either."""
@@ -203,22 +222,6 @@ def _has_units(operand: torch.dtype) -> bool:
     name = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}.get(operand)
     asked = name and getattr(torch.ops.mkldnn, name, None)  # not in every build of torch
     return bool(asked and asked())
-
-
-def add_column_sums(dz: Tensor, out: Tensor, powers: Tensor | None = None) -> None:
-    """out [V] += the sums of dz [C, V] over its rows, each times its power (fp16.py), in out's dtype.
-
-    On CPUs a few words at a time, because they widen dz.
-    """
-    if powers is not None and out.device.type == "cuda":
-        largest = powers.amax()
-        out += largest * torch.mm((powers / largest).to(dz.dtype)[None], dz, out_dtype=out.dtype)[0]
-        return
-    step = _ADDED_WORDS if out.device.type == "cpu" else len(out)
-    for first in range(0, len(out), step):
-        words = slice(first, first + step)
-        part = dz[:, words]
-        out[words] += part.sum(0, dtype=out.dtype) if powers is None else powers @ part.to(out.dtype)
 
 
 def column_sums_row(vocabulary: int) -> int:

@@ -126,7 +126,7 @@ class HeadSide:
         if self.d_weight is not None:
             self.d_weight.add(d_logits, self.hidden(tokens), powers)
         if self.d_bias is not None:
-            gemm.add_column_sums(d_logits, self.d_bias[: self.vocabulary], powers)
+            self.products.add_column_sums(d_logits, powers, self.d_bias[: self.vocabulary])
 
     def gradients(self) -> tuple[Gradient, ...]:
         """Of hidden, weight and bias."""

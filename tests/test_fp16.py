@@ -11,7 +11,7 @@ import truth
 from batches import fixed, run, smallest_budget
 
 import kdkernels as kd
-from kdkernels import reference
+from kdkernels import chunked, reference
 
 F16, F64 = torch.float16, torch.float64
 
@@ -270,3 +270,22 @@ def test_a_token_that_is_not_finite_keeps_to_its_row(backend):
     kept[0, 5] = kept[1, 4] = False
     assert torch.equal(spoiled[kept], clean[kept]) and clean[kept].norm() > 0
     assert not spoiled[0, 5].isfinite().any() and not spoiled[1, 4].isfinite().all()
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("dtype", [F16, torch.bfloat16, torch.float32])
+def test_gradients_are_scaled_once(device, dtype):
+    """By what the products left and by the incoming gradient, on CPUs and elsewhere (meta stands for a GPU)."""
+    incoming = torch.tensor(2.0**-20, device=device)
+    each = torch.tensor([[2.0**10], [2.0**-4]], device=device)  # a factor for every row
+    for factors, grad, expected in (
+        ((1.0, 1.0), 1.0, (1.0, 1.0)),
+        ((each, torch.tensor(2.0**18, device=device)), 1.0, (each, 2.0**18)),
+        ((each, torch.tensor(2.0**30, device=device)), incoming, (each * incoming, 2.0**10)),
+        ((1.0, 1.0), incoming, (incoming, incoming)),
+    ):
+        gradients = [torch.full((2, 3), 2.0**-10, dtype=dtype, device=device) for _ in range(2)]
+        chunked.scale_([*gradients, None], [*factors, 1.0], grad)
+        for got, factor in zip(gradients, expected, strict=True):
+            wanted = (torch.full((2, 3), 2.0**-10, device=device) * factor).to(dtype)
+            assert got.dtype == dtype and (device == "meta" or torch.equal(got, wanted))

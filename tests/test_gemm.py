@@ -82,6 +82,26 @@ def test_the_weight_gradient_of_chunks_is_summed_from_narrow_operands(tensor_cor
     assert seen and set(seen) == {(BF16, BF16, F32)}
 
 
+def test_the_fp16_gradients_are_summed_from_narrow_operands(tensor_cores):
+    products, seen = tensor_cores
+    check_the_weight_gradient(products, F16, 3)
+    check_the_column_sums(products, F16)
+    assert seen and set(seen) == {(F16, F16, F32)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, F32, BF16, F16])
+def test_the_column_sums(dtype):
+    check_the_column_sums(products_of(dtype), dtype)
+
+
+def check_the_column_sums(products, dtype):
+    dz, out = torch.randn(C, V).to(dtype), torch.randn(V, dtype=torch.promote_types(dtype, F32))
+    powers = torch.ldexp(torch.ones(C), torch.randint(-6, 6, (C,))) if dtype == F16 else None
+    exact = out.double() + (dz.double() if powers is None else powers[:, None] * dz.double()).sum(0)
+    products.add_column_sums(dz, powers, out)
+    assert truth.relative(out, exact) < 1e-6
+
+
 @pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize("dtype", [torch.float64, F32, BF16, torch.float16])
 def test_the_weight_gradient(dtype, count):
