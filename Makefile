@@ -53,8 +53,8 @@ test-avx2: test
 test-slow: install
 	$(PY) -m pytest -m slow
 
-# Runs of the trainer killed at every file event, on disks that are full from every event on, two at once: a quarter of
-# an hour. Needs Linux and a C compiler.
+# Runs of the trainer killed at every file event, on disks that are full from any event on, two at once: a quarter of an
+# hour. Needs Linux and a C compiler.
 drills: install
 	$(PY) -m pytest -m slow tests/training/drills
 

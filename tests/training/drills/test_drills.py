@@ -54,10 +54,11 @@ def test_a_kill_at_every_file_event(task):
         task.check_left_by(name, "--set=train.steps=2")
 
 
-def test_a_disk_that_is_full_from_every_file_event_on(task):
+def test_a_disk_that_is_full_from_an_event_on(task):
+    """From every second one, that is in every file more than once."""
     count = events(task, "full-count", "--set=train.steps=2")
     refused = 0
-    for at in range(1, count + 1):
+    for at in range(1, count + 1, 2):
         name = f"full-{at:04d}"
         answer = task.run(name, "--set=train.steps=2", fault=["full", name, at])
         assert answer["statuses"] in ([0], [3]), (at, answer["output"])  # what is left may need no space: a deletion
@@ -67,7 +68,7 @@ def test_a_disk_that_is_full_from_every_file_event_on(task):
             assert f"{task.root / name}/" in said and "no space left on the disk" in said, at
             go_on(task, name, "--set=train.steps=2")
         task.check_left_by(name, "--set=train.steps=2")
-    assert refused > 0.9 * count
+    assert refused > 0.45 * count
 
 
 @pytest.mark.parametrize("stage", [0, 2])
@@ -76,7 +77,7 @@ def test_kills_of_one_of_two_processes(task, stage):
     settings = ("--set=train.steps=2", f"--set=deepspeed.zero_stage={stage}")
     for rank in (0, 1):
         count = events(task, f"count-{stage}-{rank}", *settings, processes=2, rank=rank)
-        for at in range(1, count + 1, 1 + count // 8):
+        for at in range(1, count + 1, 1 + count // 6):
             name = f"two-{stage}-{rank}-{at}"
             answer = task.run(name, *settings, processes=2, rank=rank, fault=["kill", name, at])
             assert answer["statuses"][rank] == -signal.SIGKILL and 0 not in answer["statuses"], (at, answer["output"])
@@ -107,6 +108,7 @@ def test_two_runs_at_once(task, tmp_path):
     other = Task.__new__(Task)
     other.__dict__.update(vars(task) | {"worker": second})
     try:
+        task.worker.run("--help"), second.run("--help")  # both are there before the first race
         for attempt in range(4):
             name, answers = f"at-once-{attempt}", {}
             arguments = LONG
