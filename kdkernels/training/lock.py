@@ -8,6 +8,7 @@ import errno
 import fcntl
 import os
 import socket
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -79,6 +80,7 @@ def _lock(handle: int, path: Path) -> None:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
+        time.sleep(0.2)  # an owner that has just come still has to write its name
         owner = os.pread(handle, 1000, 0).decode(errors="replace") or "a process that is just starting"
         raise InputError(
             f"[run] output: another run is in {path.parent} ({owner}): wait for its end, stop it, or give another "
