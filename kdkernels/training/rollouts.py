@@ -48,7 +48,7 @@ def generate(
         eos_token_id=list(end_ids),
         pad_token_id=padding,
     )
-    with torch.no_grad(), evaluating(model), _without_generation_config(model):
+    with torch.no_grad(), evaluating(model), _without_generation_config(model), _without_router_loss(model):
         output = model.generate(
             input_ids.to(model.device),
             attention_mask=attention_mask.to(model.device),
@@ -109,3 +109,20 @@ def _without_generation_config(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         model.generation_config = hidden
+
+
+@contextmanager
+def _without_router_loss(model: PreTrainedModel) -> Iterator[None]:
+    """Keeps a mixture of experts from computing its router loss, which nobody reads here: from the second token on, it
+    would weight the one position that `generate` gives it with the mask of all, and fail where prompts differ in
+    length.
+    """
+    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+    told = [config for config in configs.values() if getattr(config, "output_router_logits", False)]
+    for config in told:
+        config.output_router_logits = False
+    try:
+        yield
+    finally:
+        for config in told:
+            config.output_router_logits = True

@@ -152,3 +152,19 @@ def test_dropout_is_off_while_generating(load, tokenizer):
     prompts = [tokenizer("33+4=")["input_ids"]] * 8
     responses = generate(student, tokenizer, prompts, 6, sample=False)
     assert len({tuple(response) for response in responses}) == 1
+
+
+def test_a_mixture_of_experts_writes_behind_prompts_of_any_length(load, tokenizer):
+    """transformers' router loss takes the mask of all positions for that of the new one."""
+    torch.manual_seed(0)
+    routed = load(
+        'student.architecture={model_type="mixtral", hidden_size=16, num_hidden_layers=1, num_attention_heads=2, '
+        "num_key_value_heads=1, intermediate_size=32, num_local_experts=4, initializer_range=0.3, "
+        "output_router_logits=true}"
+    )
+    student = load_student(routed, tokenizer)
+    prompts = [tokenizer(text)["input_ids"] for text in ("5=", "33+4=")]
+    responses = generate(student, tokenizer, prompts, 4, sample=False)
+    assert responses == [generate(student, tokenizer, [prompt], 4, sample=False)[0] for prompt in prompts]
+    assert max(map(len, responses)) > 1, "more than one token was drawn"
+    assert student.config.output_router_logits, "training still has its router loss"
