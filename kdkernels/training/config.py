@@ -21,6 +21,7 @@ from kdkernels.training.schema import InputError, Rule, override, parse_table, r
 
 Count = Annotated[int, Rule(lambda value: value >= 1, "an integer >= 1")]
 CountOrZero = Annotated[int, Rule(lambda value: value >= 0, "an integer >= 0")]
+VocabularySize = Annotated[int, Rule(lambda value: 1 <= value <= 10**7, "an integer from 1 to 10^7")]
 Seed = Annotated[int, Rule(lambda value: value >= 0, "an integer from 0 to 2^63 - 1")]
 LearningRate = Annotated[float, Rule(lambda value: 0 < value <= 1e30, "a number > 0 and at most 1e30")]
 PositiveOrZero = Annotated[float, Rule(lambda value: 0 <= value < float("inf"), "a finite number >= 0")]
@@ -72,7 +73,7 @@ class TokenizerConfig:
 
     path: Place | None = None
     kind: Literal["characters", "bpe"] | None = None
-    vocab_size: Count | None = None
+    vocab_size: VocabularySize | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -166,8 +166,9 @@ class _Template:
             )
         try:
             text = piece.text.format_map(record)
-        except (ValueError, TypeError, LookupError, OverflowError) as error:  # a format that the value does not have
-            raise InputError(f"{place}: [data] {self.key}: {self.template!r} cannot be filled in: {error}") from error
+        except (ValueError, TypeError, LookupError, OverflowError, MemoryError) as error:  # a format it does not have
+            said = str(error) or "the text would be longer than memory"
+            raise InputError(f"{place}: [data] {self.key}: {self.template!r} cannot be filled in: {said}") from error
         try:
             text.encode()
         except UnicodeEncodeError as error:

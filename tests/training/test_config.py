@@ -85,6 +85,7 @@ def test_malformed_overrides_are_refused(assignment):
         (["run.output="], ["[run] output: expected a path, which is not empty, got ''"]),
         (["data.train= "], ["[data] train: expected a path, which is not empty, got ' '"]),
         (['data.train="a\\u0000b"'], ["[data] train: expected a path"]),
+        (["run.output=" + 300 * "a"], ["[run] output: cannot be read: File name too long: aaa"]),
         (["data.train=" + 5000 * "a"], ["[data] train: cannot be read: File name too long: aaa"]),
         (
             ["run.output=~nobody-of-that-name/x"],
@@ -125,6 +126,10 @@ def test_malformed_overrides_are_refused(assignment):
         (["tokenizer.path=gpt2"], ["[tokenizer] expected at most one of path and kind"]),
         (["tokenizer.kind=bpe"], ["[tokenizer] key 'vocab_size' is missing; kind \"bpe\" needs it"]),
         (["tokenizer.vocab_size=9"], ['[tokenizer] vocab_size belongs to kind "bpe": leave it out', "got 9"]),
+        (
+            ["tokenizer.kind=bpe", "tokenizer.vocab_size=10000000000000"],
+            ["[tokenizer] vocab_size: expected an integer from 1 to 10^7, got 10000000000000"],
+        ),
         (["evaluation.data={root}/test.jsonl"], ["[evaluation] key 'metrics' is missing"]),
         ([*EVALUATION, 'evaluation.metrics=["bleu"]'], ["metrics[0]: expected one of 'exact_match'", "got 'bleu'"]),
         ([*EVALUATION, 'evaluation.metrics=["kl"]'], ['"kl" needs a [teacher]']),

@@ -69,6 +69,11 @@ def test_a_template_may_format_numbers(rendered):
     assert rendered(lines, "data.prompt='{question:.2f}'", "data.response='{answer:03d}'") == [(1, "3.14", "007")]
 
 
+def test_a_format_wider_than_memory_is_refused(rendered):
+    message = refused(rendered, line(), f"data.prompt='{{question:>{10**15}}}'")
+    assert message.startswith("line 1: [data] prompt: ") and "longer than memory" in message
+
+
 @pytest.mark.parametrize(
     ("bad", "words"),
     [
