@@ -151,6 +151,10 @@ def _read(path: Path) -> Contents:
             raise ValueError("its hash is another one")
         contents = Contents(**json.loads(contents))
         paths = [path / name for name in contents.sha256.keys() | {SHARED, METRICS}]
+        if not all(type(value) is int and value >= 0 for value in contents.progress.values()):
+            raise ValueError(f"expected counts, got {contents.progress}")
+        if not isinstance(contents.inputs, dict):
+            raise ValueError(f"expected identities by their keys, got {contents.inputs}")
         if contents.progress["step"] != step(path):
             raise ValueError(f"it is of step {contents.progress['step']}")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -15,8 +15,6 @@ from kdkernels.training.schema import InputError
 
 MODEL_FILES = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja")
 TOKENIZER = "[tokenizer]"
-# the keys of a recipe that say where something lies
-PATHS = ("run.output", "data.train", "evaluation.data", "student.path", "teacher.path", "tokenizer.path")
 Identity = str | dict[str, str]  # of a file or commit, or of every file in a directory
 
 

@@ -49,7 +49,7 @@ def locked(directory: Path) -> Iterator[None]:
 def refuse_if_locked(directory: Path) -> None:
     """Raises InputError naming the owner where a run is in `directory`; writes nothing."""
     try:
-        handle = os.open(directory / NAME, os.O_RDWR)  # NFS has exclusive locks for writers only
+        handle = os.open(directory / NAME, os.O_RDWR | os.O_NOFOLLOW)  # NFS has exclusive locks for writers only
     except OSError:
         return  # nobody has been here; or it is not for this user, as the run itself will say
     try:
@@ -62,7 +62,8 @@ def _own(path: Path) -> int:
     """An open handle of the lock file, which is this process's now."""
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        # a link in a directory that somebody else made may point to any file of this user, which is overwritten here
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         try:
             _lock(handle, path)
             if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):

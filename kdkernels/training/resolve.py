@@ -38,7 +38,7 @@ def resolve(config: Config) -> Config:
     return config
 
 
-PATHS = (
+PATHS = (  # the keys of a recipe that say where something lies
     ("run", "output"),
     ("data", "train"),
     ("evaluation", "data"),
@@ -169,6 +169,7 @@ def _evaluation(config: Config) -> EvaluationConfig | None:
 
 
 def _check_paths(config: Config) -> None:
+    _is("[run] output", Path(config.run.output) / "config.toml", Path.exists)  # whether there is such a path at all
     files = {"[data] train": config.data.train, "[evaluation] data": config.evaluation and config.evaluation.data}
     for key, path in files.items():
         if path is not None and not _is(key, Path(path), Path.is_file):

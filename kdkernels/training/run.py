@@ -25,8 +25,9 @@ from transformers import PreTrainedTokenizerBase
 from kdkernels.training import checkpoint, distributed, lock
 from kdkernels.training.atomic import UNFINISHED, remove_unfinished, write_bytes, write_directory, write_text, writing
 from kdkernels.training.config import Config
-from kdkernels.training.identity import PATHS, TOKENIZER, Identity, differences, identify, sources
+from kdkernels.training.identity import TOKENIZER, Identity, differences, identify, sources
 from kdkernels.training.jsonl import json_line
+from kdkernels.training.resolve import PATHS
 from kdkernels.training.schema import InputError, read_toml, to_tables, to_toml
 
 BEGINNING = {"step": 0, "position": 0, "skipped_steps": 0}
@@ -184,6 +185,11 @@ class RunDirectory:
             )
             began_with = _read_json(self.inputs) if self.inputs.is_file() else None
         kept = config.tokenizer.kind is not None and began_with is not None
+        if kept and not self.tokenizer.is_dir():
+            raise InputError(
+                f"--resume: {self.tokenizer} is missing, the tokenizer that the run trained: put it back, or start a "
+                "new run in another directory"
+            )
         places = sources(config, self.tokenizer if kept else None)
         inputs = identify(places)
         changes = [] if began_with is None else differences(began_with, inputs, places)
@@ -221,11 +227,9 @@ def _differences(old: dict, new: dict) -> list[str]:
     way: there it is the contents that count.
     """
     keys = dict.fromkeys((section, key) for tables in (old, new) for section, table in tables.items() for key in table)
-    pairs = {
-        f"{section}.{key}": (old.get(section, {}).get(key), new.get(section, {}).get(key)) for section, key in keys
-    }
+    pairs = {place: [tables.get(place[0], {}).get(place[1]) for tables in (old, new)] for place in keys}
     return [
-        f"{name}: {before!r} -> {after!r}"
-        for name, (before, after) in pairs.items()
-        if before != after and name not in PATHS
+        f"{section}.{key}: {before!r} -> {after!r}"
+        for (section, key), (before, after) in pairs.items()
+        if before != after and (section, key) not in PATHS
     ]

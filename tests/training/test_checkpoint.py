@@ -94,6 +94,17 @@ def test_whatever_progress_json_holds_is_damage(tmp_path, text):
         assert newest(tmp_path)[0] == "step-000002"
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"progress": {"step": 4, "position": -5}}, {"progress": {"step": 4, "position": "16"}}, {"inputs": [1]}],
+)
+def test_a_progress_json_that_somebody_edited_is_damage(tmp_path, change):
+    save(tmp_path, 2, 4)
+    rewrite(tmp_path / "step-000004" / "progress.json", lambda contents: contents | change)
+    with pytest.warns(UserWarning, match=r"step-000004 is damaged: the contents of progress.json changed: expected"):
+        assert newest(tmp_path)[0] == "step-000002"
+
+
 def test_a_step_is_that_of_its_directory(tmp_path):
     save(tmp_path, 2, 4)
     (tmp_path / "step-000004").rename(tmp_path / "step-000400")

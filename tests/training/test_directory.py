@@ -169,6 +169,12 @@ def test_the_trained_tokenizer_stays_the_runs_own(load, interrupted, tmp_path, m
     assert kept[0] == kept[1]
 
 
+def test_a_trained_tokenizer_that_is_gone_is_missed(load, interrupted, tmp_path):
+    shutil.rmtree(tmp_path / "run" / "tokenizer")
+    with pytest.raises(InputError, match=r"--resume: .*run/tokenizer is missing, the tokenizer that the run trained"):
+        train(load(*interrupted), resume=True)
+
+
 def test_a_run_that_moved_goes_on(load, interrupted, tmp_path, monkeypatch):
     """The directory under another name, every path written in another way, the data somewhere else."""
     expected = [line["loss"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")[1:]]
@@ -245,6 +251,17 @@ def test_a_lock_of_a_killed_run_is_none(tmp_path, load):
     root.mkdir()
     (root / lock.NAME).write_text("pid 1 on elsewhere, since 2026-01-01 00:00:00")
     train(load())
+
+
+def test_a_lock_that_is_a_link_is_not_followed(load, tmp_path):
+    """A run directory of somebody else's must not make a resumption write into files outside it."""
+    (tmp_path / "mine").write_text("precious")
+    root = Path(load().run.output)
+    root.mkdir()
+    (root / lock.NAME).symlink_to(tmp_path / "mine")
+    with pytest.raises(InputError, match=r"\[run\] output: .*run.lock cannot be locked: Too many levels of symbolic"):
+        train(load())
+    assert (tmp_path / "mine").read_text() == "precious"
 
 
 def test_a_directory_that_cannot_be_written(load, tmp_path):
