@@ -1,4 +1,4 @@
-"""SIGTERM: a wish to end, granted at the end of the step under way."""
+"""SIGTERM: a wish to end, granted at the end of the step under way, or of the next one whose weights may be saved."""
 
 import signal
 import threading

@@ -48,7 +48,7 @@ class Result:
 def train(config: Config, resume: bool = False) -> Result:
     """Trains the recipe's student; with `resume`, from the latest checkpoint in the run's directory on.
 
-    SIGTERM ends it after the step under way, with a checkpoint.
+    SIGTERM ends it after the step under way, with a checkpoint; if that step was skipped, after one that is not.
 
     Raises InputError for data, models or a run directory that cannot be used, FloatingPointError for a run that
     diverged: too many steps in a row had to be skipped ([train] max_skipped_steps), or what would be saved is not
@@ -133,7 +133,7 @@ def _train(config: Config, run: RunDirectory, start: Start, termination: Termina
             if unsaved and not in_a_row:  # after a skipped step, the checkpoint waits until these weights have a loss
                 save(step)
                 unsaved = False
-            if stop and not last:
+            if stop and not last and not in_a_row:  # what is trained is saved
                 raise Stopped(f"stopped by SIGTERM after step {step}")
 
     if in_a_row:  # nothing says yet that the weights are good for anything: one more batch, without an update

@@ -1,7 +1,9 @@
 """Numbers that are not finite: a step with one changes nothing on any process, and nothing of them is ever saved."""
 
 import json
+import os
 import shutil
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -155,6 +157,22 @@ def test_skipped_steps_survive_a_resumption_and_delay_the_checkpoint(load):
         "- 1 more steps skipped, their loss or gradient was not finite: 2\n" in (again.output / "report.md").read_text()
     )
     assert "since it was resumed after step 4" in (again.output / "report.md").read_text()
+
+
+def test_sigterm_in_a_skipped_step_loses_nothing(load, monkeypatch):
+    """The checkpoint waits for weights that have a loss, and so does the end of the run."""
+    step_once = trainer.train_step
+
+    def with_signal(engine, teacher, tokenizer, examples, step, *more, **options):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step_once(engine, teacher, tokenizer, examples, step, *more, **options)
+
+    monkeypatch.setattr(trainer, "train_step", with_signal)
+    config = load("train.steps=5", "checkpoint.every=0")
+    with pytest.raises(SystemExit, match="stopped by SIGTERM after step 3"):
+        train_poisoned(config, "gradient", (2,))
+    assert [path.name for path in complete(Path(config.run.output, "checkpoints"))] == ["step-000003"]
 
 
 @pytest.mark.parametrize("broken", [False, True])
