@@ -199,13 +199,15 @@ class ExampleStream:
 
     def __init__(self, size: int, seed: int, position: int = 0):
         self.size, self.seed, self.position = size, seed, position
+        self._orders: dict[int, list[int]] = {}  # of the epochs at hand: to shuffle millions takes a second
 
     def next(self, count: int) -> list[int]:
         """The next `count` examples."""
         positions = range(self.position, self.position + count)
-        orders = {epoch: self._order(epoch) for epoch in {position // self.size for position in positions}}
+        epochs = {position // self.size for position in positions}
+        self._orders = {epoch: self._orders.get(epoch) or self._order(epoch) for epoch in epochs}
         self.position += count
-        return [orders[position // self.size][position % self.size] for position in positions]
+        return [self._orders[position // self.size][position % self.size] for position in positions]
 
     def _order(self, epoch: int) -> list[int]:
         order = list(range(self.size))

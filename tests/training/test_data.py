@@ -238,6 +238,16 @@ def test_every_epoch_has_every_example_in_an_order_of_its_own():
     assert ExampleStream(size=10, seed=2).next(10) != epochs[0]
 
 
+def test_an_epoch_is_shuffled_once(monkeypatch):
+    shuffled = []
+    order = ExampleStream._order
+    monkeypatch.setattr(ExampleStream, "_order", lambda self, epoch: shuffled.append(epoch) or order(self, epoch))
+    stream = ExampleStream(size=10, seed=1)
+    for _ in range(9):
+        stream.next(3)
+    assert shuffled == [0, 1, 2]
+
+
 def test_a_stream_goes_on_from_its_position():
     stream = ExampleStream(size=10, seed=1)
     stream.next(17)
