@@ -64,8 +64,9 @@ def _multiplies(weight: Tensor) -> bool:
 
 
 def _take(source: Tensor, at: Tensor) -> Tensor:
-    """Rows [n, X] of source [..., X] at flat positions [n]. Flattening what is not contiguous would copy all of it."""
-    if source.is_contiguous():
+    """Rows [n, X] of source [..., X] at flat positions [n]. Flattening what is not contiguous would copy all of it,
+    unless it is a single row."""
+    if source.is_contiguous() or source.dim() == 1:
         return source.view(-1, source.shape[-1]).index_select(0, at)
     places = []  # in each leading dimension
     for size in reversed(source.shape[:-1]):
@@ -93,7 +94,8 @@ class HeadSide:
         self.vocabulary = vocabulary = buffer.shape[1]
         self.source, self.index = head.hidden, index
         weight = head.weight[:vocabulary]
-        self.weight = weight if _multiplies(head.weight) else weight.contiguous()
+        # not contiguous(), which leaves the strides of a single number as they are
+        self.weight = weight if _multiplies(head.weight) else weight.clone(memory_format=torch.contiguous_format)
         self.bias = None if head.bias is None else head.bias[:vocabulary]
         self.scale, self.softcap = float(head.scale), head.softcap
         self.buffer = buffer

@@ -266,6 +266,23 @@ def test_operands_that_are_not_contiguous(backend, name):
         assert truth.relative(g, e) < 1e-6
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_single_token_and_a_single_number(backend, dtype):
+    """Every second number of a vector is no contiguous [H], and products take no strides (2, 2), of a [1, 1] weight."""
+    hidden, weight = torch.randn(12).to(dtype)[::2].requires_grad_(), torch.randn(9, 6).to(dtype).requires_grad_()
+    plain = hidden.detach().clone().requires_grad_()
+    got = kd.entropy(kd.Head(hidden, weight))
+    expected = kd.entropy(kd.Head(plain, weight))
+    assert got.shape == () and torch.equal(got, expected)
+    for g, e in zip(
+        torch.autograd.grad(got, (hidden, weight)), torch.autograd.grad(expected, (plain, weight)), strict=True
+    ):
+        assert torch.equal(g, e) and e.norm() > 0
+    one = torch.randn(1, 2, dtype=torch.float32).to(dtype)[:, ::2].as_strided((1, 1), (2, 2))
+    head = kd.Head(torch.ones(3, 1, dtype=dtype), one, scale=2.0)
+    assert torch.equal(kd.statistics(head).lse, 2 * one.float().expand(3, 1)[:, 0])
+
+
 def test_all_words_are_candidates(backend):
     student, teacher = heads(F32)
     value = kd.plackett_luce(student, teacher, k=WORDS)
