@@ -384,6 +384,17 @@ def _check_stored(program: Program, teacher: TopK) -> None:
 # ---- autograd --------------------------------------------------------------------------------------------------------
 
 
+def save(ctx, tensors: Sequence[Tensor | None]) -> None:
+    """ctx.save_for_backward, which refuses tensors made in inference mode; these cannot change in place outside it."""
+    ctx.unchanging = {i: t for i, t in enumerate(tensors) if t is not None and t.is_inference()}
+    ctx.save_for_backward(*(None if i in ctx.unchanging else t for i, t in enumerate(tensors)))
+
+
+def saved(ctx) -> list[Tensor | None]:
+    """What ``save`` was given. An error where one of them has changed since."""
+    return [ctx.unchanging.get(i, t) for i, t in enumerate(ctx.saved_tensors)]
+
+
 class _Chunked(torch.autograd.Function):
     """Scalar loss of a program.
 
@@ -395,8 +406,7 @@ class _Chunked(torch.autograd.Function):
     def forward(ctx, call: Call, needs: tuple[bool, ...], out: list, *tensors):
         ctx.call, ctx.needs = call, needs
         # The teacher's too: an in-place change before backward must be an error, not another gradient.
-        teacher = call.teacher.tensors if call.teacher else ()
-        ctx.save_for_backward(*tensors, *(t for t in teacher if t is not None and not t.is_inference()))
+        save(ctx, (*tensors, *(call.teacher.tensors if call.teacher else ())))
         result = run(call, needs)
         out.append(result)
         ctx.gradients = None
@@ -411,10 +421,10 @@ class _Chunked(torch.autograd.Function):
     def backward(ctx, grad):
         if torch.is_grad_enabled():
             raise RuntimeError("kdkernels has no second derivatives: expected a backward without create_graph=True")
-        saved, call = ctx.saved_tensors, ctx.call
+        tensors, call = saved(ctx), ctx.call
         gradients, ctx.gradients = ctx.gradients, None
         if len(call.layout) == 0:
-            gradients = [torch.zeros_like(t) if need else None for t, need in zip(saved, ctx.needs, strict=False)]
+            gradients = [torch.zeros_like(t) if need else None for t, need in zip(tensors, ctx.needs, strict=False)]
         else:
             if gradients is None:
                 gradients = run(call, ctx.needs).gradients  # their factors are the same

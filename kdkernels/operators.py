@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .chunked import Call, Program, run, scale_
+from .chunked import Call, Program, run, save, saved, scale_
 from .divergences import Divergence
 from .heads import Head, Logits, Source, TopK
 from .layout import Layout
@@ -124,7 +124,7 @@ def _spread(values: Tensor, call: Call, shape: torch.Size) -> Tensor:
     return out.index_copy_(0, call.layout.index, values).view(shape + rest)
 
 
-def _registered(function: Callable, schema: str, like: Callable, backward: Callable | None = None, save=None):
+def _registered(function: Callable, schema: str, like: Callable, backward: Callable | None = None, setup=None):
     """The operator kdkernels::<name of function>; custom_op would add 8 to 20 microseconds to a call."""
     name = function.__name__.removeprefix("_")
     qualified = f"kdkernels::{name}"
@@ -132,7 +132,7 @@ def _registered(function: Callable, schema: str, like: Callable, backward: Calla
     torch.library.impl(qualified, "CompositeExplicitAutograd")(function)
     torch.library.register_fake(qualified, like)
     if backward is not None:
-        torch.library.register_autograd(qualified, backward, setup_context=save)
+        torch.library.register_autograd(qualified, backward, setup_context=setup)
     return getattr(torch.ops.kdkernels, name).default
 
 
@@ -221,19 +221,15 @@ def _gradients_like(grad: Tensor, *arguments) -> list[Tensor]:
 def _save(ctx, inputs: tuple, output: Tensor) -> None:
     sources, ctx.values = _split(inputs)
     # The teacher's too: an in-place change before backward must be an error, not another gradient.
-    tensors = (*sources.student, *sources.teacher, sources.target, sources.rows)
-    # Those made in inference mode cannot be saved; nor can they change in place outside of it.
-    ctx.unchanging = {i: t for i, t in enumerate(tensors) if t is not None and t.is_inference()}
-    ctx.save_for_backward(*(None if i in ctx.unchanging else t for i, t in enumerate(tensors)))
+    save(ctx, (*sources.student, *sources.teacher, sources.target, sources.rows))
     ctx.counts = len(sources.student), len(sources.teacher)
     ctx.sources = sources._replace(student=[], teacher=[], target=None, rows=None)
 
 
 def _backward(ctx, grad: Tensor) -> tuple:
-    saved = [ctx.unchanging.get(i, t) for i, t in enumerate(ctx.saved_tensors)]
-    students, teachers = ctx.counts
-    student, teacher = saved[:students], saved[students : students + teachers]
-    target, rows = saved[students + teachers :]
+    tensors, (students, teachers) = saved(ctx), ctx.counts
+    student, teacher = tensors[:students], tensors[students : students + teachers]
+    target, rows = tensors[students + teachers :]
     sources = ctx.sources._replace(student=student, teacher=teacher, target=target, rows=rows)
     gradients = iter(token_gradients(grad, *sources, *ctx.values))
     d_student = [next(gradients) if need else None for need in ctx.values.needs]

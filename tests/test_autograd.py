@@ -336,3 +336,21 @@ def test_a_teacher_of_inference_mode(backend, dtype):
         got = truth.gradients(value(teacher), batch.student)
         expected = truth.gradients(value(replace(batch.teacher)), batch.student)
         assert all(torch.equal(g, e) and g.norm() > 0 for g, e in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight"])
+def test_a_frozen_side_of_inference_mode(backend, frozen):
+    """The trunk's states, or the head; a second backward computes with it again."""
+    batch = fixed()
+    with torch.inference_mode():
+        tensor = getattr(batch.student, frozen).detach().clone()
+    usual = replace(batch.student, **{frozen: getattr(batch.student, frozen).detach()})
+    student = replace(usual, **{frozen: tensor})
+    for value in (
+        lambda s: kd.divergence(s, batch.teacher, kd.JSD(0.9)).sum(),
+        lambda s: kd.GKD()(s, batch.teacher, batch.mask).loss,
+    ):
+        loss, (expected,) = value(student), truth.gradients(value(usual), usual)
+        for again in (True, False):
+            (got,) = torch.autograd.grad(loss, truth.leaves(student), retain_graph=again)
+            assert torch.equal(got, expected) and got.norm() > 0
