@@ -36,5 +36,6 @@ def normalized(sums: Tensor) -> Tensor:
     low, high = sums.aminmax()
     largest = torch.maximum(-low, high)
     exponent = torch.where(largest.isfinite() & (largest > 0), largest, 1).frexp().exponent - 15
+    exponent = exponent.clamp(_SMALLEST, _LARGEST)
     sums.mul_(torch.ldexp(torch.ones_like(largest), -exponent))
     return torch.ldexp(torch.ones_like(largest), exponent)

@@ -225,6 +225,19 @@ def test_sums_over_tokens_stay_in_range(backend, chunks):
     assert truth.relative(bias.grad, d) < 1e-3
 
 
+@pytest.mark.parametrize("factor", [1e-37, 1e-34, 1e-28, 1e28])
+def test_weights_of_any_size_leave_gradients_finite(backend, factor):
+    """Sums so small that the power which fp16 holds them best with is beyond fp32's range (1e-34: a bias of NaN)."""
+    batch = fixed(F16, bias=True)
+    weights = torch.full(batch.mask.shape, factor)
+    loss = kd.GKD()(batch.student, batch.teacher, batch.mask, weights=weights).loss
+    wide = batch.to(F64)
+    exact = truth.gradients(truth.gkd(wide), wide.student) if factor > 1e-30 else None
+    for i, got in enumerate(truth.gradients(loss / factor, batch.student)):
+        assert got.isfinite().all()
+        assert exact is None or truth.relative(got, exact[i]) < 0.02
+
+
 def test_amp(backend):
     """fp32 weights under fp16 autocast with a GradScaler, over two accumulated batches, one of them differentiated
     twice: the gradients of the sum."""
