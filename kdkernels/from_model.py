@@ -15,6 +15,7 @@ import inspect
 import math
 import weakref
 from functools import partial
+from types import NoneType
 from typing import NamedTuple
 
 import torch
@@ -165,7 +166,14 @@ def _state(model: nn.Module, layer: nn.Linear) -> tuple:
     configs = () if config is None else (dict(vars(config)), {} if text is config else dict(vars(text)))
     own = _own_forward(model)
     own = getattr(own, "__func__", own)  # a bound method would keep the model alive
-    return (layer.out_features, layer.in_features, type(model).forward, own, configs)
+    # Cohere's forward reads model.logit_scale, BART's adds a buffer that a checkpoint may fill later
+    numbers = {name: v for name, v in vars(model).items() if isinstance(v, (bool, int, float, str, NoneType))}
+    buffers = {
+        name: b if b is None else (id(b), None if b.is_inference() else b._version)
+        for name, b in model._buffers.items()
+    }
+    shape = (layer.out_features, layer.in_features, layer.bias is None)
+    return (shape, type(model).forward, own, configs, numbers, buffers)
 
 
 # What the stand-in for the output layer returns at each of the four positions. Powers of two and eighths: every

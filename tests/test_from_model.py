@@ -303,6 +303,23 @@ def test_a_scale_that_changes_is_noticed():
     assert compare(model).scale == 1 / 3
 
 
+def test_what_the_model_itself_holds_is_noticed():
+    """A number, which Cohere's forward reads, not the config's; a buffer, filled in place as load_state_dict does; a
+    bias, which nothing can say where the hidden states are scaled."""
+    model = tiny("cohere")
+    compare(model)
+    model.logit_scale = 3.0
+    assert compare(model).scale == 3.0
+    model, hidden, logits = seq2seq("marian")
+    assert_same(model, hidden, logits)
+    model.load_state_dict(model.state_dict() | {"final_logits_bias": torch.randn_like(model.final_logits_bias)})
+    assert "it adds something" in wrong(model, hidden)
+    model = tiny("minicpm3")
+    compare(model)
+    model.lm_head.bias = nn.Parameter(torch.randn(VOCABULARY))
+    assert "an output layer with a bias" in wrong(model)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_every_dtype(dtype):
     """Scales are the config's numbers, not what is left of them in 16 bits."""
