@@ -249,7 +249,7 @@ class Layout:
 
 
 def _check_integers(name: str, values: object) -> None:
-    if not isinstance(values, Tensor) or values.is_floating_point():
+    if not isinstance(values, Tensor) or values.dtype == torch.bool or values.is_floating_point():
         raise TypeError(f"{name}: expected an integer tensor, got {getattr(values, 'dtype', type(values).__name__)}")
     if values.dim() != 2:
         raise ValueError(f"{name}: expected shape [B, L], got {list(values.shape)}")

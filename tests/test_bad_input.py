@@ -144,6 +144,12 @@ BAD_CALLS = {
     "a layout of floats": (
         lambda: kd.Layout(torch.zeros(2), (2,), (1, 3)), TypeError, ["index", "int64", "float32"],
     ),
+    "labels that are a mask": (
+        lambda: kd.Layout.from_labels(MASK), TypeError, ["labels", "integer", "torch.bool"],
+    ),
+    "segments that are a mask": (
+        lambda: kd.Layout.from_segments(MASK), TypeError, ["ids", "integer", "torch.bool"],
+    ),
     "ignore_index of labels": (
         lambda: kd.Layout.from_labels(TARGET, "x"), TypeError, ["ignore_index", "int", "'x'"],
     ),
