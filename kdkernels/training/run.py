@@ -16,7 +16,7 @@ import json
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +153,12 @@ class RunDirectory:
             recipe = read_toml(self.config)
             if not all(isinstance(table, dict) for table in recipe.values()):
                 raise InputError(f"--resume: {self.config} is damaged: expected nothing but tables")
+            unknown = _unknown(recipe, config)
+            if unknown:
+                raise InputError(
+                    f"--resume: the run in {self.root} was begun by another version of kdkernels, which did not know "
+                    f"{', '.join(unknown)}: continue it with that version, or start a new run in another directory"
+                )
             changes = _differences(recipe, to_tables(config))
             if changes:
                 raise InputError(
@@ -220,6 +226,17 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         problem = error
     raise InputError(f"--resume: {path} is damaged: {problem}: give the run another directory")
+
+
+def _unknown(recipe: dict[str, dict[str, Any]], config: Config) -> list[str]:
+    """The keys that a run writes into its config.toml whatever the user sets, and that `recipe`, read there, lacks."""
+    return [
+        f"{section}.{entry.name}"
+        for section, table in recipe.items()
+        if getattr(config, section, None) is not None
+        for entry in fields(getattr(config, section))
+        if entry.default is not MISSING and entry.default is not None and entry.name not in table
+    ]
 
 
 def _differences(old: dict, new: dict) -> list[str]:

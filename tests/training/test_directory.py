@@ -59,6 +59,19 @@ def test_resuming_with_another_recipe_names_the_difference(load, teacher_set):
         run.find_start(load(*GKD, teacher_set), resume=True)
 
 
+def test_a_run_of_another_version_is_known_as_such(load, interrupted):
+    """Its checkpoints are not called damaged, and its recipe not changed."""
+    config = Path(load().run.output, "config.toml")
+    lines = config.read_text().splitlines(keepends=True)
+    config.write_text("".join(line for line in lines if "timeout_seconds" not in line and "max_skipped" not in line))
+    with pytest.raises(InputError) as refusal:
+        train(load(*interrupted), resume=True)
+    assert (
+        "begun by another version of kdkernels, which did not know run.timeout_seconds, train.max_skipped_steps: con"
+        in (str(refusal.value))
+    )
+
+
 @pytest.mark.parametrize("killed_at", ["config.toml", "tokenizer", "inputs.json"])
 def test_a_kill_while_the_run_begins_leaves_a_way_on(load, killed_at):
     """There is no state in which a new run says --resume, and --resume says that there is nothing to resume."""
