@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from kdkernels.training.run import RunDirectory
 from kdkernels.training.schema import InputError
 from kdkernels.training.trainer import train
 
-DONE, DIVERGED, UNUSABLE, DISK, LOST, INTERRUPTED = 0, 1, 2, 3, 4, 130
+DONE, DIVERGED, UNUSABLE, DISK, LOST, UNFORESEEN, INTERRUPTED = 0, 1, 2, 3, 4, 70, 130
 STATUSES = """\
 exit status, each but the first with a line that says why:
   0    the run is finished; or SIGTERM came, a checkpoint was written after the step under way, and --resume goes on
@@ -25,6 +26,7 @@ exit status, each but the first with a line that says why:
   2    recipe, data, models or the run's directory cannot be used (another run may be in it), or the command line
   3    the disk did not take what the run had to write, for want of space or else
   4    another process of the run ended or stopped answering
+  70   an error that none of these is, with a traceback: out of memory, or a fault of kdkernels
   130  interrupted (Ctrl-C)
 """
 
@@ -58,13 +60,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _end(DONE, text)
         return DONE if stopped else INTERRUPTED
     except Exception as error:
-        if not distributed.lost_process(error):
-            raise
-        return _end(
-            LOST,
-            "another process of the run ended, or did not answer in time ([run] timeout_seconds): "
-            f"{str(error).splitlines()[0]}",
-        )
+        if distributed.lost_process(error):
+            return _end(
+                LOST,
+                "another process of the run ended, or did not answer in time ([run] timeout_seconds): "
+                f"{str(error).splitlines()[0]}",
+            )
+        traceback.print_exc()  # Python itself would end with the status of a run that diverged
+        return _end(UNFORESEEN, f"an error that nobody foresaw: {type(error).__name__}: {error}")
     return DONE
 
 

@@ -216,6 +216,18 @@ def test_a_run_that_diverges_says_so(recipe, capsys):
     assert capsys.readouterr().err.splitlines()[-1].startswith("kdkernels: step 2: the loss is ")
 
 
+def test_an_error_that_nobody_foresaw_is_not_a_run_that_diverged(recipe, capsys, monkeypatch):
+    def failing(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 1 GiB")
+
+    monkeypatch.setattr("kdkernels.training.step.collate", failing)
+    assert main(["train", str(recipe)]) == 70
+    printed = capsys.readouterr().err
+    assert "Traceback" in printed and "in train_step" in printed
+    line = "kdkernels: an error that nobody foresaw: OutOfMemoryError: CUDA out of memory. Tried to allocate 1 GiB"
+    assert printed.splitlines()[-1] == line
+
+
 def test_a_missing_package_is_named_with_the_extra_that_has_it(tmp_path):
     code = "import sys; sys.modules['deepspeed'] = None; import kdkernels.training"
     process = start((sys.executable, "-c"), code, cwd=tmp_path)
