@@ -131,6 +131,9 @@ class Head(Source):
         ``vocab_size`` is the real vocabulary (the tokenizer's) where the embedding is padded; default: the words that
         the model's forward gives a logit.
 
+        Every call notices a model that has changed. Not so code that torch.compile has compiled, which has the numbers
+        built in: after a change to the model's config, forward or hooks call ``torch.compiler.reset()``.
+
         Raises:
             ValueError: a vocab_size beyond that.
             TypeError: naming what a Head cannot say of this model: an output embedding that is more than a linear
