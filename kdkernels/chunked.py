@@ -33,7 +33,7 @@ from torch import Tensor
 
 from . import coarse, fp16, memory, plan, sides
 from .divergences import Divergence
-from .heads import Head, Logits, Source, TopK, autocast_dtype, shared_vocabulary
+from .heads import Head, Logits, Source, TopK, autocasts, shared_vocabulary
 from .layout import Layout
 from .rows import Coefficients, Rows, Summary, backend_for, plackett_luce
 
@@ -364,7 +364,7 @@ def run(call: Call, needs: tuple[bool, ...] = ()) -> Result | None:
     if isinstance(call.teacher, TopK):
         _check_stored(call.program, call.teacher)
     device = call.student.device
-    with torch.autocast(device.type, enabled=False) if autocast_dtype(device) else nullcontext():
+    with torch.autocast(device.type, enabled=False) if autocasts(device) else nullcontext():
         loop = _Loop(call, needs)
         return loop.run() if loop.chunks else None
 

@@ -41,8 +41,10 @@ def check_teacher(student: Head | Logits, teacher: object, same_positions: bool 
     if teacher.device != device:
         raise ValueError(f"teacher: expected device {device} (the student's), got {teacher.device}")
     fits = teacher.dtype == student.dtype
-    if not fits and not (isinstance(teacher, Head) and isinstance(student, Head) and autocast_dtype(device) is None):
-        # logits are read as they are; only fp64 would be lost on the student's side
+    heads = isinstance(teacher, Head) and isinstance(student, Head)
+    if not fits and heads:
+        fits = all(autocast_dtype(side.hidden) for side in (student, teacher))  # which makes them one
+    elif not fits:  # logits are read as they are; only fp64 would be lost on the student's side
         fits = teacher.dtype != torch.float64 or isinstance(teacher, TopK)
     if not fits:
         raise TypeError(f"teacher: expected dtype {student.dtype} (the student's), got {teacher.dtype}")

@@ -143,7 +143,8 @@ class TensorCores(Torch):
     """
 
     def workspace(self, width: int, operand: torch.dtype, logits: torch.dtype, trained: bool) -> tuple[int, int]:
-        return 0, 0
+        # fp16: each token's hidden state times its power, in fp32 and back (WeightGradient)
+        return 0, 6 * width if trained and operand == torch.float16 else 0
 
     def project(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
         if out.dtype == hidden.dtype:

@@ -92,7 +92,7 @@ class Head(Source):
                 raise ValueError(
                     f"{name}: expected device {self.hidden.device} (that of hidden), got {tensor.device}{lost}"
                 )
-            if tensor.dtype != self.hidden.dtype and autocast_dtype(self.hidden.device) is None:
+            if tensor.dtype != self.hidden.dtype and not all(autocast_dtype(t) for t in (tensor, self.hidden)):
                 raise TypeError(f"{name}: expected dtype {self.hidden.dtype} (that of hidden), got {tensor.dtype}")
         if self.weight.dim() != 2 or 0 in self.weight.shape:
             way_out = where_the_rows_are(self.weight)
@@ -117,7 +117,7 @@ class Head(Source):
 
     def autocast(self) -> Head:
         """In autocast's dtype where that is on; differentiable: gradients come in the parameters' dtype."""
-        dtype = autocast_dtype(self.hidden.device)
+        dtype = autocast_dtype(self.hidden)
         if dtype is None:
             return self
         bias = None if self.bias is None else self.bias.to(dtype)
@@ -245,12 +245,16 @@ def _check_vocab_size(vocab_size: int | None, most: int, what: str) -> None:
         raise ValueError(f"vocab_size: expected at most {most} ({what}), got {vocab_size}")
 
 
-def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """The dtype of ``torch.autocast`` where it is on, else None."""
-    kind = device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+def autocasts(device: torch.device) -> bool:
+    """Whether ``torch.autocast`` is on."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
+def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """What autocast makes of a tensor: None where it is off, and for fp64, which it leaves alone."""
+    if tensor.dtype == torch.float64 or not autocasts(tensor.device):
         return None
-    return torch.get_autocast_dtype(kind)
+    return torch.get_autocast_dtype(tensor.device.type)
 
 
 def shared_vocabulary(student: Head | Logits, teacher: Source | None) -> int:
