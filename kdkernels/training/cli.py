@@ -33,7 +33,14 @@ exit status, each but the first with a line that says why:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; its exit status, of which `kdkernels train --help` says what it means (STATUSES)."""
-    options = _parser().parse_args(arguments)
+    status = _run(_parser().parse_args(arguments))
+    if status not in (LOST, UNFORESEEN, INTERRUPTED):  # of these, the others may know nothing yet
+        distributed.leave()
+    return status
+
+
+def _run(options: argparse.Namespace) -> int:
+    """What the options ask for; the exit status."""
     if not sys.stderr.isatty():
         disable_progress_bar()
     config = None

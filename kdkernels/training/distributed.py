@@ -56,6 +56,14 @@ def start(timeout_seconds: float = 1800) -> None:
     deepspeed.init_distributed(verbose=False, timeout=timeout)
 
 
+def leave() -> None:
+    """The last thing that one of a launcher's processes does. Left to Python's exit, the threads of gloo's groups now
+    and then abort a process whose work is done, which the launcher takes for a failed run.
+    """
+    if launched() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def limit_waiting(timeout_seconds: float) -> None:
     """Gives all groups of processes that there are the timeout: DeepSpeed makes its own, with half an hour or more."""
     for group in distributed_c10d._world.pg_map:

@@ -4,6 +4,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -17,6 +18,12 @@ from .test_processes import COMMAND
 ENDLESS = ("--set=train.steps=1000000", "--set=checkpoint.every=0")
 
 
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
 @pytest.fixture
 def pair(recipe, tmp_path):
     """pair(common, second): two processes of a run, as a launcher starts them; `second` are further arguments of the
@@ -25,9 +32,7 @@ def pair(recipe, tmp_path):
     processes = []
 
     def pair(common=(), second=()):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
+        port = free_port()
         for rank in range(2):
             launcher = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
             launcher |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PYTHONPATH": str(Path(__file__).parents[2])}
@@ -119,3 +124,21 @@ def test_every_group_of_processes_has_the_timeout(load, monkeypatch):
     train(load("run.timeout_seconds=77", "train.steps=1"))
     groups = set(distributed.distributed_c10d._world.pg_map)
     assert len(groups) > 1 and limited == dict.fromkeys(groups, 77)  # the default one and DeepSpeed's
+
+
+def test_a_process_leaves_its_group_before_it_ends(tmp_path):
+    """Python's own exit leaves gloo's threads running, which now and then abort a process that has finished its run."""
+    program = """
+import sys
+import torch.distributed as dist
+from kdkernels.training import cli, distributed
+distributed.start()
+assert dist.is_initialized()
+assert cli.main(["train", "missing.toml"]) == cli.UNUSABLE
+sys.exit(f"still in {dist.group.WORLD}" if dist.is_initialized() else 0)
+"""
+    launcher = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    launcher |= {"MASTER_PORT": free_port(), "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | launcher, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
