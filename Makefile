@@ -44,10 +44,12 @@ triton-check:
 	$(PY) tests/triton_calls.py every
 
 # As on a CPU without AVX-512: our kernels, torch's, oneDNN's and MKL's take AVX2, and torch has no fast 16-bit products.
+# With a compiler cache of its own: torch 2.13 would take graphs with vectors of another width from that of `make test`.
 test-avx2: export KDKERNELS_CPU_ISA := avx2
 test-avx2: export ATEN_CPU_CAPABILITY := avx2
 test-avx2: export ONEDNN_MAX_CPU_ISA := AVX2
 test-avx2: export MKL_ENABLE_INSTRUCTIONS := AVX2
+test-avx2: export TORCHINDUCTOR_CACHE_DIR := $(CURDIR)/build/inductor-avx2
 test-avx2: test
 
 test-slow: install
