@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from kdkernels import gemm
 from kdkernels.training import distributed
 from kdkernels.training.config import Config
 from kdkernels.training.run import RunDirectory
@@ -102,6 +103,16 @@ def describe(run: RunDirectory, needed: Needs) -> list[str]:
         f"memory: {text(memory)} for each process ({', '.join(f'{name} {text(part)}' for name, part in parts)}), "
         f"activations and logits on top; free for each: {free}{warning}",
         f"disk: at most {text(needed.disk())} ({describe_disk(needed)}); free: {text(free_disk(run.root))}",
+    ]
+
+
+def describe_dtype(config: Config) -> list[str]:
+    """A line where the run's dtype makes the models slow on this machine."""
+    if config.run.dtype != "bfloat16" or distributed.device().type != "cpu" or not gemm.torch_crawls(torch.bfloat16):
+        return []
+    return [
+        "[run] dtype: this CPU has no units for bfloat16, and PyTorch multiplies the models' matrices 5 to 100 times "
+        'slower than in float32: set dtype = "float32" (--dry-run shows the memory it takes)'
     ]
 
 

@@ -8,7 +8,7 @@ from kdkernels.training.engine import accumulation_steps
 from kdkernels.training.inputs import read_inputs
 from kdkernels.training.lock import refuse_if_locked
 from kdkernels.training.model import load_student, load_teacher, vocabulary_size
-from kdkernels.training.needs import check_disk, check_output, describe, needs
+from kdkernels.training.needs import check_disk, check_output, describe, describe_dtype, needs
 from kdkernels.training.run import RunDirectory
 from kdkernels.training.schema import to_toml
 
@@ -35,7 +35,7 @@ def plan(config: Config, resume: bool = False) -> str:
         for name, path in (("student", config.student.path), ("teacher", config.teacher and config.teacher.path))
         if path is not None and not Path(path).is_dir()
     ]
-    lines += describe(run, needed)
+    lines += describe(run, needed) + describe_dtype(config)
     responses = config.train.steps * config.train.batch_size
     longest = max(config.data.max_response_tokens, config.rollout.max_new_tokens)
     lines.append(

@@ -27,7 +27,7 @@ from kdkernels.training.evaluation import evaluate, summarize
 from kdkernels.training.inputs import read_inputs
 from kdkernels.training.metrics import EVALUATION, MetricsLog, evaluations
 from kdkernels.training.model import Distillation, load_student, load_teacher, vocabulary_size
-from kdkernels.training.needs import check_disk, needs
+from kdkernels.training.needs import check_disk, describe_dtype, needs
 from kdkernels.training.report import write_report
 from kdkernels.training.run import RunDirectory, Start
 from kdkernels.training.schema import InputError
@@ -113,7 +113,7 @@ def _train(config: Config, run: RunDirectory, start: Start, termination: Termina
     step = first = start.progress["step"]
     skipped, in_a_row, unsaved = start.progress["skipped_steps"], 0, False
     with MetricsLog(run, config.train.steps, last_step=first) as log:
-        log.say(examples, *([held_out] if held_out else []), examples.first)
+        log.say(examples, *([held_out] if held_out else []), examples.first, *describe_dtype(config))
         if held_out and start.checkpoint is None:
             log.write(0, evaluation(0))
         for step in range(first + 1, config.train.steps + 1):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from kdkernels import gemm
 from kdkernels.training import InputError, needs, train
 from kdkernels.training.checkpoint import complete
 from kdkernels.training.cli import main
@@ -98,3 +99,15 @@ def test_memory_beyond_what_there_is_is_told(recipe, teacher_set, capsys, monkey
     monkeypatch.setattr(needs, "free_memory", lambda: 8192)
     assert main(arguments) == 0
     assert "free for each: 8.0 KiB; more than there is" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("units", [False, True])
+def test_what_bfloat16_costs_without_units_for_it_is_told_once(recipe, capsys, monkeypatch, dtype, units):
+    monkeypatch.setattr(gemm, "_has_units", lambda operand: units)
+    expected = int(dtype == "bfloat16" and not units)
+    arguments = ["train", str(recipe), f"--set=run.dtype={dtype}", "--set=train.steps=2"]
+    for way in (["--dry-run"], [], ["--resume"]):
+        assert main([*arguments, *way]) == 0
+        printed = capsys.readouterr().out
+        assert printed.count('set dtype = "float32"') == printed.count("has no units for bfloat16") == expected
