@@ -1,4 +1,4 @@
-# make install | demo | test | test-avx2 | gpu-check | triton-check | test-slow | drills | bench | bench-compare | gpu-report | gsm8k | lint | clean.
+# make install | demo | test | test-avx2 | gpu-day | gpu-check | triton-check | test-slow | drills | bench | bench-compare | gpu-report | gsm8k | lint | clean.
 # Everything lives in .venv; nothing outside this folder is touched.
 PYTHON ?= python3
 PY := .venv/bin/python
@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 
-.PHONY: install demo gsm8k gpu-check triton-check test test-avx2 test-slow drills bench bench-compare gpu-report lint clean
+.PHONY: install demo gsm8k gpu-day gpu-check triton-check test test-avx2 test-slow drills bench bench-compare gpu-report lint clean
 
 install: .venv/installed
 
@@ -34,9 +34,14 @@ gsm8k: install
 test: install lint
 	$(PY) -m pytest
 
-# On a machine with a GPU, with whichever Python has torch, triton, pytest and hypothesis: make gpu-check PY=python3
+# On a machine with a GPU, with the Python on its PATH that has torch and triton: all that a GPU is wanted for, within
+# nine minutes, or some steps of it (make gpu-day STEPS="speed peers"; docs/gpu-day.md). Installs nothing.
+gpu-day:
+	$(PYTHON) benchmarks/gpu/day.py $(STEPS)
+
+# The row kernels' tests (pytest, hypothesis) and compute-sanitizer over every kernel variant, within five minutes.
 gpu-check:
-	$(PY) tests/gpu_check.py
+	$(PYTHON) benchmarks/gpu/day.py tests compile memcheck racecheck
 
 # Compiles whatever a call can launch on a GPU, without one, with another Python's torch and Triton than those of .venv
 # (minutes): make triton-check PY=python3

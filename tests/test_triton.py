@@ -2,7 +2,7 @@
 
 Where there is no GPU the kernels run in Triton's interpreter, which has to be chosen before they are imported, so the
 suites get processes of their own, one for each of two CPUs. It takes milliseconds for a
-block of words, hence a choice of tests. On a GPU all of it: ``make gpu-check`` (gpu_check.py).
+block of words, hence a choice of tests. On a GPU all of it: ``make gpu-check``.
 """
 
 import os
