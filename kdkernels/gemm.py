@@ -143,8 +143,8 @@ class TensorCores(Torch):
     """
 
     def workspace(self, width: int, operand: torch.dtype, logits: torch.dtype, trained: bool) -> tuple[int, int]:
-        # fp16: each token's hidden state times its power, in fp32 and back (WeightGradient)
-        return 0, 6 * width if trained and operand == torch.float16 else 0
+        # dX in fp32; fp16: each token's hidden state times its power, in fp32 and back (WeightGradient)
+        return 0, (6 if operand == torch.float16 else 4) * width if trained else 0
 
     def project(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
         if out.dtype == hidden.dtype:
@@ -154,10 +154,17 @@ class TensorCores(Torch):
         if bias is not None:
             out += bias
 
+    def multiply(self, a: Tensor, b: Tensor) -> Tensor:
+        """Written in fp32 first: few rows of many words are several sums, which torch by default lets cuBLAS round to
+        the output's dtype before it adds them."""
+        sums = a.new_empty(len(a), b.shape[1], dtype=torch.float32)
+        return torch.mm(a, b, out_dtype=sums.dtype, out=sums).to(a.dtype)
+
     def accumulate(self, a: Tensor, b: Tensor, sums: Tensor, out: Tensor, first: bool, last: bool) -> None:
         if first:
-            sums.zero_()
-        torch.addmm(sums, a, b, out_dtype=sums.dtype, out=sums)
+            torch.mm(a, b, out_dtype=sums.dtype, out=sums)
+        else:
+            torch.addmm(sums, a, b, out_dtype=sums.dtype, out=sums)
         if last:
             out.copy_(sums)
 

@@ -62,6 +62,9 @@ def test_tensor_cores_on_a_gpu(dtype):
         gemm.TensorCores().project(hidden, weight, bias, out)
         assert truth.relative(out, hidden.double() @ weight.double().t() + bias.double()) < 1e-6
         check_the_weight_gradient(gemm.TensorCores(), dtype, 3)
+        dz = torch.randn(C, V).to(dtype)
+        d_hidden = gemm.TensorCores().multiply(dz, weight)
+        assert truth.relative(d_hidden, dz.double() @ weight.double()) < torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -80,6 +83,22 @@ def test_the_weight_gradient_of_chunks_is_summed_from_narrow_operands(tensor_cor
     products, seen = tensor_cores
     check_the_weight_gradient(products, BF16, 3)
     assert seen and set(seen) == {(BF16, BF16, F32)}
+
+
+def test_the_first_chunk_is_not_added_to_zeros(tensor_cores, monkeypatch):
+    """That would be two more passes over the sums. What lay there (check_the_weight_gradient: NaN) is not read."""
+    products, _ = tensor_cores
+    monkeypatch.setattr(torch.Tensor, "zero_", lambda *_: pytest.fail("the sums are filled with zeros"))
+    check_the_weight_gradient(products, BF16, 3)
+
+
+def test_the_gradient_of_hidden_states_is_summed_in_fp32(tensor_cores):
+    """Parts of a sum over many words must not be rounded before they are added: cuBLAS may where it writes bf16."""
+    products, seen = tensor_cores
+    dz, weight = torch.randn(C, V).to(BF16), torch.randn(V, H).to(BF16)
+    got, exact = products.multiply(dz, weight), dz.double() @ weight.double()
+    assert seen == [(BF16, BF16, F32)] and got.dtype == BF16
+    assert truth.relative(got, exact) < torch.finfo(BF16).eps
 
 
 def test_the_fp16_gradients_are_summed_from_narrow_operands(tensor_cores):
@@ -137,7 +156,8 @@ def test_workspaces():
     assert torchs.workspace(H, BF16, BF16, True) == (512 * H * 4, 0)
     assert widened.workspace(H, BF16, BF16, True) == (2 * 1024 * H * 4, (H + 1024) * 4)
     assert torchs.workspace(H, BF16, F32, True) == widened.workspace(H, BF16, F32, True)
-    assert tensor_cores.workspace(H, BF16, F32, True) == (0, 0)
+    assert tensor_cores.workspace(H, BF16, F32, True) == (0, 4 * H)
+    assert tensor_cores.workspace(H, BF16, F32, False) == (0, 0)
     frozen, trained = (native.workspace(896, BF16, BF16, trained) for trained in (False, True))
     threads = torch.get_num_threads()
     assert frozen == (threads << 15, threads * 256)
