@@ -168,10 +168,11 @@ def meetings(choice: dict, count: int) -> set[frozenset]:
     return {frozenset(each) for each in combinations(((k, repr(v)) for k, v in choice.items()), count)}
 
 
-def make_calls(name: str, count: int) -> tuple[int, int]:
+def make_calls(name: str, count: int) -> tuple[int, int, int]:
     """Calls in which any ``count`` options of a function meet with all their values, but for what the API refuses.
 
-    -> how many were made, and how many meetings none of 20 fillings of the other options got accepted.
+    -> how many were made, how many meetings they cover, and how many none of 20 fillings of the other options got
+    accepted.
     """
     options, pick, met, made, impossible = CALLS[name], random.Random(0), set(), 0, 0
     for some in combinations(options, count):
@@ -187,7 +188,7 @@ def make_calls(name: str, count: int) -> tuple[int, int]:
                     break
             else:
                 impossible += 1
-    return made, impossible
+    return made, len(met), impossible
 
 
 # ---- what is compiled ------------------------------------------------------------------------------------------------
