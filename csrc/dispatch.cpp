@@ -1,5 +1,6 @@
 // Which instruction set's kernels this CPU gets.
 #include <cstring>
+#include <string>
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -11,10 +12,11 @@
 namespace kd {
 
 extern const RowKernels portable_kernels;
+extern const GemmKernels portable_gemm[3];       // for operands of f32, bf16 and f16, as Dtype counts
 #if defined(__x86_64__)
 extern const RowKernels avx2_kernels;
 extern const RowKernels avx512_kernels;
-extern const GemmKernels avx512_gemm_f32, avx512_gemm_bf16;
+extern const GemmKernels avx512_bf16_gemm, avx512_gemm[3], avx2_gemm[3];
 #endif
 
 static bool wanted(const char* isa, const char* name) {
@@ -27,29 +29,58 @@ static bool has_avx512() {
          __builtin_cpu_supports("avx512dq");
 }
 
-static bool has_amx_bf16() {
-  unsigned a, b, c, d;
-  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1);
+static bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+
+static bool has_bf16_units(const char* isa) {
+  return wanted(isa, "avx512") && has_avx512() && __builtin_cpu_supports("avx512bf16");
+}
+
+static bool cpuid_bit(unsigned subleaf, int reg, int bit) {   // of leaf 7
+  unsigned r[4];
+  return __get_cpuid_count(7, subleaf, &r[0], &r[1], &r[2], &r[3]) && (r[reg] >> bit & 1);
 }
 #endif
+
+// Of row kernels and products alike; avx512_nobf16 is for tests on CPUs that have the units.
+static const char* chosen(const char* isa) {
+#if defined(__x86_64__)
+  if ((wanted(isa, "avx512") || wanted(isa, "avx512_nobf16")) && has_avx512()) return "avx512";
+  if (wanted(isa, "avx2") && has_avx2()) return "avx2";
+#endif
+  return wanted(isa, "portable") ? "portable" : "";
+}
 
 const RowKernels* row_kernels(const char* isa) {
+  const std::string name = chosen(isa);
 #if defined(__x86_64__)
-  if (wanted(isa, "avx512") && has_avx512()) return &avx512_kernels;
-  if (wanted(isa, "avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return &avx2_kernels;
+  if (name == "avx512") return &avx512_kernels;
+  if (name == "avx2") return &avx2_kernels;
 #endif
-  return wanted(isa, "portable") ? &portable_kernels : nullptr;
+  return name == "portable" ? &portable_kernels : nullptr;
 }
 
-// Vendor libraries use tiles of matrices (AMX) where a CPU has them, and AVX-512 for fp32 on Intel's; elsewhere MKL
-// takes half as wide vectors.
 const GemmKernels* gemm_kernels(const char* isa, Dtype operands) {
+  const std::string name = chosen(isa);
+  const int i = static_cast<int>(operands);
 #if defined(__x86_64__)
-  if (!wanted(isa, "avx512") || !has_avx512() || !__builtin_cpu_supports("avx512bf16")) return nullptr;
-  if (operands == Dtype::bf16 && !has_amx_bf16()) return &avx512_gemm_bf16;
-  if (operands == Dtype::f32 && !__builtin_cpu_is("intel")) return &avx512_gemm_f32;
+  if (operands == Dtype::bf16 && has_bf16_units(isa)) return &avx512_bf16_gemm;
+  if (name == "avx512") return &avx512_gemm[i];
+  if (name == "avx2") return &avx2_gemm[i];
 #endif
-  return nullptr;
+  return name == "portable" ? &portable_gemm[i] : nullptr;
+}
+
+std::string cpu_traits(const char* isa) {
+  std::string traits = chosen(isa);
+#if defined(__x86_64__)
+  if (has_bf16_units(isa)) traits = "avx512_bf16";
+  if (__builtin_cpu_is("intel")) traits += " intel";
+  if (cpuid_bit(0, 3, 22)) traits += " amx_bf16";
+  if (cpuid_bit(1, 0, 21)) traits += " amx_fp16";
+#elif defined(__aarch64__)
+  traits += " arm";
+#endif
+  return traits;
 }
 
 }  // namespace kd

@@ -1,9 +1,11 @@
 // Matrix products around the row kernels, on raw pointers: out = add + a @ b, summed in fp32 whatever the operands.
 //
-// Vendor libraries round the sum of bf16 operands to bf16 on CPUs, and not all use the widest vectors of every CPU.
-// These write fp32 or bf16, and add to fp32 sums, at the speed of the plain product.
+// Vendor libraries round the sum of 16-bit operands to 16 bits on CPUs, not all use the widest vectors of every CPU, and
+// 16-bit operands take them 8 to 100 times as long where there are no units for them. These write any of the dtypes, and
+// add to fp32 sums, at the speed of the plain product. Which products kdkernels takes is decided in kdkernels/gemm.py.
 #pragma once
 #include <cstdint>
+#include <string>
 
 #include "rows.h"
 
@@ -11,7 +13,6 @@ namespace kd {
 
 struct Product {
   int64_t m, n, k;
-  Dtype operands;                       // f32 or bf16
   const void* a;                        // [m, k]; strides in elements, one of them 1
   int64_t a_row, a_column;
   const void* b;                        // [k, n]; likewise
@@ -21,25 +22,31 @@ struct Product {
   Dtype add_dtype;
   void* out;                            // [m, n] with contiguous rows
   int64_t out_row;
-  Dtype out_dtype;                      // f32 or bf16, as add_dtype
+  Dtype out_dtype;
 };
 
 // Blocks of `out` of m_block rows and `panels` panels of columns, computed independently.
 struct Tiling {
   int64_t m_block, panels;
   int64_t m_blocks, n_blocks;
-  int64_t shared;                       // floats of a packed b that serves all blocks; 0: each packs what it needs
+  int64_t shares;                       // parts of what is packed once for all blocks: panels of b, or rows of a
+  int64_t shared;                       // floats that these take
 };
 
-// One thread per call: panels [first, last) or blocks [first, last).
+// One thread per call: parts [first, last) of what is shared, then blocks [first, last).
 struct GemmKernels {
-  int64_t (*panels)(const Product&);
   Tiling (*tiling)(const Product&, int64_t threads);
   void (*share)(const Product&, int64_t first, int64_t last, float* shared);
   void (*multiply)(const Product&, const Tiling&, const float* shared, int64_t first, int64_t last);
+  // Runs `steps` rounds of the kernel's multiply-add on registers alone; how many operations these were.
+  int64_t (*registers_only)(int64_t steps, float x);
 };
 
-// nullptr where this CPU's vendor library is better, or where `isa` (as in row_kernels) forbids the instructions.
+// The fastest for such operands; `isa` as in row_kernels. nullptr: this CPU or build lacks it.
 const GemmKernels* gemm_kernels(const char* isa, Dtype operands);
+
+// What decides whose products are faster, in words: avx512_bf16, avx512, avx2 or portable (or nothing, as above), then
+// any of intel, arm, amx_bf16, amx_fp16.
+std::string cpu_traits(const char* isa);
 
 }  // namespace kd

@@ -1,13 +1,14 @@
 """The matrix products around the row kernels, with the dtypes and buffers that a chunk loop needs.
 
 Logits = hidden @ weight.T, d hidden = d logits @ weight, d weight = sum over chunks of d logits.T @ hidden. For 16-bit
-operands the logits may be wanted in fp32 and the sum has to be. Who multiplies is decided in ``products``.
+operands the logits may be wanted in fp32 and the sum has to be. Who multiplies is decided by the table ``_WHO``.
 
 Axes: C tokens of a chunk, V vocabulary, H hidden.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import cache
 from types import ModuleType
@@ -23,6 +24,8 @@ _ADDED_WORDS = 512  # words per step of adding 16-bit products to fp32 sums: the
 
 class Torch:
     """torch's products, which round to the operands' dtype."""
+
+    name = "torch"  # in kd.info()
 
     def workspace(self, width: int, operand: torch.dtype, logits: torch.dtype, trained: bool) -> tuple[int, int]:
         """Bytes whatever the chunk, and bytes a token, that products with [V, width] weights take beside their outputs:
@@ -88,6 +91,8 @@ class Widened(Torch):
     torch's own run at 0.8 (dX), 5 (dW) and 12 GFLOP/s (logits) there, its fp32 products at 60 to 90, and they widen
     whole operands of their own accord: 816 MiB beside a budget of 384.
     """
+
+    name = "torch in fp32"
 
     def workspace(self, width: int, operand: torch.dtype, logits: torch.dtype, trained: bool) -> tuple[int, int]:
         # The weights of a step, and their gradient; each token's hidden state or dX, and its logits or dz of a step.
@@ -178,16 +183,20 @@ class TensorCores(Torch):
 
 
 class Native(Torch):
-    """csrc/gemm.h: products of bf16 or fp32 operands, summed in fp32 and written in either."""
+    """csrc/gemm.h: products of fp32, bf16 or fp16 operands, summed in fp32 and written in any of these."""
+
+    name = "native"
 
     def workspace(self, width: int, operand: torch.dtype, logits: torch.dtype, trained: bool) -> tuple[int, int]:
-        # csrc/gemm_avx512.cpp: a thread packs 32 KiB of weights and holds the fp32 sums of its block: 64 words of
-        # every token for logits, 96 words of up to 2048 of the width for dW. Beside that it packs up to 128 words of
-        # these, or of every token. All threads together hold the sums of dX, or the hidden states, packed, for dW.
+        # csrc/gemm_driver.h, at most: a thread packs 32 KiB of weights and holds the fp32 sums of its block: 64 words of
+        # every token for logits, 96 words of up to 2048 of the width for dW, of which it packs 256 tokens. Logits share
+        # the hidden states, widened to fp32. All threads together hold the sums of dX, or the hidden states, packed, for
+        # dW; for dX, those that have the same tokens pack 256 words of each.
         threads, padded = torch.get_num_threads(), width + 63
-        fixed, row = threads * 32 * 1024, threads * 256
+        fixed, row = threads * 32 * 1024, threads * 256 + (4 * width if operand.itemsize < 4 else 0)
         if trained:
-            fixed, row = fixed + threads * 96 * 4 * (min(padded, 2048) + 128), row + threads * 512 + 4 * padded
+            fixed += threads * 96 * 4 * (min(padded, 2048) + 256)
+            row = threads * 256 + min(threads, math.ceil(width / 128)) * 1024 + 4 * padded
         return fixed, row
 
     def project(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
@@ -208,17 +217,49 @@ class Native(Torch):
 
 _TORCH, _TENSOR_CORES, _NATIVE, _WIDENED = Torch(), TensorCores(), Native(), Widened()
 
+_F32, _BF16, _F16 = torch.float32, torch.bfloat16, torch.float16
+_BY_RULE = "by rule, not measured"
+# Who multiplies on CPUs, and the measurement or the reason: the first row that fits the CPU (native.traits(), none
+# without the native backend) and the operands. GFLOP/s of logits / dX / dW, 512 rows, 896 wide, two threads.
+_WHO: tuple[tuple[set[str], set[torch.dtype], Torch, str], ...] = (
+    ({"amx_bf16"}, {_BF16}, _TORCH, f"oneDNN multiplies bf16 with matrix tiles (AMX): {_BY_RULE}"),
+    ({"amx_fp16"}, {_F16}, _TORCH, f"oneDNN multiplies fp16 with matrix tiles (AMX): {_BY_RULE}"),
+    ({"intel"}, {_F32}, _TORCH, f"MKL takes the widest vectors of Intel's CPUs: {_BY_RULE}"),
+    ({"arm"}, {_F32}, _TORCH, f"torch's libraries are made for Arm's CPUs: {_BY_RULE}"),
+    ({"portable"}, {_F32}, _TORCH, f"torch's libraries have more than four lanes: {_BY_RULE}"),
+    ({"avx512_bf16"}, {_F32}, _NATIVE, "419 / 449 / 374 against 180 / 201 / 208: MKL takes AVX2 on CPUs not Intel's"),
+    ({"avx512_bf16"}, {_BF16}, _NATIVE, "913 / 919 / 933 against oneDNN's 815 / 732 / 764"),
+    ({"avx512_bf16"}, {_F16}, _NATIVE, "widened while packed, at the speed of fp32; torch has no units for fp16"),
+    ({"avx512"}, {_F32}, _NATIVE, "as with bf16 units: MKL takes AVX2 on CPUs not Intel's"),
+    ({"avx512"}, {_BF16, _F16}, _NATIVE, "widened while packed, at the speed of fp32; torch has no units for them"),
+    ({"avx2"}, {_F32}, _NATIVE, "MKL reaches 63 / 95 / 78 of a peak near 200 on CPUs not Intel's"),
+    ({"avx2"}, {_BF16}, _NATIVE, "widened while packed, at the speed of fp32; torch's 12 / 0.8 / 5"),
+    ({"avx2"}, {_F16}, _NATIVE, "widened while packed, at the speed of fp32; torch's 14 / 0.9 / 4"),
+    ({"portable"}, {_BF16, _F16}, _NATIVE, f"widened while packed; torch has seldom units for them: {_BY_RULE}"),
+    (set(), {_BF16, _F16}, _TORCH, "the native backend does not run, and oneDNN has units for them"),
+    (set(), {_BF16, _F16}, _WIDENED, "the native backend does not run, and torch's own would take 8 to 100 times as long"),
+)
+
+
+def who_multiplies(traits: frozenset[str], operand: torch.dtype) -> tuple[Torch, str]:
+    """Whose products of operands of this dtype a CPU gets, and why."""
+    narrow = operand.itemsize < 4
+    for needed, operands, who, why in _WHO:
+        if needed <= traits and operand in operands and not (who is _TORCH and narrow and torch_crawls(operand)):
+            return who, why
+    return _TORCH, "nobody else multiplies them"
+
 
 def products(backend: ModuleType, device: torch.device, operand: torch.dtype) -> Torch:
-    """Who multiplies operands of this dtype: on CPUs the native backend where it is chosen and faster than torch, and
-    nobody in 16 bits where neither has units for that."""
-    narrow = operand.itemsize < 4
-    if device.type == "cuda" and narrow:
-        return _TENSOR_CORES
-    multiplies = getattr(backend, "multiplies", None)
-    if multiplies and multiplies(operand):
-        return _NATIVE
-    return _WIDENED if narrow and device.type == "cpu" and torch_crawls(operand) else _TORCH
+    """Who multiplies operands of this dtype."""
+    if device.type == "cpu":
+        return who_multiplies(traits_of(backend), operand)[0]
+    return _TENSOR_CORES if device.type == "cuda" and operand.itemsize < 4 else _TORCH
+
+
+def traits_of(backend: ModuleType) -> frozenset[str]:
+    """What ``who_multiplies`` asks about this CPU; only the native backend has products of its own."""
+    return backend.traits() if hasattr(backend, "traits") else frozenset()
 
 
 def torch_crawls(operand: torch.dtype) -> bool:

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <atomic>
 #include <cstdlib>
 #include <memory>
 #include <optional>
@@ -17,11 +18,18 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+const char* wanted_isa() { return std::getenv("KDKERNELS_CPU_ISA"); }
+
+template <class Kernels>
+const Kernels& found(const Kernels* kernels) {
+  STD_TORCH_CHECK(kernels != nullptr, "KDKERNELS_CPU_ISA: expected avx512, avx512_nobf16, avx2 or portable, as far as this "
+                  "CPU has it; got '", wanted_isa(), "'");
+  return *kernels;
+}
+
 const kd::RowKernels& kernels() {
-  static const kd::RowKernels* chosen = kd::row_kernels(std::getenv("KDKERNELS_CPU_ISA"));
-  STD_TORCH_CHECK(chosen != nullptr, "KDKERNELS_CPU_ISA: expected avx512, avx2 or portable, as far as this CPU has it; got '",
-                  std::getenv("KDKERNELS_CPU_ISA"), "'");
-  return *chosen;
+  static const kd::RowKernels* chosen = kd::row_kernels(wanted_isa());
+  return found(chosen);
 }
 
 std::string shape(const Tensor& t) {
@@ -151,13 +159,23 @@ void row_gradient(Tensor student, double s_scale, double s_softcap, Tensor s_sta
 
 std::string cpu_isa() { return kernels().name; }
 
-// Operands for which the products of csrc/gemm.h are there and worth it.
-const kd::GemmKernels* gemm_kernels(ScalarType dtype) {
-  if (dtype != ScalarType::Float && dtype != ScalarType::BFloat16) return nullptr;
-  return kd::gemm_kernels(std::getenv("KDKERNELS_CPU_ISA"), dtype_of("dtype", dtype));
+std::string cpu_traits() { return kd::cpu_traits(wanted_isa()); }
+
+const kd::GemmKernels& gemm_kernels(const char* name, ScalarType dtype) {
+  return found(kd::gemm_kernels(wanted_isa(), dtype_of(name, dtype)));
 }
 
-bool has_gemm(ScalarType dtype) { return gemm_kernels(dtype) != nullptr; }
+// Floating-point operations that all threads did, `steps` rounds each, in registers alone: what products are measured
+// against.
+double registers_only(ScalarType dtype, int64_t steps) {
+  const kd::GemmKernels& isa = gemm_kernels("dtype", dtype);
+  int64_t threads = torch::stable::get_num_threads();
+  std::atomic<int64_t> total{0};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+    for (; first < last; ++first) total += isa.registers_only(steps, 0.5f);
+  });
+  return double(total);
+}
 
 // out = add + a @ b
 void gemm(Tensor a, Tensor b, std::optional<Tensor> add, Tensor out) {
@@ -172,36 +190,29 @@ void gemm(Tensor a, Tensor b, std::optional<Tensor> add, Tensor out) {
   check_matrix("b", b, k, n, true);
   check_matrix("out", out, m, n, false);
   STD_TORCH_CHECK(k > 0 && b.scalar_type() == a.scalar_type(), "b: expected a's dtype and k > 0");
-  const kd::GemmKernels* isa = gemm_kernels(a.scalar_type());
-  STD_TORCH_CHECK(isa != nullptr, "a: expected a dtype for which has_gemm() is true");
-  auto written = [](const char* name, const Tensor& t) {
-    kd::Dtype dtype = dtype_of(name, t.scalar_type());
-    STD_TORCH_CHECK(dtype != kd::Dtype::f16, name, ": expected float32 or bfloat16");
-    return dtype;
-  };
-  kd::Product p{m, n, k, dtype_of("a", a.scalar_type()),
-                a.data_ptr(), a.stride(0), a.stride(1), b.data_ptr(), b.stride(0), b.stride(1),
-                nullptr, 0, kd::Dtype::f32, out.data_ptr(), out.stride(0), written("out", out)};
+  const kd::GemmKernels& isa = gemm_kernels("a", a.scalar_type());
+  kd::Product p{m, n, k, a.data_ptr(), a.stride(0), a.stride(1), b.data_ptr(), b.stride(0), b.stride(1),
+                nullptr, 0, kd::Dtype::f32, out.data_ptr(), out.stride(0), dtype_of("out", out.scalar_type())};
   if (add) {
     check_matrix("add", *add, m, n, false);
     p.add = add->data_ptr();
     p.add_row = add->stride(0);
-    p.add_dtype = written("add", *add);
+    p.add_dtype = dtype_of("add", add->scalar_type());
   }
   if (m == 0 || n == 0) return;
   int64_t threads = m * n * k < (1 << 18) ? 1 : torch::stable::get_num_threads();
-  kd::Tiling tiling = isa->tiling(p, threads);
+  kd::Tiling tiling = isa.tiling(p, threads);
   std::unique_ptr<float[], decltype(&std::free)> shared(nullptr, &std::free);
-  if (tiling.shared) {
+  if (tiling.shares) {
     shared.reset(static_cast<float*>(std::aligned_alloc(64, (tiling.shared * sizeof(float) + 63) / 64 * 64)));
     STD_TORCH_CHECK(shared != nullptr, "out of memory");
-    torch::stable::parallel_for(0, isa->panels(p), threads == 1 ? isa->panels(p) : 1, [&](int64_t first, int64_t last) {
-      isa->share(p, first, last, shared.get());
+    torch::stable::parallel_for(0, tiling.shares, threads == 1 ? tiling.shares : 1, [&](int64_t first, int64_t last) {
+      isa.share(p, first, last, shared.get());
     });
   }
   int64_t blocks = tiling.m_blocks * tiling.n_blocks;
   torch::stable::parallel_for(0, blocks, threads == 1 ? blocks : 1, [&](int64_t first, int64_t last) {
-    isa->multiply(p, tiling, shared.get(), first, last);
+    isa.multiply(p, tiling, shared.get(), first, last);
   });
 }
 
@@ -209,7 +220,8 @@ void gemm(Tensor a, Tensor b, std::optional<Tensor> add, Tensor out) {
 
 STABLE_TORCH_LIBRARY(kdkernels, m) {
   m.def("cpu_isa() -> str");
-  m.def("has_gemm(ScalarType dtype) -> bool");
+  m.def("cpu_traits() -> str");
+  m.def("registers_only(ScalarType dtype, int steps) -> float");
   m.def("gemm_(Tensor a, Tensor b, Tensor? add, Tensor(a!) out) -> ()");
   m.def("row_statistics(Tensor logits, float scale, float softcap, float temperature, Tensor(a!) stats, "
         "Tensor(b!) top_values, Tensor(c!) top_indices, Tensor? gather_ids, Tensor(d!)? gathered) -> ()");
@@ -223,7 +235,8 @@ STABLE_TORCH_LIBRARY(kdkernels, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(kdkernels, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
-  m.impl("has_gemm", TORCH_BOX(&has_gemm));
+  m.impl("cpu_traits", TORCH_BOX(&cpu_traits));
+  m.impl("registers_only", TORCH_BOX(&registers_only));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kdkernels, CPU, m) {

@@ -40,14 +40,16 @@ def test_info():
     assert info["backends"]["eager"] == info["backends"]["native"] == "ok"
     assert info["devices"]["cpu"] == "native"
     assert info["cpu_isa"] in ("avx512", "avx2", "portable")
-    assert set(info["cpu_products"]) <= ({"float32", "bfloat16"} if info["cpu_isa"] == "avx512" else set())
+    assert set(info["cpu_products"]) == {"float32", "bfloat16", "float16"}
+    assert info["cpu_products"]["float16"].startswith(("native: ", "torch: "))
 
 
 def test_info_says_why_not(monkeypatch):
     monkeypatch.setattr(dispatch, "_load", lambda name: (None, "no compiler") if name == "native" else LOAD(name))
     info = kd.info()
     assert "no compiler" in info["backends"]["native"]
-    assert info["devices"]["cpu"] == "eager" and info["cpu_isa"] is None and info["cpu_products"] == []
+    assert info["devices"]["cpu"] == "eager" and info["cpu_isa"] is None
+    assert all(told.startswith(("torch: ", "torch in fp32: ")) for told in info["cpu_products"].values())
 
 
 LOAD = dispatch._load

@@ -9,6 +9,8 @@ from types import ModuleType
 
 import torch
 
+from .. import gemm
+
 logger = logging.getLogger("kdkernels")
 
 _BACKENDS = ("eager", "native", "triton")
@@ -74,8 +76,9 @@ def info() -> dict:
     """Backends found, which one each device gets (float32 logits), and why not where one cannot run.
 
     ``{"backends": {name: "ok" | reason}, "devices": {device: name}, "cpu_isa": "avx512" | "avx2" | "portable" | None,
-    "cpu_products": ["float32", "bfloat16"]}``: of which operands csrc/gemm.h does the products, torch those of others
-    (where ``KDKERNELS_BACKEND`` or ``KDKERNELS_CPU_ISA`` forces what cannot run, its place has the reason).
+    "cpu_products": {"float32": "native: why", "bfloat16": "torch: why", ...}}``: who multiplies matrices of each dtype,
+    csrc/gemm.h (native) or torch, which may have to widen them first (where ``KDKERNELS_BACKEND`` or
+    ``KDKERNELS_CPU_ISA`` forces what cannot run, its place has the reason).
     """
     fp32 = torch.float32
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
@@ -91,13 +94,14 @@ def info() -> dict:
         isa = native.isa() if native else None
     except RuntimeError as error:  # KDKERNELS_CPU_ISA names one that is not there
         isa = str(error).splitlines()[0]
+    traits = gemm.traits_of(native) if chosen["cpu"] == "native" else frozenset()
     return {
         "backends": {name: _able(name, home[name], fp32, fp32)[1] or "ok" for name in _BACKENDS},
         "devices": chosen,
         "cpu_isa": isa,
-        "cpu_products": [
-            str(dtype).removeprefix("torch.")
-            for dtype in (torch.float32, torch.bfloat16)
-            if chosen["cpu"] == "native" and native.multiplies(dtype)
-        ],
+        "cpu_products": {
+            str(dtype).removeprefix("torch."): f"{who.name}: {why}"
+            for dtype in (torch.float32, torch.bfloat16, torch.float16)
+            for who, why in [gemm.who_multiplies(traits, dtype)]
+        },
     }

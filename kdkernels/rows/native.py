@@ -22,9 +22,10 @@ def supports(dtype: torch.dtype) -> bool:
 
 
 @cache
-def multiplies(operand: torch.dtype) -> bool:
-    """Whether csrc/gemm.h has products of this dtype that this CPU's vendor library does not do as well."""
-    return torch.ops.kdkernels.has_gemm(operand)
+def traits() -> frozenset[str]:
+    """What decides whose matrix products are faster (csrc/gemm.h): the instruction set that products take, avx512_bf16,
+    avx512, avx2 or portable, and whether this CPU is Intel's or Arm's or has matrix tiles."""
+    return frozenset(torch.ops.kdkernels.cpu_traits().split())
 
 
 def isa() -> str:
