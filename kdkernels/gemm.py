@@ -188,10 +188,10 @@ class Native(Torch):
     name = "native"
 
     def workspace(self, width: int, operand: torch.dtype, logits: torch.dtype, trained: bool) -> tuple[int, int]:
-        # csrc/gemm_driver.h, at most: a thread packs 32 KiB of weights and holds the fp32 sums of its block: 64 words of
-        # every token for logits, 96 words of up to 2048 of the width for dW, of which it packs 256 tokens. Logits share
-        # the hidden states, widened to fp32. All threads together hold the sums of dX, or the hidden states, packed, for
-        # dW; for dX, those that have the same tokens pack 256 words of each.
+        # csrc/gemm_driver.h, at most: a thread packs 32 KiB of weights and holds the fp32 sums of its block: 64 words
+        # of every token for logits, 96 words of up to 2048 of the width for dW, of which it packs 256 tokens. For
+        # logits the hidden states are widened to fp32. All threads together hold the sums of dX, or the hidden states,
+        # packed, for dW; for dX, those that have the same tokens pack 256 words of each.
         threads, padded = torch.get_num_threads(), width + 63
         fixed, row = threads * 32 * 1024, threads * 256 + (4 * width if operand.itemsize < 4 else 0)
         if trained:
@@ -237,7 +237,7 @@ _WHO: tuple[tuple[set[str], set[torch.dtype], Torch, str], ...] = (
     ({"avx2"}, {_F16}, _NATIVE, "widened while packed, at the speed of fp32; torch's 14 / 0.9 / 4"),
     ({"portable"}, {_BF16, _F16}, _NATIVE, f"widened while packed; torch has seldom units for them: {_BY_RULE}"),
     (set(), {_BF16, _F16}, _TORCH, "the native backend does not run, and oneDNN has units for them"),
-    (set(), {_BF16, _F16}, _WIDENED, "the native backend does not run, and torch's own would take 8 to 100 times as long"),
+    (set(), {_BF16, _F16}, _WIDENED, "the native backend does not run, and torch has no units for them"),
 )
 
 
