@@ -45,7 +45,8 @@ def test_dry_run(tmp_path):
         } <= losses
         assert (loss, "kdkernels in 4096 MiB", True) in losses
     assert {("VCRD", "kdkernels", True), ("cross-entropy", "kdkernels", True)} <= losses
-    assert ("JSD(0.9)", "eager PyTorch", True) in losses
+    named = {(c["loss"], c["implementation"]) for c in found.of("cell", "refused")}
+    assert {("JSD(0.9)", peer) for peer in ("eager PyTorch", "torch.compile", "checkpointed chunks")} <= named
     assert {f["name"] for f in found.of("sweep")} >= {"statistics", "divergence", "gradient", "gradient, 11 ids"}
     assert all(f["launches"] > 5 and f["span_ms"] > 0 for f in found.of("timeline"))
 

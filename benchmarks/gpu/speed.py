@@ -75,6 +75,8 @@ def measure(case: Case) -> None:
         if cell.reason:
             named = {"loss": cell.loss, "implementation": cell.implementation, "reason": cell.reason}
             record("refused", case=case.name, **named)
+            if cell.reason.startswith("wrong") and cell.implementation.startswith("kdkernels"):
+                record("check", name=f"{cell.implementation}, {cell.loss}, {case.name}", failed=cell.reason)
         else:
             record("cell", **cell.extra_info)
 
