@@ -13,9 +13,9 @@ Coefficients are constants to the gradient, so one sweep writes d loss / d logit
 logits. Chunks hold whole responses wherever they fit. A response longer than a chunk gets a statistics pass first
 (one more student GEMM) where the program selects within responses, and is then processed in pieces: the same numbers.
 
-Memory: ``memory_budget`` bytes bound logits and workspace. Outside it are the gradients that are returned and one fp32
-[V, H] accumulator for dW: with bf16 weights from two chunks on, with fp16 weights always. So are the copies in which
-autocast casts wider weights and hidden states.
+Memory: ``memory_budget`` bytes (plan.py) bound logits and workspace. Outside it are the gradients that are returned and
+one fp32 [V, H] accumulator for dW: with bf16 weights from two chunks on, with fp16 weights always. So are the copies in
+which autocast casts wider weights and hidden states.
 
 Axes: N tokens, n tokens of a part, V vocabulary, H hidden, K candidates.
 """
@@ -26,12 +26,12 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from copy import copy
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 
-from . import coarse, fp16, memory, plan, sides
+from . import coarse, fp16, gpu, memory, plan, sides
 from .divergences import Divergence
 from .heads import Head, Logits, Source, TopK, autocasts, shared_vocabulary
 from .layout import Layout
@@ -167,11 +167,15 @@ class _Loop:
         count = max(1, len(layout))
         fixed = self.backend.workspace(count, vocabulary) + max(mine.fixed, other.fixed) + mine.kept + other.kept
         fixed += count * (plan.TOKEN_BYTES + plan.CANDIDATE_BYTES * program.topk)
-        budget = plan.DEFAULT_BUDGET if call.memory_budget is None else call.memory_budget
         row, teacher_row = (mine.row + other.row, 0) if stored else (mine.row, other.row)  # words have no chunks
-        rows, self.teacher_rows = plan.chunk_rows(budget, fixed, row, teacher_row, count)
-        lengths = layout.lengths if program.selects else (len(layout),)
-        self.chunks = plan.chunks(lengths, rows)
+        work, budget = sides.work(student, teacher, dtype, needs), call.memory_budget
+        wanted = gpu.wanted(device, work)
+        if budget is None:
+            sums = 4 * vocabulary * work.student if work.d_weight and self.operand == torch.bfloat16 else 0
+            budget = plan.default_budget(wanted, partial(gpu.allowance, device), fixed, row, teacher_row, count, sums)
+        rows, self.teacher_rows = plan.chunk_rows(budget, fixed, row, teacher_row, count, wanted)
+        lengths, self.step = layout.lengths if program.selects else (len(layout),), gpu.TILE if wanted else 1
+        self.chunks = plan.chunks(lengths, rows, self.step)
 
         sizes = [((rows, self.vocabulary), dtype)]
         if teacher and not stored:
@@ -209,7 +213,7 @@ class _Loop:
     def _select(self, chunk: plan.Chunk, entropy: Tensor) -> dict[str, Tensor]:
         program, teacher_entropy = self.call.program, None
         if program.selects_by_teacher:
-            pieces = plan.split(chunk.pieces[0].start, chunk.pieces[-1].stop, self.teacher_rows)
+            pieces = plan.split(chunk.pieces[0].start, chunk.pieces[-1].stop, self.teacher_rows, 0, self.step)
             teacher_entropy = self._entropies(self.teacher, pieces)
         return program.select(entropy, teacher_entropy, self.call.layout.part(chunk.first, chunk.last))
 
@@ -227,7 +231,7 @@ class _Loop:
         origin, d_logits, powers = chunk.pieces[0].start, None, []
         if self.differentiates:  # the gradient overwrites the logits
             d_logits = student.logits.view(self.operand)[:, : self.vocabulary]
-        for tokens in plan.split(piece.start, piece.stop, self.teacher_rows, self.call.from_teacher):
+        for tokens in plan.split(piece.start, piece.stop, self.teacher_rows, self.call.from_teacher, self.step):
             here = slice(tokens.start - piece.start, tokens.stop - piece.start)
             chosen = {key: v[tokens.start - origin : tokens.stop - origin] for key, v in selected.items()}
             out = None if d_logits is None else d_logits[here]

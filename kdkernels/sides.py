@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import fp16, gemm
+from . import fp16, gemm, gpu
 from .heads import Head, Logits, Source, TopK
 from .rows import Rows
 
@@ -56,6 +56,13 @@ def costs(
     if trained and source.bias is not None:
         more += gemm.column_sums_row(vocabulary)
     return Costs(kept, fixed, row + (1 + trained) * width * operand.itemsize + more)
+
+
+def work(student: Head | Logits, teacher: Source | None, dtype: torch.dtype, needs: tuple[bool, ...]) -> gpu.Sides:
+    """What a call multiplies: with ``dtype`` logits and gradients of those of the student's tensors in ``needs``."""
+    widths = (side.hidden.shape[-1] if isinstance(side, Head) else 0 for side in (student, teacher))
+    d_hidden, d_weight = needs[:2] if isinstance(student, Head) and needs else (False, False)
+    return gpu.Sides(*widths, d_hidden, d_weight, dtype.itemsize)
 
 
 def _multiplies(weight: Tensor) -> bool:

@@ -10,7 +10,7 @@ from products import Products
 from test_logits import FUNCTIONS
 
 import kdkernels as kd
-from kdkernels import plan
+from kdkernels import gpu, plan
 from kdkernels.rows import backend_for
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
@@ -80,6 +80,27 @@ def test_chunks_change_nothing(backend, make, tokens):
     several, got = measure(make, batch, memory_budget=budget(make, batch, tokens))
     pieces = [shape for shape in several.shapes if shape[1:] == (HS, V)]
     assert len(pieces) >= 2 and max(rows for rows, *_ in pieces) < sum(LENGTHS)
+    for g, e in zip(got, expected, strict=True):
+        assert truth.relative(g, e) < (1e-12 if dtype == F64 else 1e-6)
+        assert e.norm() > 0
+
+
+@pytest.mark.parametrize("make", OBJECTIVES)
+def test_the_chunks_that_a_gpu_wants_change_nothing(backend, make, monkeypatch):
+    """Whole tiles of tokens on both sides where nobody names a budget."""
+    dtype = F64 if backend == "eager" else F32
+    batch = fixed(dtype, LENGTHS, longest=30, bias=True)
+    _, expected = measure(make, batch)
+    monkeypatch.setattr(gpu, "TILE", 4)
+    monkeypatch.setattr(gpu, "wanted", lambda device, work: gpu.ChunkRows(12, 8))
+    monkeypatch.setattr(gpu, "allowance", lambda device: 1 << 30)
+    monkeypatch.setattr(plan, "DEFAULT_BUDGET", 1)
+    several, got = measure(make, batch)
+    mine = [shape[0] for shape in several.shapes if shape[1:] == (HS, V)]
+    teachers = [shape[0] for shape in several.shapes if shape[1:] == (HT, V)]
+    assert max(mine) == 12 and len(mine) >= 5
+    if teachers:
+        assert max(teachers) == 8 and sum(rows % 4 == 0 for rows in teachers) >= len(teachers) / 2
     for g, e in zip(got, expected, strict=True):
         assert truth.relative(g, e) < (1e-12 if dtype == F64 else 1e-6)
         assert e.norm() > 0

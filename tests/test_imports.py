@@ -10,7 +10,20 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "kdkernels"
 
 # A unit is a module or package right under kdkernels/. Leaves may be imported by all, and import only leaves.
-LEAVES = {"checks", "divergences", "fp16", "heads", "layout", "plan", "gemm", "memory", "from_model", "tensors"}
+LEAVES = {
+    "checks",
+    "divergences",
+    "fp16",
+    "heads",
+    "layout",
+    "plan",
+    "gpu",
+    "predict",
+    "gemm",
+    "memory",
+    "from_model",
+    "tensors",
+}
 # Each imports only what is to its left, leaves, and itself. The package's __init__ collects the core.
 ORDER = [
     "reference",

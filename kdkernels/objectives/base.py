@@ -78,7 +78,8 @@ class Objective(Program, nn.Module):
             from_teacher: [B] bool, rows whose response the teacher wrote, for objectives that treat these differently:
                 required there, an error elsewhere. On the CPU it costs no sync.
             teacher_mask: the teacher's positions where they differ from the student's, equally many per response.
-            memory_budget: bytes for logits and workspace (default 384 MiB).
+            memory_budget: bytes for logits and workspace (default 384 MiB on CPUs, on GPUs by their speed:
+                ``kd.info()["memory_budget"]``).
             logits_dtype: default: that of the operands on CPUs, float32 on GPUs.
 
         Raises:

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import torch
 
-from .. import gemm
+from .. import gemm, plan
 
 logger = logging.getLogger("kdkernels")
 
@@ -79,6 +79,7 @@ def info() -> dict:
     "cpu_products": {"float32": "native: why", "bfloat16": "torch: why", ...}}``: who multiplies matrices of each dtype,
     csrc/gemm.h (native) or torch, which may have to widen them first (where ``KDKERNELS_BACKEND`` or
     ``KDKERNELS_CPU_ISA`` forces what cannot run, its place has the reason).
+        "memory_budget": plan.info(),
     """
     fp32 = torch.float32
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
@@ -104,4 +105,5 @@ def info() -> dict:
             for dtype in (torch.float32, torch.bfloat16, torch.float16)
             for who, why in [gemm.who_multiplies(traits, dtype)]
         },
+        "memory_budget": plan.info(),
     }
