@@ -15,7 +15,7 @@ from functools import cached_property
 from . import plan
 from .gpu import HIDDEN, HIDDEN_SUMS, KNOWN, TILE, ChunkRows, Gpu, Sides
 
-_MULTIPROCESSORS = {"A100": (108, 1.41e9), "H100": (132, 1.75e9), "H200": (132, 1.75e9), "B200": (148, 1.8e9)}  # and Hz
+MULTIPROCESSORS = {"A100": (108, 1.41e9), "H100": (132, 1.75e9), "H200": (132, 1.75e9), "B200": (148, 1.8e9)}  # and Hz
 _MEMORY = {"A100": 80, "H100": 80, "H200": 141, "B200": 180}  # GB
 _ISSUED = 0.8  # share of the issue slots that a kernel of many warps fills
 INSTRUCTIONS = 192  # a word of all sweeps of a JSD, counted in sm_90 code: statistics twice 27, value 67, gradient 71
@@ -102,7 +102,7 @@ class Call:
 
     def _sweeps(self) -> float:
         """Statistics of both sides, value, gradient: read once each, and twice, twice and written in bf16."""
-        processors, clock = _MULTIPROCESSORS[self.gpu.name]
+        processors, clock = MULTIPROCESSORS[self.gpu.name]
         moved = (6 * self.logits + 2) / self.gpu.bandwidth
         return self.tokens * self.vocabulary * max(moved, INSTRUCTIONS / (processors * 128 * clock * _ISSUED))
 

@@ -45,6 +45,8 @@ def test_dry_run(tmp_path):
         } <= losses
         assert (loss, "kdkernels in 4096 MiB", True) in losses
     assert {("VCRD", "kdkernels", True), ("cross-entropy", "kdkernels", True)} <= losses
+    predictions = found.of("prediction")
+    assert len(predictions) >= 5 and all(f["predicted_ms"] > 0 and f["predicted_ratio"] > 1 for f in predictions)
     named = {(c["loss"], c["implementation"]) for c in found.of("cell", "refused")}
     assert {("JSD(0.9)", peer) for peer in ("eager PyTorch", "torch.compile", "checkpointed chunks")} <= named
     assert {f["name"] for f in found.of("sweep")} >= {"statistics", "divergence", "gradient", "gradient, 11 ids"}

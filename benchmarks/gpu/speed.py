@@ -16,6 +16,8 @@ from cases import DENSE, LIGER, QWEN, ROOM, THREE, TINY, Case, Models
 from findings import DEVICE, DRY, attempt, left, record
 from measure import CaseRun
 
+from kdkernels import predict
+
 BF16 = ", bf16 logits"
 BOTH = ("kdkernels", "kdkernels" + BF16)
 PAIR = ("JSD(0.9)", "TSD-KD")
@@ -65,6 +67,20 @@ def tiny(case: Case) -> Case:
     return replace(case, models=TINY, tokens=64, response=32, seconds=0, implementations=tuple(known))
 
 
+def predicted(cell: dict, ours: peers.Ours) -> None:
+    """Beside a JSD that was measured what the model of this GPU says (kdkernels/predict.py), if it knows the GPU."""
+    name = "H100" if DRY else torch.cuda.get_device_name()
+    known = next((part for part in predict.MULTIPROCESSORS if part in name), None)
+    if known is None or cell["loss"] != "JSD(0.9)" or not cell["trained"]:
+        return
+    logits = 4 if ours.logits is None else ours.logits.itemsize
+    shape = (cell["tokens"], *cell["hidden"], cell["vocabulary"], logits)
+    call = predict.Call(predict.known(known), *shape, budget=ours.memory_budget)
+    figures = {"predicted_ms": call.seconds() * 1e3, "measured_ms": cell["full_s"] * 1e3}
+    figures |= {"predicted_ratio": call.seconds() / call.bare(), "measured_ratio": cell["ratio"]}
+    record("prediction", case=cell["case"], implementation=cell["implementation"], rows=list(call.rows), **figures)
+
+
 def measure(case: Case) -> None:
     """A finding for each implementation of each loss."""
     if left() < 0:
@@ -79,6 +95,9 @@ def measure(case: Case) -> None:
                 record("check", name=f"{cell.implementation}, {cell.loss}, {case.name}", failed=cell.reason)
         else:
             record("cell", **cell.extra_info)
+            implementation = peers.IMPLEMENTATIONS.get(cell.implementation)
+            if isinstance(implementation, peers.Ours):
+                predicted(cell.extra_info, implementation)
 
 
 if __name__ == "__main__":

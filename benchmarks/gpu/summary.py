@@ -173,6 +173,7 @@ def render(found: Iterable[dict]) -> str:
     found = Findings(list(found))
     parts = ["# A GPU day\n", about(found), steps(found), targets(found), correctness(found), speed(found)]
     tables = {
+        "prediction": "Predicted and measured",
         "bandwidth": "Bandwidth", "rate": "Products of squares", "product": "Products of the headline shape",
         "alignment": "Rows that are not aligned", "dX error": "Error of dX", "sweep": "Sweeps", "tuned": "Tuned sizes",
         "timeline": "Timelines", "counters": "Hardware counters", "output": "What the other commands said last",
