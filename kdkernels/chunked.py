@@ -456,10 +456,10 @@ def scale_(gradients: Sequence[Tensor | None], factors: Sequence[Tensor | float]
                 some.mul_(each)
         elif on_cpu or not isinstance(factor, Tensor):
             factor = float(factor)
-            if factor != 1:  # saves a pass over dW; a GPU would have to sync to know
+            if factor != 1:  # saves a pass over dW; on a GPU only a kernel can see that
                 gradient.mul_(factor)
         else:
-            gradient.mul_(factor[None])  # one dimension makes it take part in type promotion
+            backend_for(gradient.device, gradient.dtype).scale_(gradient, factor)
 
 
 def evaluate(call: Call) -> tuple[Tensor, Result | None]:

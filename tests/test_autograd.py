@@ -1,6 +1,7 @@
 """What is differentiated, when, how often, and which matrix products that takes."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from products import Products
 from torch.utils.checkpoint import checkpoint
 
 import kdkernels as kd
-from kdkernels import gemm, operators
+from kdkernels import chunked, gemm, operators
+from kdkernels.rows import eager as eager_backend
 
 N, HS, HT, V = 18, 8, 12, 60  # of fixed(): response tokens of 60 positions, hidden sizes, words
 
@@ -370,3 +372,15 @@ def test_a_frozen_side_of_inference_mode(backend, frozen):
         for again in (True, False):
             (got,) = torch.autograd.grad(loss, truth.leaves(student), retain_graph=again)
             assert torch.equal(got, expected) and got.norm() > 0
+
+
+def test_on_a_gpu_a_kernel_sees_whether_there_is_anything_to_scale(monkeypatch):
+    """Nothing is read from the device, as a CPU reads it to save the pass."""
+    seen, numbers = [], torch.empty(3, 4, device="meta")
+    backend = SimpleNamespace(scale_=lambda gradient, factor: seen.append((gradient, factor.shape, factor.dtype)))
+    monkeypatch.setattr(chunked, "backend_for", lambda device, dtype: backend)
+    chunked.scale_([numbers, None], [1.0, 1.0], torch.empty((), device="meta"))
+    assert seen == [(numbers, torch.Size([]), torch.float32)]
+    eager, factor = torch.ones(3, dtype=torch.bfloat16), torch.tensor(1.5)
+    eager_backend.scale_(eager, factor)
+    assert eager.dtype == torch.bfloat16 and (eager == 1.5).all()

@@ -32,3 +32,27 @@ def test_every_call_compiles(tmp_path, choice, calls, least):
     assert sum(report["compiled"].values()) >= least and report["bytes"] > least * 10_000
     for name, (made, covered, refused) in report["calls"].items():
         assert made >= calls and refused < covered / 4, name
+
+
+SCALE = """
+import torch
+from kdkernels.rows import triton_ahead, triton_scale
+with triton_ahead.stand_in(90):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for count in (100, 3 << 30):
+            how = {"BLOCK": triton_scale._BLOCK, "num_warps": triton_scale._WARPS, "enable_fp_fusion": False}
+            kernel = triton_scale.scale_kernel.warmup(dtype, torch.float32, count, grid=(1,), **how)
+            assert len(kernel.asm["cubin"]) > 1000
+            print(dtype, count)
+"""
+
+
+def test_the_kernel_of_the_backward_compiles(tmp_path):
+    """Of gradients on a GPU alone, which no call above has; with more than 2^31 numbers too."""
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", SCALE], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(done.stdout.splitlines()) == 6

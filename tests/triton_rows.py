@@ -202,3 +202,27 @@ def test_tuning_uses_what_was_fastest(monkeypatch):
     best = triton_tune.tune(300, rows=1, device=torch.empty(0).device)
     assert calls == list(triton_tune.SIZES) * 3
     assert list(best.values()) == [getattr(triton, name) for name in names] == [triton_tune.SIZES[2]] * 3
+
+
+@pytest.mark.parametrize("count", [1, 4095, 4097, 30011])
+@pytest.mark.parametrize("dtype", [F32, F16], ids=["fp32", "fp16"])
+def test_a_gradient_is_scaled_in_fp32(monkeypatch, dtype, count):
+    """By fewer programs than blocks; fp16 to half an ulp more, because the interpreter truncates what a GPU rounds."""
+    monkeypatch.setattr("kdkernels.rows.triton_scale._PROGRAMS", 3)
+    gradient, factor = torch.randn(count).to(dtype), torch.tensor(0.3)
+    exact, around = gradient.double() * factor.double(), torch.full((count + 2,), 7.0, dtype=dtype)
+    around[1:-1] = gradient
+    rows_of(torch.empty(0)).scale_(around[1:-1], factor)
+    assert ((around[1:-1].double() - exact).abs() <= torch.finfo(dtype).eps * exact.abs() + 6e-8).all()
+    assert around[0] == around[-1] == 7.0
+
+
+def test_a_gradient_times_one_is_not_touched():
+    """A multiplication would make the signalling NaN a quiet one."""
+    signalling = 0x7FA00000
+    gradient = torch.full((5,), signalling, dtype=torch.int32)
+    for factor, same in ((1.0, True), (2.0, False)):
+        rows_of(torch.empty(0)).scale_(gradient.view(F32), torch.tensor(factor))
+        assert (gradient == signalling).all() == same
+    with pytest.raises(ValueError, match="gradient: expected a contiguous tensor"):
+        rows_of(torch.empty(0)).scale_(torch.ones(3, 4).t(), torch.tensor(2.0))

@@ -7,6 +7,7 @@ A backend is a module with
     statistics(logits, scale, softcap, temperature, topk, gather) -> Rows
     divergence(student, teacher, kind, temperature) -> (value [C], center [C])
     gradient_(student, teacher, kind, temperature, center, coefficients, out)      `out` lies over the student's logits
+    scale_(gradient, factor)                         gradient *= factor [], which only the device knows (not native)
 
 ``eager`` adapts reference.py and runs anywhere; ``native`` is C++ for CPUs (csrc/), ``triton`` for GPUs; these two are
 torch operators behind one set of adapters (operators.py). They know rows and coefficients, no method names.

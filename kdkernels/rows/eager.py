@@ -87,3 +87,7 @@ def gradient_(
         if rows.softcap is not None:
             gradient *= 1 - (z / rows.softcap).square()
         out[step] = gradient * rows.scale
+
+
+def scale_(gradient: Tensor, factor: Tensor) -> None:
+    gradient.mul_(factor[None])  # one dimension makes it take part in type promotion

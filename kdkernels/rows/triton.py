@@ -13,6 +13,7 @@ import triton
 from torch import Tensor
 
 from . import triton_kernels as kernels
+from . import triton_scale
 from .operators import Operators
 
 # Words per block and warps of each sweep. 8 words a thread: two 16-byte loads of fp32 in flight, 32 to 64 registers
@@ -174,3 +175,4 @@ def _register() -> Operators:
 
 _operators = _register()
 statistics, divergence, gradient_ = _operators.statistics, _operators.divergence, _operators.gradient_
+scale_ = triton_scale.scale_
