@@ -86,8 +86,8 @@ class Layout:
             raise TypeError(f"mask: expected a bool tensor, got {getattr(mask, 'dtype', type(mask).__name__)}")
         if mask.dim() != 2:
             raise ValueError(f"mask: expected shape [B, L], got {list(mask.shape)}")
-        rows = torch.arange(1, len(mask) + 1, device=mask.device)
-        return cls.from_segments(mask * rows[:, None])
+        rows = torch.arange(1, len(mask) + 1, device="cpu")
+        return cls.from_segments(mask.cpu() * rows[:, None]).to(mask.device)
 
     @classmethod
     def from_labels(cls, labels: Tensor, ignore_index: int = -100) -> Layout:
@@ -103,11 +103,13 @@ class Layout:
         The layout knows the tokens (``token``): an objective that needs a target takes them from it, and one that is
         given another target says so.
         """
-        targets = cls.targets(labels, ignore_index)
+        _check_integers("labels", labels)
+        targets = cls.targets(labels.cpu(), ignore_index)
         scored = targets != ignore_index
         starts = scored & ~scored.roll(1, dims=1)  # the last position of a row is never scored
         layout = cls.from_segments(starts.cumsum(1) * scored)
-        return cls.trusted(layout.index, layout.lengths, layout.shape, targets.flatten()[layout.index])
+        token = targets.flatten()[layout.index]
+        return cls.trusted(layout.index, layout.lengths, layout.shape, token).to(labels.device)
 
     @staticmethod
     def targets(labels: Tensor, ignore_index: int = -100) -> Tensor:
@@ -129,15 +131,16 @@ class Layout:
     def from_segments(cls, ids: Tensor) -> Layout:
         """From integer ids [B, L]: 0 is unscored, equal ids in a row are one response (packed or multi-turn rows).
 
-        As in a mask, position t has the id of the response that hidden[b, t] *predicts* a token of.
+        As in a mask, position t has the id of the response that hidden[b, t] *predicts* a token of. Ids on a GPU cost
+        one sync: they are copied to the CPU, because finding responses takes a dozen launches and three syncs there.
         """
         _check_integers("ids", ids)
-        flat = ids.flatten()
+        flat = ids.cpu().flatten()
         index = flat.nonzero()[:, 0]
         keys = torch.stack([index // max(1, ids.shape[1]), flat[index]])  # responses are distinct (row, id) pairs
         _, response, counts = keys.unique(dim=1, return_inverse=True, return_counts=True)
         order = response.sort(stable=True).indices
-        return cls.trusted(index[order], tuple(counts.tolist()), tuple(ids.shape))
+        return cls.trusted(index[order], tuple(counts.tolist()), tuple(ids.shape)).to(ids.device)
 
     def __len__(self) -> int:
         return sum(self.lengths)

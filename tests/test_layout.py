@@ -7,6 +7,7 @@ import torch
 from batches import positions
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import kdkernels as kd
 
@@ -253,3 +254,30 @@ def test_bad_input(build, error, words):
     with pytest.raises(error) as raised:
         build()
     assert all(word in str(raised.value) for word in words), str(raised.value)
+
+
+class Untouched(TorchDispatchMode):
+    """Fails where an operator takes this very tensor, but to copy it."""
+
+    def __init__(self, tensor: torch.Tensor):
+        super().__init__()
+        self.place = tensor.data_ptr()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        mine = [each for each in args if isinstance(each, torch.Tensor) and each.data_ptr() == self.place]
+        assert not mine or function is torch.ops.aten.clone.default, f"{function} runs where the batch is"
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("make", ["from_mask", "from_labels", "from_segments"])
+def test_responses_are_found_on_the_cpu(make, monkeypatch):
+    """A batch on a GPU is copied once, and nothing else runs there: it would be a dozen launches and three syncs."""
+    batch = torch.tensor([[0, 1, 1, 0, 2], [0, 0, 3, 3, 3]])
+    batch = batch > 0 if make == "from_mask" else batch
+    expected = getattr(kd.Layout, make)(batch)
+    copies = []
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: copies.append(self) or self.clone())
+    with Untouched(batch):
+        layout = getattr(kd.Layout, make)(batch)
+    assert sum(each is batch for each in copies) == 1
+    assert torch.equal(layout.index, expected.index) and layout.lengths == expected.lengths and len(layout) > 4
