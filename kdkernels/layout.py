@@ -151,7 +151,16 @@ class Layout:
         return len(self.lengths)
 
     def part(self, first: int, last: int) -> Layout:
-        """Responses first..last-1 as a layout of their own."""
+        """Responses first..last-1 as a layout of their own, the same one each time: what it has computed stays."""
+        if (first, last) not in self._parts:
+            self._parts[first, last] = self._part(first, last)
+        return self._parts[first, last]
+
+    @cached_property
+    def _parts(self) -> dict[tuple[int, int], Layout]:
+        return {}
+
+    def _part(self, first: int, last: int) -> Layout:
         start, count = sum(self.lengths[:first]), sum(self.lengths[first:last])
         part = slice(start, start + count)
         token = None if self.token is None else self.token[part]
@@ -168,9 +177,12 @@ class Layout:
         return Layout.trusted(taken(self.index), tuple(self.lengths[i] for i in responses), self.shape, token)
 
     def to(self, device) -> Layout:
-        """The same layout with its tensors on ``device``."""
+        """The same layout with its tensors on ``device``; this one, with what it has computed, if they are there."""
+        index = self.index.to(device, non_blocking=True)
+        if index is self.index:
+            return self
         token = None if self.token is None else self.token.to(device, non_blocking=True)
-        return Layout.trusted(self.index.to(device, non_blocking=True), self.lengths, self.shape, token)
+        return Layout.trusted(index, self.lengths, self.shape, token)
 
     @cached_property
     def response_lengths(self) -> Tensor:

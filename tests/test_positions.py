@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import truth
-from batches import fixed, run
+from batches import costs, fixed, run
 from products import Products
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -141,6 +141,25 @@ def test_an_objective_with_a_layout_reads_nothing(backend, make, as_on_a_gpu):
         out = run(objective, batch, target=batch.target)
     out.loss.backward()
     assert out.loss > 0 and batch.student.weight.grad.norm() > 0
+
+
+@pytest.mark.parametrize("make", [lambda: kd.TSDKD(k=4, opener=0.5), kd.GKD], ids=["TSDKD", "GKD"])
+@pytest.mark.parametrize("tokens", [None, 6], ids=["one chunk", "chunks"])
+def test_a_second_call_with_a_layout_brings_nothing_to_the_device(backend, make, tokens, as_on_a_gpu, monkeypatch):
+    """Nor reads from it: so it can be captured in a CUDA graph, which bears no copies of what Python computed."""
+    batch = fixed(bias=True)
+    batch.mask, batch.teacher_mask, objective = kd.Layout.from_mask(batch.mask), None, make()
+    more = {"target": batch.target}
+    if tokens:
+        constant, student, teacher = costs(lambda n: run(objective, batch, memory_budget=n, **more))
+        more["memory_budget"] = constant + tokens * student + teacher
+    first = run(objective, batch, **more)
+    for name in ("tensor", "as_tensor", "from_numpy"):
+        monkeypatch.setattr(torch, name, lambda *_, **__: pytest.fail("a tensor is made of numbers of Python's"))
+    with Watch():
+        second = run(objective, batch, **more)
+    second.loss.backward()
+    assert torch.equal(first.loss, second.loss) and batch.student.weight.grad.norm() > 0
 
 
 @pytest.mark.parametrize("name", ["divergence", "entropy", "plackett_luce"])

@@ -56,3 +56,14 @@ def test_the_kernel_of_the_backward_compiles(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert len(done.stdout.splitlines()) == 6
+
+
+def test_steps_of_other_lengths_compile_nothing(tmp_path):
+    """After a step in one chunk and one in several: sizes that change from step to step are no part of a kernel."""
+    command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("triton_ragged.py"))]
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads(done.stdout)
+    assert len(report) == 8 and all(count >= 4 for count, _ in report.values())
+    assert {name: later for name, (_, later) in report.items() if later} == {}
