@@ -31,8 +31,9 @@ gsm8k: install
 	$(PY) -m kdkernels.training.cli train recipes/gsm8k-small-student.toml
 	$(PY) -m kdkernels.training.cli train recipes/gsm8k-small.toml
 
+# Two processes, each with a half of the tests and what is left of the other's.
 test: install lint
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2 --dist worksteal
 
 # On a machine with a GPU, with the Python on its PATH that has torch and triton: all that a GPU is wanted for, within
 # nine minutes, or some steps of it (make gpu-day STEPS="speed peers"; docs/gpu-day.md). Installs nothing.

@@ -7,6 +7,8 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or no product of a GPU is deterministic
 
+os.environ.pop("PYTEST_XDIST_WORKER", None)  # a pytest that a test starts is no worker, whatever this one is
+
 import random
 
 import pytest

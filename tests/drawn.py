@@ -65,7 +65,7 @@ class Shape:
 
 ROWS, LENGTH, DENSITY, WORDS = (1, 4), (1, 12), [0.2, 0.7, 1.0], (12, 150)
 if INTERPRETED:  # a few small batches, so none with hardly a token
-    ROWS, LENGTH, DENSITY, WORDS = (2, 3), (4, 6), [0.7, 1.0], (12, 60)
+    ROWS, LENGTH, DENSITY, WORDS = (2, 3), (4, 6), [0.7, 1.0], (12, 40)
 SHAPES = st.builds(
     Shape,
     numbers=st.integers(0, 10**6),

@@ -1,8 +1,8 @@
 """The Triton backend under the suites of the other backends, and its own (triton_rows.py).
 
 Where there is no GPU the kernels run in Triton's interpreter, which has to be chosen before they are imported, so the
-suites get processes of their own, one for each of two CPUs. It takes milliseconds for a
-block of words, hence a choice of tests. On a GPU all of it: ``make gpu-check``.
+suites get processes of their own. It takes milliseconds for a block of words, hence a choice of tests. On a GPU all of
+it: ``make gpu-check``.
 """
 
 import os
@@ -63,9 +63,10 @@ SUITES = {
 }
 
 
-def start(name: str, choice: str) -> subprocess.Popen:
-    lines = [line.strip() for line in choice.strip().splitlines()]
-    files = sorted({f"tests/{name}" for name in re.findall(r"\w+\.py", choice)})
+@pytest.mark.parametrize(("name", "least"), [("rows", 115), ("engine", 170)])
+def test_interpreted(name, least):
+    lines = [line.strip() for line in SUITES[name].strip().splitlines()]
+    files = sorted({f"tests/{file}" for file in re.findall(r"\w+\.py", SUITES[name])})
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     command += ["-p", "no_extension"] if name == "rows" else []  # what make gpu-check runs, where it is not there
     command += ["-k", " or ".join(f"({line})" for line in lines)]
@@ -76,30 +77,10 @@ def start(name: str, choice: str) -> subprocess.Popen:
         "CUDA_VISIBLE_DEVICES": "",
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
     }
-    return subprocess.Popen(
-        command,
-        cwd=Path(__file__).parents[1],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-@pytest.fixture(scope="module")
-def running():
-    processes = {name: start(name, choice) for name, choice in SUITES.items()}
-    yield processes
-    for process in processes.values():
-        process.kill()
-
-
-@pytest.mark.parametrize(("name", "least"), [("rows", 115), ("engine", 170)])
-def test_interpreted(running, name, least):
-    output, _ = running[name].communicate()
-    print(output[-3000:])
-    assert running[name].returncode == 0, output[-8000:]
-    assert int(re.search(r"(\d+) passed", output)[1]) > least and "skipped" not in output
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True)
+    print(done.stdout[-3000:])
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > least and "skipped" not in done.stdout
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="make gpu-check launches them on the GPU")
