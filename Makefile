@@ -1,4 +1,5 @@
-# make install | demo | test | test-avx2 | gpu-day | gpu-check | triton-check | test-slow | drills | bench | bench-compare | gpu-report | gsm8k | lint | clean.
+# make install | demo | test | test-avx2 | gpu-day | gpu-check | triton-check | test-slow | drills | bench | bench-compare |
+# bench-store | gpu-report | gsm8k | lint | clean.
 # Everything lives in .venv; nothing outside this folder is touched.
 PYTHON ?= python3
 PY := .venv/bin/python
@@ -8,7 +9,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 
-.PHONY: install demo gsm8k gpu-day gpu-check triton-check test test-avx2 test-slow drills bench bench-compare gpu-report lint clean
+.PHONY: install demo gsm8k gpu-day gpu-check triton-check test test-avx2 test-slow drills bench bench-compare bench-store gpu-report lint clean
 
 install: .venv/installed
 
@@ -76,11 +77,13 @@ PEERS := liger-kernel==0.8.5 cut-cross-entropy==25.1.1 trl==1.16.0 accelerate==1
 bench: .venv/peers
 	$(PY) benchmarks/run.py --device cpu
 
-# Measures again and compares kdkernels' ratios to the bare GEMMs with those stored for this machine.
-bench-compare: .venv/peers
-	$(PY) benchmarks/run.py --device cpu --out build/benchmarks/compare
-	$(PY) benchmarks/compare.py benchmarks/results/$$(PYTHONPATH=. $(PY) benchmarks/environment.py cpu)/cpu.json \
-		build/benchmarks/compare/cpu.json
+# Measures again and compares kdkernels' ratios to the bare GEMMs with those stored for this class of machines; bench-store
+# stores them.
+bench-compare: install
+	PYTHONPATH=. $(PY) benchmarks/compare.py
+
+bench-store: install
+	PYTHONPATH=. $(PY) benchmarks/compare.py --store
 
 # On a machine with a GPU, with the Python on its PATH that has torch, triton and pytest-benchmark. Installs nothing and
 # needs no extension. Ends within LIMIT seconds, with a report of what was measured until then. A dry run anywhere:

@@ -32,6 +32,7 @@ class Models:
 
 TINY = Models("tiny", 384, 512, 1003)
 QWEN_SMALL = Models("Qwen2.5 0.5B / 1.5B", 896, 1536, 151936)
+QWEN_WORDS = Models("Qwen2.5 0.5B / 1.5B, 32768 words", 896, 1536, 32768)
 QWEN = Models("Qwen2.5 1.5B / 14B", 1536, 5120, 151936)
 GEMMA = Models("Gemma2 2B / 9B", 2304, 3584, 256000, 30.0)
 LLAMA = Models("Llama 3 1B / 8B", 2048, 4096, 128256)
@@ -236,6 +237,21 @@ SETS = {
         Case(QWEN_SMALL, 256, ("cross-entropy", "JSD(0.9)"), (*OURS, *PEERS), seconds=0),
         Case(QWEN_SMALL, 1024, THREE, (*OURS, "kdkernels, fp32 logits"), trained=False, seconds=0),
         Case(QWEN_SMALL, 4096, ("TSD-KD",), OURS, response=2048, seconds=0),
+    ],
+    # CPUs on which torch crawls through 16-bit products: peers have fp32 operands
+    "cpu-avx2": [
+        Case(QWEN_SMALL, 512, ("JSD(0.9)", "TSD-KD"), OURS, "float32", seconds=0),
+        Case(QWEN_SMALL, 512, ("JSD(0.9)", "TSD-KD"), OURS, seconds=0),
+        Case(QWEN_SMALL, 256, ("cross-entropy", "JSD(0.9)"), (*OURS, *PEERS), "float32", seconds=0),
+        Case(QWEN_SMALL, 512, ("JSD(0.9)",), (*OURS, "kdkernels, fp32 logits"), trained=False, seconds=0),
+        Case(QWEN_SMALL, 512, ("JSD(0.9)",), OURS, "float16", seconds=0),
+        Case(QWEN_SMALL, 2048, ("JSD(0.9)", "TSD-KD"), OURS, "float32", seconds=0),
+    ],
+    # make bench-compare: one loss at a time, so that the bare GEMMs of a round are those just before it
+    "compare": [
+        *(Case(QWEN_WORDS, 256, (name,), OURS, "float32", seconds=20) for name in ("JSD(0.9)", "TSD-KD")),
+        *(Case(QWEN_WORDS, 256, (name,), OURS, seconds=20) for name in ("cross-entropy", *THREE)),
+        Case(QWEN_WORDS, 256, ("JSD(0.9)",), ("kdkernels, fp32 logits",), trained=False, seconds=20),
     ],
     "readme": [Case(QWEN_SMALL, 512, ("cross-entropy", "JSD(0.9)", "TSD-KD"), (*OURS, *PEERS), seconds=0)],
     "cpu-fp32": [Case(QWEN_SMALL, 4096, ("JSD(0.9)", "TSD-KD"), OURS, "float32", seconds=0)],

@@ -44,6 +44,8 @@ def pytest_collection_modifyitems(config, items):
     def turn(item) -> int:
         return 1 if "cell" not in item.fixturenames else 0 if item.callspec.params["cell"][0] < first else 2
 
+    if config.getoption("--shapes") == "compare":
+        items[:] = [item for item in items if "cell" in item.fixturenames]
     items.sort(key=turn)
 
 

@@ -7,7 +7,6 @@ import platform
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import torch
@@ -41,6 +40,11 @@ def clocks(device: str) -> str:
     return f"{found[1]} MHz" if found else ""
 
 
+def cpu() -> str:
+    found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    return found[1].strip() if found else platform.machine()
+
+
 def machine(device: str) -> str:
     """The name of the results' folder: the GPU, or instruction set and threads."""
     if device == "cuda":
@@ -55,6 +59,7 @@ def describe(device: str) -> dict:
     return {
         "machine": machine(device),
         "device": torch.cuda.get_device_name() if on_gpu else platform.machine(),
+        "cpu": cpu(),
         "driver": _output(*query).split("\n")[0] if on_gpu else "",
         "clocks": clocks(device),
         "threads": torch.get_num_threads(),
@@ -64,7 +69,3 @@ def describe(device: str) -> dict:
         "commit": _output("git", "rev-parse", "--short=12", "HEAD") or "unknown",
         "modified": bool(_output("git", "status", "--porcelain", "--", *sources)),
     }
-
-
-if __name__ == "__main__":
-    print(machine(sys.argv[1]))

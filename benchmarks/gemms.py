@@ -4,6 +4,9 @@ Student logits, teacher logits, dX, and dW with a trained head, over chunks of 5
 Outputs are in the operands' dtype and in memory that is touched already; a chunk's dW overwrites that of the chunk
 before. That is less than any implementation has to do.
 
+Where torch crawls through 16-bit products (a CPU without units for them) the yardstick is the same products of fp32
+operands, which are ready beforehand.
+
 Axes: N tokens, C rows of a chunk, V vocabulary, H hidden.
 """
 
@@ -13,7 +16,7 @@ import torch
 from cases import Batch, Case
 from torch import Tensor
 
-from kdkernels import memory
+from kdkernels import gemm, memory
 
 ROWS = (512, 1024, 2048, 4096)
 
@@ -23,26 +26,35 @@ def candidates(tokens: int) -> list[int]:
     return sorted({min(rows, tokens) for rows in ROWS})
 
 
+def yardstick(operand: torch.dtype, device: str) -> torch.dtype:
+    """Of the bare GEMMs: the operands' own dtype, if torch can multiply it in reasonable time."""
+    crawls = device == "cpu" and operand.itemsize < 4 and gemm.torch_crawls(operand)
+    return torch.float32 if crawls else operand
+
+
 class BareGemms:
     """Called with a batch of the same shapes and the rows of a chunk, multiplies."""
 
     def __init__(self, batch: Batch):
-        hidden, weight = batch.hidden_s.detach().flatten(0, 1), batch.weight_s
-        self.d_x = torch.zeros_like(hidden)
+        device = batch.weight_s.device
+        self.dtype = yardstick(batch.weight_s.dtype, device.type)
+        self.weights = [weight.detach().to(self.dtype) for weight in (batch.weight_s, batch.weight_t)]
+        self.d_x = torch.zeros_like(batch.hidden_s.detach().flatten(0, 1), dtype=self.dtype)
         self.d_w = None
-        if weight.requires_grad:
-            self.d_w = memory.empty(weight.shape, weight.dtype, weight.device).zero_()
+        if batch.weight_s.requires_grad:
+            self.d_w = memory.empty(batch.weight_s.shape, self.dtype, device).zero_()
         for z in self._logits(batch, max(candidates(batch.tokens))):
             z.zero_()
 
     def _logits(self, batch: Batch, rows: int) -> list[Tensor]:
         """Of student and teacher, [C, V], in the memory that kdkernels uses as well."""
-        sizes = [((rows, len(batch.weight_s)), batch.weight_s.dtype)] * 2
+        sizes = [((rows, len(batch.weight_s)), self.dtype)] * 2
         return memory.matrices(sizes, batch.weight_s.device)
 
     @torch.no_grad()
     def __call__(self, batch: Batch, rows: int, teacher: bool) -> None:
-        x_s, x_t, w_s, w_t = batch.hidden_s.flatten(0, 1), batch.hidden_t.flatten(0, 1), batch.weight_s, batch.weight_t
+        x_s, x_t = (hidden.flatten(0, 1).to(self.dtype) for hidden in (batch.hidden_s, batch.hidden_t))
+        w_s, w_t = self.weights
         z_s, z_t = self._logits(batch, rows)
         for first in range(0, len(x_s), rows):
             chunk = slice(first, min(first + rows, len(x_s)))

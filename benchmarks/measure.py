@@ -13,7 +13,7 @@ import peers
 import torch
 from cases import LOSSES, Batch, Case, Loss, batches
 from environment import clocks
-from gemms import BareGemms, bytes_moved, candidates, flops
+from gemms import BareGemms, bytes_moved, candidates, flops, yardstick
 from verify import Truth
 
 from kdkernels import memory
@@ -154,8 +154,12 @@ class CaseRun:
             return peers.Ours(name, memory_budget=budget)
         implementation = peers.IMPLEMENTATIONS[name]
         cell.reason = implementation.missing(self.case, loss, self.device)
-        if not cell.reason and time.monotonic() > self.deadline:
-            cell.reason = "no time left"
+        if not cell.reason:
+            crawls = yardstick(self.case.dtype, self.device) != self.case.dtype
+            if crawls and not implementation.exact:
+                cell.reason = "left out: its 16-bit products would take minutes, this CPU has no units for them"
+            elif time.monotonic() > self.deadline:
+                cell.reason = "no time left"
         return None if cell.reason else implementation
 
     def _warm_up(self, implementation: peers.Implementation, loss: Loss, cell: Cell) -> bool:
@@ -218,7 +222,8 @@ class CaseRun:
             loss = LOSSES[cell.loss]
             bare_seconds, rows = floor(bare, loss)
             forward, backward = (median(t) for t in zip(*cell.times, strict=True))
-            full = median(map(sum, cell.times))
+            seconds = [sum(times) for times in cell.times]
+            full = median(seconds)
             work, traffic = flops(case, loss.teacher), bytes_moved(case, loss.teacher, rows)
             cell.extra_info |= {
                 "case": case.name,
@@ -232,11 +237,13 @@ class CaseRun:
                 "loss": cell.loss,
                 "implementation": cell.implementation,
                 "rounds": len(cell.times),
+                "rounds_s": list(zip(seconds, bare[rows, loss.teacher], strict=False)),  # and of the bare GEMMs
                 "forward_s": forward,
                 "backward_s": backward,
                 "full_s": full,
                 "bare_gemms_s": bare_seconds,
                 "bare_gemms_rows": rows,
+                "bare_gemms_operand": str(self.gemms.dtype)[6:],
                 "ratio": full / bare_seconds,
                 "flops": work,
                 "bytes": traffic,

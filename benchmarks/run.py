@@ -1,6 +1,6 @@
 """Runs the benchmarks and writes JSON and report: one command, no arguments needed.
 
-    python benchmarks/run.py [--device cpu|cuda] [--shapes tiny|readme|cpu|cpu-fp32|gpu] [--limit SECONDS] [--out DIR]
+    python benchmarks/run.py [--device cpu|cuda] [--shapes SET (cases.py)] [--limit SECONDS] [--out DIR]
 
 Results go to benchmarks/results/<machine>/, those of the dry run (tiny shapes) to build/benchmarks/<machine>/. They are
 written anew after every measurement, what is wanted most first: whoever ends a run has a report of all it measured. It
@@ -21,6 +21,8 @@ sys.path.insert(0, str(HERE.parent))  # kdkernels, installed or not
 import environment  # noqa: E402
 import report  # noqa: E402
 import torch  # noqa: E402
+from cases import SETS  # noqa: E402
+from gemms import yardstick  # noqa: E402
 
 LIMIT = {"cuda": 600.0, "cpu": None}
 LAST = 0.95  # share of the limit after which what is under way is ended; the rest is for the plots
@@ -29,14 +31,14 @@ LAST = 0.95  # share of the limit after which what is under way is ended; the re
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--shapes", choices=("tiny", "readme", "cpu", "cpu-fp32", "gpu"))
+    parser.add_argument("--shapes", choices=tuple(SETS))
     parser.add_argument("--limit", type=float, help="seconds; no measurement begins after 4/5 of them")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("no GPU here: torch.cuda.is_available() is False. A dry run: --device cpu --shapes tiny")
     limit = options.limit or LIMIT[options.device]
-    shapes = options.shapes or {"cpu": "cpu", "cuda": "gpu"}[options.device]
+    shapes = options.shapes or usual_shapes(options.device)
     folder = HERE.parent / "build/benchmarks" if shapes == "tiny" else HERE / "results"
     folder = options.out or folder / environment.machine(options.device)
     folder.mkdir(parents=True, exist_ok=True)
@@ -54,6 +56,12 @@ def main() -> int:
         return status or 1
     print(report.write(path))
     return status or 0
+
+
+def usual_shapes(device: str) -> str:
+    if device == "cuda":
+        return "gpu"
+    return "cpu" if yardstick(torch.bfloat16, device) == torch.bfloat16 else "cpu-avx2"
 
 
 def within(seconds: float | None, command: list[str]) -> int | None:
