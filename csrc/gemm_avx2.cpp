@@ -9,12 +9,12 @@
 #define KD_ROWS 6                 // 12 sums, 2 vectors of b and 1 of a make 15 of 16 registers
 #define KD_VECTORS 2
 #define KD_DEPTH 256
-#define KD_SHORT (1 << 20)
 #include "gemm_driver.h"
 
 namespace kd {
 extern const GemmKernels avx2_gemm[3];
-const GemmKernels avx2_gemm[3] = {gemm_kernels_of<Wide<float>>(), gemm_kernels_of<Wide<bf16>>(), gemm_kernels_of<Wide<f16>>()};
+const GemmKernels avx2_gemm[3] = {gemm_kernels_of<Wide<float>>(), gemm_kernels_of<Wide<bf16>>(),
+                                    gemm_kernels_of<Wide<f16>>()};
 }
 #if defined(__clang__)
 #pragma clang attribute pop

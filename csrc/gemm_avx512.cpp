@@ -9,12 +9,12 @@
 #define KD_ROWS 6                 // 24 sums, 4 vectors of b and 1 of a make 29 of 32 registers
 #define KD_VECTORS 4
 #define KD_DEPTH 128
-#define KD_SHORT (1 << 20)
 #include "gemm_driver.h"
 
 namespace kd {
 extern const GemmKernels avx512_gemm[3];
-const GemmKernels avx512_gemm[3] = {gemm_kernels_of<Wide<float>>(), gemm_kernels_of<Wide<bf16>>(), gemm_kernels_of<Wide<f16>>()};
+const GemmKernels avx512_gemm[3] = {gemm_kernels_of<Wide<float>>(), gemm_kernels_of<Wide<bf16>>(),
+                                    gemm_kernels_of<Wide<f16>>()};
 }
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -9,7 +9,6 @@
 #define KD_ROWS 6
 #define KD_VECTORS 4
 #define KD_DEPTH 128
-#define KD_SHORT (1 << 20)
 #include "gemm_driver.h"
 
 namespace {

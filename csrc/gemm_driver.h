@@ -22,10 +22,10 @@ using kd::Product;
 using kd::Tiling;
 
 constexpr int64_t kPanel = KD_VECTORS * kLanes;   // columns of b side by side
-constexpr int kRows = KD_ROWS;    // rows of a at a time: their sums, the panel's vectors and a word of a fill the registers
+constexpr int kRows = KD_ROWS;    // rows of a at a time: their sums, a panel's vectors and a word of a fill the registers
 constexpr int64_t kDepth = KD_DEPTH;   // words of a packed panel
-constexpr int64_t kNarrow = 64;   // columns of a block whose rows of a are all of the product's
-constexpr int64_t kShort = KD_SHORT;   // rows of such a block at most: their words of a panel stay in L2, beside their sums
+constexpr int64_t kNarrow = 64;   // columns of a block where few rows meet many columns
+constexpr int64_t kShort = (1 << 16) / kDepth;   // rows of such a block at most: 256 KiB of their words stay in L2
 constexpr int64_t kTall = 96;     // rows of a block where a has to be transposed
 constexpr int64_t kWide = 2048;   // columns of such a block at most: its sums stay near, and within a budget of memory
 constexpr int64_t kDeepColumns = 128;   // of a block at least where k is deep, so that reading a is not what takes time
@@ -354,6 +354,7 @@ struct Gemm {
           int64_t column = (panel + i) * kPanel, columns = width(p, panel + i);
           Ahead next[4] = {next_of_a(p, t, block + 1 < last, row, rows, i, wide, k, numbers),
                            next_of_b(p, t, block, last, panel + i, k, numbers)};
+          if (shared_b && i + 1 < wide) next[1] = {packed + words(p) * kPanel, depth * kPanel, 1, depth * kPanel};
           if (last_of_k) {
             next[2] = lines_of(p.out, p.out_dtype, p.out_row, row, rows, column, columns);
             if (p.add && p.add != p.out && p.add_row)

@@ -8,10 +8,10 @@
 #define KD_VECTORS 2
 #endif
 #define KD_DEPTH 256
-#define KD_SHORT (1 << 20)
 #include "gemm_driver.h"
 
 namespace kd {
 extern const GemmKernels portable_gemm[3];
-const GemmKernels portable_gemm[3] = {gemm_kernels_of<Wide<float>>(), gemm_kernels_of<Wide<bf16>>(), gemm_kernels_of<Wide<f16>>()};
+const GemmKernels portable_gemm[3] = {gemm_kernels_of<Wide<float>>(), gemm_kernels_of<Wide<bf16>>(),
+                                    gemm_kernels_of<Wide<f16>>()};
 }

@@ -247,7 +247,7 @@ def test_widened_products(dtype, logits, biased, monkeypatch):
         ("avx512 intel", "torch", "native", "native"),
         ("avx2", "native", "native", "native"),
         ("avx2 intel", "torch", "native", "native"),
-        ("portable", "torch", "native", "native"),
+        ("portable", "torch", "torch in fp32", "torch in fp32"),
         ("portable arm", "torch", "native", "native"),
         ("", "torch", "torch", "torch"),
     ],
@@ -261,7 +261,7 @@ def test_who_multiplies(traits, of_fp32, of_bf16, of_fp16, monkeypatch):
     monkeypatch.setattr(gemm, "_has_units", lambda operand: True)
     assert chosen() == [of_fp32, of_bf16, of_fp16, "torch"]
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)  # torch's 16-bit products are slow then
-    instead = "native" if traits else "torch in fp32"
+    instead = "torch in fp32" if traits in ("portable", "") else "native"
     assert chosen() == [of_fp32, instead, instead, "torch"]
 
 
@@ -444,6 +444,12 @@ def test_wrong_shapes_of_native_products(a, b, out, message):
 def test_empty_native_products(shape, transposed):
     a, out = matrix(shape[0], 3, F32, 0, transposed), torch.empty(shape)
     torch.ops.kdkernels.gemm_(a, torch.ones(3, shape[1]), None, out)
+
+
+def test_the_yardstick_counts_what_ran(instructions):
+    operations = torch.ops.kdkernels.registers_only(F32, 1000)
+    assert operations >= torch.get_num_threads() * 2 * 4 * 1000
+    assert torch.ops.kdkernels.registers_only(F32, 3000) == 3 * operations
 
 
 @needs_native
