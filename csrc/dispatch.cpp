@@ -29,7 +29,10 @@ static bool has_avx512() {
          __builtin_cpu_supports("avx512dq");
 }
 
-static bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+static bool has_avx2() {
+  unsigned a, b, c, d;                                 // F16C by its bit: not every compiler knows its name
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1);
+}
 
 static bool has_bf16_units(const char* isa) {
   return wanted(isa, "avx512") && has_avx512() && __builtin_cpu_supports("avx512bf16");

@@ -1,11 +1,11 @@
-// SIMD vectors of KD_LANES floats and the few functions on them that the row kernels need.
+// SIMD vectors of floats and the few functions on them that the kernels need.
 // Written with the compiler's vector types, so one source serves every instruction set; included once per translation
-// unit, which sets KD_LANES and the target before it. Everything has internal linkage: code built for one
-// instruction set must never be merged with another's.
+// unit, which sets KD_LANES (the floats of a register) and the target before it. Everything has internal linkage: code
+// built for one instruction set must never be merged with another's.
 #pragma once
 #include <cstdint>
 #include <cstring>
-#if KD_LANES == 16
+#if KD_LANES > 4
 #include <immintrin.h>
 #endif
 
@@ -18,116 +18,87 @@ typedef uint16_t vh __attribute__((vector_size(2 * KD_LANES)));
 
 constexpr int64_t kLanes = KD_LANES;
 
-inline vf splat(float x) { return vf{} + x; }
-inline vf bits_to_float(vi x) { return (vf)x; }   // casts between vector types keep the bits
-inline vi float_to_bits(vf x) { return (vi)x; }
-inline vf load(const float* p) { vf v; std::memcpy(&v, p, sizeof v); return v; }
-inline void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
+inline vi float_to_bits(vf x) { return (vi)x; }       // casts between vector types keep the bits
+inline vf bits_to_float(vi x) { return (vf)x; }
+inline vf abs(vf x) { return bits_to_float(float_to_bits(x) & INT32_MAX); }
+inline vf minus_abs(vf x) { return bits_to_float(float_to_bits(x) | INT32_MIN); }
 
 // A NaN in b survives; in a it does not (the sums carry it instead).
 #if KD_LANES == 16
 inline vf max(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
 inline vf min(vf a, vf b) { return (vf)_mm512_min_ps((__m512)a, (__m512)b); }
+inline float sum(vf v) { return _mm512_reduce_add_ps((__m512)v); }
+inline float maximum(vf v) { return _mm512_reduce_max_ps((__m512)v); }
+inline bool any(vi mask) { return _mm512_movepi32_mask((__m512i)mask) != 0; }
+#else
+#if KD_LANES == 8
+inline vf max(vf a, vf b) { return (vf)_mm256_max_ps((__m256)a, (__m256)b); }
+inline vf min(vf a, vf b) { return (vf)_mm256_min_ps((__m256)a, (__m256)b); }
+inline bool any(vi mask) { return _mm256_movemask_ps((__m256)mask) != 0; }
 #else
 inline vf max(vf a, vf b) { return a > b ? a : b; }
 inline vf min(vf a, vf b) { return a < b ? a : b; }
+inline bool any(vi mask) {
+  int32_t some = 0;
+  for (int i = 0; i < kLanes; ++i) some |= mask[i];
+  return some != 0;
+}
 #endif
-inline vf abs(vf a) { return bits_to_float(float_to_bits(a) & 0x7fffffff); }
-
 inline float sum(vf v) {
-#if KD_LANES == 16
-  return _mm512_reduce_add_ps((__m512)v);
-#else
   float total = 0;
   for (int i = 0; i < kLanes; ++i) total += v[i];
   return total;
-#endif
 }
 inline float maximum(vf v) {
   float top = v[0];
   for (int i = 1; i < kLanes; ++i) top = v[i] > top ? v[i] : top;
   return top;
 }
+#endif
 
-inline bool any(vi mask) {                             // a lane of a comparison is true
-#if KD_LANES == 16
-  return _mm512_movepi32_mask((__m512i)mask) != 0;
+// x + n ln 2 for an integer n. Without FMA ln 2 has two parts, the first exact times any n; with it, one rounded to
+// float errs by 3e-9 of n ln 2.
+inline vf add_ln2(vf x, vf n) {
+#if KD_LANES == 4
+  return (x + n * 0.693145752f) + n * 1.42860677e-6f;
 #else
-  int32_t some = 0;
-  for (int i = 0; i < kLanes; ++i) some |= mask[i];
-  return some != 0;
+  return x + n * 0.693147182f;
 #endif
 }
 
-// The narrow types: exact when read; rounded to nearest, ties to even, when written; NaN stays NaN.
-struct bf16 { uint16_t bits; };
-struct f16 { uint16_t bits; };
-
-inline vu load_half(const void* p) {
-  vh half;
-  std::memcpy(&half, p, sizeof half);
-  return __builtin_convertvector(half, vu);
-}
-inline void store_half(void* p, vu bits) {
-  vh half = __builtin_convertvector(bits, vh);
-  std::memcpy(p, &half, sizeof half);
-}
-
-inline vf load(const bf16* p) { return bits_to_float((vi)(load_half(p) << 16)); }   // the upper half of a float
-inline void store(bf16* p, vf v) {
-  vu bits = (vu)float_to_bits(v);
-  vu rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  vu quiet = (bits >> 16) | 0x40;
-  store_half(p, v == v ? rounded : quiet);
-}
-
-inline vf load(const f16* p) {
-  vu half = load_half(p), sign = (half & 0x8000) << 16, magnitude = (half & 0x7fff) << 13;
-  vf value = bits_to_float((vi)magnitude) * 0x1p112f;  // the exponents' biases differ by 112
-  vu finite = (vu)float_to_bits(value), infinite = magnitude | 0x7f800000;
-  return bits_to_float((vi)(sign | ((half & 0x7c00) == 0x7c00 ? infinite : finite)));
-}
-inline void store(f16* p, vf v) {
-  vu sign = ((vu)float_to_bits(v) >> 16) & 0x8000, a = (vu)float_to_bits(abs(v));
-  vu normal = ((a + 0xfff + ((a >> 13) & 1)) >> 13) - (112 << 10);
-  vu subnormal = (vu)float_to_bits(abs(v) + 0.5f) - 0x3f000000;   // an ulp of 0.5 is the step of subnormal halves
-  vu large = v == v ? vu{} + 0x7c00 : vu{} + 0x7e00;
-  store_half(p, sign | (a >= 0x47800000 ? large : a < 0x38800000 ? subnormal : normal));
-}
-
-// e^x for x <= 88, 0 below -104 (with 16 lanes) or -86.6; relative error below 1e-7. exp(0) is exactly 1: identical rows
-// must cancel.
+// e^x for x <= 88, 0 below -104 (with 16 lanes) or -87.7; relative error below 1e-7 + 3e-9 |x|. exp(0) is exactly 1:
+// identical rows must cancel.
 inline vf exp(vf x) {
-  const vf magic = splat(12582912.0f);                 // 1.5 * 2^23: adding it rounds to an integer in the low bits
 #if KD_LANES == 16
-  x = max(splat(-110.0f), x);                          // so that it is one
+  const float magic = 12582912.0f;                     // 1.5 * 2^23: adding it rounds to an integer in the low bits
+  x = max(vf{} - 110.0f, x);                           // so that it is one
+#else
+  const float magic = 12582912.0f + 127;               // as an exponent: its bits, shifted, are 2^n
+  x = max(vf{} - 88.0f, x);                            // n = -127, whose bits are 0
 #endif
   vf shifted = x * 1.44269504f + magic;
   vf n = shifted - magic;
-  vf r = (x - n * 0.693145752f) - n * 1.42860677e-6f;   // ln 2 in two parts, the first exact times any n
-  vf p = splat(1.395171916e-03f);                      // (e^r - 1 - r) / r^2, minimax on |r| <= ln 2 / 2
+  vf r = add_ln2(x, -n);
+  vf p = vf{} + 1.395171916e-03f;                      // (e^r - 1 - r) / r^2, minimax on |r| <= ln 2 / 2
   p = p * r + 8.369598221e-03f;
   p = p * r + 4.166618726e-02f;
   p = p * r + 1.666651289e-01f;
   p = p * r + 5.000000101e-01f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
 #if KD_LANES == 16
-  p = p * r + 1.0f;
-  p = p * r + 1.0f;
   return (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
 #else
-  p = (p * r) * r + r;
-  p = p + 1.0f;
-  vf scaled = (vf)((vu)float_to_bits(p) + ((vu)float_to_bits(shifted) << 23));
-  return x < -86.6f ? vf{} : scaled;
+  return p * (vf)((vu)shifted << 23);
 #endif
 }
 
 // log x for normal positive x; log(1) is exactly 0.
-#if KD_LANES == 16
 inline vf log(vf x) {
+#if KD_LANES == 16
   vf e = (vf)_mm512_getexp_ps((__m512)(x * 1.33333337f));   // of x over its mantissa in [3/4, 3/2)
   vf f = (vf)_mm512_getmant_ps((__m512)x, _MM_MANT_NORM_p75_1p5, _MM_MANT_SIGN_src) - 1.0f;
-  vf p = splat(-4.631003365e-02f);                     // (log(1 + f) - f + f^2 / 2) / f^3, minimax on [-1/4, 1/2]
+  vf p = vf{} - 4.631003365e-02f;                      // (log(1 + f) - f) / f^2, minimax on [-1/4, 1/2]
   p = p * f + 1.059130430e-01f;
   p = p * f + -1.318244636e-01f;
   p = p * f + 1.446458846e-01f;
@@ -135,17 +106,11 @@ inline vf log(vf x) {
   p = p * f + 1.999135017e-01f;
   p = p * f + -2.500019372e-01f;
   p = p * f + 3.333344162e-01f;
-  p = p * f + -0.5f;
-  vf r = p * (f * f) + e * 1.42860677e-6f;
-  return e * 0.693145752f + (f + r);
-}
 #else
-inline vf log(vf x) {
-  vi bits = float_to_bits(x);
-  vi exponent = (bits - 0x3f3504f3) >> 23;             // mantissa in [sqrt 1/2, sqrt 2)
-  vf f = bits_to_float(bits - (exponent << 23)) - 1.0f;
-  vf e = __builtin_convertvector(exponent, vf);
-  vf p = splat(-7.859611501e-02f);                     // (log(1 + f) - f + f^2 / 2) / f^3, minimax
+  vi above = float_to_bits(x) - 0x3f3504f3;                     // mantissa in [sqrt 1/2, sqrt 2)
+  vf e = __builtin_convertvector(above >> 23, vf);
+  vf f = bits_to_float((above & 0x7fffff) + 0x3f3504f3) - 1.0f;
+  vf p = vf{} - 7.859611501e-02f;                      // (log(1 + f) - f) / f^2, minimax
   p = p * f + 1.288164749e-01f;
   p = p * f + -1.312875480e-01f;
   p = p * f + 1.418119194e-01f;
@@ -153,25 +118,69 @@ inline vf log(vf x) {
   p = p * f + 2.000228627e-01f;
   p = p * f + -2.500081041e-01f;
   p = p * f + 3.333331673e-01f;
-  vf f2 = f * f;
-  vf r = p * (f2 * f) + e * 1.42860677e-6f;
-  r = r - 0.5f * f2;
-  return e * 0.693145752f + (f + r);
-}
 #endif
+  p = p * f + -0.5f;
+  return add_ln2(p * (f * f) + f, e);
+}
 
-inline vf tanh(vf y) {
-  vf a = abs(y), y2 = y * y;
-  vf p = splat(-5.660788605e-03f);                     // (tanh(y) / y - 1) / y^2 in y^2, minimax on |y| <= 0.63
-  p = p * y2 + 2.060200731e-02f;
-  p = p * y2 + -5.372922989e-02f;
-  p = p * y2 + 1.333132896e-01f;
-  p = p * y2 + -3.333327832e-01f;
-  vf near = y + y * (y2 * p);
-  vf t = exp(-2.0f * a);
-  vf far = (1.0f - t) / (1.0f + t);
-  far = y < 0.0f ? -far : far;
-  return a < 0.625f ? near : far;
+// The narrow types: exact when read; rounded to nearest, ties to even, when written; NaN stays NaN.
+struct bf16 { uint16_t bits; };
+struct f16 { uint16_t bits; };
+
+inline vu load_half(const void* p) {
+#if KD_LANES == 16
+  return (vu)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+#elif KD_LANES == 8
+  return (vu)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
+#else
+  vh half;
+  std::memcpy(&half, p, sizeof half);
+  return __builtin_convertvector(half, vu);
+#endif
+}
+inline vf load(const float* p) { vf v; std::memcpy(&v, p, sizeof v); return v; }
+inline vf load(const bf16* p) { return (vf)(load_half(p) << 16); }   // the upper half of a float
+inline vf load(const f16* p) {
+#if KD_LANES == 16
+  return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif KD_LANES == 8
+  return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
+  vu half = load_half(p), sign = (half & 0x8000) << 16, magnitude = (half & 0x7fff) << 13;
+  vf value = (vf)magnitude * 0x1p112f;                 // the exponents' biases differ by 112
+  vu infinite = magnitude | 0x7f800000;
+  return (vf)(sign | ((half & 0x7c00) == 0x7c00 ? infinite : (vu)value));
+#endif
+}
+
+inline void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
+inline void store_half(void* p, vu v) {                // below 65536
+#if KD_LANES == 16
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16((__m512i)v));
+#elif KD_LANES == 8
+  __m256i twice = _mm256_packus_epi32((__m256i)v, (__m256i)v);   // of each half, in each half
+  _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(_mm256_permute4x64_epi64(twice, 0x08)));
+#else
+  vh half = __builtin_convertvector(v, vh);
+  std::memcpy(p, &half, sizeof half);
+#endif
+}
+inline void store(bf16* p, vf v) {
+  vu b = (vu)v, rounded = (b + 0x7fff + ((b >> 16) & 1)) >> 16, quiet = (b >> 16) | 0x40;
+  store_half(p, v == v ? rounded : quiet);
+}
+inline void store(f16* p, vf v) {
+#if KD_LANES == 16
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+#elif KD_LANES == 8
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#else
+  vu sign = ((vu)v >> 16) & 0x8000, a = (vu)v & 0x7fffffff;
+  vu normal = ((a + 0xfff + ((a >> 13) & 1)) >> 13) - (112 << 10);
+  vu subnormal = (vu)((vf)a + 0.5f) - 0x3f000000;      // an ulp of 0.5 is the step of subnormal halves
+  vu large = v == v ? vu{} + 0x7c00 : vu{} + 0x7e00;
+  store_half(p, sign | (a >= 0x47800000 ? large : a < 0x38800000 ? subnormal : normal));
+#endif
 }
 
 }  // namespace

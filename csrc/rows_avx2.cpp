@@ -1,9 +1,9 @@
-// The row kernels with 8 lanes: AVX2 and FMA.
+// The row kernels with 8 lanes: AVX2, FMA and F16C.
 #if defined(__x86_64__)
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
 #else
-#pragma GCC target("avx2,fma")
+#pragma GCC target("avx2,fma,f16c")
 #endif
 #define KD_LANES 8
 #include "sweeps.h"

@@ -1,9 +1,9 @@
 // The three sweeps over the logits of a chunk, written once; see rows.h for what each computes.
-// A row is taken in blocks of kBlock words that stay in L1: load (bf16 -> fp32, scale, soft-cap), compute, store.
+// A row is taken in blocks of kBlock words that stay in L1: load (to fp32, scale, soft-cap), compute, store.
 #pragma once
 #include <cmath>
 
-#include "lanes.h"
+#include "pairs.h"
 #include "rows.h"
 
 namespace {
@@ -13,7 +13,7 @@ using kd::Dtype;
 using kd::Matrix;
 using kd::Stats;
 
-constexpr int64_t kBlock = 64 * kLanes;  // a lane adds 64 words in fp32 before fp64 takes over, however narrow the vectors
+constexpr int64_t kBlock = 32 * kStep;  // a lane adds 32 words in fp32 before fp64 takes over, however narrow the vectors
 // -inf logits become this: finite, so that log-ratios of two masked words are 0 instead of NaN; exp of it is 0.
 constexpr float kMasked = -1e30f;
 // A divergence beyond this met a word that one side masks and the other does not: infinite.
@@ -28,21 +28,22 @@ struct Block {
   alignas(64) float v[kBlock];
 };
 
-inline vf transform(vf x, float scale, float softcap) {
-  vf z = x * scale;
-  if (softcap != 0) z = softcap * tanh(z / softcap);
-  return max(splat(kMasked), z);                       // a NaN stays
+template <bool Capped>
+vf2 transform(vf2 x, float scale, float softcap) {
+  vf2 z = x * scale;
+  if constexpr (Capped) z = softcap * tanh(z / softcap);
+  return max(kMasked, z);                              // a NaN stays
 }
 
-template <class T>
+template <bool Capped, class T>
 void load_block(const T* x, int64_t n, float scale, float softcap, Block& out) {
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) store(out.v + i, transform(load(x + i), scale, softcap));
+  for (; i + kStep <= n; i += kStep) store(out.v + i, transform<Capped>(load2(x + i), scale, softcap));
   if (i < n) {                                         // the vocabulary's last words; the rest of the vector is masked
-    T tail[kLanes] = {};
+    T tail[kStep] = {};
     std::memcpy(tail, x + i, (n - i) * sizeof(T));
-    store(out.v + i, transform(load(tail), scale, softcap));
-    for (int64_t j = n; j < i + kLanes; ++j) out.v[j] = kMasked;
+    store(out.v + i, transform<Capped>(load2(tail), scale, softcap));
+    for (int64_t j = n; j < i + kStep; ++j) out.v[j] = kMasked;
   }
 }
 
@@ -58,10 +59,15 @@ struct Row {
 
   void read(int64_t first, int64_t n, Block& out) const {
     switch (m.dtype) {
-      case Dtype::f32: return load_block(words<const float>(first), n, m.scale, m.softcap, out);
-      case Dtype::bf16: return load_block(words<const bf16>(first), n, m.scale, m.softcap, out);
-      case Dtype::f16: return load_block(words<const f16>(first), n, m.scale, m.softcap, out);
+      case Dtype::f32: return read_as<const float>(first, n, out);
+      case Dtype::bf16: return read_as<const bf16>(first, n, out);
+      case Dtype::f16: return read_as<const f16>(first, n, out);
     }
+  }
+  template <class T>
+  void read_as(int64_t first, int64_t n, Block& out) const {
+    m.softcap == 0 ? load_block<false>(words<T>(first), n, m.scale, 0, out)
+                   : load_block<true>(words<T>(first), n, m.scale, m.softcap, out);
   }
   float at(int64_t i) const {                          // z of one word
     Block one;
@@ -79,10 +85,10 @@ struct Row {
   template <class T>
   static void store_block(T* p, int64_t n, const Block& v) {
     int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) store(p + i, load(v.v + i));
+    for (; i + kStep <= n; i += kStep) store(p + i, load2(v.v + i));
     if (i < n) {
-      T tail[kLanes];
-      store(tail, load(v.v + i));
+      T tail[kStep];
+      store(tail, load2(v.v + i));
       std::memcpy(p + i, tail, (n - i) * sizeof(T));
     }
   }
@@ -111,9 +117,9 @@ struct TopK {
 
 // Offers the words that are at least `floor`; v is padded to whole vectors with values that cannot win.
 inline void offer_all(TopK& top, const float* v, int64_t n, int64_t first, float floor) {
-  for (int64_t i = 0; i < n; i += kLanes) {
-    if (!any(load(v + i) >= floor)) continue;
-    for (int64_t j = i; j < min64(i + kLanes, n); ++j)
+  for (int64_t i = 0; i < n; i += kStep) {
+    if (!any(load2(v + i) >= floor)) continue;
+    for (int64_t j = i; j < min64(i + kStep, n); ++j)
       if (v[j] >= floor) top.offer(v[j], first + j);
   }
 }
@@ -123,11 +129,11 @@ inline void offer_all(TopK& top, const float* v, int64_t n, int64_t first, float
 void top_of_row(const Row& row, int64_t vocab, const float* maxima, TopK top) {
   int64_t blocks = (vocab + kBlock - 1) / kBlock;
   TopK bound{top.k, 0, top.values, top.indices};       // the output doubles as scratch: only its threshold is kept
-  for (int64_t b = 0; b < blocks; ++b) offer_all(bound, maxima + b * kLanes, kLanes, 0, bound.threshold());
+  for (int64_t b = 0; b < blocks; ++b) offer_all(bound, maxima + b * kStep, kStep, 0, bound.threshold());
   const float floor = bound.threshold();
   Block z;
   for (int64_t b = 0; b < blocks; ++b) {
-    if (!any(load(maxima + b * kLanes) >= floor)) continue;
+    if (!any(load2(maxima + b * kStep) >= floor)) continue;
     int64_t first = b * kBlock, n = min64(kBlock, vocab - first);
     row.read(first, n, z);
     offer_all(top, z.v, n, first, floor);
@@ -148,9 +154,9 @@ Stats row_statistics(const Row& row, int64_t vocab, double temperature, float* m
   for (int64_t first = 0; first < vocab; first += kBlock) {
     int64_t n = min64(kBlock, vocab - first);
     row.read(first, n, z);
-    vf best = splat(-INFINITY);
-    for (int64_t i = 0; i < n; i += kLanes) best = max(best, load(z.v + i));
-    store(maxima + first / kBlock * kLanes, best);
+    vf2 best = -INFINITY;
+    for (int64_t i = 0; i < n; i += kStep) best = max(best, load2(z.v + i));
+    store(maxima + first / kBlock * kStep, best);
     float block_top = maximum(best);
     if (block_top > top) {
       if (total > 0) {
@@ -161,10 +167,10 @@ Stats row_statistics(const Row& row, int64_t vocab, double temperature, float* m
       }
       top = block_top;
     }
-    vf e_sum{}, w_sum{}, t_sum{};
-    for (int64_t i = 0; i < n; i += kLanes) {
-      vf x = load(z.v + i) - top;
-      vf e = exp(x);
+    vf2 e_sum, w_sum, t_sum;
+    for (int64_t i = 0; i < n; i += kStep) {
+      vf2 x = load2(z.v + i) - top;
+      vf2 e = exp(x);
       e_sum += e;
       w_sum += e * x;
       if constexpr (Tempered) t_sum += exp(x * inverse + x * rest);
@@ -182,7 +188,7 @@ Stats row_statistics(const Row& row, int64_t vocab, double temperature, float* m
 
 void statistics(Matrix x, int64_t vocab, int64_t begin, int64_t end, double temperature, Stats* stats, int64_t k,
                 float* top_values, int64_t* top_indices, int64_t n_gather, const int64_t* gather_ids, float* gathered) {
-  float* maxima = new float[(vocab + kBlock - 1) / kBlock * kLanes];
+  float* maxima = new float[(vocab + kBlock - 1) / kBlock * kStep];
   for (int64_t r = begin; r < end; ++r) {
     Row row(x, r);
     stats[r] = temperature == 1.0f ? row_statistics<false>(row, vocab, 1, maxima)
@@ -205,11 +211,16 @@ inline Mixture mixture_of(const Divergence* d) {
   return d->skew == 0 && d->a * d->b > 0 ? kJsd : kInterior;
 }
 
+// A block's d = log q - log p, r = exp(-|d|) in [0, 1], and the larger of p and q.
+struct Ratios {
+  Block d, r, larger;
+};
+
 // What the divergence needs of one vector of words.
 struct Words {
-  vf q, p;
-  vf log_p_m, log_q_m;     // log(p / m), log(q / m)
-  vf q_skew, q_p;          // q * (q - p) / m, q * p / m
+  vf2 q, p;
+  vf2 log_m_p, log_q_m;     // log(m / p), log(q / m)
+  vf2 q_skew, q_p;          // q * (q - p) / m, q * p / m
 };
 
 // One side's softmax at a temperature: x = (z - max) / T, probability = exp(x) / sum. 1 / T comes in two parts: rounded, it
@@ -224,8 +235,8 @@ struct Softmax {
     norm = float(1 / total);
     logsum = std::log(total);
   }
-  vf operator()(vf z) const {
-    vf x = z - max;
+  vf2 operator()(vf2 z) const {
+    vf2 x = z - max;
     if constexpr (Tempered) x = x * inverse + x * rest;
     return x;
   }
@@ -235,49 +246,56 @@ struct Softmax {
 template <bool Tempered>
 struct Pair {
   Softmax<Tempered> q, p;
-  float gap, mix, rest;    // gap: log-sum of q minus that of p; rest: the weight of q
+  float gap;               // log-sum of q minus that of p
+  float mix, rest, least;  // rest: the weight of q; least: the smaller of the two
   Pair(const Stats& s, const Stats& t, const Divergence& kind)
       : q(s, kind.temperature), p(t, kind.temperature), gap(float(q.logsum - p.logsum)), mix(kind.mix),
-        rest(1 - kind.mix) {}
+        rest(1 - kind.mix), least(mix < rest ? mix : rest) {}
 
-  // With d = log q - log p and r = exp(-|d|) in [0, 1], m over the larger of p and q is w = 1 + c (r - 1), where c weighs
-  // the smaller one: nothing overflows, and w is exactly 1 where p = q. It is never less than 1 - c, which is rounded on
-  // its own: no log of 0 at an interior mixture, however close to its ends.
+  // Both softmaxes in a pass of their own: with compare(), words would wait longer for one another than a CPU looks ahead.
+  void ratios(const Block& z_q, const Block& z_p, int64_t n, Ratios& out) const {
+    for (int64_t i = 0; i < n; i += kStep) {
+      vf2 x_q = q(load2(z_q.v + i)), x_p = p(load2(z_p.v + i));
+      vf2 d = (x_q - x_p) - gap;
+      mask2 teacher = negative(d);                     // the teacher's is the larger one
+      store(out.d.v + i, d);
+      store(out.r.v + i, exp(minus_abs(d)));
+      store(out.larger.v + i, exp(select(teacher, x_p, x_q)) * select(teacher, p.norm, q.norm));
+    }
+  }
+
+  // m over the larger of p and q is w = 1 + c (r - 1), where c weighs the smaller one: nothing overflows, and w is exactly 1
+  // where p = q. It is never less than 1 - c, which is rounded on its own: no log of 0 at an interior mixture, however
+  // close to its ends.
   template <Mixture M>
-  Words compare(vf z_q, vf z_p) const {
+  Words compare(const Ratios& in, int64_t i) const {
     Words o;
-    vf x_q = q(z_q), x_p = p(z_p);
-    vf d = (x_q - x_p) - gap;
-    vf r = exp(-abs(d));
-    vi student = d >= 0.0f;
-    vf big = exp(student ? x_q : x_p) * (student ? splat(q.norm) : splat(p.norm));
-    vf small = big * r;
-    o.q = student ? big : small;
-    o.p = student ? small : big;
-    o.log_p_m = o.log_q_m = o.q_skew = o.q_p = vf{};
+    vf2 d = load2(in.d.v + i), r = load2(in.r.v + i), big = load2(in.larger.v + i), small = big * r;
+    mask2 teacher = negative(d);
+    o.q = select(teacher, small, big);
+    o.p = select(teacher, big, small);
     if constexpr (M == kStudent) {
-      o.log_p_m = -d;
-      vi seen = x_q > -kInfinite;                      // nothing moves a word that the student masks
-      o.q_skew = seen ? o.q - o.p : vf{};
-      o.q_p = seen ? o.p : vf{};
+      o.log_m_p = d;
+      mask2 masked = d < -kInfinite;                   // nothing moves a word that the student masks
+      o.q_skew = select(masked, 0, o.q - o.p);
+      o.q_p = select(masked, 0, o.p);
     } else if constexpr (M == kTeacher) {
       o.log_q_m = d;
     } else {
-      vf fall = r - 1.0f;
-      vf least = student ? splat(rest) : splat(mix), w;
+      vf2 fall = r - 1.0f, w;
       if constexpr (M == kInterior) {
-        vf c = student ? splat(mix) : splat(rest);
-        w = r < 0.5f ? least + c * r : 1.0f + c * fall;
+        vf2 c = select(teacher, rest, mix), least = select(teacher, mix, rest);
+        w = select(r < 0.5f, least + c * r, 1.0f + c * fall);
       } else {                                         // weights that sum to 1, if not quite p's and q's: JSD is stationary in m
-        w = max(least, 1.0f + (student ? splat(mix) : splat(1.0f - mix)) * fall);
+        w = max(least, 1.0f + select(teacher, 1.0f - mix, mix) * fall);
       }
-      vf log_w = log(w);
-      o.log_p_m = -log_w - max(d, vf{});
-      o.log_q_m = min(d, vf{}) - log_w;
+      vf2 log_w = log(w);
+      o.log_m_p = log_w + max(d, 0);
+      o.log_q_m = min(d, 0) - log_w;
       if constexpr (M == kInterior) {
-        vf q_w = o.q / w;
-        o.q_skew = q_w * (student ? -fall : fall);
-        o.q_p = student ? q_w * r : q_w;
+        vf2 q_w = o.q / w;
+        o.q_skew = q_w * select(teacher, fall, -fall);
+        o.q_p = select(teacher, q_w, q_w * r);
       }
     }
     return o;
@@ -290,14 +308,16 @@ void row_divergence(const Row& student, const Row& teacher, int64_t vocab, const
   const Pair<Tempered> pair(s, t, kind);
   double kl_p = 0, kl_q = 0, skew = 0, shared = 0, mass = 0;  // sums of p log(p/m), q log(q/m), q (q - p)/m, q p/m, q
   Block zs, zt;
+  Ratios ratios;
   for (int64_t first = 0; first < vocab; first += kBlock) {
     int64_t n = min64(kBlock, vocab - first);
     student.read(first, n, zs);
     teacher.read(first, n, zt);
-    vf p_sum{}, q_sum{}, s_sum{}, shared_sum{}, mass_sum{};
-    for (int64_t i = 0; i < n; i += kLanes) {
-      Words w = pair.template compare<M>(load(zs.v + i), load(zt.v + i));
-      p_sum += w.p * w.log_p_m;
+    pair.ratios(zs, zt, n, ratios);
+    vf2 p_sum, q_sum, s_sum, shared_sum, mass_sum;
+    for (int64_t i = 0; i < n; i += kStep) {
+      Words w = pair.template compare<M>(ratios, i);
+      p_sum += w.p * w.log_m_p;
       q_sum += w.q * w.log_q_m;
       mass_sum += w.q;
       if constexpr (M == kInterior || M == kStudent) {
@@ -305,7 +325,7 @@ void row_divergence(const Row& student, const Row& teacher, int64_t vocab, const
         shared_sum += w.q_p;
       }
     }
-    kl_p += sum(p_sum);
+    kl_p -= sum(p_sum);
     kl_q += sum(q_sum);
     mass += sum(mass_sum);
     if constexpr (M == kInterior || M == kStudent) {
@@ -319,6 +339,7 @@ void row_divergence(const Row& student, const Row& teacher, int64_t vocab, const
   center[0] = kind.b * kl_q / mass;
   center[1] = skew / mass;
   center[2] = shared / mass;
+  if (std::isnan(total)) center[0] = center[1] = center[2] = NAN;   // nor has such a row a gradient
 }
 
 template <Mixture M>
@@ -349,41 +370,44 @@ void row_gradient(const Row& student, const Row& teacher, int64_t vocab, const S
                   const int64_t* ids, const float* scatter) {
   const Softmax<false> softmax(s, 1);
   const Pair<Tempered> pair(s, t, kind);
-  const float c_div = c.divergence / kind.temperature;
+  const float c_div = c.divergence / kind.temperature, c_skew = c_div * kind.skew;
   const float center_high = center[0], center_low = center[0] - center_high, skew = center[1], shared = center[2];
   const float scale = student.m.scale, softcap = student.m.softcap;
   Block zs, zt;
+  Ratios ratios;
   for (int64_t first = 0; first < vocab; first += kBlock) {
     int64_t n = min64(kBlock, vocab - first);
     student.read(first, n, zs);
-    if constexpr (M != kNone) teacher.read(first, n, zt);
+    if constexpr (M != kNone) {
+      teacher.read(first, n, zt);
+      pair.ratios(zs, zt, n, ratios);
+    }
     Block& dz = zt;                                    // the teacher's words are used up as the gradient appears
-    for (int64_t i = 0; i < n; i += kLanes) {
-      vf x = softmax(load(zs.v + i));
-      vf q, g{};
+    for (int64_t i = 0; i < n; i += kStep) {
+      vf2 x = softmax(load2(zs.v + i));
+      vf2 g = c.softmax - c.entropy * (x - s.mean);
       if constexpr (M == kNone) {
-        q = exp(x) * softmax.norm;
+        g = exp(x) * softmax.norm * g;
       } else {
-        Words w = pair.template compare<M>(load(zs.v + i), load(zt.v + i));
+        Words w = pair.template compare<M>(ratios, i);
+        vf2 of_q;                                       // the divergence's gradient: c_div * q * of_q + q_skew's
+        if constexpr (M != kStudent) of_q = c_div * (kind.b * w.log_q_m - center_high - center_low);
+        g = Tempered ? exp(x) * softmax.norm * g + w.q * of_q : w.q * (g + of_q);
         // As q = (1 - mix) q_skew + q_p, this is q_skew less q times its mean; here nothing large cancels where p/m is small.
-        if constexpr (M == kInterior || M == kStudent) g = kind.skew * (shared * w.q_skew - skew * w.q_p);
-        if constexpr (M != kStudent) g += w.q * (kind.b * w.log_q_m - center_high - center_low);
-        g *= c_div;
-        q = Tempered ? exp(x) * softmax.norm : w.q;
+        if constexpr (M == kInterior || M == kStudent) g += c_skew * (shared * w.q_skew - skew * w.q_p);
       }
-      g += q * (c.softmax - c.entropy * (x - s.mean));
       store(dz.v + i, g);
     }
     for (int64_t j = 0; j < n_scatter; ++j)
       if (uint64_t(ids[j] - first) < uint64_t(n)) dz.v[ids[j] - first] += scatter[j];
     if (scale != 1 || softcap != 0)
-      for (int64_t i = 0; i < n; i += kLanes) {        // chain rule from z to x: dz/dx = scale (1 - (z / softcap)^2)
-        vf slope = splat(scale);
+      for (int64_t i = 0; i < n; i += kStep) {        // chain rule from z to x: dz/dx = scale (1 - (z / softcap)^2)
+        vf2 slope = scale;
         if (softcap != 0) {
-          vf y = load(zs.v + i) / softcap;
+          vf2 y = load2(zs.v + i) / softcap;
           slope = slope * (1.0f - y * y);
         }
-        store(dz.v + i, load(dz.v + i) * slope);
+        store(dz.v + i, load2(dz.v + i) * slope);
       }
     student.write(first, n, dz, out);
   }

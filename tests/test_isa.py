@@ -10,7 +10,7 @@ import pytest
 
 import kdkernels as kd
 
-NEEDS = {"avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq"}, "avx2": {"avx2", "fma"}, "portable": set()}
+NEEDS = {"avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq"}, "avx2": {"avx2", "fma", "f16c"}, "portable": set()}
 
 
 def cpu_flags() -> set[str]:

@@ -392,19 +392,22 @@ def test_rows_with_room_between_them(backend, dtype):
 
 @pytest.mark.parametrize("bad", [NAN, -NAN, "payload", INF], ids=["nan", "-nan", "all bits set", "inf"])
 @pytest.mark.parametrize("word", [0, 21, 1024, 1499], ids=lambda w: f"word{w}")
-def test_a_bad_row_is_seen_and_stays_alone(backend, word, bad):
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_a_bad_row_is_seen_and_stays_alone(backend, side, word, bad):
     x_s, x_t = distribution("normal", 3, 1500)
     weights = Weights.random(3, 1500)
     weights.ids[1], weights.ids[1, 0] = 7, 8
-    value, gradient = engine_gradient(weights, x_s, x_t, "jsd.9", 1.0)
-    spoilt = x_s.clone()
+    good = {name: engine_gradient(weights, x_s, x_t, name, 1.0) for name in FAMILY}
+    spoilt = x_s if side == "student" else x_t
     if bad == "payload":
         spoilt.view(torch.int32)[1, word] = -1
     else:
         spoilt[1, word] = bad
     rows = backend_for(x_s.device, F32).statistics(spoilt.clone(), 1.0, None, 1.0, 3, None)
-    bad_value, bad_gradient = engine_gradient(weights, spoilt, x_t, "jsd.9", 1.0)
-    assert not rows.entropy[1].isfinite() and not bad_value[1].isfinite()
-    assert not bad_gradient[1].isfinite().all()
-    assert torch.equal(bad_value[[0, 2]], value[[0, 2]])
-    assert torch.equal(bad_gradient[[0, 2]], gradient[[0, 2]])
+    assert not rows.entropy[1].isfinite()
+    for name, (value, gradient) in good.items():
+        bad_value, bad_gradient = engine_gradient(weights, x_s, x_t, name, 1.0)
+        assert not bad_value[1].isfinite(), name
+        assert not bad_gradient[1].isfinite().any(), name
+        assert torch.equal(bad_value[[0, 2]], value[[0, 2]]), name
+        assert torch.equal(bad_gradient[[0, 2]], gradient[[0, 2]]), name
