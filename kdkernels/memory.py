@@ -79,16 +79,27 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
     return _gradients.take(count).view(dtype).view(shape)
 
 
+def padded(columns: int, device: torch.device) -> int:
+    """From row to row of a matrix, in elements. On GPUs a multiple of 64, so that rows of any length are loaded and
+    multiplied 16 bytes at a time; CPUs load as well from anywhere."""
+    return columns if device.type == "cpu" else -(-columns // 64) * 64
+
+
 def matrices(sizes: list[tuple[tuple[int, int], torch.dtype]], device: torch.device) -> list[Tensor]:
-    """Uninitialised matrices of the given shapes and dtypes: one block, which may be that of a larger call."""
+    """Uninitialised matrices of the given shapes and dtypes, their rows ``padded``: on CPUs one block, which may be
+    that of a larger call."""
+    strides = [padded(columns, device) for (_, columns), _ in sizes]
     if device.type != "cpu":
-        return [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in sizes]
+        return [
+            torch.empty((rows, stride), dtype=dtype, device=device)[:, :columns]
+            for stride, ((rows, columns), dtype) in zip(strides, sizes, strict=True)
+        ]
     starts, total = [], 0
-    for (rows, columns), dtype in sizes:
+    for stride, ((rows, _), dtype) in zip(strides, sizes, strict=True):
         starts.append(total)
-        total += -(-rows * columns * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+        total += -(-rows * stride * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
     block = torch.empty(total, dtype=torch.uint8, device=device) if total < _SMALLEST else _logits.take(total)
     return [
-        block.view(dtype).as_strided((rows, columns), (columns, 1), start // dtype.itemsize)
-        for start, ((rows, columns), dtype) in zip(starts, sizes, strict=True)
+        block.view(dtype).as_strided(shape, (stride, 1), start // dtype.itemsize)
+        for start, stride, (shape, dtype) in zip(starts, strides, sizes, strict=True)
     ]

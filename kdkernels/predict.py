@@ -18,7 +18,7 @@ from .gpu import HIDDEN, HIDDEN_SUMS, KNOWN, TILE, ChunkRows, Gpu, Sides
 MULTIPROCESSORS = {"A100": (108, 1.41e9), "H100": (132, 1.75e9), "H200": (132, 1.75e9), "B200": (148, 1.8e9)}  # and Hz
 _MEMORY = {"A100": 80, "H100": 80, "H200": 141, "B200": 180}  # GB
 _ISSUED = 0.8  # share of the issue slots that a kernel of many warps fills
-INSTRUCTIONS = 192  # a word of all sweeps of a JSD, counted in sm_90 code: statistics twice 27, value 67, gradient 71
+INSTRUCTIONS = 113  # a word of all sweeps of a JSD, counted in sm_90 code (docs/triton-resources.md, bf16 logits)
 MODELS = ((1536, 5120, 151936), (4096, 4096, 128256), (2048, 4096, 32000), (2304, 3584, 256000), (3840, 5376, 262144))
 _TOKENS = 16384
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import fp16, gemm, gpu
+from . import fp16, gemm, gpu, memory
 from .heads import Head, Logits, Source, TopK
 from .rows import Rows
 
@@ -47,7 +47,8 @@ def costs(
     """Of a side with ``dtype`` logits, whose ``largest`` words are asked for; ``trained``: and gradients."""
     if isinstance(source, TopK):
         return Costs(0, 0, 128 * source.indices.shape[-1])  # ids, and a dozen fp64 vectors of outcomes
-    row = vocabulary * dtype.itemsize + 64 * largest  # ids, values and what is computed from them
+    row = memory.padded(vocabulary, source.device) * dtype.itemsize
+    row += 64 * largest  # ids, values and what is computed from them
     if isinstance(source, Logits):
         return Costs(0, _copied(vocabulary, source.device) * vocabulary * source.dtype.itemsize, row)
     width, operand = source.hidden.shape[-1], source.dtype

@@ -10,7 +10,7 @@ from products import Products
 from test_logits import FUNCTIONS
 
 import kdkernels as kd
-from kdkernels import gpu, plan
+from kdkernels import gpu, memory, plan
 from kdkernels.rows import backend_for
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
@@ -167,3 +167,27 @@ def test_a_tight_budget_warns_once(backend, caplog, monkeypatch):
     assert len(caplog.records) == 1
     message = caplog.records[0].getMessage()
     assert "memory_budget" in message and "256" in message
+
+
+@pytest.mark.parametrize("dtype", [F32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_padded_rows_change_no_bit(backend, monkeypatch, dtype):
+    """On GPUs every row of logits starts at a multiple of 64 words. Here too, narrow gradients over wide logits
+    included, all numbers are those of rows without padding."""
+    torch.manual_seed(0)
+    leaves = [torch.randn(*shape).to(dtype).requires_grad_() for shape in ((7, 16), (101, 16), (101,))]
+    teacher = kd.Head(torch.randn(7, 24).to(dtype), torch.randn(101, 24).to(dtype))
+    rows, seen = backend_for(leaves[0].device, F32), []
+    statistics = rows.statistics
+    monkeypatch.setattr(rows, "statistics", lambda x, *more: seen.append(x.stride()) or statistics(x, *more))
+
+    def outcome(stride):
+        seen.clear()
+        values = kd.divergence(kd.Head(*leaves), teacher, kd.JSD(0.9), temperature=0.7, logits_dtype=F32)
+        gradients = torch.autograd.grad(values.sum(), leaves)
+        assert set(seen) == {(stride, 1)} and all(g.norm() > 0 for g in gradients)
+        return values.detach(), *gradients
+
+    plain = outcome(101)
+    monkeypatch.setattr(memory, "padded", lambda columns, device: -(-columns // 64) * 64)
+    for got, expected in zip(outcome(128), plain, strict=True):
+        assert torch.equal(got, expected)

@@ -125,6 +125,12 @@ def test_matrices_do_not_overlap_and_are_aligned(gradients):
     assert len(memory._logits.blocks) == 1
 
 
+def test_rows_on_a_gpu_start_at_multiples_of_64_words():
+    wide, narrow = memory.matrices([((3, 151665), torch.float32), ((3, 64), torch.bfloat16)], torch.device("meta"))
+    assert wide.shape == (3, 151665) and wide.stride() == (151680, 1) and narrow.stride() == (64, 1)
+    assert wide.view(torch.bfloat16)[:, :151665].stride() == (2 * 151680, 1)  # where narrow gradients lie
+
+
 def test_a_block_serves_again_when_no_tensor_uses_it(gradients):
     first = memory.empty((100, 1000), torch.float32, CPU)
     place, view = first.data_ptr(), first[3:].t().numpy()

@@ -1,7 +1,6 @@
 """Every Triton kernel variant compiles for three generations of GPUs and none spills; no GPU needed.
 
-By default the variants for float32 logits with float32 or bfloat16 gradients and a soft-cap on both sides or none,
-which a GPU runs unless asked otherwise; all others under ``slow``.
+By default the usual variants (triton_resources.py); all others under ``slow``.
 """
 
 import re
@@ -22,19 +21,15 @@ def compiles(monkeypatch, tmp_path):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
 
-def usual(variant) -> bool:
-    return ": fp32" in variant.name and "fp16" not in variant.name and " of the " not in variant.name
-
-
 @pytest.mark.parametrize("wanted", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["usual", "others"])
 def test_no_variant_spills(wanted, capsys):
-    """Nor has any other resources than docs/triton-resources.md says (with the Triton it was made with)."""
-    resources = triton_resources.measure(lambda variant: usual(variant) == wanted)
+    """Nor has a usual one other resources than docs/triton-resources.md says (with the Triton it was made with)."""
+    resources = triton_resources.measure(lambda variant: triton_resources.usual(variant) == wanted)
     table = triton_resources.table(resources)
     with capsys.disabled():
         print(f"\n{table}")
     documented = DOCUMENT.read_text().splitlines()
-    if f"triton {triton.__version__} " in documented[2]:
+    if wanted and f"triton {triton.__version__}." in documented[2]:
         assert [line for line in table.splitlines() if line not in documented] == []
     assert len(resources) >= 70
     spilling = [variant.name for variant, each in resources.items() if any(r.stack for r in each)]
@@ -43,6 +38,31 @@ def test_no_variant_spills(wanted, capsys):
     for variant, each in resources.items():  # what make gpu-check has racecheck look at
         reduces = not variant.name.startswith(("scatter", "gradient"))
         assert all((r.shared > 0) == reduces for r in each), variant.name
+
+
+def test_sweeps_take_as_few_instructions_as_documented(capsys):
+    """Of rows of any length, loaded and stored 16 bytes at a time: those of a buffer are padded (memory.py)."""
+    loops = triton_resources.loops()
+    table = triton_resources.counts(loops)
+    with capsys.disabled():
+        print(f"\n{table}")
+    documented = DOCUMENT.read_text().splitlines()
+    if f"triton {triton.__version__}." in documented[2]:
+        assert [line for line in table.splitlines() if line not in documented] == []
+    assert {dtype for dtype, _ in loops} == {"fp32", "bf16"} and len(loops) == 8
+    for (dtype, kind), sweeps in loops.items():
+        statistics, value, gradient = (loop.per_word for loop in sweeps)
+        assert 10 < statistics < 18 and min(value, gradient) > 10
+        if kind == "JSD(0.9)":
+            assert 2 * statistics + value + gradient <= 120
+        bytes_a_word, reads = 4 if dtype == "fp32" else 2, (1, 2, 2)
+        for loop, read in zip(sweeps, reads, strict=True):
+            moved = [text for text in loop.instructions if re.search(r"\b(LDG|STG)\b", text)]
+            loads = [text for text in moved if text.startswith("LDG.E.128 ")]  # none is masked
+            assert len(loads) * 16 == read * bytes_a_word * loop.words
+            assert loads == [text for text in moved if "LDG" in text]
+        stores = [text for text in sweeps[2].instructions if "STG" in text]
+        assert stores and all(text.startswith("STG.E.128 ") for text in stores)
 
 
 def test_calls_without_ids_are_among_them():

@@ -17,8 +17,9 @@ from . import triton_scale
 from .operators import Operators
 
 # Words per block and warps of each sweep. 8 words a thread: two 16-byte loads of fp32 in flight, 32 to 64 registers
-# (docs/triton-resources.md), so that 4 to 8 programs share a multiprocessor and 1000 rows still fill a large GPU.
-_STATISTICS = (2048, 8)
+# (docs/triton-resources.md), so that 4 to 8 programs share a multiprocessor and 1000 rows still fill a large GPU. 16 in
+# the statistics, whose running maxima are moved once for a thread's words.
+_STATISTICS = (4096, 8)
 _DIVERGENCE = (2048, 8)
 _GRADIENT = (2048, 8)
 _GROUP = 128  # words that share a maximum: one load of a warp; about sqrt(V / k) at V = 151936, k = 10
@@ -53,10 +54,10 @@ def row_statistics(
         rows = slice(first, first + _LAUNCH_ROWS)
         x = logits[rows]
         common = {"x_ptr": x, "x_stride": _stride("logits", x), "vocabulary": vocabulary, "maxima_ptr": maxima}
-        common |= {"scale": scale, "softcap": softcap, "SOFTCAP": softcap != 0, "groups": groups, "GROUP": _GROUP}
+        common |= {**_transform(scale, softcap), "SOFTCAP": softcap != 0, "groups": groups, "GROUP": _GROUP}
         _launch(
             kernels.statistics_kernel, len(x), warps, **common, **_inverse(temperature),
-            stats_ptr=stats[rows], GROUPS=block // _GROUP,
+            stats_ptr=stats[rows], BLOCK=block, VECTOR=16 // max(2, x.itemsize),
         )  # fmt: skip
         ids = None if gather_ids is None else gather_ids[rows]
         _launch(
@@ -123,15 +124,31 @@ def _stride(name: str, matrix: Tensor) -> int:
 
 
 def _side(key: str, logits: Tensor, scale: float, softcap: float, stats: Tensor) -> dict:
-    side = {f"{key}_ptr": logits, f"{key}_stride": _stride("logits", logits), f"{key}_scale": scale}
-    return side | {f"{key}_softcap": softcap, f"{key}_stats_ptr": stats, f"{key.upper()}_SOFTCAP": softcap != 0}
+    side = {f"{key}_ptr": logits, f"{key}_stride": _stride("logits", logits), f"{key}_stats_ptr": stats}
+    side |= {f"{key}_{name}": value for name, value in _transform(scale, softcap).items()}
+    return side | {f"{key.upper()}_SOFTCAP": softcap != 0}
+
+
+def _transform(scale: float, softcap: float) -> dict:
+    """None, for which a kernel of its own is compiled, where there is nothing to multiply."""
+    return {"scale": None if scale == 1 and not softcap else scale, "softcap": softcap}
 
 
 def _mixture(a: float, b: float, mix: float, skew: float) -> dict:
-    """Both weights, as kernels round their arguments to fp32: 1 - 1e-9 would be 1 there."""
+    """Both weights, each rounded to fp32 on its own (1 - 1e-9 would be 1 there); a JSD's so that they sum to 1."""
     interior = kernels.JSD if skew == 0 and a * b > 0 else kernels.INTERIOR
     mixture = {0.0: kernels.STUDENT, 1.0: kernels.TEACHER}.get(mix, interior)
-    return {"b": b, "mix": mix, "rest": 1 - mix, "MIXTURE": mixture}
+    weights = _sum_to_one(mix) if mixture == kernels.JSD else (mix, 1 - mix)
+    return {"b": b, "mix": weights[0], "rest": weights[1], "MIXTURE": mixture}
+
+
+def _sum_to_one(mix: float) -> tuple[float, float]:
+    """fp32 weights close to mix and 1 - mix whose rounded sum is 1. A JSD is stationary in them, so the smaller one may
+    be off by 2^-25, unless that is much of it: then the exact sum is."""
+    small = c_float(min(mix, 1 - mix)).value
+    large = c_float(1 - small).value
+    small = 1 - large if small > 1 / 64 else small
+    return (small, large) if mix < 0.5 else (large, small)
 
 
 def _inverse(temperature: float) -> dict:

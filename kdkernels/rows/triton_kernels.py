@@ -2,7 +2,7 @@
 
 All arithmetic is fp32. Launch with ``enable_fp_fusion=False``: a kernel then computes the same z from the same logit as
 every other one, which the top-k needs (it compares words with maxima from another kernel), and identical logits cancel
-to the bit. Multiply-adds that may be fused say so (``tl.fma``).
+to the bit. Multiply-adds that may be fused say so (``tl.fma``). Sweeps take whole blocks without masks, then the rest.
 
 A masked word (-inf) becomes MASKED: finite, so that the log-ratio of two masked words is 0 instead of NaN, and small
 enough that its probability is 0. A NaN stays one until the row's sums show it, and is never a maximum.
@@ -28,11 +28,27 @@ def _exp_rough(x):
 
 @triton.jit
 def _exp(x):
-    """e^x to about 2e-7: the rounding error of the product x log2(e), 7e-7 at |x| = 12, goes into the result."""
-    y = x * 1.4426950216293335
-    low = tl.fma(x, 1.9259629911e-8, tl.fma(x, 1.4426950216293335, -y))
+    """e^x to about 2e-7: the rounding error of y = x log2(e), 7e-7 at |x| = 12, goes into the result."""
+    y = x * 1.4426950408889634
     e = tl.exp2(y)
-    return tl.fma(e, low * 0.6931471805599453, e)
+    return tl.fma(e, tl.fma(y, -0.6931471805599453, x), e)
+
+
+@triton.jit
+def _log(w):
+    """log w of a normal w > 0 to 2e-7 of itself; 0 at 1, finite at infinity. w = 2^n (1 + f), |f| <= 1/3."""
+    bits = w.to(tl.int32, bitcast=True)
+    power = (bits - 0x3F2AAAAB) & -0x800000  # n 2^23
+    f = (bits - power).to(tl.float32, bitcast=True) - 1.0
+    p = tl.fma(f, 0.140263631939888, -0.15388545393943787)  # log(1 + f) / f, minimax
+    p = tl.fma(f, p, 0.13995805382728577)
+    p = tl.fma(f, p, -0.1641595959663391)
+    p = tl.fma(f, p, 0.20011168718338013)
+    p = tl.fma(f, p, -0.2500782012939453)
+    p = tl.fma(f, p, 0.33333197236061096)
+    p = tl.fma(f, p, -0.49999937415122986)
+    p = tl.fma(f, p, 1.0)
+    return tl.fma(power.to(tl.float32), 8.262958294867817e-08, f * p)
 
 
 @triton.jit
@@ -63,12 +79,38 @@ def _over_temperature(x, inverse, inverse_rest):
 
 
 @triton.jit
-def _z(x_ptr, words, inside, scale, softcap, SOFTCAP: tl.constexpr):
-    """z of a row's words; MASKED for -inf and where not ``inside``."""
-    z = tl.load(x_ptr + words, mask=inside, other=-float("inf")).to(tl.float32) * scale
+def _wide(x):
+    """fp32. Of bf16 by its bits: of a pair in a register the second is there already, but for a mask."""
+    if x.dtype == tl.bfloat16:
+        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def _logits(x_ptr, words, inside, scale, softcap, SOFTCAP: tl.constexpr, WHOLE: tl.constexpr):
+    """z of a row's words; -inf where not ``inside``, where all are if ``WHOLE``. ``scale`` None: 1."""
+    if WHOLE:  # noqa: SIM108 - decided when compiled
+        z = _wide(tl.load(x_ptr + words))
+    else:
+        z = _wide(tl.load(x_ptr + words, mask=inside, other=-float("inf")))
+    if scale is not None:
+        z *= scale
     if SOFTCAP:
-        z = tl.where(inside, softcap * _tanh(z * (1.0 / softcap)), MASKED)
+        z = softcap * _tanh(z * (1.0 / softcap))
+        if not WHOLE:
+            z = tl.where(inside, z, -float("inf"))
+    return z
+
+
+@triton.jit
+def _finite(z):
+    """MASKED for -inf."""
     return tl.maximum(z, MASKED, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _z(x_ptr, words, inside, scale, softcap, SOFTCAP: tl.constexpr, WHOLE: tl.constexpr):
+    return _finite(_logits(x_ptr, words, inside, scale, softcap, SOFTCAP, WHOLE))
 
 
 # The JIT compiles a kernel anew where an integer becomes 1 or divisible by 16, or a tensor's address ceases to be. Only
@@ -84,45 +126,105 @@ _kernel = triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_S
 # ---- sweep 1: statistics and exact top-k -----------------------------------------------------------------------------
 
 
+@triton.jit
+def _matches(x, RUNS: tl.constexpr, N: tl.constexpr, LEFT: tl.constexpr):
+    """The higher and the lower [RUNS, N, LEFT] of every two words of [RUNS, N, 2 LEFT]; a NaN is always the lower."""
+    a, b = tl.split(tl.reshape(x, [RUNS, N, LEFT, 2]))
+    return tl.maximum(a, b), tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _by_thread(x, N: tl.constexpr, COUNT: tl.constexpr):
+    """[runs, N, words of a run] as [1, N, COUNT]."""
+    return tl.reshape(tl.permute(x, (1, 0, 2)), [1, N, COUNT])
+
+
+@triton.jit
+def _below(z, top, N: tl.constexpr):
+    """x = z - top of four words of each thread, [N, 4], and e^x."""
+    x = _finite(tl.reshape(z, [N, 4])) - top[:, None]
+    return x, _exp(x)
+
+
+@triton.jit
+def _statistics_block(
+    z, slot, top, rest, weighted, tempered, maxima_ptr, groups, inverse, inverse_rest,
+    N: tl.constexpr, VECTOR: tl.constexpr, GROUP: tl.constexpr, TEMPERED: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """A tournament among the 16 words of each of N threads: runs of VECTOR, as they are loaded.
+
+    What does not win, against the thread's maximum so far at last, is summed up.
+    """
+    RUNS: tl.constexpr = 16 // VECTOR
+    high, low = _matches(z, RUNS, N, VECTOR // 2)
+    a, b = tl.split(tl.reshape(_by_thread(low, N, 8), [1, N, 4, 2]))
+    high, low = _matches(high, RUNS, N, VECTOR // 4)
+    c = _by_thread(low, N, 4)
+    if VECTOR == 8:
+        high, low = _matches(high, RUNS, N, 1)
+        low = _by_thread(low, N, 2)
+        group = tl.max(tl.reshape(high, [RUNS * N * VECTOR // GROUP, GROUP // VECTOR]), axis=1)
+        high = _by_thread(high, N, 2)
+    else:
+        group = tl.max(tl.reshape(high, [RUNS * N * VECTOR // GROUP, GROUP // VECTOR]), axis=1)
+        high, low = _matches(_by_thread(high, N, 4), 1, N, 2)
+    slot += tl.arange(0, RUNS * N * VECTOR // GROUP)
+    tl.store(maxima_ptr + slot, _finite(group), mask=None if WHOLE else slot < groups)
+
+    high, last = _matches(high, 1, N, 1)
+    best = _finite(tl.reshape(high, [N]))
+    new = tl.maximum(top, best)
+    lost = tl.join(tl.reshape(last, [N]), tl.minimum(top, best, propagate_nan=tl.PropagateNan.ALL))
+    x_a, e_a = _below(a, new, N)
+    x_b, e_b = _below(b, new, N)
+    x_c, e_c = _below(c, new, N)
+    x_d, e_d = _below(tl.join(tl.reshape(low, [N, 2]), lost), new, N)
+    risen = top - new
+    e = _exp(risen)
+    added = tl.fma(e_d, x_d, tl.fma(e_c, x_c, tl.fma(e_b, x_b, e_a * x_a)))
+    weighted = tl.fma(tl.fma(risen, rest, weighted), e, tl.sum(added, axis=1))
+    rest = tl.fma(rest, e, tl.sum((e_a + e_b) + (e_c + e_d), axis=1))
+    if TEMPERED:
+        added = _exp_rough(_over_temperature(x_a, inverse, inverse_rest))
+        added += _exp_rough(_over_temperature(x_b, inverse, inverse_rest))
+        added += _exp_rough(_over_temperature(x_c, inverse, inverse_rest))
+        added += _exp_rough(_over_temperature(x_d, inverse, inverse_rest))
+        e = _exp_rough(_over_temperature(risen, inverse, inverse_rest))
+        tempered = tl.fma(tempered, e, tl.sum(added, axis=1))
+    return new, rest, weighted, tempered
+
+
 @_kernel
 def statistics_kernel(
     x_ptr, x_stride, vocabulary, scale, softcap, inverse, inverse_rest, stats_ptr, maxima_ptr, groups,
-    GROUPS: tl.constexpr, GROUP: tl.constexpr, TEMPERED: tl.constexpr, SOFTCAP: tl.constexpr,
+    BLOCK: tl.constexpr, VECTOR: tl.constexpr, GROUP: tl.constexpr, TEMPERED: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """Max, log-sum, entropy, log-sum at a temperature; and the maximum of each group of GROUP consecutive words.
 
     A row without any word (all -inf) has no distribution: NaN.
 
-    Every position in a block has a running maximum of its own, so that no step waits for one over the block. With
-    x = z - maximum, ``rest`` sums e^x over all words but the maximum, ``weighted`` sums x e^x. Leaving the maximum out
-    keeps the entropy of a row in which it has nearly all the probability. Of e^(old - new maximum) and e^x one is 1:
-    one exponential per word gives both.
+    Every 16 words of a block (those of a thread, VECTOR of them side by side) have a running maximum of their own, so
+    that no step waits for one over the block. With x = z - maximum, ``rest`` sums e^x over all words but the
+    maximum, ``weighted`` sums x e^x. Leaving the maximum out keeps the entropy of a row in which it has nearly all the
+    probability.
     """
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row * x_stride
     maxima_ptr += row * groups
-    group = tl.arange(0, GROUPS)
-    word = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    top = tl.full([GROUPS, GROUP], MASKED, tl.float32)
-    rest = tl.zeros([GROUPS, GROUP], tl.float32)
-    weighted = tl.zeros([GROUPS, GROUP], tl.float32)
-    tempered = tl.zeros([GROUPS, GROUP], tl.float32)  # rest at the temperature
-    for first in range(0, vocabulary, GROUPS * GROUP):
-        words = first + word
-        z = _z(x_ptr, words, words < vocabulary, scale, softcap, SOFTCAP)
-        slot = first // GROUP + group
-        tl.store(maxima_ptr + slot, tl.max(z, axis=1), mask=slot < groups)
-
-        rises = z > top
-        x = -tl.abs(z - top)
-        e = _exp(x)
-        if TEMPERED:
-            e_tempered = _exp_rough(_over_temperature(x, inverse, inverse_rest))
-            tempered = tl.fma(e_tempered, tl.where(rises, tempered + 1.0, 1.0), tl.where(rises, 0.0, tempered))
-        moved = tl.where(rises, rest + 1.0, 1.0)  # what e multiplies: all there was, or the new word
-        weighted = tl.fma(e, x * moved, weighted * tl.where(rises, e, 1.0))
-        rest = tl.fma(e, moved, tl.where(rises, 0.0, rest))
-        top = tl.maximum(top, z)
+    N: tl.constexpr = BLOCK // 16
+    top = tl.full([N], MASKED, tl.float32)
+    rest = tl.zeros([N], tl.float32)
+    weighted = tl.zeros([N], tl.float32)
+    tempered = tl.zeros([N], tl.float32)  # rest at the temperature
+    whole = vocabulary // BLOCK * BLOCK
+    for part in tl.static_range(2):
+        for first in range(0 if part == 0 else whole, whole if part == 0 else vocabulary, BLOCK):
+            words = first + tl.arange(0, BLOCK)
+            z = _logits(x_ptr, words, words < vocabulary, scale, softcap, SOFTCAP, part == 0)
+            top, rest, weighted, tempered = _statistics_block(
+                z, first // GROUP, top, rest, weighted, tempered, maxima_ptr, groups, inverse, inverse_rest,
+                N, VECTOR, GROUP, TEMPERED, part == 0,
+            )  # fmt: skip
 
     highest = tl.max(top)
     highest = tl.where(highest > MASKED, highest, float("nan"))
@@ -172,7 +274,7 @@ def candidates_kernel(
         chosen = tl.argmax(maxima, axis=0)
         words = chosen * GROUP + word
         inside = words < vocabulary
-        z = _z(x_ptr, words, inside, scale, softcap, SOFTCAP)
+        z = _z(x_ptr, words, inside, scale, softcap, SOFTCAP, False)
         z = tl.where(inside, tl.maximum(z, MASKED), -float("inf"))
         z = tl.where((z < value) | ((z == value) & (words > index)), z, -float("inf"))
         value, at = tl.max(z, axis=0, return_indices=True)
@@ -184,7 +286,7 @@ def candidates_kernel(
         slot = tl.arange(0, IDS)
         ids = tl.load(ids_ptr + row * n_ids + slot, mask=slot < n_ids, other=-1)
         inside = (ids >= 0) & (ids < vocabulary)
-        z = _z(x_ptr, ids, inside, scale, softcap, SOFTCAP)
+        z = _z(x_ptr, ids, inside, scale, softcap, SOFTCAP, False)
         z = tl.where(z == MASKED, -float("inf"), z)
         tl.store(gathered_ptr + row * n_ids + slot, tl.where(inside, z, float("nan")), mask=slot < n_ids)
 
@@ -202,59 +304,60 @@ def _below_max(z, top, inverse, inverse_rest, TEMPERED: tl.constexpr):
 
 
 @triton.jit
-def _compare(x_q, x_p, norm_q, norm_p, gap, mix, rest, MIXTURE: tl.constexpr):
-    """q, p, log(p/m), log(q/m), q (q - p)/m, q p/m of words; 0 for what the mixture leaves out.
+def _ratio(x_q, x_p, gap):
+    """log(q s) and log q - log p, s being what p = e^x_p / s: so both probabilities are to be divided by s."""
+    y_q = x_q - gap
+    return y_q, y_q - x_p
 
-    With d = log q - log p and r = exp(-|d|) in [0, 1], m over the larger of p and q is w = 1 + c (r - 1), c weighing
-    the smaller one: nothing overflows, and w is exactly 1 where p = q. It is never less than 1 - c, which is rounded on
-    its own (``rest`` = 1 - mix is no difference of rounded numbers): no log of 0 at an interior mixture, however close
-    to its ends.
+
+@triton.jit
+def _compare(q, p, d, x_q, mix, rest, MIXTURE: tl.constexpr):
+    """log(p/m), log(q/m), q (q - p)/m, q p/m of words, with d = log q - log p; 0 for what the mixture leaves out.
+
+    With r = exp(-|d|) in [0, 1], m over the larger of p and q is w = 1 + c (r - 1), c weighing the smaller one: nothing
+    overflows, and w is exactly 1 where p = q. It is never less than 1 - c, which is rounded on its own (``rest`` =
+    1 - mix is no difference of rounded numbers): no log of 0 at an interior mixture, however close to its ends. For a
+    JSD both weights sum to 1 as they are rounded (triton.py).
     """
-    d = (x_q - x_p) - gap
-    r = _exp_rough(-tl.abs(d))
-    student_leads = d >= 0
-    big = _exp(tl.where(student_leads, x_q, x_p)) * tl.where(student_leads, norm_q, norm_p)
-    small = big * r
-    q = tl.where(student_leads, big, small)
-    p = tl.where(student_leads, small, big)
     log_p_m = tl.zeros_like(d)
     log_q_m = tl.zeros_like(d)
     q_skew = tl.zeros_like(d)
     q_p = tl.zeros_like(d)
     if MIXTURE == STUDENT:
-        log_p_m = -d
+        log_p_m = d * -1.0
         seen = x_q > -INFINITE  # nothing moves a word that the student masks
         q_skew = tl.where(seen, q - p, 0.0)
         q_p = tl.where(seen, p, 0.0)
     elif MIXTURE == TEACHER:
         log_q_m = d
     else:
-        less = r - 1.0
+        r = tl.exp2(tl.abs(d) * -1.4426950408889634)
+        student_leads = d >= 0
+        c = tl.where(student_leads, mix, rest)
         least = tl.where(student_leads, rest, mix)
+        w = tl.fma(c, r, least)
         if MIXTURE == INTERIOR:
-            c = tl.where(student_leads, mix, rest)
-            w = tl.where(r < 0.5, tl.fma(c, r, least), tl.fma(c, less, 1.0))
-        else:  # weights that sum to 1, if not quite p's and q's: JSD is stationary in m
-            w = tl.maximum(tl.fma(tl.where(student_leads, mix, 1.0 - mix), less, 1.0), least)
-        log_w = tl.log(w)
-        log_p_m = -log_w - tl.maximum(d, 0.0)
+            less = r - 1.0
+            w = tl.where(r < 0.5, w, tl.fma(c, less, 1.0))
+        log_w = _log(w)
+        log_p_m = (log_w + tl.maximum(d, 0.0)) * -1.0
         log_q_m = tl.minimum(d, 0.0) - log_w
         if MIXTURE == INTERIOR:
             q_w = q / w
-            q_skew = q_w * tl.where(student_leads, -less, less)
+            q_skew = q_w * tl.where(student_leads, less * -1.0, less)
             q_p = tl.where(student_leads, q_w * r, q_w)
-    return q, p, log_p_m, log_q_m, q_skew, q_p
+    return log_p_m, log_q_m, q_skew, q_p
 
 
 @triton.jit
 def _pair(s_stats_ptr, t_stats_ptr, row, TEMPERED: tl.constexpr):
-    """Both sides' max and 1 / sum at the temperature, and log-sum of q minus that of p."""
+    """Both sides' max, the teacher's 1 / sum, log-sum of q minus that of p; all at the temperature."""
     s_stats_ptr += row * STATS
     t_stats_ptr += row * STATS
     s_sum = tl.load(s_stats_ptr + (5 if TEMPERED else 4))
     t_sum = tl.load(t_stats_ptr + (5 if TEMPERED else 4))
     gap = tl.log(tl.div_rn(s_sum, t_sum))
-    return tl.load(s_stats_ptr), tl.load(t_stats_ptr), tl.div_rn(1.0, s_sum), tl.div_rn(1.0, t_sum), gap
+    return tl.load(s_stats_ptr), tl.load(t_stats_ptr), tl.div_rn(1.0, t_sum), gap
 
 
 @_kernel
@@ -268,29 +371,33 @@ def divergence_kernel(
     row = tl.program_id(0).to(tl.int64)
     s_ptr += row * s_stride
     t_ptr += row * t_stride
-    s_max, t_max, norm_q, norm_p, gap = _pair(s_stats_ptr, t_stats_ptr, row, TEMPERED)
+    s_max, t_max, norm, gap = _pair(s_stats_ptr, t_stats_ptr, row, TEMPERED)
     kl_p = tl.zeros([BLOCK], tl.float32)
     kl_q = tl.zeros([BLOCK], tl.float32)
     skewed = tl.zeros([BLOCK], tl.float32)
     shared = tl.zeros([BLOCK], tl.float32)
     mass = tl.zeros([BLOCK], tl.float32)
-    for first in range(0, vocabulary, BLOCK):
-        words = first + tl.arange(0, BLOCK)
-        inside = words < vocabulary
-        z_t = _z(t_ptr, words, inside, t_scale, t_softcap, T_SOFTCAP)
-        x_p = _below_max(z_t, t_max, inverse, inverse_rest, TEMPERED)
-        z_s = _z(s_ptr, words, inside, s_scale, s_softcap, S_SOFTCAP)
-        x_q = _below_max(z_s, s_max, inverse, inverse_rest, TEMPERED)
-        q, p, log_p_m, log_q_m, q_skew, q_p = _compare(x_q, x_p, norm_q, norm_p, gap, mix, rest, MIXTURE)
-        if MIXTURE != TEACHER:
-            kl_p = tl.fma(p, log_p_m, kl_p)
-        if MIXTURE != STUDENT:
-            kl_q = tl.fma(q, log_q_m, kl_q)
-        if MIXTURE == INTERIOR:
-            skewed += q_skew
-        if (MIXTURE == INTERIOR) | (MIXTURE == STUDENT):
-            shared += q_p
-        mass += q
+    whole = vocabulary // BLOCK * BLOCK
+    for part in tl.static_range(2):
+        for first in range(0 if part == 0 else whole, whole if part == 0 else vocabulary, BLOCK):
+            words = first + tl.arange(0, BLOCK)
+            inside = words < vocabulary
+            z_t = _z(t_ptr, words, inside, t_scale, t_softcap, T_SOFTCAP, part == 0)
+            x_p = _below_max(z_t, t_max, inverse, inverse_rest, TEMPERED)
+            z_s = _z(s_ptr, words, inside, s_scale, s_softcap, S_SOFTCAP, part == 0)
+            x_q = _below_max(z_s, s_max, inverse, inverse_rest, TEMPERED)
+            y_q, d = _ratio(x_q, x_p, gap)
+            q, p = _exp(y_q), _exp(x_p)
+            log_p_m, log_q_m, q_skew, q_p = _compare(q, p, d, x_q, mix, rest, MIXTURE)
+            if MIXTURE != TEACHER:
+                kl_p = tl.fma(p, log_p_m, kl_p)
+            if MIXTURE != STUDENT:
+                kl_q = tl.fma(q, log_q_m, kl_q)
+            if MIXTURE == INTERIOR:
+                skewed += q_skew
+            if (MIXTURE == INTERIOR) | (MIXTURE == STUDENT):
+                shared += q_p
+            mass += q
     # Over the mass, and with sum q - sum p at m = q not taken for 0: what is rounded leaves a gradient that sums to 0.
     kl_q_sum = tl.sum(kl_q.to(tl.float64), axis=0)
     total = tl.sum(mass.to(tl.float64), axis=0)
@@ -302,44 +409,48 @@ def divergence_kernel(
         skew_sum = tl.sum(skewed.to(tl.float64), axis=0)
     tl.store(center_ptr + row * 3 + 1, skew_sum / total)
     tl.store(center_ptr + row * 3 + 2, shared_sum / total)
-    value = (a * tl.sum(kl_p.to(tl.float64), axis=0) + b * kl_q_sum).to(tl.float32)
+    value = ((a * tl.sum(kl_p.to(tl.float64), axis=0) + b * kl_q_sum) * norm).to(tl.float32)
     tl.store(value_ptr + row, tl.where(value > INFINITE, float("inf"), value))
 
 
 @triton.jit
 def _gradient(
     words, inside, added, s_ptr, s_scale, s_softcap, t_ptr, t_scale, t_softcap,
-    scalars, b, mix, rest, skew, inverse, inverse_rest,
+    scalars, b, mix, rest, inverse, inverse_rest,
     MIXTURE: tl.constexpr, TEMPERED: tl.constexpr, S_SOFTCAP: tl.constexpr, T_SOFTCAP: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):  # fmt: skip
     """d loss / d logit of some words of a row: divergence, entropy, softmax, what is ``added``, then the chain rule.
 
     ``scalars``: what _row_scalars returns.
     """
-    (
-        s_max, s_norm, s_mean, t_max, norm_q, norm_p, gap, center, center_rest, skewed, shared,
-        c_divergence, c_entropy, c_softmax,
-    ) = scalars  # fmt: skip
-    z = _z(s_ptr, words, inside, s_scale, s_softcap, S_SOFTCAP)
+    s_max, gap, t_max, norm, center, c_rest, skewed, shared, c_divergence, c_x, c_softmax = scalars
+    z = _z(s_ptr, words, inside, s_scale, s_softcap, S_SOFTCAP, WHOLE)
     x = z - s_max
+    per_q = tl.fma(c_x, x, c_softmax)  # of the entropy and the softmax, for each of q
     if MIXTURE == NONE:
-        q = _exp(x) * s_norm
-        gradient = added
+        gradient = tl.fma(_exp(x) * norm, per_q, added)
     else:
-        z_t = _z(t_ptr, words, inside, t_scale, t_softcap, T_SOFTCAP)
+        z_t = _z(t_ptr, words, inside, t_scale, t_softcap, T_SOFTCAP, WHOLE)
         x_q = _below_max(z, s_max, inverse, inverse_rest, TEMPERED)
         x_p = _below_max(z_t, t_max, inverse, inverse_rest, TEMPERED)
-        q, _, _, log_q_m, q_skew, q_p = _compare(x_q, x_p, norm_q, norm_p, gap, mix, rest, MIXTURE)
-        d_divergence = tl.zeros_like(q)
-        # As q = (1 - mix) q_skew + q_p, this is q_skew less q times its mean; nothing large cancels where p/m is small.
-        if (MIXTURE == INTERIOR) | (MIXTURE == STUDENT):
-            d_divergence = skew * (shared * q_skew - skewed * q_p)
-        if MIXTURE != STUDENT:
-            d_divergence += q * (tl.fma(b, log_q_m, -center) - center_rest)
-        gradient = tl.fma(c_divergence * inverse, d_divergence, added)
+        y_q, d = _ratio(x_q, x_p, gap)
+        q = _exp(y_q)
+        gradient = added
         if TEMPERED:
-            q = _exp(x) * s_norm
-    gradient = tl.fma(q, c_softmax - c_entropy * (x - s_mean), gradient) * s_scale
+            gradient = tl.fma(_exp(x) * norm, per_q, gradient)
+            per_q = c_rest
+        if MIXTURE == JSD:  # with m over q, which may be infinite: q is 0 there
+            log_q_m = _log(tl.fma(mix, tl.exp2(d * -1.4426950408889634), rest)) * -1.0
+        else:
+            _, log_q_m, q_skew, q_p = _compare(q, _exp(x_p), d, x_q, mix, rest, MIXTURE)
+            # As q = (1 - mix) q_skew + q_p, this is q_skew less q times its mean; nothing large cancels where p/m is
+            # small.
+            if (MIXTURE == INTERIOR) | (MIXTURE == STUDENT):
+                gradient += shared * q_skew - skewed * q_p
+        if MIXTURE != STUDENT:
+            per_q = tl.fma(c_divergence, tl.fma(b, log_q_m, center * -1.0), per_q)
+        gradient = tl.fma(q, per_q, gradient)
     if S_SOFTCAP:
         y = z * (1.0 / s_softcap)
         gradient *= 1.0 - y * y
@@ -348,30 +459,41 @@ def _gradient(
 
 @triton.jit
 def _row_scalars(
-    row, s_stats_ptr, t_stats_ptr, center_ptr, dense_ptr, dense_stride, MIXTURE: tl.constexpr, TEMPERED: tl.constexpr
-):
-    """Statistics and coefficients of a row, in the order in which _gradient takes them."""
-    s_max, t_max, norm_q, norm_p, gap = _pair(s_stats_ptr, t_stats_ptr, row, TEMPERED)
-    s_norm = tl.div_rn(1.0, tl.load(s_stats_ptr + row * STATS + 4))
+    row, s_scale, s_stats_ptr, t_stats_ptr, center_ptr, dense_ptr, dense_stride, skew, inverse,
+    MIXTURE: tl.constexpr, TEMPERED: tl.constexpr,
+):  # fmt: skip
+    """Statistics and coefficients of a row, in the order in which _gradient takes them.
+
+    All factors that a row's words share are in the coefficients: the loss's, the scale of the logits, and what _ratio
+    leaves to be divided by. ``norm`` is for probabilities which are not of _ratio: 1 / sum of the student.
+    """
+    s_max, t_max, norm_p, gap = _pair(s_stats_ptr, t_stats_ptr, row, TEMPERED)
+    norm = tl.div_rn(1.0, tl.load(s_stats_ptr + row * STATS + 4))
     s_mean = tl.load(s_stats_ptr + row * STATS + 6)
+    c_x = tl.load(dense_ptr + dense_stride + row) * -1.0
+    c_softmax = tl.load(dense_ptr + 2 * dense_stride + row)
+    if s_scale is not None:
+        c_x *= s_scale
+        c_softmax *= s_scale
     center = 0.0
-    center_rest = 0.0
+    c_rest = 0.0
     skewed = 0.0
     shared = 0.0
     c_divergence = 0.0
     if MIXTURE != NONE:
         exact = tl.load(center_ptr + row * 3)
-        skewed = tl.load(center_ptr + row * 3 + 1).to(tl.float32)
-        shared = tl.load(center_ptr + row * 3 + 2).to(tl.float32)
         center = exact.to(tl.float32)
-        center_rest = (exact - center.to(tl.float64)).to(tl.float32)
-        c_divergence = tl.load(dense_ptr + row)
-    c_entropy = tl.load(dense_ptr + dense_stride + row)
-    c_softmax = tl.load(dense_ptr + 2 * dense_stride + row)
-    return (
-        s_max, s_norm, s_mean, t_max, norm_q, norm_p, gap, center, center_rest, skewed, shared,
-        c_divergence, c_entropy, c_softmax
-    )  # fmt: skip
+        c_divergence = tl.load(dense_ptr + row) * inverse * norm_p
+        if s_scale is not None:
+            c_divergence *= s_scale
+        skewed = c_divergence * skew * tl.load(center_ptr + row * 3 + 1).to(tl.float32)
+        shared = c_divergence * skew * tl.load(center_ptr + row * 3 + 2).to(tl.float32)
+        c_rest = c_divergence * (center.to(tl.float64) - exact).to(tl.float32)
+        if not TEMPERED:  # the same q
+            c_x *= norm_p
+            c_softmax = tl.fma(c_softmax, norm_p, c_rest)
+    c_softmax = tl.fma(c_x * -1.0, s_mean, c_softmax)
+    return s_max, gap, t_max, norm, center, c_rest, skewed, shared, c_divergence, c_x, c_softmax
 
 
 @_kernel
@@ -391,10 +513,14 @@ def scatter_kernel(
     added = tl.zeros([IDS], tl.float32)
     for j in range(n_ids):
         added += tl.where(ids == tl.load(ids_ptr + j), tl.load(scatter_ptr + j), 0.0)
-    scalars = _row_scalars(row, s_stats_ptr, t_stats_ptr, center_ptr, dense_ptr, dense_stride, MIXTURE, TEMPERED)
+    if s_scale is not None:
+        added *= s_scale
+    scalars = _row_scalars(
+        row, s_scale, s_stats_ptr, t_stats_ptr, center_ptr, dense_ptr, dense_stride, skew, inverse, MIXTURE, TEMPERED
+    )
     gradient = _gradient(
         ids, inside, added, s_ptr + row * s_stride, s_scale, s_softcap, t_ptr + row * t_stride, t_scale, t_softcap,
-        scalars, b, mix, rest, skew, inverse, inverse_rest, MIXTURE, TEMPERED, S_SOFTCAP, T_SOFTCAP,
+        scalars, b, mix, rest, inverse, inverse_rest, MIXTURE, TEMPERED, S_SOFTCAP, T_SOFTCAP, False,
     )  # fmt: skip
     tl.store(at_ids_ptr + row * n_ids + slot, gradient, mask=slot < n_ids)
 
@@ -415,16 +541,25 @@ def gradient_kernel(
     """
     row = tl.program_id(0).to(tl.int64)
     out_ptr += row * out_stride
-    scalars = _row_scalars(row, s_stats_ptr, t_stats_ptr, center_ptr, dense_ptr, dense_stride, MIXTURE, TEMPERED)
-    for first in range(0, vocabulary, BLOCK):
-        words = first + tl.arange(0, BLOCK)
-        inside = words < vocabulary
-        gradient = _gradient(
-            words, inside, 0.0, s_ptr + row * s_stride, s_scale, s_softcap, t_ptr + row * t_stride, t_scale, t_softcap,
-            scalars, b, mix, rest, skew, inverse, inverse_rest, MIXTURE, TEMPERED, S_SOFTCAP, T_SOFTCAP,
-        )  # fmt: skip
-        tl.debug_barrier()
-        tl.store(out_ptr + words, gradient.to(out_ptr.dtype.element_ty), mask=inside)
+    scalars = _row_scalars(
+        row, s_scale, s_stats_ptr, t_stats_ptr, center_ptr, dense_ptr, dense_stride, skew, inverse, MIXTURE, TEMPERED
+    )
+    s_ptr += row * s_stride
+    t_ptr += row * t_stride
+    whole = vocabulary // BLOCK * BLOCK
+    for part in tl.static_range(2):
+        for first in range(0 if part == 0 else whole, whole if part == 0 else vocabulary, BLOCK):
+            words = first + tl.arange(0, BLOCK)
+            inside = words < vocabulary
+            gradient = _gradient(
+                words, inside, 0.0, s_ptr, s_scale, s_softcap, t_ptr, t_scale, t_softcap,
+                scalars, b, mix, rest, inverse, inverse_rest, MIXTURE, TEMPERED, S_SOFTCAP, T_SOFTCAP, part == 0,
+            )  # fmt: skip
+            tl.debug_barrier()
+            if part == 0:
+                tl.store(out_ptr + words, gradient.to(out_ptr.dtype.element_ty))
+            else:
+                tl.store(out_ptr + words, gradient.to(out_ptr.dtype.element_ty), mask=inside)
     if n_ids > 0:
         slot = tl.arange(0, IDS)
         ids = tl.load(ids_ptr + row * n_ids + slot, mask=slot < n_ids, other=-1)

@@ -1,4 +1,4 @@
-"""Registers and shared memory of every kernel variant that a call of a backend function can launch; no GPU needed.
+"""Registers, shared memory and instructions of the kernel variants that a call can launch; no GPU needed.
 
     python -m kdkernels.rows.triton_resources > docs/triton-resources.md
 
@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 import triton
 
+from .. import memory
 from ..divergences import JSD, ForwardKL, ReverseKL, SkewKL
 from . import triton as backend
 from .interface import Coefficients
@@ -32,7 +33,9 @@ from .operators import NAMES, Operators
 from .triton_ahead import Compiled, Specialisation, compiled, noted, stand_in
 
 TARGETS = (80, 90, 100)
+COUNTED = 90
 VOCABULARY = 151936
+RAGGED = 151665  # words of which the rows of a buffer are padded
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _KINDS = (ForwardKL(), ReverseKL(), JSD(0.9), SkewKL(0.1))  # one for every place of the mixture
 _ORDER = ("statistics", "candidates", "divergence", "scatter", "gradient")
@@ -162,15 +165,84 @@ def table(resources: dict[Variant, list[Resources]]) -> str:
     return "\n".join(lines)
 
 
-def document(resources: dict[Variant, list[Resources]]) -> str:
+# ---- instructions a word ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Loop:
+    """The instructions with which a thread handles its words of one whole block."""
+
+    words: int
+    instructions: list[str]
+
+    @property
+    def per_word(self) -> float:
+        return len(self.instructions) / self.words
+
+
+def whole_blocks(wanted: Specialisation, done: Compiled) -> Loop:
+    """The first loop of a sweep's machine code; the second takes what is left of a row."""
+    block, warps = getattr(backend, f"_{wanted.kernel.removesuffix('_kernel').upper()}")
+    found = re.finditer(r"/\*([0-9a-f]{4,})\*/\s+([^;]+);", dump(done.cubin, "-sass"))
+    code = [(int(each[1], 16), each[2].strip()) for each in found]
+    for last, (address, text) in enumerate(code):
+        target = re.search(r"\bBRA.* 0x([0-9a-f]+)$", text)
+        if target and int(target[1], 16) < address:
+            first = next(i for i, (each, _) in enumerate(code) if each == int(target[1], 16))
+            return Loop(block // (32 * warps), [text for _, text in code[first : last + 1]])
+    raise RuntimeError(f"no loop in the code of {wanted}")
+
+
+def loops() -> dict[tuple[str, str], tuple[Loop, Loop, Loop]]:
+    """(logits, divergence) -> those of statistics, divergence and gradient of a plain loss with bf16 operands."""
+    jobs: dict[tuple[str, str], list[Specialisation]] = {}
+    with torch.device("meta"), stand_in(COUNTED):
+        for dtype, kind in product((torch.float32, torch.bfloat16), _KINDS):
+            (logits,) = memory.matrices([((1024, RAGGED), dtype)], torch.device("meta"))
+            out = logits.view(torch.bfloat16)[:, :RAGGED]
+            c = Coefficients(torch.zeros(3, 1024), torch.zeros(1024, 0, dtype=torch.int64), torch.zeros(1024, 0))
+
+            def call(logits=logits, kind=kind, c=c, out=out) -> None:
+                s = _FUNCTIONS.statistics(logits, 1.0, None, 1.0, 1, None)
+                center = _FUNCTIONS.divergence(s, s, kind, 1.0)[1]
+                _FUNCTIONS.gradient_(s, s, kind, 1.0, center, c, out)
+
+            found = [each for each in noted(call) if each.kernel != "candidates_kernel"]
+            jobs[_NAMES[dtype], kind.name] = found
+    done = compiled(dict.fromkeys(job for each in jobs.values() for job in each))
+    _check(done)
+    return {key: tuple(whole_blocks(job, done[job]) for job in each) for key, each in jobs.items()}
+
+
+def counts(loops: dict[tuple[str, str], tuple[Loop, Loop, Loop]]) -> str:
+    """Markdown: instructions a word of each sweep; both sides have statistics."""
+    lines = ["| logits, divergence | statistics of a side | value | gradient | in all |", "|---|---|---|---|---|"]
+    for (logits, kind), each in loops.items():
+        one, value, gradient = (loop.per_word for loop in each)
+        cells = " | ".join(f"{n:.1f}" for n in (one, value, gradient, 2 * one + value + gradient))
+        lines.append(f"| {logits}, {kind} | {cells} |")
+    return "\n".join(lines)
+
+
+def document(resources: dict[Variant, list[Resources]], counted: str) -> str:
     """docs/triton-resources.md."""
     spilling = [v.name for v, each in resources.items() if any(r.stack for r in each)]
-    return f"""# Registers and shared memory of every Triton kernel variant
+    return f"""# Instructions, registers and shared memory of the Triton kernels
 
-Compiled ahead of time by triton {triton.__version__} for {VOCABULARY} words: registers a thread, shared
-bytes a program. Variants that spill: {", ".join(spilling) or "none"}.
+Compiled ahead of time by triton {triton.__version__}. sm_{COUNTED} instructions for each word of a row of {RAGGED}, in
+the loop over whole blocks; bf16 gradients, no soft-cap, temperature 1:
+
+{counted}
+
+Registers a thread and shared bytes a program, {VOCABULARY} words, of the usual variants: fp32 logits of both sides,
+fp32 or bf16 gradients, a soft-cap on both sides or none. Of them spill: {", ".join(spilling) or "none"}.
 
 {table(resources)}"""
+
+
+def usual(variant: Variant) -> bool:
+    """What a GPU runs unless asked otherwise."""
+    return ": fp32" in variant.name and "fp16" not in variant.name and " of the " not in variant.name
 
 
 def launch(device: str, rows: int = 3, vocabulary: int = 5003, shared: bool = False) -> None:
@@ -192,4 +264,4 @@ if __name__ == "__main__":
         launch("cuda", shared=sys.argv[2:] == ["shared"])
         torch.cuda.synchronize()
     else:
-        print(document(measure()))
+        print(document(measure(usual), counts(loops())))
