@@ -354,7 +354,6 @@ struct Gemm {
           int64_t column = (panel + i) * kPanel, columns = width(p, panel + i);
           Ahead next[4] = {next_of_a(p, t, block + 1 < last, row, rows, i, wide, k, numbers),
                            next_of_b(p, t, block, last, panel + i, k, numbers)};
-          if (shared_b && i + 1 < wide) next[1] = {packed + words(p) * kPanel, depth * kPanel, 1, depth * kPanel};
           if (last_of_k) {
             next[2] = lines_of(p.out, p.out_dtype, p.out_row, row, rows, column, columns);
             if (p.add && p.add != p.out && p.add_row)
