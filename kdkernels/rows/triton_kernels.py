@@ -11,106 +11,12 @@ enough that its probability is 0. A NaN stays one until the row's sums show it, 
 import triton
 import triton.language as tl
 
-MASKED = tl.constexpr(-1e30)
-INFINITE = tl.constexpr(1e12)  # no log-probability is below -1e12 but a masked word's; a divergence beyond 1e12 met one
+from .triton_maths import INFINITE, MASKED, exp, exp_rough, finite, load_logits, load_z, log, log1p, over_temperature
 
 STATS = tl.constexpr(7)  # numbers per row, in the order of operators.py
 
 # Where the mixture m = mix p + (1 - mix) q lies; JSD is the interior one of a JSD, without a skew term (no division).
 NONE, STUDENT, TEACHER, JSD, INTERIOR = (tl.constexpr(i) for i in range(5))
-
-
-@triton.jit
-def _exp_rough(x):
-    """e^x to about 1e-7 (1 + |x|): enough where what is multiplied by it matters the less, the smaller it is."""
-    return tl.exp2(x * 1.4426950408889634)
-
-
-@triton.jit
-def _exp(x):
-    """e^x to about 2e-7: the rounding error of y = x log2(e), 7e-7 at |x| = 12, goes into the result."""
-    y = x * 1.4426950408889634
-    e = tl.exp2(y)
-    return tl.fma(e, tl.fma(y, -0.6931471805599453, x), e)
-
-
-@triton.jit
-def _log(w):
-    """log w of a normal w > 0 to 2e-7 of itself; 0 at 1, finite at infinity. w = 2^n (1 + f), |f| <= 1/3."""
-    bits = w.to(tl.int32, bitcast=True)
-    power = (bits - 0x3F2AAAAB) & -0x800000  # n 2^23
-    f = (bits - power).to(tl.float32, bitcast=True) - 1.0
-    p = tl.fma(f, 0.140263631939888, -0.15388545393943787)  # log(1 + f) / f, minimax
-    p = tl.fma(f, p, 0.13995805382728577)
-    p = tl.fma(f, p, -0.1641595959663391)
-    p = tl.fma(f, p, 0.20011168718338013)
-    p = tl.fma(f, p, -0.2500782012939453)
-    p = tl.fma(f, p, 0.33333197236061096)
-    p = tl.fma(f, p, -0.49999937415122986)
-    p = tl.fma(f, p, 1.0)
-    return tl.fma(power.to(tl.float32), 8.262958294867817e-08, f * p)
-
-
-@triton.jit
-def _log1p(x):
-    """log(1 + x) for x >= 0, accurate where x is tiny: the rounding of 1 + x cancels."""
-    y = 1.0 + x
-    return tl.where(y == 1.0, x, tl.log(y) * (x / tl.where(y == 1.0, 1.0, y - 1.0)))
-
-
-@triton.jit
-def _tanh(y):
-    a = tl.abs(y)
-    y2 = y * y
-    p = tl.fma(y2, -5.660788605e-03, 2.060200731e-02)  # (tanh(y) / y - 1) / y^2 in y^2, minimax on |y| <= 0.63
-    p = tl.fma(p, y2, -5.372922989e-02)
-    p = tl.fma(p, y2, 1.333132896e-01)
-    p = tl.fma(p, y2, -3.333327832e-01)
-    near = tl.fma(y, y2 * p, y)
-    t = _exp_rough(-2.0 * a)
-    far = 1.0 - 2.0 * t / (1.0 + t)
-    return tl.where(a < 0.625, near, tl.where(y < 0, -far, far))
-
-
-@triton.jit
-def _over_temperature(x, inverse, inverse_rest):
-    """x / T, from 1 / T in two parts: one rounded 1 / T would be another temperature."""
-    return tl.fma(x, inverse, x * inverse_rest)
-
-
-@triton.jit
-def _wide(x):
-    """fp32. Of bf16 by its bits: of a pair in a register the second is there already, but for a mask."""
-    if x.dtype == tl.bfloat16:
-        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-    return x.to(tl.float32)
-
-
-@triton.jit
-def _logits(x_ptr, words, inside, scale, softcap, SOFTCAP: tl.constexpr, WHOLE: tl.constexpr):
-    """z of a row's words; -inf where not ``inside``, where all are if ``WHOLE``. ``scale`` None: 1."""
-    if WHOLE:  # noqa: SIM108 - decided when compiled
-        z = _wide(tl.load(x_ptr + words))
-    else:
-        z = _wide(tl.load(x_ptr + words, mask=inside, other=-float("inf")))
-    if scale is not None:
-        z *= scale
-    if SOFTCAP:
-        z = softcap * _tanh(z * (1.0 / softcap))
-        if not WHOLE:
-            z = tl.where(inside, z, -float("inf"))
-    return z
-
-
-@triton.jit
-def _finite(z):
-    """MASKED for -inf."""
-    return tl.maximum(z, MASKED, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def _z(x_ptr, words, inside, scale, softcap, SOFTCAP: tl.constexpr, WHOLE: tl.constexpr):
-    return _finite(_logits(x_ptr, words, inside, scale, softcap, SOFTCAP, WHOLE))
 
 
 # The JIT compiles a kernel anew where an integer becomes 1 or divisible by 16, or a tensor's address ceases to be. Only
@@ -142,8 +48,8 @@ def _by_thread(x, N: tl.constexpr, COUNT: tl.constexpr):
 @triton.jit
 def _below(z, top, N: tl.constexpr):
     """x = z - top of four words of each thread, [N, 4], and e^x."""
-    x = _finite(tl.reshape(z, [N, 4])) - top[:, None]
-    return x, _exp(x)
+    x = finite(tl.reshape(z, [N, 4])) - top[:, None]
+    return x, exp(x)
 
 
 @triton.jit
@@ -169,10 +75,10 @@ def _statistics_block(
         group = tl.max(tl.reshape(high, [RUNS * N * VECTOR // GROUP, GROUP // VECTOR]), axis=1)
         high, low = _matches(_by_thread(high, N, 4), 1, N, 2)
     slot += tl.arange(0, RUNS * N * VECTOR // GROUP)
-    tl.store(maxima_ptr + slot, _finite(group), mask=None if WHOLE else slot < groups)
+    tl.store(maxima_ptr + slot, finite(group), mask=None if WHOLE else slot < groups)
 
     high, last = _matches(high, 1, N, 1)
-    best = _finite(tl.reshape(high, [N]))
+    best = finite(tl.reshape(high, [N]))
     new = tl.maximum(top, best)
     lost = tl.join(tl.reshape(last, [N]), tl.minimum(top, best, propagate_nan=tl.PropagateNan.ALL))
     x_a, e_a = _below(a, new, N)
@@ -180,16 +86,16 @@ def _statistics_block(
     x_c, e_c = _below(c, new, N)
     x_d, e_d = _below(tl.join(tl.reshape(low, [N, 2]), lost), new, N)
     risen = top - new
-    e = _exp(risen)
+    e = exp(risen)
     added = tl.fma(e_d, x_d, tl.fma(e_c, x_c, tl.fma(e_b, x_b, e_a * x_a)))
     weighted = tl.fma(tl.fma(risen, rest, weighted), e, tl.sum(added, axis=1))
     rest = tl.fma(rest, e, tl.sum((e_a + e_b) + (e_c + e_d), axis=1))
     if TEMPERED:
-        added = _exp_rough(_over_temperature(x_a, inverse, inverse_rest))
-        added += _exp_rough(_over_temperature(x_b, inverse, inverse_rest))
-        added += _exp_rough(_over_temperature(x_c, inverse, inverse_rest))
-        added += _exp_rough(_over_temperature(x_d, inverse, inverse_rest))
-        e = _exp_rough(_over_temperature(risen, inverse, inverse_rest))
+        added = exp_rough(over_temperature(x_a, inverse, inverse_rest))
+        added += exp_rough(over_temperature(x_b, inverse, inverse_rest))
+        added += exp_rough(over_temperature(x_c, inverse, inverse_rest))
+        added += exp_rough(over_temperature(x_d, inverse, inverse_rest))
+        e = exp_rough(over_temperature(risen, inverse, inverse_rest))
         tempered = tl.fma(tempered, e, tl.sum(added, axis=1))
     return new, rest, weighted, tempered
 
@@ -220,7 +126,7 @@ def statistics_kernel(
     for part in tl.static_range(2):
         for first in range(0 if part == 0 else whole, whole if part == 0 else vocabulary, BLOCK):
             words = first + tl.arange(0, BLOCK)
-            z = _logits(x_ptr, words, words < vocabulary, scale, softcap, SOFTCAP, part == 0)
+            z = load_logits(x_ptr, words, words < vocabulary, scale, softcap, SOFTCAP, part == 0)
             top, rest, weighted, tempered = _statistics_block(
                 z, first // GROUP, top, rest, weighted, tempered, maxima_ptr, groups, inverse, inverse_rest,
                 N, VECTOR, GROUP, TEMPERED, part == 0,
@@ -229,10 +135,10 @@ def statistics_kernel(
     highest = tl.max(top)
     highest = tl.where(highest > MASKED, highest, float("nan"))
     x = top - highest
-    e = _exp(x)
+    e = exp(x)
     ties = tl.sum(tl.where(x == 0, 1.0, 0.0)) - 1.0
     total = tl.sum(e * rest + tl.where(x == 0, 0.0, e)) + ties
-    log_sum = _log1p(total)
+    log_sum = log1p(total)
     mean = tl.sum(e * (weighted + x * (rest + 1.0))) / (1.0 + total)
     stats_ptr += row * STATS
     tl.store(stats_ptr, highest)
@@ -241,9 +147,9 @@ def statistics_kernel(
     tl.store(stats_ptr + 4, 1.0 + total)
     tl.store(stats_ptr + 6, mean)
     if TEMPERED:
-        e = _exp_rough(_over_temperature(x, inverse, inverse_rest))
+        e = exp_rough(over_temperature(x, inverse, inverse_rest))
         total = tl.sum(e * tempered + tl.where(x == 0, 0.0, e)) + ties
-        log_sum = _log1p(total)
+        log_sum = log1p(total)
     tl.store(stats_ptr + 3, log_sum)
     tl.store(stats_ptr + 5, 1.0 + total)
 
@@ -274,7 +180,7 @@ def candidates_kernel(
         chosen = tl.argmax(maxima, axis=0)
         words = chosen * GROUP + word
         inside = words < vocabulary
-        z = _z(x_ptr, words, inside, scale, softcap, SOFTCAP, False)
+        z = load_z(x_ptr, words, inside, scale, softcap, SOFTCAP, False)
         z = tl.where(inside, tl.maximum(z, MASKED), -float("inf"))
         z = tl.where((z < value) | ((z == value) & (words > index)), z, -float("inf"))
         value, at = tl.max(z, axis=0, return_indices=True)
@@ -286,7 +192,7 @@ def candidates_kernel(
         slot = tl.arange(0, IDS)
         ids = tl.load(ids_ptr + row * n_ids + slot, mask=slot < n_ids, other=-1)
         inside = (ids >= 0) & (ids < vocabulary)
-        z = _z(x_ptr, ids, inside, scale, softcap, SOFTCAP, False)
+        z = load_z(x_ptr, ids, inside, scale, softcap, SOFTCAP, False)
         z = tl.where(z == MASKED, -float("inf"), z)
         tl.store(gathered_ptr + row * n_ids + slot, tl.where(inside, z, float("nan")), mask=slot < n_ids)
 
@@ -299,7 +205,7 @@ def _below_max(z, top, inverse, inverse_rest, TEMPERED: tl.constexpr):
     """x = (z - max) / T; the probability is e^x / sum."""
     x = z - top
     if TEMPERED:
-        x = _over_temperature(x, inverse, inverse_rest)
+        x = over_temperature(x, inverse, inverse_rest)
     return x
 
 
@@ -339,7 +245,7 @@ def _compare(q, p, d, x_q, mix, rest, MIXTURE: tl.constexpr):
         if MIXTURE == INTERIOR:
             less = r - 1.0
             w = tl.where(r < 0.5, w, tl.fma(c, less, 1.0))
-        log_w = _log(w)
+        log_w = log(w)
         log_p_m = (log_w + tl.maximum(d, 0.0)) * -1.0
         log_q_m = tl.minimum(d, 0.0) - log_w
         if MIXTURE == INTERIOR:
@@ -382,12 +288,12 @@ def divergence_kernel(
         for first in range(0 if part == 0 else whole, whole if part == 0 else vocabulary, BLOCK):
             words = first + tl.arange(0, BLOCK)
             inside = words < vocabulary
-            z_t = _z(t_ptr, words, inside, t_scale, t_softcap, T_SOFTCAP, part == 0)
+            z_t = load_z(t_ptr, words, inside, t_scale, t_softcap, T_SOFTCAP, part == 0)
             x_p = _below_max(z_t, t_max, inverse, inverse_rest, TEMPERED)
-            z_s = _z(s_ptr, words, inside, s_scale, s_softcap, S_SOFTCAP, part == 0)
+            z_s = load_z(s_ptr, words, inside, s_scale, s_softcap, S_SOFTCAP, part == 0)
             x_q = _below_max(z_s, s_max, inverse, inverse_rest, TEMPERED)
             y_q, d = _ratio(x_q, x_p, gap)
-            q, p = _exp(y_q), _exp(x_p)
+            q, p = exp(y_q), exp(x_p)
             log_p_m, log_q_m, q_skew, q_p = _compare(q, p, d, x_q, mix, rest, MIXTURE)
             if MIXTURE != TEACHER:
                 kl_p = tl.fma(p, log_p_m, kl_p)
@@ -425,25 +331,25 @@ def _gradient(
     ``scalars``: what _row_scalars returns.
     """
     s_max, gap, t_max, norm, center, c_rest, skewed, shared, c_divergence, c_x, c_softmax = scalars
-    z = _z(s_ptr, words, inside, s_scale, s_softcap, S_SOFTCAP, WHOLE)
+    z = load_z(s_ptr, words, inside, s_scale, s_softcap, S_SOFTCAP, WHOLE)
     x = z - s_max
     per_q = tl.fma(c_x, x, c_softmax)  # of the entropy and the softmax, for each of q
     if MIXTURE == NONE:
-        gradient = tl.fma(_exp(x) * norm, per_q, added)
+        gradient = tl.fma(exp(x) * norm, per_q, added)
     else:
-        z_t = _z(t_ptr, words, inside, t_scale, t_softcap, T_SOFTCAP, WHOLE)
+        z_t = load_z(t_ptr, words, inside, t_scale, t_softcap, T_SOFTCAP, WHOLE)
         x_q = _below_max(z, s_max, inverse, inverse_rest, TEMPERED)
         x_p = _below_max(z_t, t_max, inverse, inverse_rest, TEMPERED)
         y_q, d = _ratio(x_q, x_p, gap)
-        q = _exp(y_q)
+        q = exp(y_q)
         gradient = added
         if TEMPERED:
-            gradient = tl.fma(_exp(x) * norm, per_q, gradient)
+            gradient = tl.fma(exp(x) * norm, per_q, gradient)
             per_q = c_rest
         if MIXTURE == JSD:  # with m over q, which may be infinite: q is 0 there
-            log_q_m = _log(tl.fma(mix, tl.exp2(d * -1.4426950408889634), rest)) * -1.0
+            log_q_m = log(tl.fma(mix, tl.exp2(d * -1.4426950408889634), rest)) * -1.0
         else:
-            _, log_q_m, q_skew, q_p = _compare(q, _exp(x_p), d, x_q, mix, rest, MIXTURE)
+            _, log_q_m, q_skew, q_p = _compare(q, exp(x_p), d, x_q, mix, rest, MIXTURE)
             # As q = (1 - mix) q_skew + q_p, this is q_skew less q times its mean; nothing large cancels where p/m is
             # small.
             if (MIXTURE == INTERIOR) | (MIXTURE == STUDENT):

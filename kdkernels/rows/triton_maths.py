@@ -1,0 +1,100 @@
+"""Elementary functions of the Triton kernels, and logits as they read them."""
+
+import triton
+import triton.language as tl
+
+MASKED = tl.constexpr(-1e30)
+INFINITE = tl.constexpr(1e12)  # no log-probability is below -1e12 but a masked word's; a divergence beyond 1e12 met one
+
+
+@triton.jit
+def exp_rough(x):
+    """e^x to about 1e-7 (1 + |x|): enough where what is multiplied by it matters the less, the smaller it is."""
+    return tl.exp2(x * 1.4426950408889634)
+
+
+@triton.jit
+def exp(x):
+    """e^x to about 2e-7: the rounding error of y = x log2(e), 7e-7 at |x| = 12, goes into the result."""
+    y = x * 1.4426950408889634
+    e = tl.exp2(y)
+    return tl.fma(e, tl.fma(y, -0.6931471805599453, x), e)
+
+
+@triton.jit
+def log(w):
+    """log w of a normal w > 0 to 2e-7 of itself; 0 at 1, finite at infinity. w = 2^n (1 + f), |f| <= 1/3."""
+    bits = w.to(tl.int32, bitcast=True)
+    power = (bits - 0x3F2AAAAB) & -0x800000  # n 2^23
+    f = (bits - power).to(tl.float32, bitcast=True) - 1.0
+    p = tl.fma(f, 0.140263631939888, -0.15388545393943787)  # log(1 + f) / f, minimax
+    p = tl.fma(f, p, 0.13995805382728577)
+    p = tl.fma(f, p, -0.1641595959663391)
+    p = tl.fma(f, p, 0.20011168718338013)
+    p = tl.fma(f, p, -0.2500782012939453)
+    p = tl.fma(f, p, 0.33333197236061096)
+    p = tl.fma(f, p, -0.49999937415122986)
+    p = tl.fma(f, p, 1.0)
+    return tl.fma(power.to(tl.float32), 8.262958294867817e-08, f * p)
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x) for x >= 0, accurate where x is tiny: the rounding of 1 + x cancels."""
+    y = 1.0 + x
+    return tl.where(y == 1.0, x, tl.log(y) * (x / tl.where(y == 1.0, 1.0, y - 1.0)))
+
+
+@triton.jit
+def tanh(y):
+    a = tl.abs(y)
+    y2 = y * y
+    p = tl.fma(y2, -5.660788605e-03, 2.060200731e-02)  # (tanh(y) / y - 1) / y^2 in y^2, minimax on |y| <= 0.63
+    p = tl.fma(p, y2, -5.372922989e-02)
+    p = tl.fma(p, y2, 1.333132896e-01)
+    p = tl.fma(p, y2, -3.333327832e-01)
+    near = tl.fma(y, y2 * p, y)
+    t = exp_rough(-2.0 * a)
+    far = 1.0 - 2.0 * t / (1.0 + t)
+    return tl.where(a < 0.625, near, tl.where(y < 0, -far, far))
+
+
+@triton.jit
+def over_temperature(x, inverse, inverse_rest):
+    """x / T, from 1 / T in two parts: one rounded 1 / T would be another temperature."""
+    return tl.fma(x, inverse, x * inverse_rest)
+
+
+@triton.jit
+def _wide(x):
+    """fp32. Of bf16 by its bits: of a pair in a register the second is there already, but for a mask."""
+    if x.dtype == tl.bfloat16:
+        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def load_logits(x_ptr, words, inside, scale, softcap, SOFTCAP: tl.constexpr, WHOLE: tl.constexpr):
+    """z of a row's words; -inf where not ``inside``, where all are if ``WHOLE``. ``scale`` None: 1."""
+    if WHOLE:  # noqa: SIM108 - decided when compiled
+        z = _wide(tl.load(x_ptr + words))
+    else:
+        z = _wide(tl.load(x_ptr + words, mask=inside, other=-float("inf")))
+    if scale is not None:
+        z *= scale
+    if SOFTCAP:
+        z = softcap * tanh(z * (1.0 / softcap))
+        if not WHOLE:
+            z = tl.where(inside, z, -float("inf"))
+    return z
+
+
+@triton.jit
+def finite(z):
+    """MASKED for -inf."""
+    return tl.maximum(z, MASKED, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def load_z(x_ptr, words, inside, scale, softcap, SOFTCAP: tl.constexpr, WHOLE: tl.constexpr):
+    return finite(load_logits(x_ptr, words, inside, scale, softcap, SOFTCAP, WHOLE))
