@@ -183,8 +183,8 @@ void gemm(Tensor a, Tensor b, std::optional<Tensor> add, Tensor out) {
   auto check_matrix = [](const char* name, const Tensor& t, int64_t rows, int64_t columns, bool transposed) {
     STD_TORCH_CHECK(t.is_cpu() && t.dim() == 2 && t.size(0) == rows && t.size(1) == columns, name,
                     ": expected a CPU matrix [", rows, ", ", columns, "], got shape ", shape(t));
-    STD_TORCH_CHECK(t.stride(1) == 1 || (transposed && t.stride(0) == 1), name, ": expected contiguous rows",
-                    transposed ? " or columns" : "");
+    bool contiguous = t.stride(1) == 1 || (transposed ? t.stride(0) == 1 : columns == 1);   // one number has any stride
+    STD_TORCH_CHECK(contiguous, name, ": expected contiguous rows", transposed ? " or columns" : "");
   };
   check_matrix("a", a, m, k, true);
   check_matrix("b", b, k, n, true);

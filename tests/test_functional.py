@@ -281,6 +281,9 @@ def test_a_single_token_and_a_single_number(backend, dtype):
     one = torch.randn(1, 2, dtype=torch.float32).to(dtype)[:, ::2].as_strided((1, 1), (2, 2))
     head = kd.Head(torch.ones(3, 1, dtype=dtype), one, scale=2.0)
     assert torch.equal(kd.statistics(head).lse, 2 * one.float().expand(3, 1)[:, 0])
+    bias = torch.randn(2).to(dtype)[::2]
+    head = kd.Head(torch.zeros(3, 5, dtype=dtype), torch.ones(1, 5, dtype=dtype), bias)
+    assert torch.equal(kd.statistics(head).lse, bias.float().expand(3))
 
 
 def test_all_words_are_candidates(backend):
