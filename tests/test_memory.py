@@ -105,6 +105,18 @@ def test_a_smaller_budget_is_kept(linux, dtype):
     assert result["beyond"] - result["accumulator"] <= budget + 16
 
 
+def test_row_kernels_take_what_they_say(linux):
+    """The group maxima of 2^26 words: 8 MiB for the thread that has the row."""
+    native = pytest.importorskip("kdkernels.rows.native", exc_type=ImportError)
+    vocabulary = 1 << 26
+    logits = torch.zeros(1, vocabulary, dtype=torch.bfloat16)
+    with Resident() as resident:
+        rows = native.statistics(logits, 1.0, None, 1.0, 1, None)
+    taken = native.workspace(1, vocabulary) / torch.get_num_threads()
+    assert float(rows.entropy) == pytest.approx(math.log(vocabulary), rel=1e-6)
+    assert 0.5 * taken <= resident.peak <= taken + (1 << 20)
+
+
 @pytest.fixture
 def gradients(monkeypatch) -> list:
     """The blocks kept for gradients, where small tensors have them too; none is there for logits either."""

@@ -34,4 +34,4 @@ def isa() -> str:
 
 
 def workspace(rows: int, vocabulary: int) -> int:
-    return torch.get_num_threads() * (vocabulary // 16 + 16384)  # group maxima and blocks, per thread
+    return torch.get_num_threads() * (vocabulary // 8 + 24576)  # group maxima and blocks, per thread
