@@ -86,7 +86,7 @@ def _check_rows(rows: Tensor | Layout | None, student: Source) -> Tensor | None:
     if isinstance(rows, Layout):
         if rows.shape != student.shape:
             raise ValueError(f"rows: expected a layout of shape {list(student.shape)}, got {list(rows.shape)}")
-        return rows.index.to(student.device, non_blocking=True)
+        return rows.index.to(student.device, non_blocking=student.device.type != "cpu")
     if not isinstance(rows, Tensor) or rows.dtype not in (torch.int64, torch.bool):
         got = getattr(rows, "dtype", type(rows).__name__)
         raise TypeError(f"rows: expected int64 positions, a bool mask or a kd.Layout, got {got}")

@@ -178,10 +178,11 @@ class Layout:
 
     def to(self, device) -> Layout:
         """The same layout with its tensors on ``device``; this one, with what it has computed, if they are there."""
-        index = self.index.to(device, non_blocking=True)
-        if index is self.index:
+        ahead = torch.device(device).type != "cpu"  # a copy from a GPU that nobody waited for has no numbers yet
+        index = self.index.to(device, non_blocking=ahead)
+        token = None if self.token is None else self.token.to(device, non_blocking=ahead)
+        if index is self.index and token is self.token:
             return self
-        token = None if self.token is None else self.token.to(device, non_blocking=True)
         return Layout.trusted(index, self.lengths, self.shape, token)
 
     @cached_property

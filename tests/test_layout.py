@@ -281,3 +281,21 @@ def test_responses_are_found_on_the_cpu(make, monkeypatch):
         layout = getattr(kd.Layout, make)(batch)
     assert sum(each is batch for each in copies) == 1
     assert torch.equal(layout.index, expected.index) and layout.lengths == expected.lengths and len(layout) > 4
+
+
+class OnAGpu:
+    """Stands for a tensor there. A copy to the CPU that nobody waits for has no numbers yet."""
+
+    shape, device, dtype = (3,), torch.device("cuda"), torch.int64
+
+    def to(self, device, non_blocking=False):
+        return torch.full((3,), -7) if non_blocking else torch.arange(3)
+
+
+def test_a_layout_from_a_gpu_is_waited_for():
+    layout = kd.Layout.trusted(OnAGpu(), (3,), (1, 3), OnAGpu())
+    moved = layout.to("cpu")
+    assert moved.index.tolist() == moved.token.tolist() == [0, 1, 2]
+    assert layout.to("meta").index.tolist() == [-7] * 3  # to a GPU it is not
+    student = kd.Head(torch.randn(1, 3, 4), torch.randn(5, 4))
+    assert torch.equal(kd.entropy(student, rows=layout), kd.entropy(student))

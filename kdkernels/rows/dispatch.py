@@ -76,10 +76,10 @@ def info() -> dict:
     """Backends found, which one each device gets (float32 logits), and why not where one cannot run.
 
     ``{"backends": {name: "ok" | reason}, "devices": {device: name}, "cpu_isa": "avx512" | "avx2" | "portable" | None,
-    "cpu_products": {"float32": "native: why", "bfloat16": "torch: why", ...}}``: who multiplies matrices of each dtype,
-    csrc/gemm.h (native) or torch, which may have to widen them first (where ``KDKERNELS_BACKEND`` or
-    ``KDKERNELS_CPU_ISA`` forces what cannot run, its place has the reason).
-        "memory_budget": plan.info(),
+    "cpu_products": {"float32": "native: why", "bfloat16": "torch: why", ...}, "memory_budget": {device: default}}``.
+
+    Products: who multiplies matrices of each dtype, csrc/gemm.h (native) or torch, which may have to widen them first.
+    Where ``KDKERNELS_BACKEND`` or ``KDKERNELS_CPU_ISA`` forces what cannot run, its place has the reason.
     """
     fp32 = torch.float32
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
