@@ -106,6 +106,24 @@ def test_a_softcap_of_one_side_and_16_bit_logits_beside_fp32(small_blocks, s_cap
     assert truth.relative(s.logits, torch.autograd.grad(exact.sum(), leaf)[0]) < torch.finfo(F16).eps
 
 
+def test_the_reverse_kl_of_a_student_that_is_sure():
+    """Its word's log-ratio of 60 nats cancels to a gradient a millionth as large; each row counts alone."""
+    torch.manual_seed(0)
+    x_s, x_t = torch.randn(4, 301), torch.randn(4, 301)
+    x_s[:, 7] += torch.arange(16.0, 24.0, 2)
+    x_t[:, 250] += 60
+    alone = Coefficients(torch.eye(3)[0][:, None].repeat(1, 4), torch.zeros(4, 0, dtype=torch.int64), torch.zeros(4, 0))
+    for temperature in (1.0, 0.7):
+        kind, buffer = truth.DIVERGENCES["reverse"][0], x_s.clone()
+        s, t = (rows_of(x).statistics(x, 1.0, None, temperature, 1, None) for x in (buffer, x_t))
+        _, center = rows_of(x_s).divergence(s, t, kind, temperature)
+        rows_of(x_s).gradient_(s, t, kind, temperature, center, alone, buffer)
+        leaf = x_s.double().requires_grad_()
+        exact = torch.autograd.grad(truth.divergence(leaf, x_t.double(), "reverse", temperature).sum(), leaf)[0]
+        for got, row in zip(buffer, exact, strict=True):
+            assert truth.relative(got, row) < 1e-5
+
+
 def test_many_ids_with_duplicates(small_blocks):
     """129 ids (128 candidates and the target), each word up to ten times: all are added in fp32."""
     x, _ = distribution("normal", 2, 301)

@@ -210,10 +210,14 @@ def _below_max(z, top, inverse, inverse_rest, TEMPERED: tl.constexpr):
 
 
 @triton.jit
-def _ratio(x_q, x_p, gap):
-    """log(q s) and log q - log p, s being what p = e^x_p / s: so both probabilities are to be divided by s."""
+def _ratio(x_q, x_p, gap, MIXTURE: tl.constexpr):
+    """log(q s) and log q - log p, s being what p = e^x_p / s: so both probabilities are to be divided by s.
+
+    With m = p no p is needed, and s is the student's own sum: q of its largest word is exactly 1 / s. Where that has
+    nearly all the mass, its log-ratio, which has no bound, then cancels with the mean.
+    """
     y_q = x_q - gap
-    return y_q, y_q - x_p
+    return x_q if MIXTURE == TEACHER else y_q, y_q - x_p
 
 
 @triton.jit
@@ -256,14 +260,14 @@ def _compare(q, p, d, x_q, mix, rest, MIXTURE: tl.constexpr):
 
 
 @triton.jit
-def _pair(s_stats_ptr, t_stats_ptr, row, TEMPERED: tl.constexpr):
-    """Both sides' max, the teacher's 1 / sum, log-sum of q minus that of p; all at the temperature."""
+def _pair(s_stats_ptr, t_stats_ptr, row, MIXTURE: tl.constexpr, TEMPERED: tl.constexpr):
+    """Both sides' max, 1 / s (_ratio), log-sum of q minus that of p; all at the temperature."""
     s_stats_ptr += row * STATS
     t_stats_ptr += row * STATS
     s_sum = tl.load(s_stats_ptr + (5 if TEMPERED else 4))
     t_sum = tl.load(t_stats_ptr + (5 if TEMPERED else 4))
     gap = tl.log(tl.div_rn(s_sum, t_sum))
-    return tl.load(s_stats_ptr), tl.load(t_stats_ptr), tl.div_rn(1.0, t_sum), gap
+    return tl.load(s_stats_ptr), tl.load(t_stats_ptr), tl.div_rn(1.0, s_sum if MIXTURE == TEACHER else t_sum), gap
 
 
 @_kernel
@@ -277,7 +281,7 @@ def divergence_kernel(
     row = tl.program_id(0).to(tl.int64)
     s_ptr += row * s_stride
     t_ptr += row * t_stride
-    s_max, t_max, norm, gap = _pair(s_stats_ptr, t_stats_ptr, row, TEMPERED)
+    s_max, t_max, norm, gap = _pair(s_stats_ptr, t_stats_ptr, row, MIXTURE, TEMPERED)
     kl_p = tl.zeros([BLOCK], tl.float32)
     kl_q = tl.zeros([BLOCK], tl.float32)
     skewed = tl.zeros([BLOCK], tl.float32)
@@ -292,7 +296,7 @@ def divergence_kernel(
             x_p = _below_max(z_t, t_max, inverse, inverse_rest, TEMPERED)
             z_s = load_z(s_ptr, words, inside, s_scale, s_softcap, S_SOFTCAP, part == 0)
             x_q = _below_max(z_s, s_max, inverse, inverse_rest, TEMPERED)
-            y_q, d = _ratio(x_q, x_p, gap)
+            y_q, d = _ratio(x_q, x_p, gap, MIXTURE)
             q, p = exp(y_q), exp(x_p)
             log_p_m, log_q_m, q_skew, q_p = _compare(q, p, d, x_q, mix, rest, MIXTURE)
             if MIXTURE != TEACHER:
@@ -340,7 +344,7 @@ def _gradient(
         z_t = load_z(t_ptr, words, inside, t_scale, t_softcap, T_SOFTCAP, WHOLE)
         x_q = _below_max(z, s_max, inverse, inverse_rest, TEMPERED)
         x_p = _below_max(z_t, t_max, inverse, inverse_rest, TEMPERED)
-        y_q, d = _ratio(x_q, x_p, gap)
+        y_q, d = _ratio(x_q, x_p, gap, MIXTURE)
         q = exp(y_q)
         gradient = added
         if TEMPERED:
@@ -373,7 +377,7 @@ def _row_scalars(
     All factors that a row's words share are in the coefficients: the loss's, the scale of the logits, and what _ratio
     leaves to be divided by. ``norm`` is for probabilities which are not of _ratio: 1 / sum of the student.
     """
-    s_max, t_max, norm_p, gap = _pair(s_stats_ptr, t_stats_ptr, row, TEMPERED)
+    s_max, t_max, norm_p, gap = _pair(s_stats_ptr, t_stats_ptr, row, MIXTURE, TEMPERED)
     norm = tl.div_rn(1.0, tl.load(s_stats_ptr + row * STATS + 4))
     s_mean = tl.load(s_stats_ptr + row * STATS + 6)
     c_x = tl.load(dense_ptr + dense_stride + row) * -1.0
