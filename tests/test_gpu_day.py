@@ -196,6 +196,7 @@ def test_targets():
         cell(summary.QWEN, 8192, "JSD(0.9)", name, s)
         for name, s in (("TRL GKD", 0.2), (summary.WITHIN + "TRL GKD", 0.1))
     ]
+    found.append(cell(summary.LLAMA, 1024, "JSD(0.9)", "TRL GKD", 0.008))  # a peer's, which is no merit of ours
     shown = summary.targets(summary.Findings(found))
     verdicts = [line.split("|")[-2].strip() for line in shown.splitlines()[4:]]
     assert verdicts == [

@@ -59,7 +59,13 @@ class Target:
 
 
 def _smallest(key: str, **wanted) -> Callable[[Findings], float | None]:
-    return lambda found: min((c[key] for c in found.cells(trained=True, **wanted)), default=None)
+    """Of our own: a peer reaches no target of ours."""
+
+    def figure(found: Findings) -> float | None:
+        cells = found.cells(trained=True, **wanted)
+        return min((c[key] for c in cells if c["implementation"].startswith(OURS)), default=None)
+
+    return figure
 
 
 def _headline(loss: str, implementation: str) -> dict:
