@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 GPU = ROOT / "benchmarks/gpu"
 sys.path[:0] = [str(GPU), str(GPU.parent)]
 import day  # noqa: E402
+import kernels  # noqa: E402
 import speed  # noqa: E402
 import summary  # noqa: E402
 
@@ -212,6 +214,22 @@ def test_targets():
         "holds",
     ]
     assert "| 0.5 | 1 x its time |" in shown
+
+
+def test_sweeps_are_timed_over_padded_rows(monkeypatch):
+    """As the buffers of a call are on a GPU."""
+    strides, backend = [], kernels.backend_for(torch.device("cpu"), torch.float32)
+
+    def statistics(x, *options):
+        strides.append(x.stride(0))
+        return backend.statistics(x, *options)
+
+    monkeypatch.setattr("kdkernels.memory.padded", lambda columns, device: -(-columns // 64) * 64)
+    monkeypatch.setattr(kernels, "DEVICE", "cpu")
+    seen = SimpleNamespace(statistics=statistics, divergence=backend.divergence)
+    monkeypatch.setattr(kernels, "backend_for", lambda *_: seen)
+    kernels.sweeps(torch.float32, 100, 2)
+    assert strides == [128, 128]
 
 
 def test_what_has_a_target_is_measured():

@@ -12,11 +12,12 @@ import torch
 from findings import DEVICE, DRY, VOCABULARY, attempt, dtype_name, left, milliseconds, record
 
 import kdkernels as kd
+from kdkernels import memory
 from kdkernels.rows import Coefficients, backend_for
 
 F32, BF16 = torch.float32, torch.bfloat16
 ROWS = 1 if DRY else 1024
-ODD = 997 if DRY else 151665  # rows of so many words do not begin at multiples of 16 bytes
+ODD = 997 if DRY else 151665  # no multiple of 64 words, to which rows of a buffer are padded (memory.py)
 FILLED = (2,) if DRY else (66, 132, 264, 528, 1056, 2112)  # a program has a row, an H100 132 multiprocessors
 JSD = kd.JSD(0.9)
 CANDIDATES = (2, 3) if DRY else (10, 128)  # TSD-KD's, VCRD's
@@ -28,7 +29,9 @@ def sweeps(
 ) -> dict[str, tuple[Callable[[], object], int]]:
     """name: (call, bytes a word that it must move). Gradients overwrite the student's logits, again and again."""
     g = torch.Generator(device=DEVICE).manual_seed(0)
-    x_s, x_t = ((3 * torch.randn(rows, words, device=DEVICE, generator=g)).to(dtype) for _ in "st")
+    x_s, x_t = memory.matrices([((rows, words), dtype)] * 2, torch.device(DEVICE))
+    for x in (x_s, x_t):
+        x.copy_(3 * torch.randn(rows, words, device=DEVICE, generator=g))
     backend, size = backend_for(x_s.device, dtype), dtype.itemsize
 
     def statistics(k: int):
