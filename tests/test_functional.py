@@ -96,7 +96,8 @@ def test_small_budgets_change_nothing(backend):
     results = []
     for budget in (
         None,
-        400 * plan.TOKEN_BYTES + {"eager": 112 << 20, "native": 300_000, "triton": 4_500_000}[backend],
+        400 * plan.TOKEN_BYTES
+        + {"eager": 112 << 20, "native": 100_000 + 190_000 * torch.get_num_threads(), "triton": 4_500_000}[backend],
     ):
         with Products() as products:
             value = kd.divergence(student, teacher, kd.JSD(0.9), memory_budget=budget)
