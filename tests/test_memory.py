@@ -54,6 +54,22 @@ print(json.dumps({
 }))
 """
 
+STATISTICS = """
+import json, sys
+import torch
+
+sys.path.insert(0, sys.argv[1])
+from allocations import Resident
+from kdkernels.rows import native
+
+vocabulary = int(sys.argv[2])
+logits = torch.zeros(1, vocabulary, dtype=torch.bfloat16)
+native.statistics(logits[:, :1000], 1.0, None, 1.0, 1, None)
+with Resident() as resident:
+    rows = native.statistics(logits, 1.0, None, 1.0, 1, None)
+print(json.dumps([float(rows.entropy), resident.peak, native.workspace(1, vocabulary) / torch.get_num_threads()]))
+"""
+
 LIMIT = 400  # MiB: the default budget of 384 and what is not logits
 NARROW = pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 
@@ -106,15 +122,13 @@ def test_a_smaller_budget_is_kept(linux, dtype):
 
 
 def test_row_kernels_take_what_they_say(linux):
-    """The group maxima of 2^26 words: 8 MiB for the thread that has the row."""
-    native = pytest.importorskip("kdkernels.rows.native", exc_type=ImportError)
-    vocabulary = 1 << 26
-    logits = torch.zeros(1, vocabulary, dtype=torch.bfloat16)
-    with Resident() as resident:
-        rows = native.statistics(logits, 1.0, None, 1.0, 1, None)
-    taken = native.workspace(1, vocabulary) / torch.get_num_threads()
-    assert float(rows.entropy) == pytest.approx(math.log(vocabulary), rel=1e-6)
-    assert 0.5 * taken <= resident.peak <= taken + (1 << 20)
+    """The group maxima of 2^26 words: 8 MiB for the thread that has the row. In a process of its own: in this one the
+    allocator may have as much in memory already."""
+    pytest.importorskip("kdkernels.rows.native", exc_type=ImportError)
+    command = [sys.executable, "-c", STATISTICS, str(Path(__file__).parent), str(1 << 26)]
+    entropy, peak, said = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert entropy == pytest.approx(math.log(1 << 26), rel=1e-6)
+    assert 0.5 * said <= peak <= said + (1 << 20)
 
 
 @pytest.fixture
