@@ -3,6 +3,7 @@
 # Everything lives in .venv; nothing outside this folder is touched.
 PYTHON ?= python3
 PY := .venv/bin/python
+GPU_PY = $(if $(findstring command,$(origin PY)),$(PY),$(PYTHON))
 PIP := PIP_CONSTRAINT=constraints.txt $(PY) -m pip install --quiet --disable-pip-version-check
 SEEDS ?= 1
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
@@ -39,11 +40,11 @@ test: install lint
 # On a machine with a GPU, with the Python on its PATH that has torch and triton: all that a GPU is wanted for, within
 # nine minutes, or some steps of it (make gpu-day STEPS="speed peers"; docs/gpu-day.md). Installs nothing.
 gpu-day:
-	$(PYTHON) benchmarks/gpu/day.py $(STEPS)
+	$(GPU_PY) benchmarks/gpu/day.py $(STEPS)
 
 # The row kernels' tests (pytest, hypothesis) and compute-sanitizer over every kernel variant, within five minutes.
 gpu-check:
-	$(PYTHON) benchmarks/gpu/day.py tests compile memcheck racecheck
+	$(GPU_PY) benchmarks/gpu/day.py tests compile memcheck racecheck
 
 # Compiles whatever a call can launch on a GPU, without one, with another Python's torch and Triton than those of .venv
 # (minutes): make triton-check PY=python3
@@ -92,7 +93,7 @@ DEVICE ?= cuda
 SHAPES ?= gpu
 LIMIT ?= 600
 gpu-report:
-	$(PYTHON) benchmarks/run.py --device $(DEVICE) --shapes $(SHAPES) --limit $(LIMIT)
+	$(GPU_PY) benchmarks/run.py --device $(DEVICE) --shapes $(SHAPES) --limit $(LIMIT)
 
 lint: install
 	$(PY) -m ruff check .
