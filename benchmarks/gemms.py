@@ -16,7 +16,7 @@ import torch
 from cases import Batch, Case
 from torch import Tensor
 
-from kdkernels import gemm, memory
+from kdkernels.compute import gemm, memory
 
 ROWS = (512, 1024, 2048, 4096)
 

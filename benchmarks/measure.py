@@ -16,7 +16,7 @@ from environment import clocks
 from gemms import BareGemms, bytes_moved, candidates, flops, yardstick
 from verify import Truth
 
-from kdkernels import memory
+from kdkernels.compute import memory
 
 MIB = 2**20
 FINALISTS, CLOSE = 2, 1.05  # chunk sizes of the bare GEMMs that are timed in turns: the fastest of one chunk each

@@ -15,8 +15,8 @@ from gemms import yardstick
 from measure import timed
 
 import kdkernels as kd
-from kdkernels import gemm
-from kdkernels.rows import backend_for
+from kdkernels.compute import gemm
+from kdkernels.kernels import backend_for
 
 HERE = Path(__file__).parent
 

@@ -2,7 +2,7 @@
 //
 // Vendor libraries round the sum of 16-bit operands to 16 bits on CPUs, not all use the widest vectors of every CPU, and
 // 16-bit operands take them 8 to 100 times as long where there are no units for them. These write any of the dtypes, and
-// add to fp32 sums, at the speed of the plain product. Which products kdkernels takes is decided in kdkernels/gemm.py.
+// add to fp32 sums, at the speed of the plain product. Which products kdkernels takes is decided in kdkernels/compute/gemm.py.
 #pragma once
 #include <cstdint>
 #include <string>

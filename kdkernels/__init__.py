@@ -8,10 +8,10 @@ out.loss.backward()
 from . import modules
 from .divergences import JSD, ForwardKL, ReverseKL, SkewKL, SkewReverseKL
 from .functional import TokenStatistics, cross_entropy, divergence, entropy, plackett_luce, statistics
-from .heads import Head, Logits, TopK
 from .layout import Layout
+from .machine import info
 from .objectives import GKD, SFT, TSDKD, VCRD, AdaptiveOpener, DistiLLM2
-from .rows import info
+from .sources import Head, Logits, TopK
 
 __all__ = [
     "GKD",

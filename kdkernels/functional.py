@@ -15,12 +15,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import operators
 from .checks import check_count, check_temperature
-from .chunked import needed
 from .divergences import Divergence
-from .heads import Head, Logits, Source, TopK, autocast_dtype, shared_vocabulary
+from .engine import operators
+from .engine.autograd import needed
 from .layout import Layout
+from .sources import Head, Logits, Source, TopK, autocast_dtype, shared_vocabulary
 
 __all__ = ["TokenStatistics", "cross_entropy", "divergence", "entropy", "plackett_luce", "statistics"]
 

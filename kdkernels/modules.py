@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from . import functional
 from .divergences import Divergence as Kind
-from .heads import Head, Logits, TopK
 from .layout import Layout
+from .sources import Head, Logits, TopK
 
 __all__ = ["CrossEntropy", "Divergence", "Entropy", "PlackettLuce"]
 

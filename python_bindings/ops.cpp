@@ -1,4 +1,4 @@
-// The torch operators over csrc/, for CPU tensors. LibTorch stable ABI only, so one binary serves every torch from 2.10 on. The operators mutate their outputs and know nothing of autograd (kdkernels/chunked.py does).
+// The torch operators over csrc/, for CPU tensors. LibTorch stable ABI only, so one binary serves every torch from 2.10 on. The operators mutate their outputs and know nothing of autograd (kdkernels/engine does).
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>

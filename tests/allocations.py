@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 class Allocations:
     """``peak``: the most bytes torch's CPU allocator held at a time beyond what it held before, inside operators too.
 
-    Blocks of kdkernels.memory are not torch's; conftest.py's poisoned memory has none.
+    Blocks of kdkernels.compute.memory are not torch's; conftest.py's poisoned memory has none.
     """
 
     def __enter__(self) -> Allocations:

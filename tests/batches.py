@@ -12,7 +12,7 @@ from torch import Tensor
 from truth import Batch
 
 import kdkernels as kd
-from kdkernels import plan
+from kdkernels.engine import plan
 
 
 def random_head(

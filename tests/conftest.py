@@ -15,7 +15,7 @@ import pytest
 import torch
 from backends import BACKENDS, PRECISIONS
 
-from kdkernels import memory
+from kdkernels.compute import memory
 
 HERE = Path(__file__).parent
 ON_GPU = torch.cuda.is_available()  # some of PyTorch's operators are not deterministic there: they warn

@@ -2,4 +2,4 @@
 
 import sys
 
-sys.modules["kdkernels.rows.native"] = None  # importing it is an ImportError
+sys.modules["kdkernels.kernels.native"] = None  # importing it is an ImportError

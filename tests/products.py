@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kdkernels import operators
+from kdkernels.engine import operators
 
 
 class Products(TorchDispatchMode):

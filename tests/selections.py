@@ -8,7 +8,8 @@ import torch
 import truth
 from truth import Batch, Selection
 
-from kdkernels import chunked, reference
+from kdkernels import reference
+from kdkernels.engine import loop
 
 
 class Recorder:
@@ -16,7 +17,7 @@ class Recorder:
 
     def __init__(self, monkeypatch, objective):
         self.orders, self.tokens = [], []
-        rank, coefficients = chunked.plackett_luce, objective.coefficients
+        rank, coefficients = loop.plackett_luce, objective.coefficients
 
         def recording_rank(student_logits, teacher_logits, teacher_top):
             self.orders.append(reference.teacher_order(teacher_logits, teacher_top))
@@ -26,7 +27,7 @@ class Recorder:
             self.tokens.append(tokens)
             return coefficients(tokens)
 
-        monkeypatch.setattr(chunked, "plackett_luce", recording_rank)
+        monkeypatch.setattr(loop, "plackett_luce", recording_rank)
         objective.coefficients = recording_coefficients
 
     def selection(self) -> Selection:

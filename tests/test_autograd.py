@@ -11,8 +11,10 @@ from products import Products
 from torch.utils.checkpoint import checkpoint
 
 import kdkernels as kd
-from kdkernels import chunked, gemm, operators
-from kdkernels.rows import eager as eager_backend
+from kdkernels.compute import gemm
+from kdkernels.engine import autograd, operators
+from kdkernels.kernels import eager as eager_backend
+from kdkernels.kernels import registry
 
 N, HS, HT, V = 18, 8, 12, 60  # of fixed(): response tokens of 60 positions, hidden sizes, words
 
@@ -74,7 +76,7 @@ def test_a_bias_alone(backend):
 def test_no_grad_does_no_gradient_work(backend, make, monkeypatch):
     batch = fixed()
     expected = loss_of(make, batch)
-    module = __import__(f"kdkernels.rows.{backend}", fromlist=["gradient_"])
+    module = registry.load(backend)[0]
 
     def forbidden(*_):
         raise AssertionError("no gradient was asked for")
@@ -378,8 +380,8 @@ def test_on_a_gpu_a_kernel_sees_whether_there_is_anything_to_scale(monkeypatch):
     """Nothing is read from the device, as a CPU reads it to save the pass."""
     seen, numbers = [], torch.empty(3, 4, device="meta")
     backend = SimpleNamespace(scale_=lambda gradient, factor: seen.append((gradient, factor.shape, factor.dtype)))
-    monkeypatch.setattr(chunked, "backend_for", lambda device, dtype: backend)
-    chunked.scale_([numbers, None], [1.0, 1.0], torch.empty((), device="meta"))
+    monkeypatch.setattr(autograd, "backend_for", lambda device, dtype: backend)
+    autograd.scale_([numbers, None], [1.0, 1.0], torch.empty((), device="meta"))
     assert seen == [(numbers, torch.Size([]), torch.float32)]
     eager, factor = torch.ones(3, dtype=torch.bfloat16), torch.tensor(1.5)
     eager_backend.scale_(eager, factor)

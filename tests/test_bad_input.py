@@ -7,7 +7,7 @@ import torch
 from batches import fixed, run
 
 import kdkernels as kd
-from kdkernels import operators
+from kdkernels.engine import operators
 from kdkernels.objectives import base, validity_weights
 
 MASK = torch.ones(2, 5, dtype=torch.bool)

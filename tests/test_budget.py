@@ -12,7 +12,7 @@ from allocations import Allocations
 from batches import costs, smallest_budget
 
 import kdkernels as kd
-from kdkernels import plan
+from kdkernels.engine import plan
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 SLACK = 1 << 17  # bytes: scalars, and what libraries take

@@ -10,8 +10,9 @@ from products import Products
 from test_logits import FUNCTIONS
 
 import kdkernels as kd
-from kdkernels import gpu, memory, plan
-from kdkernels.rows import backend_for
+from kdkernels.compute import memory
+from kdkernels.engine import gpu, plan
+from kdkernels.kernels import backend_for
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 LENGTHS = (5, 1, 9, 0, 3, 30, 2, 7)

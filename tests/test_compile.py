@@ -6,7 +6,7 @@ import truth
 from batches import fixed
 
 import kdkernels as kd
-from kdkernels import operators
+from kdkernels.engine import operators
 
 # Dynamo looks for gradients of tensors that have none, and hides PyTorch's remark from users, not from "error".
 pytestmark = [
@@ -15,7 +15,7 @@ pytestmark = [
 ]
 
 
-def source(kind: str, grad: bool) -> kd.heads.Source:
+def source(kind: str, grad: bool) -> kd.sources.Source:
     torch.manual_seed(0)
     if kind == "Head":
         tensors = torch.randn(2, 3, 4), torch.randn(11, 4), torch.randn(11)

@@ -11,7 +11,8 @@ import truth
 from batches import fixed, run, smallest_budget
 
 import kdkernels as kd
-from kdkernels import chunked, reference
+from kdkernels import reference
+from kdkernels.engine import autograd
 
 F16, F64 = torch.float16, torch.float64
 
@@ -298,7 +299,7 @@ def test_gradients_are_scaled_once(device, dtype):
         ((1.0, 1.0), incoming, (incoming, incoming)),
     ):
         gradients = [torch.full((2, 3), 2.0**-10, dtype=dtype, device=device) for _ in range(2)]
-        chunked.scale_([*gradients, None], [*factors, 1.0], grad)
+        autograd.scale_([*gradients, None], [*factors, 1.0], grad)
         for got, factor in zip(gradients, expected, strict=True):
             wanted = (torch.full((2, 3), 2.0**-10, device=device) * factor).to(dtype)
             assert got.dtype == dtype and (device == "meta" or torch.equal(got, wanted))

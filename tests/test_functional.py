@@ -9,7 +9,7 @@ from batches import random_head
 from products import Products
 
 import kdkernels as kd
-from kdkernels import plan
+from kdkernels.engine import plan
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 SHAPE, WORDS = (3, 7), 130

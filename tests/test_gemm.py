@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kdkernels as kd
-from kdkernels import gemm, plan
-from kdkernels.rows import backend_for
+from kdkernels.compute import gemm
+from kdkernels.engine import plan
+from kdkernels.kernels import backend_for
 
 C, V, H = 6, 40, 8
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -35,8 +36,8 @@ AVX512 = {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
 NEEDED = {"avx512": AVX512 | {"avx512_bf16"}, "avx512_nobf16": AVX512, "avx2": {"avx2", "fma"}, "portable": set()}
 SETS = [name for name, flags in NEEDED.items() if flags <= of_this_cpu()[1]]  # of instructions that this CPU has
 try:
-    import kdkernels.rows.native
-except ImportError:  # as where only a GPU is tested; test_dispatch.py fails
+    import kdkernels.kernels.native
+except ImportError:  # as where only a GPU is tested; test_registry.py fails
     SETS = []
 needs_native = pytest.mark.skipif(not SETS, reason="the extension is not built")
 

@@ -224,7 +224,7 @@ def test_sweeps_are_timed_over_padded_rows(monkeypatch):
         strides.append(x.stride(0))
         return backend.statistics(x, *options)
 
-    monkeypatch.setattr("kdkernels.memory.padded", lambda columns, device: -(-columns // 64) * 64)
+    monkeypatch.setattr("kdkernels.compute.memory.padded", lambda columns, device: -(-columns // 64) * 64)
     monkeypatch.setattr(kernels, "DEVICE", "cpu")
     seen = SimpleNamespace(statistics=statistics, divergence=backend.divergence)
     monkeypatch.setattr(kernels, "backend_for", lambda *_: seen)

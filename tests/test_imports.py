@@ -10,28 +10,15 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "kdkernels"
 
 # A unit is a module or package right under kdkernels/. Leaves may be imported by all, and import only leaves.
-LEAVES = {
-    "checks",
-    "divergences",
-    "fp16",
-    "heads",
-    "layout",
-    "plan",
-    "gpu",
-    "predict",
-    "gemm",
-    "memory",
-    "from_model",
-    "tensors",
-}
+LEAVES = {"checks", "divergences", "tensors", "layout"}
 # Each imports only what is to its left, leaves, and itself. The package's __init__ collects the core.
 ORDER = [
     "reference",
-    "rows",
-    "coarse",
-    "sides",
-    "chunked",
-    "operators",
+    "compute",
+    "kernels",
+    "sources",
+    "engine",
+    "machine",
     "functional",
     "modules",
     "objectives",
@@ -39,7 +26,7 @@ ORDER = [
     "training",
     "demo",
 ]
-CORE = LEAVES | set(ORDER[:10])
+CORE = LEAVES | set(ORDER[:9])
 THIRD_PARTY_OF_THE_CORE = {"torch", "triton"}
 
 
@@ -97,7 +84,7 @@ def modules() -> dict[tuple[str, ...], tuple[str, bool]]:
 
 def test_imports_run_one_way():
     found = modules()
-    assert len(found) > 30 and ("kdkernels", "rows", "eager") in found
+    assert len(found) > 30 and ("kdkernels", "kernels", "eager") in found
     assert violations(found) == []
 
 
@@ -106,20 +93,20 @@ def planted(module: str, source: str) -> list[str]:
 
 
 def test_the_check_sees_what_is_planted():
-    assert planted("kdkernels.rows.eager", "from ..chunked import run")
-    assert planted("kdkernels.rows.eager", "from .. import objectives")
-    assert planted("kdkernels.rows.eager", "from kdkernels import TSDKD")
-    assert planted("kdkernels.rows.eager", "def f():\n    import kdkernels.training.data")
+    assert planted("kdkernels.kernels.eager", "from ..engine.loop import run")
+    assert planted("kdkernels.kernels.eager", "from .. import objectives")
+    assert planted("kdkernels.kernels.eager", "from kdkernels import TSDKD")
+    assert planted("kdkernels.kernels.eager", "def f():\n    import kdkernels.training.data")
     assert planted("kdkernels.objectives.gkd", "from ..training import config")
-    assert planted("kdkernels.chunked", "from kdkernels.functional import entropy")
-    assert planted("kdkernels.reference", "from .rows import backend_for")
-    assert planted("kdkernels.heads", "from . import reference")
+    assert planted("kdkernels.engine.loop", "from kdkernels.functional import entropy")
+    assert planted("kdkernels.reference", "from .kernels import backend_for")
+    assert planted("kdkernels.sources.head", "from ..engine import loop")
     assert planted("kdkernels.training.trainer", "from kdkernels.demo import phases")
     assert planted("kdkernels.functional", "import transformers")
-    assert planted("kdkernels.heads", "def f():\n    from numpy import array")
+    assert planted("kdkernels.sources", "def f():\n    from numpy import array")
     assert planted("kdkernels.helpers", "")
     assert not planted(
-        "kdkernels.rows.eager", "import math\nimport torch\nfrom .. import reference\nfrom . import native"
+        "kdkernels.kernels.eager", "import math\nimport torch\nfrom .. import reference\nfrom . import native"
     )
     assert not planted("kdkernels.demo.phases", "import kdkernels as kd\nfrom ..training import cli\nimport numpy")
 

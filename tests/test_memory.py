@@ -14,7 +14,7 @@ from allocations import Resident
 from batches import fixed, loss_of, smallest_budget
 
 import kdkernels as kd
-from kdkernels import memory
+from kdkernels.compute import memory
 
 CPU = torch.device("cpu")
 
@@ -60,7 +60,7 @@ import torch
 
 sys.path.insert(0, sys.argv[1])
 from allocations import Resident
-from kdkernels.rows import native
+from kdkernels.kernels import native
 
 vocabulary = int(sys.argv[2])
 logits = torch.zeros(1, vocabulary, dtype=torch.bfloat16)
@@ -124,7 +124,7 @@ def test_a_smaller_budget_is_kept(linux, dtype):
 def test_row_kernels_take_what_they_say(linux):
     """The group maxima of 2^26 words: 8 MiB for the thread that has the row. In a process of its own: in this one the
     allocator may have as much in memory already."""
-    pytest.importorskip("kdkernels.rows.native", exc_type=ImportError)
+    pytest.importorskip("kdkernels.kernels.native", exc_type=ImportError)
     command = [sys.executable, "-c", STATISTICS, str(Path(__file__).parent), str(1 << 26)]
     entropy, peak, said = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     assert entropy == pytest.approx(math.log(1 << 26), rel=1e-6)

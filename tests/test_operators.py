@@ -8,8 +8,8 @@ import torch
 from backends import BF16, COMPILED, F16, F32
 
 import kdkernels as kd
-from kdkernels.rows import Coefficients, backend_for
-from kdkernels.rows.operators import NAMES, Operators
+from kdkernels.kernels import Coefficients, backend_for
+from kdkernels.kernels.torch_ops import NAMES, Operators
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own tracing
 
@@ -67,8 +67,8 @@ def sweep(plain, dtype, out_dtype, scale, softcap, temperature, operators) -> to
 def test_the_backends_agree_on_their_operators():
     """One set of adapters calls them all."""
     schemas = {}
-    for prefix, module in (("", "native"), ("triton_", "triton")):
-        import_module(f"kdkernels.rows.{module}")
+    for prefix, module in (("", "native"), ("triton_", "triton.backend")):
+        import_module(f"kdkernels.kernels.{module}")
         arguments = [getattr(torch.ops.kdkernels, prefix + name).default._schema.arguments for name in NAMES]
         schemas[prefix] = [[(str(a.type), a.alias_info is not None) for a in each] for each in arguments]
     assert schemas[""] == schemas["triton_"]

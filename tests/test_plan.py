@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kdkernels as kd
-from kdkernels import gpu, plan, predict
+from kdkernels.engine import gpu, plan, predict
 
 LENGTHS = st.lists(st.integers(1, 40), max_size=12).map(tuple)
 
@@ -202,7 +202,7 @@ def test_info_states_the_default(monkeypatch):
 
 
 def test_the_table_is_what_is_computed():
-    """python -m kdkernels.predict > docs/gpu-defaults.md"""
+    """python -m kdkernels.engine.predict > docs/gpu-defaults.md"""
     assert (Path(__file__).parents[1] / "docs" / "gpu-defaults.md").read_text() == predict.document()
 
 

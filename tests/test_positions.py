@@ -10,7 +10,7 @@ from products import Products
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kdkernels as kd
-from kdkernels import operators
+from kdkernels.engine import operators
 
 N, HS, HT, V = 18, 8, 12, 60
 FUNCTIONS = {

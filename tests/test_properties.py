@@ -10,7 +10,7 @@ from test_rows import BF16, DISTRIBUTIONS, F32, F64, Weights, dense_gradient, di
 
 import kdkernels as kd
 from kdkernels import reference
-from kdkernels.rows import backend_for
+from kdkernels.kernels import backend_for
 
 F16 = torch.float16
 UNIT = st.one_of(st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]), st.floats(0.001, 0.999))

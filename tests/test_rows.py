@@ -8,7 +8,7 @@ import truth
 from truth import assert_accurate
 
 import kdkernels as kd
-from kdkernels.rows import Coefficients, backend_for
+from kdkernels.kernels import Coefficients, backend_for
 
 INF, NAN = float("inf"), float("nan")
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16

@@ -87,6 +87,6 @@ def test_interpreted(name, least):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="make gpu-check launches them on the GPU")
 def test_every_variant_runs_once():
     """What compute-sanitizer is to run, in the interpreter."""
-    code = "from kdkernels.rows.triton_resources import launch; launch('cpu', rows=1, vocabulary=150)"
+    code = "from kdkernels.kernels.triton.resources import launch; launch('cpu', rows=1, vocabulary=150)"
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=environment, check=True)

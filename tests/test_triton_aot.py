@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import triton
 
-from kdkernels.rows import triton_resources
-from kdkernels.rows.triton_ahead import compiled
+from kdkernels.kernels.triton import resources as triton_resources
+from kdkernels.kernels.triton.ahead import compiled
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "triton-resources.md"
 

@@ -36,12 +36,12 @@ def test_every_call_compiles(tmp_path, choice, calls, least):
 
 SCALE = """
 import torch
-from kdkernels.rows import triton_ahead, triton_scale
-with triton_ahead.stand_in(90):
+from kdkernels.kernels.triton import ahead, scale
+with ahead.stand_in(90):
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for count in (100, 3 << 30):
-            how = {"BLOCK": triton_scale._BLOCK, "num_warps": triton_scale._WARPS, "enable_fp_fusion": False}
-            kernel = triton_scale.scale_kernel.warmup(dtype, torch.float32, count, grid=(1,), **how)
+            how = {"BLOCK": scale._BLOCK, "num_warps": scale._WARPS, "enable_fp_fusion": False}
+            kernel = scale.scale_kernel.warmup(dtype, torch.float32, count, grid=(1,), **how)
             assert len(kernel.asm["cubin"]) > 1000
             print(dtype, count)
 """

@@ -33,10 +33,11 @@ import triton
 
 import kdkernels as kd
 from kdkernels import functional
+from kdkernels.kernels import registry
+from kdkernels.kernels.triton import ahead as triton_ahead
+from kdkernels.kernels.triton import backend
 from kdkernels.objectives import vcrd
 from kdkernels.objectives.base import Objective
-from kdkernels.rows import dispatch, triton_ahead
-from kdkernels.rows import triton as backend
 
 CAPABILITY = 90
 B, L, H = 2, 3, 8
@@ -230,7 +231,7 @@ def main(every: bool) -> int:
     if every:
         STUDENT["vocabulary"].append(151936)
     backend._launch = launch_and_zero
-    dispatch._DEVICE = {"native": "cpu", "triton": "cpu"}
+    registry.DEVICE = {"native": "cpu", "triton": "cpu"}
     made = {}
 
     def all_calls() -> None:

@@ -22,7 +22,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # kdkernels, installed or no
 import torch
 
 import kdkernels as kd
-from kdkernels.rows import dispatch, triton_ahead
+from kdkernels.kernels import registry
+from kdkernels.kernels.triton import ahead as triton_ahead
 
 H, CHUNK = 8, 20  # hidden size; tokens of the smaller budget's chunk, about
 FIRST = (16, 40, 8)  # tokens of the responses of a step
@@ -60,7 +61,7 @@ def compiled(objective, dtype: torch.dtype, words: int, lengths: tuple[int, ...]
 
 def main() -> None:
     logging.disable()  # little memory is slow, and says so
-    dispatch._DEVICE = {"native": "cpu", "triton": "cpu"}
+    registry.DEVICE = {"native": "cpu", "triton": "cpu"}
     report = {}
     with triton_ahead.stand_in(90):
         for dtype, vocabularies in MANY.items():

@@ -10,7 +10,7 @@ import torch
 import truth
 from test_rows import BF16, F32, F64, Weights, check_gradient, dense_gradient, distribution, engine_gradient, z_of
 
-from kdkernels.rows import Coefficients, backend_for
+from kdkernels.kernels import Coefficients, backend_for
 
 F16 = torch.float16
 
@@ -204,7 +204,8 @@ def test_more_rows_than_one_launch_takes(monkeypatch):
 
 def test_tuning_uses_what_was_fastest(monkeypatch):
     """Every size runs, the fastest stays."""
-    from kdkernels.rows import triton, triton_tune
+    from kdkernels.kernels.triton import backend as triton
+    from kdkernels.kernels.triton import tune as triton_tune
 
     names, calls = ("_STATISTICS", "_DIVERGENCE", "_GRADIENT"), []
     for name in names:
@@ -226,7 +227,7 @@ def test_tuning_uses_what_was_fastest(monkeypatch):
 @pytest.mark.parametrize("dtype", [F32, F16], ids=["fp32", "fp16"])
 def test_a_gradient_is_scaled_in_fp32(monkeypatch, dtype, count):
     """By fewer programs than blocks; fp16 to half an ulp more, because the interpreter truncates what a GPU rounds."""
-    monkeypatch.setattr("kdkernels.rows.triton_scale._PROGRAMS", 3)
+    monkeypatch.setattr("kdkernels.kernels.triton.scale._PROGRAMS", 3)
     gradient, factor = torch.randn(count).to(dtype), torch.tensor(0.3)
     exact, around = gradient.double() * factor.double(), torch.full((count + 2,), 7.0, dtype=dtype)
     around[1:-1] = gradient

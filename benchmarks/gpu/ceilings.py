@@ -7,8 +7,8 @@ import torch
 from findings import DEVICE, DRY, STUDENT, TEACHER, VOCABULARY, attempt, left, milliseconds, record
 
 import kdkernels as kd
-from kdkernels import gemm
-from kdkernels.rows import backend_for
+from kdkernels.compute import gemm
+from kdkernels.kernels import backend_for
 
 BF16, F32 = torch.bfloat16, torch.float32
 ROWS = (16,) if DRY else (1024, 512, 2048, 4096, 256)

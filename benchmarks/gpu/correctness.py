@@ -21,7 +21,7 @@ from torch import Tensor
 
 import kdkernels as kd
 from kdkernels import reference
-from kdkernels.rows import Coefficients, backend_for
+from kdkernels.kernels import Coefficients, backend_for
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 KINDS = (kd.JSD(0.9), kd.ForwardKL(), kd.ReverseKL(), kd.SkewKL(0.1), kd.SkewReverseKL(0.1))

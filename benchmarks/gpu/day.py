@@ -65,7 +65,7 @@ def steps(python: str = sys.executable, dry: bool = False) -> list[Step]:
 
     pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", "-rf", *TESTS]
     pytest += ["--collect-only"] if dry else []
-    variants = [python, "-m", "kdkernels.rows.triton_resources"]
+    variants = [python, "-m", "kdkernels.kernels.triton.resources"]
     sanitizer = ["compute-sanitizer", "--error-exitcode", "1", "--print-limit", "20", "--tool"]
     counters = ["ncu", "--clock-control", "none", "--profile-from-start", "off", "-k", "regex:_kernel"]
     counters += [part for section in COUNTERS.split() for part in ("--section", section)]

@@ -12,8 +12,8 @@ import torch
 from findings import DEVICE, DRY, VOCABULARY, attempt, dtype_name, left, milliseconds, record
 
 import kdkernels as kd
-from kdkernels import memory
-from kdkernels.rows import Coefficients, backend_for
+from kdkernels.compute import memory
+from kdkernels.kernels import Coefficients, backend_for
 
 F32, BF16 = torch.float32, torch.bfloat16
 ROWS = 1 if DRY else 1024
@@ -68,7 +68,7 @@ def measure(shape: str, names=None, words: int = VOCABULARY, rows: int = ROWS, *
 
 def tuned() -> None:
     """The fastest blocks and warps on this GPU. Triton times them, which takes a GPU."""
-    from kdkernels.rows import triton_tune
+    from kdkernels.kernels.triton import tune as triton_tune
 
     for dtype in (F32, BF16):
         if left() > 20:

@@ -16,7 +16,7 @@ from cases import DENSE, LIGER, QWEN, ROOM, THREE, TINY, Case, Models
 from findings import DEVICE, DRY, attempt, left, record
 from measure import CaseRun
 
-from kdkernels import predict
+from kdkernels.engine import predict
 
 BF16 = ", bf16 logits"
 BOTH = ("kdkernels", "kdkernels" + BF16)
@@ -68,7 +68,7 @@ def tiny(case: Case) -> Case:
 
 
 def predicted(cell: dict, ours: peers.Ours) -> None:
-    """Beside a JSD that was measured what the model of this GPU says (kdkernels/predict.py), if it knows the GPU."""
+    """Beside a JSD that was measured what the model of this GPU says (engine/predict.py), if it knows the GPU."""
     name = "H100" if DRY else torch.cuda.get_device_name()
     known = next((part for part in predict.MULTIPROCESSORS if part in name), None)
     if known is None or cell["loss"] != "JSD(0.9)" or not cell["trained"]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from kdkernels.demo.phases import Cost, Phase, directory
 from kdkernels.training.metrics import read_metrics
-from kdkernels.training.run import RunDirectory
+from kdkernels.training.run_directory import RunDirectory
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..chunked import Call, Program, Tokens, evaluate
+from ..engine.autograd import evaluate
+from ..engine.operators import check_range
+from ..engine.spec import Call, Program, Tokens
 from ..functional import check_ids, check_limits, check_student, check_teacher
-from ..heads import Head, Logits, Source
 from ..layout import SHIFT, Layout
-from ..operators import check_range
+from ..sources import Head, Logits, Source
 
 
 class Output(NamedTuple):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..checks import check_bool, check_share
-from ..chunked import Tokens
 from ..divergences import SkewKL, SkewReverseKL
+from ..engine.spec import Tokens
 from .base import Objective, weighted
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..checks import check_temperature
-from ..chunked import Tokens
 from ..divergences import JSD
+from ..engine.spec import Tokens
 from .base import Objective, weighted
 
 

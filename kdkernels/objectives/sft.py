@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..chunked import Tokens
+from ..engine.spec import Tokens
 from .base import Objective, weighted
 
 

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from .. import reference
 from ..checks import check_count, check_number, check_positive, check_share, check_temperature
-from ..chunked import Tokens
 from ..divergences import JSD
+from ..engine.spec import Tokens
 from ..layout import Layout
 from . import selection
 from .adaptive_opener import AdaptiveOpener

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from .. import reference
 from ..checks import check_number
-from ..chunked import Tokens
 from ..divergences import SkewKL, SkewReverseKL
+from ..engine.spec import Tokens
 from .base import Objective, weighted
 
 WEIGHTINGS = ("given", "likelihood_ratio", "uniform")

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
-from kdkernels.from_model import ask, tail
+from kdkernels.sources.from_model import ask, tail
 
 
 def router_loss(model: PreTrainedModel, output: ModelOutput, attention_mask: Tensor) -> Tensor | None:

@@ -12,9 +12,9 @@ from transformers.utils.logging import disable_progress_bar
 from kdkernels.training import distributed
 from kdkernels.training.atomic import writing
 from kdkernels.training.config import Config, load_config
+from kdkernels.training.dry_run import plan
 from kdkernels.training.errors import DiskError, Stopped
-from kdkernels.training.plan import plan
-from kdkernels.training.run import RunDirectory
+from kdkernels.training.run_directory import RunDirectory
 from kdkernels.training.schema import InputError
 from kdkernels.training.trainer import train
 

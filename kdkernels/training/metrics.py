@@ -13,7 +13,7 @@ from tqdm import tqdm
 from kdkernels.training import distributed
 from kdkernels.training.atomic import append, writing
 from kdkernels.training.jsonl import json_line
-from kdkernels.training.run import RunDirectory
+from kdkernels.training.run_directory import RunDirectory
 from kdkernels.training.schema import InputError
 
 SHOWN = ("loss", "student_entropy", "teacher_entropy", "gate", "tokens_per_second")

@@ -24,7 +24,7 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from kdkernels import Head
-from kdkernels.from_model import tail, trunk
+from kdkernels.sources.from_model import tail, trunk
 from kdkernels.training.auxiliary import router_loss
 from kdkernels.training.config import Config
 from kdkernels.training.data import Batch, collate

@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from kdkernels import gemm
+from kdkernels.compute import gemm
 from kdkernels.training import distributed
 from kdkernels.training.config import Config
-from kdkernels.training.run import RunDirectory
+from kdkernels.training.run_directory import RunDirectory
 from kdkernels.training.schema import InputError
 
 

@@ -9,7 +9,7 @@ from kdkernels.training.atomic import write_text
 from kdkernels.training.config import Config
 from kdkernels.training.data import Examples
 from kdkernels.training.metrics import evaluations, read_metrics
-from kdkernels.training.run import RunDirectory
+from kdkernels.training.run_directory import RunDirectory
 
 
 def write_report(run: RunDirectory, config: Config, data: Sequence[Examples], start: int) -> None:

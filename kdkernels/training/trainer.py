@@ -29,7 +29,7 @@ from kdkernels.training.metrics import EVALUATION, MetricsLog, evaluations
 from kdkernels.training.model import Distillation, load_student, load_teacher, vocabulary_size
 from kdkernels.training.needs import check_disk, describe_dtype, needs
 from kdkernels.training.report import write_report
-from kdkernels.training.run import RunDirectory, Start
+from kdkernels.training.run_directory import RunDirectory, Start
 from kdkernels.training.schema import InputError
 from kdkernels.training.step import train_step
 from kdkernels.training.termination import Termination

@@ -14,9 +14,9 @@ from kdkernels.training import InputError, distributed, train
 from kdkernels.training.agreement import check_model
 from kdkernels.training.auxiliary import router_loss
 from kdkernels.training.data import collate
+from kdkernels.training.dry_run import plan
 from kdkernels.training.metrics import read_metrics
 from kdkernels.training.model import Distillation, load_tokenizer, states, vocabulary_size
-from kdkernels.training.plan import plan
 
 
 def set_everywhere(model, **options):

@@ -17,7 +17,7 @@ from kdkernels.training.cli import main
 from kdkernels.training.identity import identify
 from kdkernels.training.metrics import read_metrics
 from kdkernels.training.model import load_student, load_tokenizer
-from kdkernels.training.run import BEGINNING, RunDirectory
+from kdkernels.training.run_directory import BEGINNING, RunDirectory
 
 from .conftest import GKD, final_weights
 

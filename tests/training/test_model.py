@@ -13,14 +13,7 @@ import kdkernels as kd
 from kdkernels.training import InputError
 from kdkernels.training.config import StudentConfig, TokenizerConfig
 from kdkernels.training.data import collate
-from kdkernels.training.model import (
-    Distillation,
-    head,
-    load_student,
-    load_teacher,
-    load_tokenizer,
-    vocabulary_size,
-)
+from kdkernels.training.model import Distillation, head, load_student, load_teacher, load_tokenizer, vocabulary_size
 
 from .conftest import GKD
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kdkernels import gemm
+from kdkernels.compute import gemm
 from kdkernels.training import InputError, needs, train
 from kdkernels.training.checkpoint import complete
 from kdkernels.training.cli import main

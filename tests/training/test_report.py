@@ -9,7 +9,7 @@ from kdkernels.training import train
 from kdkernels.training.cli import main
 from kdkernels.training.metrics import read_metrics
 from kdkernels.training.report import render_report
-from kdkernels.training.run import RunDirectory
+from kdkernels.training.run_directory import RunDirectory
 
 from .test_processes import finish, start
 

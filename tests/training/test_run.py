@@ -6,7 +6,7 @@ import pytest
 
 from kdkernels.training import atomic, checkpoint, distributed
 from kdkernels.training.metrics import MetricsLog, evaluations, read_metrics
-from kdkernels.training.run import RunDirectory
+from kdkernels.training.run_directory import RunDirectory
 
 
 @pytest.fixture(autouse=True)

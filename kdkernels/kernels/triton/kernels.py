@@ -11,7 +11,7 @@ enough that its probability is 0. A NaN stays one until the row's sums show it, 
 import triton
 import triton.language as tl
 
-from .triton_maths import INFINITE, MASKED, exp, exp_rough, finite, load_logits, load_z, log, log1p, over_temperature
+from .maths import INFINITE, MASKED, exp, exp_rough, finite, load_logits, load_z, log, log1p, over_temperature
 
 STATS = tl.constexpr(7)  # numbers per row, in the order of operators.py
 

@@ -1,12 +1,12 @@
 """Registers, shared memory and instructions of the kernel variants that a call can launch; no GPU needed.
 
-    python -m kdkernels.rows.triton_resources > docs/triton-resources.md
+    python -m kdkernels.kernels.triton.resources > docs/triton-resources.md
 
 On a GPU, for compute-sanitizer, every variant can be compiled by many processes and launched once instead (``shared``:
 only what has shared memory, which is all that racecheck sees):
 
-    python -m kdkernels.rows.triton_resources compile
-    compute-sanitizer --tool racecheck python -m kdkernels.rows.triton_resources launch shared
+    python -m kdkernels.kernels.triton.resources compile
+    compute-sanitizer --tool racecheck python -m kdkernels.kernels.triton.resources launch shared
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from pathlib import Path
 import torch
 import triton
 
-from .. import memory
-from ..divergences import JSD, ForwardKL, ReverseKL, SkewKL
-from . import triton as backend
-from .interface import Coefficients
-from .operators import NAMES, Operators
-from .triton_ahead import Compiled, Specialisation, compiled, noted, stand_in
+from ...compute import memory
+from ...divergences import JSD, ForwardKL, ReverseKL, SkewKL
+from ..interface import Coefficients
+from ..torch_ops import NAMES, Operators
+from . import backend
+from .ahead import Compiled, Specialisation, compiled, noted, stand_in
 
 TARGETS = (80, 90, 100)
 COUNTED = 90
@@ -76,7 +76,7 @@ def every_call(call, rows: int, vocabulary: int) -> None:
             sides[dtype, softcap] = call(options, _FUNCTIONS.statistics, *arguments, 10, ids)
             call(f"{options}, without ids", _FUNCTIONS.statistics, *arguments, 1, None)
         for ((dtype, softcap), s), ((t_dtype, t_softcap), t) in product(sides.items(), sides.items()):
-            if t_dtype not in (dtype, torch.float32):  # chunked.py promotes the teacher's to the student's
+            if t_dtype not in (dtype, torch.float32):  # the chunk loop promotes the teacher's to the student's
                 continue
             options = f"{_NAMES[dtype]}{' beside fp32 of the teacher' if t_dtype != dtype else ''}"
             options += f"{_SOFTCAPS[softcap is not None, t_softcap is not None]}{tempered}"

@@ -21,7 +21,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from . import triton_kernels as kernels
+from . import kernels
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import kdkernels as kd
-from kdkernels.rows import backend_for, dispatch
+from kdkernels.kernels import backend_for, registry
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -21,7 +21,7 @@ def head(dtype=torch.float32) -> kd.Head:
 @pytest.fixture(autouse=True)
 def unforced(monkeypatch):
     monkeypatch.delenv("KDKERNELS_BACKEND", raising=False)
-    monkeypatch.setattr(dispatch, "_warned", set())
+    monkeypatch.setattr(registry, "_warned", set())
 
 
 @pytest.fixture
@@ -31,8 +31,8 @@ def warned(caplog):
 
 
 def test_the_native_backend_is_built():
-    assert backend_for(CPU, torch.float32).__name__ == "kdkernels.rows.native"
-    assert backend_for(CPU, torch.bfloat16).__name__ == "kdkernels.rows.native"
+    assert backend_for(CPU, torch.float32).__name__ == "kdkernels.kernels.native"
+    assert backend_for(CPU, torch.bfloat16).__name__ == "kdkernels.kernels.native"
 
 
 def test_info():
@@ -45,21 +45,21 @@ def test_info():
 
 
 def test_info_says_why_not(monkeypatch):
-    monkeypatch.setattr(dispatch, "_load", lambda name: (None, "no compiler") if name == "native" else LOAD(name))
+    monkeypatch.setattr(registry, "load", lambda name: (None, "no compiler") if name == "native" else LOAD(name))
     info = kd.info()
     assert "no compiler" in info["backends"]["native"]
     assert info["devices"]["cpu"] == "eager" and info["cpu_isa"] is None
     assert all(told.startswith(("torch: ", "torch in fp32: ")) for told in info["cpu_products"].values())
 
 
-LOAD = dispatch._load
+LOAD = registry.load
 
 
 @pytest.mark.parametrize("name", ["eager", "native"])
 def test_a_forced_backend_runs(monkeypatch, name, warned):
     monkeypatch.setenv("KDKERNELS_BACKEND", name)
     module = backend_for(CPU, torch.float32)
-    assert module.__name__ == f"kdkernels.rows.{name}"
+    assert module.__name__ == f"kdkernels.kernels.{name}"
     called = []
     real = module.statistics
     monkeypatch.setattr(module, "statistics", lambda *args: called.append(name) or real(*args))
@@ -85,7 +85,7 @@ def test_a_forced_backend_that_lacks_the_dtype_is_an_error(monkeypatch):
 
 
 def test_a_forced_backend_that_does_not_load_is_an_error(monkeypatch):
-    monkeypatch.setattr(dispatch, "_load", lambda name: (None, "ImportError: not built"))
+    monkeypatch.setattr(registry, "load", lambda name: (None, "ImportError: not built"))
     monkeypatch.setenv("KDKERNELS_BACKEND", "native")
     with pytest.raises(RuntimeError, match=r"KDKERNELS_BACKEND=native: .*not built"):
         kd.entropy(head())
@@ -100,7 +100,7 @@ def test_the_slow_way_out_warns_once(warned):
 
 def test_each_reason_warns(monkeypatch, warned):
     kd.entropy(head(torch.float64))
-    monkeypatch.setattr(dispatch, "_load", lambda name: (None, "no compiler") if name == "native" else LOAD(name))
+    monkeypatch.setattr(registry, "load", lambda name: (None, "no compiler") if name == "native" else LOAD(name))
     kd.entropy(head())
     assert len(warned()) == 2 and "no compiler" in warned()[1]
 
@@ -114,8 +114,8 @@ def test_the_usual_way_is_silent(warned):
 # ---- GPUs, as far as they can be pretended ---------------------------------------------------------------------------
 
 
-def name_of(device, *dtypes) -> str:
-    return backend_for(device, *dtypes).__name__.rsplit(".", 1)[-1]
+def name_of(*asked) -> str:
+    return registry.name_of(backend_for(*asked))
 
 
 @pytest.fixture
@@ -140,7 +140,7 @@ def test_float64_on_a_gpu_is_slow_and_says_so(gpu, warned):
 
 
 def test_a_gpu_without_triton_is_told_why_it_is_slow(gpu, monkeypatch, warned):
-    monkeypatch.setitem(sys.modules, "kdkernels.rows.triton", None)
+    monkeypatch.setitem(sys.modules, "kdkernels.kernels.triton.backend", None)
     info = kd.info()
     assert "it does not load" in info["backends"]["triton"] and info["devices"]["cuda"] == "eager"
     assert not warned(), "asking is not using"
@@ -157,7 +157,9 @@ def test_a_backend_forced_on_all_devices_but_able_on_one(gpu, monkeypatch):
 
 
 def test_triton_on_a_cpu_only_interpreted(monkeypatch):
-    pytest.importorskip("kdkernels.rows.triton", reason="Triton is for Linux")  # before it would be interpreted
+    pytest.importorskip(
+        "kdkernels.kernels.triton.backend", reason="Triton is for Linux"
+    )  # before it would be interpreted
     assert kd.info()["backends"]["triton"] == "it runs on cuda, not on cpu"
     monkeypatch.setenv("KDKERNELS_BACKEND", "triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")

@@ -1,7 +1,7 @@
 """Opt-in tuning of the Triton row kernels: which block and how many warps are the fastest on the GPU at hand.
 
-    from kdkernels.rows import triton_tune
-    print(triton_tune.tune(vocabulary=151936, dtype=torch.float32))
+    from kdkernels.kernels.triton.tune import tune
+    print(tune(vocabulary=151936, dtype=torch.float32))
 
 Without it the sizes documented in triton.py hold, on every machine the same. Sums over the vocabulary are taken block
 by block, so other sizes change results by rounding.
@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from triton.testing import do_bench
 
-from ..divergences import JSD
-from . import triton as backend
-from .interface import Coefficients
+from ...divergences import JSD
+from ..interface import Coefficients
+from . import backend
 
 SIZES = tuple((block, warps) for block in (1024, 2048, 4096, 8192) for warps in (4, 8, 16))
 _SWEEPS = {"statistics": "_STATISTICS", "divergence": "_DIVERGENCE", "gradient": "_GRADIENT"}

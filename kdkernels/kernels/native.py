@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from .operators import Operators
+from .torch_ops import Operators
 
 _library = next(Path(__file__).parent.parent.glob("_C*.so"), None)
 if _library is None:

@@ -10,13 +10,13 @@ A backend is a module with
     scale_(gradient, factor)                         gradient *= factor [], which only the device knows (not native)
 
 ``eager`` adapts reference.py and runs anywhere; ``native`` is C++ for CPUs (csrc/), ``triton`` for GPUs; these two are
-torch operators behind one set of adapters (operators.py). They know rows and coefficients, no method names.
+torch operators behind one set of adapters (torch_ops.py). They know rows and coefficients, no method names.
 """
 
 from __future__ import annotations
 
-from .candidates import plackett_luce
-from .dispatch import backend_for, info
 from .interface import Coefficients, Rows, Summary
+from .ranking import plackett_luce
+from .registry import backend_for
 
-__all__ = ["Coefficients", "Rows", "Summary", "backend_for", "info", "plackett_luce"]
+__all__ = ["Coefficients", "Rows", "Summary", "backend_for", "plackett_luce"]

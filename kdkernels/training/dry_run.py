@@ -9,7 +9,7 @@ from kdkernels.training.inputs import read_inputs
 from kdkernels.training.lock import refuse_if_locked
 from kdkernels.training.model import load_student, load_teacher, vocabulary_size
 from kdkernels.training.needs import check_disk, check_output, describe, describe_dtype, needs
-from kdkernels.training.run import RunDirectory
+from kdkernels.training.run_directory import RunDirectory
 from kdkernels.training.schema import to_toml
 
 

@@ -11,9 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import fp16, gemm, gpu, memory
-from .heads import Head, Logits, Source, TopK
-from .rows import Rows
+from ..compute import fp16, gemm, memory
+from ..kernels import Rows
+from ..sources import Head, Logits, Source, TopK
+from . import gpu
 
 
 def _copied(vocabulary: int, device: torch.device) -> int:

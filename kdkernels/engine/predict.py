@@ -1,7 +1,7 @@
 """What the model of a GPU (gpu.py) predicts of a JSD with a trained head: computed from operations, bytes and counted
 instructions, nothing measured.
 
-    python -m kdkernels.predict > docs/gpu-defaults.md
+    python -m kdkernels.engine.predict > docs/gpu-defaults.md
 
 Axes: N tokens, C student rows of a chunk, T teacher rows, V vocabulary, H hidden.
 """
@@ -42,7 +42,7 @@ class Call:
 
     @cached_property
     def _costs(self) -> tuple[int, int, int]:
-        """As sides.costs and chunked.py have them: bytes whatever the chunk, of a student row, of a teacher row."""
+        """As producers.costs and loop.py have them: bytes whatever the chunk, of a student row, of a teacher row."""
         row = self.vocabulary * self.logits + 64
         fixed = 4 * min(self.tokens, 4096) * (math.ceil(self.vocabulary / 128) + 256) + self.tokens * plan.TOKEN_BYTES
         return fixed, row + 8 * self.student, row + 2 * self.teacher
@@ -109,11 +109,11 @@ class Call:
 
 _HEAD = f"""# Default chunks on GPUs
 
-Computed by `python -m kdkernels.predict`, a model of operations, bytes and counted instructions. **Nothing here was
-measured on a GPU.** A JSD of {_TOKENS} tokens with a trained head, forward and backward, bf16 operands: rows (tokens)
-of the student's chunks and the teacher's, memory of logits and workspace (dW's fp32 sums, 4 bytes a weight, come on
-top), and time over that of the four bare products with bf16 logits; then that ratio with a `memory_budget` of twice
-and four times the memory. `kd.info()["memory_budget"]` says what your GPU gets.
+Computed by `python -m kdkernels.engine.predict`, a model of operations, bytes and counted instructions. **Nothing here
+was measured on a GPU.** A JSD of {_TOKENS} tokens with a trained head, forward and backward, bf16 operands: rows
+(tokens) of the student's chunks and the teacher's, memory of logits and workspace (dW's fp32 sums, 4 bytes a weight,
+come on top), and time over that of the four bare products with bf16 logits; then that ratio with a `memory_budget` of
+twice and four times the memory. `kd.info()["memory_budget"]` says what your GPU gets.
 
 | GPU | student / teacher / words | logits | rows | memory | ratio | twice | four times |
 |---|---|---|---|---|---|---|---|"""

@@ -16,9 +16,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from . import reference
-from .divergences import Divergence
-from .rows import Coefficients, Rows
+from .. import reference
+from ..divergences import Divergence
+from ..kernels import Coefficients, Rows
 
 
 @dataclass

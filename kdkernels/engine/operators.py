@@ -15,10 +15,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .chunked import Call, Program, run, save, saved, scale_
-from .divergences import Divergence
-from .heads import Head, Logits, Source, TopK
-from .layout import Layout
+from ..divergences import Divergence
+from ..layout import Layout
+from ..sources import Head, Logits, Source, TopK
+from .autograd import save, saved, scale_
+from .loop import run
+from .spec import Call, Program
 
 # ---- unpacking -------------------------------------------------------------------------------------------------------
 

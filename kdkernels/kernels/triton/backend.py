@@ -1,4 +1,4 @@
-"""Row kernels in Triton for CUDA tensors (triton_kernels.py): float32, bfloat16 and float16 logits, fp32 arithmetic.
+"""Row kernels in Triton for CUDA tensors (kernels.py): float32, bfloat16 and float16 logits, fp32 arithmetic.
 
 Block sizes and warps are fixed, so that results do not depend on what a tuner found that day. With TRITON_INTERPRET=1
 the kernels run on CPU tensors, slowly.
@@ -12,9 +12,8 @@ import torch
 import triton
 from torch import Tensor
 
-from . import triton_kernels as kernels
-from . import triton_scale
-from .operators import Operators
+from ..torch_ops import Operators
+from . import kernels, scale
 
 # Words per block and warps of each sweep. 8 words a thread: two 16-byte loads of fp32 in flight, 32 to 64 registers
 # (docs/triton-resources.md), so that 4 to 8 programs share a multiprocessor and 1000 rows still fill a large GPU. 16 in
@@ -192,4 +191,4 @@ def _register() -> Operators:
 
 _operators = _register()
 statistics, divergence, gradient_ = _operators.statistics, _operators.divergence, _operators.gradient_
-scale_ = triton_scale.scale_
+scale_ = scale.scale_

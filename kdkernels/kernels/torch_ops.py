@@ -1,7 +1,7 @@
 """Backends whose sweeps are torch operators: here Rows become tensors and numbers, and what is written is allocated.
 
 Each such backend has the same three operators (native: python_bindings/ops.cpp; Triton: triton.py). They mutate what
-they write, return nothing and know no autograd (chunked.py does):
+they write, return nothing and know no autograd (the chunk loop does):
 
     row_statistics(logits, scale, softcap, temperature, stats!, top_values!, top_indices!, gather_ids, gathered!)
     row_divergence(student, scale, softcap, stats, teacher, scale, softcap, stats, a, b, mix, skew, temperature,

@@ -1,0 +1,1 @@
+"""From a program over tokens to values and gradients, in chunks: specification, chunk loop, autograd, operators."""

@@ -1,0 +1,1 @@
+"""Row kernels in Triton: backend.py is what the registry loads."""
