@@ -90,7 +90,7 @@ def test_products(benchmark, device, shape, rows, operand, request):
         pytest.skip("no time left")
     dtype, rows = getattr(torch, operand), 16 if shape is TINY else rows
     where = torch.device(device)
-    products = gemm.products(backend_for(where, dtype), where, dtype)
+    products = backend_for(where, dtype).products(where, dtype)
     x, w, z, d_w = (
         torch.randn(size, device=device, dtype=dtype)
         for size in (

@@ -6,7 +6,7 @@ import torch
 
 from .compute import gemm
 from .engine import plan
-from .kernels import registry
+from .kernels import Request, registry
 
 
 def info() -> dict:
@@ -18,25 +18,24 @@ def info() -> dict:
     Products: who multiplies matrices of each dtype, csrc/gemm.h (native) or torch, which may have to widen them first.
     Where ``KDKERNELS_BACKEND`` or ``KDKERNELS_CPU_ISA`` forces what cannot run, its place has the reason.
     """
-    fp32 = torch.float32
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-    home = {
-        name: registry.DEVICE[name] if registry.DEVICE.get(name) in devices else "cpu" for name in registry.BACKENDS
-    }
-    chosen = {}
-    for device in devices:
+    fp32 = {device: Request(device, torch.float32, torch.float32) for device in devices}
+    chosen, able = {}, {}
+    for device, request in fp32.items():
         try:
-            chosen[device] = registry.name_of(registry.choose(device, fp32, fp32)[0])
+            chosen[device] = registry.choose(request).backend.name
         except RuntimeError as error:
             chosen[device] = str(error)
+    for name, entry in sorted(registry.BACKENDS.items()):
+        able[name] = registry.able(name, fp32.get(entry.device, fp32["cpu"]))[1] or "ok"
     native, _ = registry.load("native")
     try:
         isa = native.isa() if native else None
     except RuntimeError as error:  # KDKERNELS_CPU_ISA names one that is not there
         isa = str(error).splitlines()[0]
-    traits = gemm.traits_of(native) if chosen["cpu"] == "native" else frozenset()
+    traits = native.traits() if chosen["cpu"] == "native" else frozenset()
     return {
-        "backends": {name: registry.able(name, home[name], fp32, fp32)[1] or "ok" for name in registry.BACKENDS},
+        "backends": able,
         "devices": chosen,
         "cpu_isa": isa,
         "cpu_products": {

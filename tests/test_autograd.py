@@ -13,7 +13,6 @@ from torch.utils.checkpoint import checkpoint
 import kdkernels as kd
 from kdkernels.compute import gemm
 from kdkernels.engine import autograd, operators
-from kdkernels.kernels import eager as eager_backend
 from kdkernels.kernels import registry
 
 N, HS, HT, V = 18, 8, 12, 60  # of fixed(): response tokens of 60 positions, hidden sizes, words
@@ -76,12 +75,12 @@ def test_a_bias_alone(backend):
 def test_no_grad_does_no_gradient_work(backend, make, monkeypatch):
     batch = fixed()
     expected = loss_of(make, batch)
-    module = registry.load(backend)[0]
+    kernels = registry.load(backend)[0]
 
     def forbidden(*_):
         raise AssertionError("no gradient was asked for")
 
-    monkeypatch.setattr(module, "gradient_", forbidden)
+    monkeypatch.setattr(kernels, "gradient_", forbidden)
     with torch.no_grad(), Products() as products:
         loss = loss_of(make, batch)
     assert not loss.requires_grad and torch.equal(loss, expected.detach())
@@ -384,5 +383,5 @@ def test_on_a_gpu_a_kernel_sees_whether_there_is_anything_to_scale(monkeypatch):
     autograd.scale_([numbers, None], [1.0, 1.0], torch.empty((), device="meta"))
     assert seen == [(numbers, torch.Size([]), torch.float32)]
     eager, factor = torch.ones(3, dtype=torch.bfloat16), torch.tensor(1.5)
-    eager_backend.scale_(eager, factor)
+    registry.load("eager")[0].scale_(eager, factor)
     assert eager.dtype == torch.bfloat16 and (eager == 1.5).all()

@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 
 
 def products_of(dtype: torch.dtype) -> gemm.Torch:
-    return gemm.products(backend_for(CPU, dtype), CPU, dtype)
+    return backend_for(CPU, dtype).products(CPU, dtype)
 
 
 def of_this_cpu() -> tuple[str, set[str]]:
@@ -268,7 +268,7 @@ def test_who_multiplies(traits, of_fp32, of_bf16, of_fp16, monkeypatch):
 
 def test_who_multiplies_elsewhere():
     backend = backend_for(CPU, F32)
-    cuda = [type(gemm.products(backend, torch.device("cuda"), dtype)) for dtype in (F32, BF16, F16)]
+    cuda = [type(backend.products(torch.device("cuda"), dtype)) for dtype in (F32, BF16, F16)]
     assert cuda == [gemm.Torch, gemm.TensorCores, gemm.TensorCores]
 
 
@@ -292,7 +292,7 @@ def test_this_cpu_is_known_for_what_it_is(monkeypatch):
         pytest.skip("nothing to compare")
     best = "avx512_bf16" if SETS[0] == "avx512" else SETS[0].removesuffix("_nobf16")
     forced = os.environ.get("KDKERNELS_CPU_ISA")
-    assert forced or gemm.traits_of(backend_for(CPU, F32)) >= {best}
+    assert forced or backend_for(CPU, F32).traits() >= {best}
     for name in SETS:
         monkeypatch.setenv("KDKERNELS_CPU_ISA", name)
         traits = set(torch.ops.kdkernels.cpu_traits().split())

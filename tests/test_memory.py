@@ -60,7 +60,7 @@ import torch
 
 sys.path.insert(0, sys.argv[1])
 from allocations import Resident
-from kdkernels.kernels import native
+from kdkernels.kernels.native import BACKEND as native
 
 vocabulary = int(sys.argv[2])
 logits = torch.zeros(1, vocabulary, dtype=torch.bfloat16)

@@ -4,12 +4,14 @@ import logging
 import os
 import subprocess
 import sys
+from types import ModuleType
 
 import pytest
 import torch
 
 import kdkernels as kd
-from kdkernels.kernels import backend_for, registry
+from kdkernels.kernels import Backend, Request, backend_for, registry
+from kdkernels.kernels.interface import refused_dtype
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -18,10 +20,14 @@ def head(dtype=torch.float32) -> kd.Head:
     return kd.Head(torch.randn(3, 4, dtype=dtype), torch.randn(9, 4, dtype=dtype))
 
 
+def name_of(*asked) -> str:
+    return backend_for(*asked).name
+
+
 @pytest.fixture(autouse=True)
 def unforced(monkeypatch):
     monkeypatch.delenv("KDKERNELS_BACKEND", raising=False)
-    monkeypatch.setattr(registry, "_warned", set())
+    monkeypatch.setattr(registry, "_logged", set())
 
 
 @pytest.fixture
@@ -31,8 +37,7 @@ def warned(caplog):
 
 
 def test_the_native_backend_is_built():
-    assert backend_for(CPU, torch.float32).__name__ == "kdkernels.kernels.native"
-    assert backend_for(CPU, torch.bfloat16).__name__ == "kdkernels.kernels.native"
+    assert name_of(CPU, torch.float32) == name_of(CPU, torch.bfloat16) == "native"
 
 
 def test_info():
@@ -58,11 +63,11 @@ LOAD = registry.load
 @pytest.mark.parametrize("name", ["eager", "native"])
 def test_a_forced_backend_runs(monkeypatch, name, warned):
     monkeypatch.setenv("KDKERNELS_BACKEND", name)
-    module = backend_for(CPU, torch.float32)
-    assert module.__name__ == f"kdkernels.kernels.{name}"
+    backend = backend_for(CPU, torch.float32)
+    assert backend.name == name
     called = []
-    real = module.statistics
-    monkeypatch.setattr(module, "statistics", lambda *args: called.append(name) or real(*args))
+    real = backend.statistics
+    monkeypatch.setattr(backend, "statistics", lambda *args: called.append(name) or real(*args))
     kd.entropy(head())
     assert called and not warned()
 
@@ -111,11 +116,83 @@ def test_the_usual_way_is_silent(warned):
     assert not warned()
 
 
+def test_who_asks_for_information_is_told_once(caplog):
+    caplog.set_level(logging.INFO, logger="kdkernels")
+    for _ in range(2):
+        kd.entropy(head())
+    assert [(each.levelno, each.getMessage()) for each in caplog.records] == [
+        (logging.INFO, "kdkernels uses its native backend on cpu: it is the first choice on cpu")
+    ]
+
+
+class Sampled(Backend):
+    """A backend of a device that has none, which computes with bf16 alone."""
+
+    name = "sampled"
+    workspace = statistics = divergence = gradient_ = None
+
+    def refusal(self, request: Request) -> str:
+        return refused_dtype(request, lambda dtype: dtype == torch.bfloat16)
+
+
+@pytest.fixture
+def sampled(monkeypatch):
+    """One module and one line of the table add a backend."""
+    module = ModuleType("kdkernels.kernels.sampled")
+    module.BACKEND = Sampled()
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(registry, "BACKENDS", {"sampled": registry.Entry(".sampled", "xpu"), **registry.BACKENDS})
+    return module.BACKEND
+
+
+def test_another_backend(sampled, monkeypatch, warned):
+    xpu = torch.device("xpu")
+    assert backend_for(xpu, torch.bfloat16) is sampled and not warned()
+    assert name_of(xpu, torch.float32, torch.bfloat16) == "eager" and name_of(CPU, torch.bfloat16) == "native"
+    assert warned() == [
+        "kdkernels uses its slow eager backend on xpu: sampled: it does not compute with torch.float32 logits"
+    ]
+    assert kd.info()["backends"]["sampled"] == "it runs on xpu, not on cpu"
+    monkeypatch.setenv("KDKERNELS_BACKEND", "sampled")
+    with pytest.raises(RuntimeError, match=r"KDKERNELS_BACKEND=sampled: .*float32 gradients"):
+        backend_for(xpu, torch.bfloat16, torch.float32)
+
+
+def test_a_device_without_a_backend_of_its_own(warned):
+    assert name_of(torch.device("xpu"), torch.float32) == "eager"
+    assert warned() == ["kdkernels uses its slow eager backend on xpu: xpu has no backend of its own yet"]
+
+
+@pytest.mark.parametrize("name", ["eager", "native"])
+def test_a_backend_may_project_and_look_at_once(monkeypatch, name):
+    """Logits of a head come from this call alone."""
+    monkeypatch.setenv("KDKERNELS_BACKEND", name)
+    backend, asked, torn = backend_for(CPU, torch.float32), [], head()
+    expected = kd.entropy(torn)
+
+    def fused(products, hidden, weight, bias, logits, scale, softcap, temperature, topk, gather):
+        asked.append(logits.shape)
+        torch.mm(hidden, 2 * weight.t(), out=logits)
+        return backend.statistics(logits, scale, softcap, temperature, topk, gather)
+
+    monkeypatch.setattr(backend, "project", fused)
+    doubled = kd.entropy(torn)
+    assert asked == [(3, 9)] and not torch.allclose(doubled, expected)
+    torch.testing.assert_close(
+        doubled, torch.distributions.Categorical(logits=2 * torn.hidden @ torn.weight.t()).entropy()
+    )
+
+
+@pytest.mark.parametrize("name", ["eager", "native"])
+@pytest.mark.parametrize("factor", [1.0, 0.3])
+def test_every_backend_scales_gradients(name, factor):
+    backend, gradient = registry.load(name)[0], torch.randn(5, 7).bfloat16()
+    expected = (gradient.float() * factor).bfloat16()
+    assert backend.scale_(gradient, torch.tensor(factor)) is None
+    assert torch.equal(gradient, expected) and gradient.norm() > 0
+
+
 # ---- GPUs, as far as they can be pretended ---------------------------------------------------------------------------
-
-
-def name_of(*asked) -> str:
-    return registry.name_of(backend_for(*asked))
 
 
 @pytest.fixture

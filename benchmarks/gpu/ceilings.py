@@ -7,7 +7,6 @@ import torch
 from findings import DEVICE, DRY, STUDENT, TEACHER, VOCABULARY, attempt, left, milliseconds, record
 
 import kdkernels as kd
-from kdkernels.compute import gemm
 from kdkernels.kernels import backend_for
 
 BF16, F32 = torch.bfloat16, torch.float32
@@ -36,7 +35,7 @@ def rate() -> None:
 
 def products() -> None:
     """torch's products with bf16 outputs, and those that kdkernels uses: fp32 logits, fp32 sums of dW."""
-    ours = gemm.products(backend_for(torch.device(DEVICE), BF16), torch.device(DEVICE), BF16)
+    ours = backend_for(torch.device(DEVICE), BF16).products(torch.device(DEVICE), BF16)
 
     def random(*size: int) -> torch.Tensor:
         return torch.randn(size, device=DEVICE).to(BF16)

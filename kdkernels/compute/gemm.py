@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from functools import cache
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -219,7 +218,7 @@ _TORCH, _TENSOR_CORES, _NATIVE, _WIDENED = Torch(), TensorCores(), Native(), Wid
 
 _F32, _BF16, _F16 = torch.float32, torch.bfloat16, torch.float16
 _BY_RULE = "by rule, not measured"
-# Who multiplies on CPUs, and the measurement or the reason: the first row that fits the CPU (native.traits(), none
+# Who multiplies on CPUs, and the measurement or the reason: the first row that fits the CPU (Backend.traits(), none
 # without the native backend) and the operands. GFLOP/s on two threads, or shares of the peak that registers_only()
 # reaches, of logits / dX / dW: 512 rows, 896 wide.
 _WHO: tuple[tuple[set[str], set[torch.dtype], Torch, str], ...] = (
@@ -252,16 +251,11 @@ def who_multiplies(traits: frozenset[str], operand: torch.dtype) -> tuple[Torch,
     return _TORCH, "nobody else multiplies them"
 
 
-def products(backend: ModuleType, device: torch.device, operand: torch.dtype) -> Torch:
-    """Who multiplies operands of this dtype."""
+def products(traits: frozenset[str], device: torch.device, operand: torch.dtype) -> Torch:
+    """Who multiplies operands of this dtype, on a CPU with these traits."""
     if device.type == "cpu":
-        return who_multiplies(traits_of(backend), operand)[0]
+        return who_multiplies(traits, operand)[0]
     return _TENSOR_CORES if device.type == "cuda" and operand.itemsize < 4 else _TORCH
-
-
-def traits_of(backend: ModuleType) -> frozenset[str]:
-    """What ``who_multiplies`` asks about this CPU; only the native backend has products of its own."""
-    return backend.traits() if hasattr(backend, "traits") else frozenset()
 
 
 def torch_crawls(operand: torch.dtype) -> bool:

@@ -5,14 +5,13 @@ Axes: N tokens, n tokens of a chunk, V vocabulary, H hidden, K stored words.
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..compute import fp16, gemm, memory
-from ..kernels import Rows
+from ..kernels import Backend, Rows
 from ..sources import Head, Logits, Source, TopK
 from . import gpu
 
@@ -42,9 +41,7 @@ class Costs(NamedTuple):
     row: int  # for each token of a chunk
 
 
-def costs(
-    backend: ModuleType, source: Source, vocabulary: int, dtype: torch.dtype, largest: int, trained: bool
-) -> Costs:
+def costs(backend: Backend, source: Source, vocabulary: int, dtype: torch.dtype, largest: int, trained: bool) -> Costs:
     """Of a side with ``dtype`` logits, whose ``largest`` words are asked for; ``trained``: and gradients."""
     if isinstance(source, TopK):
         return Costs(0, 0, 128 * source.indices.shape[-1])  # ids, and a dozen fp64 vectors of outcomes
@@ -54,7 +51,7 @@ def costs(
         return Costs(0, _copied(vocabulary, source.device) * vocabulary * source.dtype.itemsize, row)
     width, operand = source.hidden.shape[-1], source.dtype
     kept = 0 if _multiplies(source.weight) else vocabulary * width * operand.itemsize
-    fixed, more = gemm.products(backend, source.device, operand).workspace(width, operand, dtype, trained)
+    fixed, more = backend.products(source.device, operand).workspace(width, operand, dtype, trained)
     if trained and source.bias is not None:
         more += gemm.column_sums_row(vocabulary)
     return Costs(kept, fixed, row + (1 + trained) * width * operand.itemsize + more)
@@ -98,7 +95,7 @@ class HeadSide:
     """Logits multiplied from hidden states. Gradients, of those in ``needs``: hidden, weight, bias."""
 
     def __init__(
-        self, backend: ModuleType, head: Head, index: Tensor, buffer: Tensor, needs: tuple[bool, ...], chunks: int
+        self, backend: Backend, head: Head, index: Tensor, buffer: Tensor, needs: tuple[bool, ...], chunks: int
     ):
         self.vocabulary = vocabulary = buffer.shape[1]
         self.source, self.index = head.hidden, index
@@ -108,7 +105,7 @@ class HeadSide:
         self.bias = None if head.bias is None else head.bias[:vocabulary]
         self.scale, self.softcap = float(head.scale), head.softcap
         self.buffer = buffer
-        self.backend, self.products = backend, gemm.products(backend, head.device, head.dtype)
+        self.backend, self.products = backend, backend.products(head.device, head.dtype)
         self.d_hidden = self.d_weight = self.d_bias = None
         needs_hidden, needs_weight, needs_bias = needs
         if needs_hidden:
@@ -124,8 +121,10 @@ class HeadSide:
 
     def rows(self, tokens: slice, temperature: float, topk: int, gather: Tensor | None) -> Rows:
         logits = self.buffer[: tokens.stop - tokens.start]
-        self.products.project(self.hidden(tokens), self.weight, self.bias, logits)
-        return self.backend.statistics(logits, self.scale, self.softcap, temperature, topk, gather)
+        operands = self.hidden(tokens), self.weight, self.bias
+        return self.backend.project(
+            self.products, *operands, logits, self.scale, self.softcap, temperature, topk, gather
+        )
 
     def add(self, tokens: slice, d_logits: Tensor, powers: Tensor | None) -> None:
         """Adds these tokens' part of the gradients; d_logits [n, V], of fp16 to be multiplied with powers [n]."""
@@ -153,7 +152,7 @@ class HeadSide:
 class LogitsSide:
     """Logits copied into the buffer from where the caller has them. Gradient, if in ``needs``: of the logits."""
 
-    def __init__(self, backend: ModuleType, source: Logits, index: Tensor, buffer: Tensor, needs: tuple[bool, ...]):
+    def __init__(self, backend: Backend, source: Logits, index: Tensor, buffer: Tensor, needs: tuple[bool, ...]):
         self.backend, self.source, self.index, self.buffer = backend, source.logits, index, buffer
         self.vocabulary = buffer.shape[1]
         (needed,) = needs

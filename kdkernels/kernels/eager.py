@@ -10,17 +10,9 @@ from torch import Tensor
 
 from .. import reference
 from ..divergences import Divergence
-from .interface import Coefficients, Rows
+from .interface import Backend, Coefficients, Request, Rows, refused_dtype
 
 _BLOCK = 1 << 23  # bytes of the logits of a step, in at least fp32; 14 tensors of that are the workspace
-
-
-def supports(dtype: torch.dtype) -> bool:
-    return dtype.is_floating_point
-
-
-def workspace(rows: int, vocabulary: int) -> int:
-    return 14 * max(min(_BLOCK, 8 * rows * vocabulary), 8 * vocabulary)
 
 
 def _steps(logits: Tensor) -> list[slice]:
@@ -36,58 +28,63 @@ def _z(rows: Rows) -> Tensor:
     return z if rows.softcap is None else rows.softcap * torch.tanh(z / rows.softcap)
 
 
-def statistics(
-    logits: Tensor, scale: float, softcap: float | None, temperature: float, topk: int, gather: Tensor | None
-) -> Rows:
-    count = len(logits)
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    stats = logits.new_empty((count, 4), dtype=dtype)
-    values, indices = stats.new_empty((count, topk)), stats.new_empty((count, topk), dtype=torch.int64)
-    gathered = None if gather is None else stats.new_empty(gather.shape)
-    out = Rows(logits, scale, softcap, stats, values, indices, gathered)
-    for step in _steps(logits):
-        z = _z(out[step])
-        top = z.max(-1).values
-        shifted = z - top[:, None]
-        stats[step, 0] = top
-        stats[step, 1] = shifted.logsumexp(-1)
-        stats[step, 2] = reference.entropy(shifted)
-        stats[step, 3] = (shifted / temperature).logsumexp(-1)
-        indices[step] = reference.candidates(z, topk) if topk > 1 else z.argmax(-1, keepdim=True)
-        values[step] = z.gather(-1, indices[step])
-        if gather is not None:
-            gathered[step] = z.gather(-1, gather[step])
-    return out
+class Eager(Backend):
+    name = "eager"
+
+    def refusal(self, request: Request) -> str:
+        return refused_dtype(request, lambda dtype: dtype.is_floating_point)
+
+    def workspace(self, rows: int, vocabulary: int) -> int:
+        return 14 * max(min(_BLOCK, 8 * rows * vocabulary), 8 * vocabulary)
+
+    def statistics(
+        self, logits: Tensor, scale: float, softcap: float | None, temperature: float, topk: int, gather: Tensor | None
+    ) -> Rows:
+        out = Rows.empty(logits, scale, softcap, topk, gather, 4)
+        for step in _steps(logits):
+            z = _z(out[step])
+            top = z.max(-1).values
+            shifted = z - top[:, None]
+            out.stats[step, 0] = top
+            out.stats[step, 1] = shifted.logsumexp(-1)
+            out.stats[step, 2] = reference.entropy(shifted)
+            out.stats[step, 3] = (shifted / temperature).logsumexp(-1)
+            out.top_indices[step] = reference.candidates(z, topk) if topk > 1 else z.argmax(-1, keepdim=True)
+            out.top_values[step] = z.gather(-1, out.top_indices[step])
+            if gather is not None:
+                out.gathered[step] = z.gather(-1, gather[step])
+        return out
+
+    def divergence(
+        self, student: Rows, teacher: Rows, divergence: Divergence, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        value = student.stats.new_empty(student.stats.shape[0])
+        for step in _steps(student.logits):
+            value[step] = reference.divergence(_z(student[step]), _z(teacher[step]), divergence, temperature)
+        return value, value  # reference.divergence_gradient finds the centre itself
+
+    def gradient_(
+        self,
+        student: Rows,
+        teacher: Rows | None,
+        divergence: Divergence | None,
+        temperature: float,
+        center: Tensor | None,
+        coefficients: Coefficients,
+        out: Tensor,
+    ) -> None:
+        for step in _steps(student.logits):
+            rows, c = student[step], coefficients
+            c_divergence, c_entropy, c_softmax = (part[step, None] for part in c.dense)
+            z = _z(rows)
+            gradient = c_entropy * reference.entropy_gradient(z) + c_softmax * z.softmax(-1)
+            if divergence is not None:
+                z_t = _z(teacher[step])
+                gradient += c_divergence * reference.divergence_gradient(z, z_t, divergence, temperature)
+            gradient.scatter_add_(-1, c.ids[step], c.scatter[step])
+            if rows.softcap is not None:
+                gradient *= 1 - (z / rows.softcap).square()
+            out[step] = gradient * rows.scale
 
 
-def divergence(student: Rows, teacher: Rows, kind: Divergence, temperature: float) -> tuple[Tensor, Tensor]:
-    value = student.stats.new_empty(student.stats.shape[0])
-    for step in _steps(student.logits):
-        value[step] = reference.divergence(_z(student[step]), _z(teacher[step]), kind, temperature)
-    return value, value  # reference.divergence_gradient finds the centre itself
-
-
-def gradient_(
-    student: Rows,
-    teacher: Rows | None,
-    kind: Divergence | None,
-    temperature: float,
-    center: Tensor | None,
-    coefficients: Coefficients,
-    out: Tensor,
-) -> None:
-    for step in _steps(student.logits):
-        rows, c = student[step], coefficients
-        c_divergence, c_entropy, c_softmax = (part[step, None] for part in c.dense)
-        z = _z(rows)
-        gradient = c_entropy * reference.entropy_gradient(z) + c_softmax * z.softmax(-1)
-        if kind is not None:
-            gradient += c_divergence * reference.divergence_gradient(z, _z(teacher[step]), kind, temperature)
-        gradient.scatter_add_(-1, c.ids[step], c.scatter[step])
-        if rows.softcap is not None:
-            gradient *= 1 - (z / rows.softcap).square()
-        out[step] = gradient * rows.scale
-
-
-def scale_(gradient: Tensor, factor: Tensor) -> None:
-    gradient.mul_(factor[None])  # one dimension makes it take part in type promotion
+BACKEND = Eager()

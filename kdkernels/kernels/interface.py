@@ -1,10 +1,20 @@
-"""What row kernels take and give. Axes: C tokens of a chunk, V vocabulary, K candidates, J ids per token."""
+"""What row kernels take and give, and what a backend has to offer.
+
+Axes: C tokens of a chunk, V vocabulary, H hidden, K candidates, J ids per token.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
+import torch
 from torch import Tensor
+
+from ..compute import gemm
+from ..divergences import Divergence
 
 
 class Summary:
@@ -56,6 +66,18 @@ class Rows(Summary):
     top_indices: Tensor  # [C, K]
     gathered: Tensor | None  # [C, J] z at the ids asked for
 
+    @classmethod
+    def empty(
+        cls, logits: Tensor, scale: float, softcap: float | None, topk: int, gather: Tensor | None, columns: int
+    ) -> Rows:
+        """Room for the statistics of ``logits``, which a backend then writes: ``columns`` of ``stats``."""
+        count, dtype = len(logits), torch.float64 if logits.dtype == torch.float64 else torch.float32
+        stats = logits.new_empty((count, columns), dtype=dtype)
+        values, indices = stats.new_empty(count, topk), stats.new_empty((count, topk), dtype=torch.int64)
+        return cls(
+            logits, scale, softcap, stats, values, indices, None if gather is None else stats.new_empty(gather.shape)
+        )
+
     def __getitem__(self, tokens: slice) -> Rows:
         if tokens == slice(0, self.stats.shape[0]):
             return self
@@ -77,3 +99,101 @@ class Coefficients:
     dense: Tensor
     ids: Tensor
     scatter: Tensor
+
+
+class Request(NamedTuple):
+    """What a backend is asked to compute with."""
+
+    device: str  # the type of a torch.device: cpu, cuda, ...
+    logits: torch.dtype
+    operand: torch.dtype  # of hidden states and weights, and so of gradients; the logits' own or narrower
+
+
+def refused_dtype(request: Request, computes: Callable[[torch.dtype], bool]) -> str:
+    """The refusal of a backend that ``computes`` with some dtypes; empty where both are among them."""
+    for what, dtype in (("logits", request.logits), ("gradients", request.operand)):  # gradients are of operands
+        if not computes(dtype):
+            return f"it does not compute with {dtype} {what}"
+    return ""
+
+
+class Backend(ABC):
+    """The row kernels of one kind of device. They know rows and coefficients, no sources and no objectives.
+
+    A backend is one object that registry.py lists; whoever computes with it uses nothing but these methods.
+    """
+
+    name: ClassVar[str]  # as KDKERNELS_BACKEND and kd.info() have it
+
+    @abstractmethod
+    def refusal(self, request: Request) -> str:
+        """Why it cannot compute this; empty where it can. That it runs on the device, registry.py has seen to."""
+
+    @abstractmethod
+    def workspace(self, rows: int, vocabulary: int) -> int:
+        """Bytes that it may allocate beside its outputs for so many rows of logits."""
+
+    @abstractmethod
+    def statistics(
+        self, logits: Tensor, scale: float, softcap: float | None, temperature: float, topk: int, gather: Tensor | None
+    ) -> Rows:
+        """Sweep 1: the statistics of logits [C, V], their ``topk`` largest, and z at the ids ``gather`` [C, J]."""
+
+    def project(
+        self,
+        products: gemm.Torch,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        logits: Tensor,
+        scale: float,
+        softcap: float | None,
+        temperature: float,
+        topk: int,
+        gather: Tensor | None,
+    ) -> Rows:
+        """Writes logits [C, V] = hidden [C, H] @ weight [V, H].T + bias [V], and gives their statistics.
+
+        One call, because a backend may compute statistics while it multiplies. This one does it afterwards.
+        """
+        products.project(hidden, weight, bias, logits)
+        return self.statistics(logits, scale, softcap, temperature, topk, gather)
+
+    @abstractmethod
+    def divergence(
+        self, student: Rows, teacher: Rows, divergence: Divergence, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        """Sweep 2: the divergence [C] of each token, and what ``gradient_`` wants of it (``center`` [C, ...])."""
+
+    @abstractmethod
+    def gradient_(
+        self,
+        student: Rows,
+        teacher: Rows | None,
+        divergence: Divergence | None,
+        temperature: float,
+        center: Tensor | None,
+        coefficients: Coefficients,
+        out: Tensor,
+    ) -> None:
+        """Sweep 3: the gradient of all terms with respect to the student's logits.
+
+        ``out`` [C, V] has the operands' dtype and lies over the student's logits, each row where that of the logits
+        begins, so that these are overwritten.
+        """
+
+    def scale_(self, gradient: Tensor, factor: Tensor) -> None:
+        """gradient *= factor [], which only the device knows, in at least fp32."""
+        gradient.mul_(factor[None])  # one dimension makes it take part in type promotion
+
+    def traits(self) -> frozenset[str]:
+        """What decides whose matrix products are faster on this CPU (gemm.who_multiplies); none without own ones."""
+        return frozenset()
+
+    def isa(self) -> str | None:
+        """The instruction set that it takes, where it was compiled for several."""
+        return None
+
+    def products(self, device: torch.device, operand: torch.dtype) -> gemm.Torch:
+        """Who multiplies operands of this dtype."""
+        return gemm.products(self.traits(), device, operand)

@@ -5,71 +5,92 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-from types import ModuleType
+from typing import NamedTuple
 
 import torch
 
+from .interface import Backend, Request
+
 logger = logging.getLogger("kdkernels")
 
-BACKENDS = {"eager": ".eager", "native": ".native", "triton": ".triton.backend"}
-DEVICE = {"native": "cpu", "triton": "cuda"}  # eager runs on any
-_DESERVED = {"cpu": "native", "cuda": "triton"}  # what a device should run on; eager is the slower way out, and says so
-_warned: set[str] = set()
+
+class Entry(NamedTuple):
+    """Where a backend is found and where it runs, which is known before it is loaded."""
+
+    module: str  # has the backend as BACKEND
+    device: str | None  # the type of device; None: any
 
 
-def load(name: str) -> tuple[ModuleType | None, str]:
+BACKENDS = {  # in order of preference
+    "native": Entry(".native", "cpu"),
+    "triton": Entry(".triton.backend", "cuda"),
+    "eager": Entry(".eager", None),
+}
+_logged: set[str] = set()
+
+
+class Choice(NamedTuple):
+    backend: Backend
+    why: str  # in words
+    slow: bool  # because one that is faster on this device cannot run
+
+
+def load(name: str) -> tuple[Backend | None, str]:
+    """The backend, or None and why it does not load."""
     try:
-        return importlib.import_module(BACKENDS[name], __package__), ""
+        return importlib.import_module(BACKENDS[name].module, __package__).BACKEND, ""
     except (ImportError, OSError) as error:
         return None, f"{type(error).__name__}: {error}"
 
 
-def name_of(module: ModuleType) -> str:
-    """What a backend is called."""
-    return next(name for name, path in BACKENDS.items() if module.__name__ == __package__ + path)
-
-
-def able(name: str, device: str, dtype: torch.dtype, operand: torch.dtype) -> tuple[ModuleType | None, str]:
-    """Backend ``name`` if it can run these dtypes of logits and operands on ``device``, else the reason."""
+def able(name: str, request: Request) -> tuple[Backend | None, str]:
+    """Backend ``name`` if it can compute this, else None and the reason."""
     if name not in BACKENDS:
-        return None, f"expected one of {', '.join(BACKENDS)}"
-    interpreted = name == "triton" and device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
-    if name in DEVICE and device != DEVICE[name] and not interpreted:
-        return None, f"it runs on {DEVICE[name]}, not on {device}"
-    module, error = load(name)
-    if module is None:
+        return None, f"expected one of {', '.join(sorted(BACKENDS))}"
+    device = BACKENDS[name].device
+    interpreted = name == "triton" and request.device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    if device not in (None, request.device) and not interpreted:
+        return None, f"it runs on {device}, not on {request.device}"
+    backend, error = load(name)
+    if backend is None:
         return None, f"it does not load ({error})"
-    for name_of_it, each in (("logits", dtype), ("gradients", operand)):  # a gradient has the operands' dtype
-        if not module.supports(each):
-            return None, f"it does not compute with {each} {name_of_it}"
-    return module, ""
+    refusal = backend.refusal(request)
+    return (None, refusal) if refusal else (backend, "")
 
 
-def choose(device: str, dtype: torch.dtype, operand: torch.dtype) -> tuple[ModuleType, str]:
-    """The backend, and why it is not the one the device deserves (empty where it is, or where it was forced)."""
-    name = os.environ.get("KDKERNELS_BACKEND")
-    if name:
-        module, reason = able(name, device, dtype, operand)
-        if module is None:
-            raise RuntimeError(f"KDKERNELS_BACKEND={name}: {reason}")
-        return module, ""
-    name = _DESERVED.get(device)
-    if name is None:
-        return load("eager")[0], f"{device} has no backend of its own yet"
-    module, reason = able(name, device, dtype, operand)
-    return (load("eager")[0], f"{name}: {reason}") if module is None else (module, "")
-
-
-def backend_for(device: torch.device, dtype: torch.dtype, operand: torch.dtype | None = None) -> ModuleType:
-    """The backend for logits of ``dtype`` over operands of ``operand`` (default: the same) on ``device``.
-
-    ``KDKERNELS_BACKEND`` forces one. Otherwise the device's own, or eager with one warning that names the reason.
+def choose(request: Request) -> Choice:
+    """The backend that KDKERNELS_BACKEND names, otherwise the first of this device that can compute this.
 
     Raises:
-        RuntimeError: the forced backend does not exist or cannot run.
+        RuntimeError: the named backend does not exist or cannot compute this; where none is named, no backend can.
     """
-    module, reason = choose(device.type, dtype, operand or dtype)
-    if reason and reason not in _warned:
-        _warned.add(reason)
-        logger.warning("kdkernels uses its slow eager backend on %s: %s", device, reason)
-    return module
+    name = os.environ.get("KDKERNELS_BACKEND")
+    if name:
+        backend, reason = able(name, request)
+        if backend is None:
+            raise RuntimeError(f"KDKERNELS_BACKEND={name}: {reason}")
+        return Choice(backend, f"KDKERNELS_BACKEND={name}", False)
+    own = [name for name, entry in BACKENDS.items() if entry.device == request.device]
+    passed = [] if own else [f"{request.device} has no backend of its own yet"]
+    for name in own + [name for name, entry in BACKENDS.items() if entry.device is None]:
+        backend, reason = able(name, request)
+        if backend:
+            return Choice(backend, "; ".join(passed) or f"it is the first choice on {request.device}", bool(passed))
+        passed.append(f"{name}: {reason}")
+    raise RuntimeError(f"no backend computes this on {request.device}: {'; '.join(passed)}")
+
+
+def backend_for(device: torch.device, dtype: torch.dtype, operand: torch.dtype | None = None) -> Backend:
+    """The backend for logits of ``dtype`` over operands of ``operand`` (default: the same) on ``device``.
+
+    ``KDKERNELS_BACKEND`` names one. Otherwise it is the device's own, or eager with one warning that names the reason.
+
+    Raises:
+        RuntimeError: the named backend does not exist or cannot run.
+    """
+    backend, why, slow = choose(Request(device.type, dtype, operand or dtype))
+    if why not in _logged:
+        _logged.add(why)
+        level, what = (logging.WARNING, "slow ") if slow else (logging.INFO, "")
+        logger.log(level, "kdkernels uses its %s%s backend on %s: %s", what, backend.name, device, why)
+    return backend

@@ -12,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..torch_ops import Operators
+from ..torch_ops import OperatorBackend, Operators
 from . import kernels, scale
 
 # Words per block and warps of each sweep. 8 words a thread: two 16-byte loads of fp32 in flight, 32 to 64 registers
@@ -27,15 +27,7 @@ _SCATTER_WARPS = 4
 _LAUNCH_ROWS = 4096  # bounds the group maxima; six waves of programs on the largest GPUs
 
 
-def supports(dtype: torch.dtype) -> bool:
-    return dtype in (torch.float32, torch.bfloat16, torch.float16)
-
-
-def workspace(rows: int, vocabulary: int) -> int:
-    return 4 * min(rows, _LAUNCH_ROWS) * (triton.cdiv(vocabulary, _GROUP) + 256)  # group maxima; gradients at ids
-
-
-# ---- the operators (operators.py) ------------------------------------------------------------------------------------
+# ---- the operators (torch_ops.py) ------------------------------------------------------------------------------------
 
 
 def row_statistics(
@@ -189,6 +181,14 @@ def _register() -> Operators:
     return Operators.registered("triton_")
 
 
-_operators = _register()
-statistics, divergence, gradient_ = _operators.statistics, _operators.divergence, _operators.gradient_
-scale_ = scale.scale_
+class Triton(OperatorBackend):
+    name = "triton"
+
+    def workspace(self, rows: int, vocabulary: int) -> int:
+        return 4 * min(rows, _LAUNCH_ROWS) * (triton.cdiv(vocabulary, _GROUP) + 256)  # group maxima; gradients at ids
+
+    def scale_(self, gradient: Tensor, factor: Tensor) -> None:
+        scale.scale_(gradient, factor)
+
+
+BACKEND = Triton(_register())

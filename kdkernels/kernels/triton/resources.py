@@ -28,7 +28,7 @@ import triton
 from ...compute import memory
 from ...divergences import JSD, ForwardKL, ReverseKL, SkewKL
 from ..interface import Coefficients
-from ..torch_ops import NAMES, Operators
+from ..torch_ops import Operators
 from . import backend
 from .ahead import Compiled, Specialisation, compiled, noted, stand_in
 
@@ -39,7 +39,8 @@ RAGGED = 151665  # words of which the rows of a buffer are padded
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _KINDS = (ForwardKL(), ReverseKL(), JSD(0.9), SkewKL(0.1))  # one for every place of the mixture
 _ORDER = ("statistics", "candidates", "divergence", "scatter", "gradient")
-_FUNCTIONS = Operators(*(getattr(backend, name) for name in NAMES))  # tensors without memory would get the fake ones
+# As operators, tensors without memory would get the fake kernels.
+_FUNCTIONS = backend.Triton(Operators(*(getattr(backend, name) for name in Operators._fields)))
 _SOFTCAPS = {  # of (student, teacher)
     (False, False): "", (True, True): ", soft-cap",
     (True, False): ", soft-cap of the student", (False, True): ", soft-cap of the teacher",

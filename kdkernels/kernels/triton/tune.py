@@ -3,7 +3,7 @@
     from kdkernels.kernels.triton.tune import tune
     print(tune(vocabulary=151936, dtype=torch.float32))
 
-Without it the sizes documented in triton.py hold, on every machine the same. Sums over the vocabulary are taken block
+Without it the sizes documented in backend.py hold, on every machine the same. Sums over the vocabulary are taken block
 by block, so other sizes change results by rounding.
 """
 
@@ -46,16 +46,16 @@ def _sweeps(vocabulary: int, dtype: torch.dtype, rows: int, device) -> dict[str,
         return (3 * torch.randn(rows, vocabulary, device=device)).to(dtype)
 
     def statistics():
-        return backend.statistics(x, 1.0, None, 1.0, 1, None)
+        return backend.BACKEND.statistics(x, 1.0, None, 1.0, 1, None)
 
     x, kind = logits(), JSD(0.9)
-    student, teacher = statistics(), backend.statistics(logits(), 1.0, None, 1.0, 1, None)
-    center = backend.divergence(student, teacher, kind, 1.0)[1]
+    student, teacher = statistics(), backend.BACKEND.statistics(logits(), 1.0, None, 1.0, 1, None)
+    center = backend.BACKEND.divergence(student, teacher, kind, 1.0)[1]
     coefficients = Coefficients(
         torch.ones(3, rows, device=device), student.top_indices, torch.ones_like(student.top_values)
     )
     return {  # the last one writes over the logits of the others
         "statistics": statistics,
-        "divergence": lambda: backend.divergence(student, teacher, kind, 1.0),
-        "gradient": lambda: backend.gradient_(student, teacher, kind, 1.0, center, coefficients, x),
+        "divergence": lambda: backend.BACKEND.divergence(student, teacher, kind, 1.0),
+        "gradient": lambda: backend.BACKEND.gradient_(student, teacher, kind, 1.0, center, coefficients, x),
     }
