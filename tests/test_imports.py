@@ -10,7 +10,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "kdkernels"
 
 # A unit is a module or package right under kdkernels/. Leaves may be imported by all, and import only leaves.
-LEAVES = {"checks", "divergences", "tensors", "layout"}
+LEAVES = {"checks", "divergences", "errors", "tensors", "layout"}
 # Each imports only what is to its left, leaves, and itself. The package's __init__ collects the core.
 ORDER = [
     "reference",
@@ -23,6 +23,8 @@ ORDER = [
     "modules",
     "objectives",
     "__init__",
+    "data",
+    "distillation",
     "training",
     "demo",
 ]
@@ -103,6 +105,8 @@ def test_the_check_sees_what_is_planted():
     assert planted("kdkernels.sources.head", "from ..engine import loop")
     assert planted("kdkernels.training.trainer", "from kdkernels.demo import phases")
     assert planted("kdkernels.functional", "import transformers")
+    assert planted("kdkernels.data.batch", "from kdkernels.training.config import Config")
+    assert planted("kdkernels.distillation", "def f():\n    from kdkernels.training import distributed")
     assert planted("kdkernels.sources", "def f():\n    from numpy import array")
     assert planted("kdkernels.helpers", "")
     assert not planted(

@@ -5,8 +5,8 @@ result = train(load_config("recipes/gsm8k-small.toml", overrides=["train.steps=1
 """
 
 try:
+    from kdkernels.errors import InputError
     from kdkernels.training.config import Config, load_config
-    from kdkernels.training.schema import InputError
     from kdkernels.training.trainer import Result, train
 except ModuleNotFoundError as error:
     if error.name.startswith("kdkernels"):

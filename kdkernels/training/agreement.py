@@ -10,11 +10,10 @@ from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
 from kdkernels import Head
-from kdkernels.training.auxiliary import beyond_cross_entropy, has_router_loss
-from kdkernels.training.data import collate
-from kdkernels.training.model import states
+from kdkernels.data import collate
+from kdkernels.distillation import beyond_cross_entropy, has_router_loss, states
+from kdkernels.errors import InputError
 from kdkernels.training.rollouts import evaluating
-from kdkernels.training.schema import InputError
 
 
 def check_model(key: str, model: PreTrainedModel, tokens: Sequence[int], trained: bool) -> None:

@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from kdkernels.errors import InputError
 from kdkernels.training import distributed
 from kdkernels.training.atomic import remove, write_directory, writing
 from kdkernels.training.engine import engine_state, load_engine_state
 from kdkernels.training.hashes import HashedFile, sha256_of_all
-from kdkernels.training.schema import InputError
 
 PREFIX, PROGRESS = "step-", "progress.json"
 SHARED, METRICS = "shared.pt", "metrics.jsonl"

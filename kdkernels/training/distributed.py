@@ -16,8 +16,8 @@ if not torch.accelerator.is_available():
 import deepspeed
 from deepspeed.accelerator import get_accelerator
 
+from kdkernels.errors import InputError
 from kdkernels.training.errors import DiskError
-from kdkernels.training.schema import InputError
 
 # DeepSpeed would compile an all-reduce for CPU processes on its first use: a minute, a need for ninja, and a lock that
 # blocks every later run where that compile was killed. gloo does the same.

@@ -2,12 +2,13 @@
 
 from pathlib import Path
 
+from kdkernels.data.tokenizers import vocabulary_size
 from kdkernels.training import distributed
 from kdkernels.training.config import Config
 from kdkernels.training.engine import accumulation_steps
 from kdkernels.training.inputs import read_inputs
 from kdkernels.training.lock import refuse_if_locked
-from kdkernels.training.model import load_student, load_teacher, vocabulary_size
+from kdkernels.training.model import load_student, load_teacher
 from kdkernels.training.needs import check_disk, check_output, describe, describe_dtype, needs
 from kdkernels.training.run_directory import RunDirectory
 from kdkernels.training.schema import to_toml

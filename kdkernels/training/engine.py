@@ -9,9 +9,9 @@ import deepspeed
 import torch
 from torch import nn
 
+from kdkernels.errors import InputError
 from kdkernels.training import distributed
 from kdkernels.training.config import Config, OptimizerConfig
-from kdkernels.training.schema import InputError
 
 # Micro-batches whose gradients bfloat16 can sum: with 32 of them the sum's rounding is .5 %, as much as one product's;
 # from 256 on, the sum's last place is as large as what is added.

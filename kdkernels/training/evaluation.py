@@ -12,11 +12,12 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import kdkernels as kd
+from kdkernels.data import Example, collate
+from kdkernels.data.tokenizers import vocabulary_size
+from kdkernels.distillation import head
+from kdkernels.errors import InputError
 from kdkernels.training.config import Config, EvaluationConfig
-from kdkernels.training.data import Example, collate
-from kdkernels.training.model import head, vocabulary_size
 from kdkernels.training.rollouts import ends, evaluating, generate
-from kdkernels.training.schema import InputError
 
 
 def evaluate(

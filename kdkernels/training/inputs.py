@@ -5,11 +5,12 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from kdkernels.training.config import Config
-from kdkernels.training.data import Examples, load_examples
+from kdkernels.data import Examples, load_examples
+from kdkernels.data.tokenizers import vocabulary_size
+from kdkernels.errors import InputError
+from kdkernels.training.config import Config, DataConfig
 from kdkernels.training.evaluation import expected_answer
-from kdkernels.training.model import load_tokenizer, vocabulary_size
-from kdkernels.training.schema import InputError
+from kdkernels.training.model import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -24,17 +25,33 @@ class Inputs:
 def read_inputs(config: Config, trained: Path | None = None) -> Inputs:
     """Everything but the models; `trained` is where the run has the tokenizer that it trained. Raises InputError."""
     tokenizer = load_tokenizer(config, trained)
-    candidates, words = config.objective.build().topk, vocabulary_size(tokenizer)
-    if candidates > words:
-        raise InputError(f"[objective] k: expected at most {words}, the tokenizer's words, got {candidates}")
+    candidates, entries = config.objective.build().topk, vocabulary_size(tokenizer)
+    if candidates > entries:
+        raise InputError(f"[objective] k: expected at most {entries}, the tokenizer's vocabulary, got {candidates}")
     data = config.data
     if config.rollout.student_fraction == 1:  # nobody reads the responses
         data = replace(data, response=None)
-    examples = load_examples(data, data.train, tokenizer)
+    examples = read_examples(data, data.train, tokenizer)
     held_out = None
     if config.evaluation is not None:
-        held_out = load_examples(config.data, config.evaluation.data, tokenizer, responses=config.evaluation.by_token)
+        held_out = read_examples(config.data, config.evaluation.data, tokenizer, config.evaluation.by_token)
     if held_out is not None and config.evaluation.answer is not None:
         for example in held_out.usable[: config.evaluation.limit]:
             expected_answer(config.evaluation, example)
     return Inputs(tokenizer, examples, held_out)
+
+
+def read_examples(
+    data: DataConfig, path: str, tokenizer: PreTrainedTokenizerBase, tokenize_responses: bool = True
+) -> Examples:
+    """The examples of the file at `path`, which has the format and the limits of [data]. Raises InputError."""
+    return load_examples(
+        path,
+        tokenizer,
+        prompt=data.prompt,
+        response=data.response,
+        max_prompt_tokens=data.max_prompt_tokens,
+        max_response_tokens=data.max_response_tokens,
+        special_tokens_in_fields=data.special_tokens_in_fields,
+        tokenize_responses=tokenize_responses,
+    )

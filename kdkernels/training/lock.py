@@ -15,9 +15,9 @@ from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
+from kdkernels.errors import InputError
 from kdkernels.training.atomic import NO_SPACE, is_full
 from kdkernels.training.errors import DiskError
-from kdkernels.training.schema import InputError
 
 NAME = "run.lock"
 

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from kdkernels.data.jsonl import json_line
+from kdkernels.errors import InputError
 from kdkernels.training import distributed
 from kdkernels.training.atomic import append, writing
-from kdkernels.training.jsonl import json_line
 from kdkernels.training.run_directory import RunDirectory
-from kdkernels.training.schema import InputError
 
 SHOWN = ("loss", "student_entropy", "teacher_entropy", "gate", "tokens_per_second")
 EVALUATION = "evaluation/"  # what an evaluation measured is logged under this prefix

@@ -1,7 +1,4 @@
-"""The models of a run: tokenizer, student and teacher, and the module whose forward is the loss.
-
-Shapes: B responses, L length, H hidden.
-"""
+"""The models of a recipe: tokenizer, student and teacher, read and checked."""
 
 import copy
 from collections.abc import Iterator
@@ -9,7 +6,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import nn
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -20,62 +16,17 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
-from transformers.modeling_outputs import ModelOutput
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-from kdkernels import Head
+from kdkernels.data.batch import collate
+from kdkernels.data.texts import render
+from kdkernels.data.tokenizers import train_tokenizer, vocabulary_size
+from kdkernels.distillation import head
+from kdkernels.errors import InputError
 from kdkernels.sources.from_model import tail, trunk
-from kdkernels.training.auxiliary import router_loss
 from kdkernels.training.config import Config
-from kdkernels.training.data import Batch, collate
-from kdkernels.training.schema import InputError, refuse_unknown
-from kdkernels.training.texts import render
-from kdkernels.training.tokenizers import train_tokenizer
+from kdkernels.training.schema import refuse_unknown
 from kdkernels.training.weights import check_weights
-
-ROUTER_LOSS = "router_loss"  # among the metrics
-
-
-class Distillation(nn.Module):
-    """Student and objective in one module, so that the engine that wraps it sees every use of every weight, the
-    lm_head's included.
-    """
-
-    def __init__(self, student: PreTrainedModel, objective: nn.Module, vocab_size: int):
-        super().__init__()
-        self.student, self.objective, self.vocab_size = student, objective, vocab_size
-
-    def forward(self, batch: Batch, teacher: Head | None):
-        """The objective's output (loss, count, metrics) for `batch`; the student's own router loss is part of the loss
-        where its config turns that on.
-        """
-        output = states(self.student, batch)
-        scored = Head.from_model(self.student, output.last_hidden_state, vocab_size=self.vocab_size)
-        from_teacher = batch.from_teacher if self.objective.by_author else None
-        out = self.objective(scored, teacher, batch.layout, target=batch.target, from_teacher=from_teacher)
-        routers = router_loss(self.student, output, batch.attention_mask)
-        if routers is None:
-            return out
-        return out._replace(loss=out.loss + routers, metrics=out.metrics | {ROUTER_LOSS: routers.detach()})
-
-
-def head(model: PreTrainedModel, batch: Batch, vocab_size: int) -> Head:
-    """The model's last hidden states [B, L, H] for `batch` with its lm_head, which is left to multiply the positions
-    that matter.
-    """
-    return Head.from_model(model, states(model, batch).last_hidden_state, vocab_size=vocab_size)
-
-
-def states(model: PreTrainedModel, batch: Batch) -> ModelOutput:
-    """What the model's trunk returns for `batch`: its last hidden states [B, L, H] and, if its config asks for them,
-    the logits of its routers.
-    """
-    return trunk(model)(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-
-
-def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The number of ids with a token behind them: a model may have more rows, as padding."""
-    return max(tokenizer.get_vocab().values()) + 1
 
 
 def load_tokenizer(config: Config, trained: Path | None = None) -> PreTrainedTokenizerBase:
@@ -85,7 +36,8 @@ def load_tokenizer(config: Config, trained: Path | None = None) -> PreTrainedTok
     if trained is not None:
         return _read_tokenizer(str(trained), "[tokenizer] of the run")
     if config.tokenizer.kind is not None:
-        texts = [prompt + response for _, prompt, response in render(config.data, config.data.train)]
+        data = config.data
+        texts = [prompt + response for _, prompt, response in render(data.train, data.prompt, data.response)]
         try:
             return train_tokenizer(texts, config.tokenizer.kind, config.tokenizer.vocab_size)
         except ValueError as error:

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from kdkernels.compute import gemm
+from kdkernels.errors import InputError
 from kdkernels.training import distributed
 from kdkernels.training.config import Config
 from kdkernels.training.run_directory import RunDirectory
-from kdkernels.training.schema import InputError
 
 
 @dataclass(frozen=True)

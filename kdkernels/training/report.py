@@ -4,10 +4,10 @@ import itertools
 import resource
 from collections.abc import Mapping, Sequence
 
+from kdkernels.data import Examples
 from kdkernels.training import distributed
 from kdkernels.training.atomic import write_text
 from kdkernels.training.config import Config
-from kdkernels.training.data import Examples
 from kdkernels.training.metrics import evaluations, read_metrics
 from kdkernels.training.run_directory import RunDirectory
 

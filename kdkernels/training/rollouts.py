@@ -12,7 +12,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from kdkernels.training.model import vocabulary_size
+from kdkernels.data.tokenizers import vocabulary_size
 
 UNTRUNCATED = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}  # transformers' own default is top_k=50
 

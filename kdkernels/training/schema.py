@@ -17,11 +17,7 @@ try:
 except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib
 
-
-class InputError(ValueError):
-    """What the user gave (a recipe, a data file, a run directory) cannot be used; the message says where, what was
-    expected, what came.
-    """
+from kdkernels.errors import InputError
 
 
 @dataclass(frozen=True)

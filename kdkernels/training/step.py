@@ -14,11 +14,11 @@ from contextlib import contextmanager
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from kdkernels.data import Example, collate
+from kdkernels.distillation import ROUTER_LOSS, head
 from kdkernels.training import distributed
 from kdkernels.training.config import Config
-from kdkernels.training.data import Example, collate
 from kdkernels.training.engine import set_rate, update
-from kdkernels.training.model import ROUTER_LOSS, head
 from kdkernels.training.rollouts import generate
 
 

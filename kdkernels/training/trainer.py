@@ -16,21 +16,23 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from kdkernels.data import Example, ExampleStream
+from kdkernels.data.tokenizers import vocabulary_size
+from kdkernels.distillation import Distillation
+from kdkernels.errors import InputError
 from kdkernels.training import checkpoint, distributed
 from kdkernels.training.agreement import check_model
 from kdkernels.training.atomic import write_directory
 from kdkernels.training.config import Config
-from kdkernels.training.data import Example, ExampleStream
 from kdkernels.training.engine import accumulation_steps, build_engine, first_nonfinite, nonfinite
 from kdkernels.training.errors import DiskError, Stopped
 from kdkernels.training.evaluation import evaluate, summarize
 from kdkernels.training.inputs import read_inputs
 from kdkernels.training.metrics import EVALUATION, MetricsLog, evaluations
-from kdkernels.training.model import Distillation, load_student, load_teacher, vocabulary_size
+from kdkernels.training.model import load_student, load_teacher
 from kdkernels.training.needs import check_disk, describe_dtype, needs
 from kdkernels.training.report import write_report
 from kdkernels.training.run_directory import RunDirectory, Start
-from kdkernels.training.schema import InputError
 from kdkernels.training.step import train_step
 from kdkernels.training.termination import Termination
 

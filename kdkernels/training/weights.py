@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from kdkernels.training.schema import InputError
+from kdkernels.errors import InputError
 
 # what transformers looks for, in this order
 SINGLE_OR_INDEX = (

@@ -11,11 +11,14 @@ import torch
 from deepspeed.utils import safe_get_full_grad
 
 from kdkernels import reference
+from kdkernels.data import collate
+from kdkernels.data.tokenizers import vocabulary_size
+from kdkernels.distillation import Distillation
 from kdkernels.training import distributed, load_config, step
 from kdkernels.training.config import Config
-from kdkernels.training.data import collate, load_examples
 from kdkernels.training.engine import build_engine
-from kdkernels.training.model import Distillation, load_student, load_teacher, load_tokenizer, vocabulary_size
+from kdkernels.training.inputs import read_examples
+from kdkernels.training.model import load_student, load_teacher, load_tokenizer
 
 EXAMPLES = 8
 
@@ -26,7 +29,7 @@ def models(config: Config):
     torch.manual_seed(config.run.seed)
     student = load_student(config, tokenizer).to(getattr(torch, config.run.dtype))
     teacher = load_teacher(config, tokenizer) if config.teacher else None
-    examples = load_examples(config.data, config.data.train, tokenizer).usable
+    examples = read_examples(config.data, config.data.train, tokenizer).usable
     chosen = [examples[i] for i in torch.randperm(len(examples), generator=torch.Generator().manual_seed(1))[:EXAMPLES]]
     return tokenizer, student, teacher, chosen
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from kdkernels.distillation import Distillation
 from kdkernels.training import distributed, load_config, train, trainer
 from kdkernels.training import step as step_module
-from kdkernels.training.model import Distillation
 
 
 def digest(engine) -> str:

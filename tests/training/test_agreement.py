@@ -10,13 +10,14 @@ from torch.nn import functional
 from transformers import BambaForCausalLM, Llama4Config, MllamaConfig, Qwen2ForCausalLM
 
 import kdkernels as kd
+from kdkernels.data import collate
+from kdkernels.data.tokenizers import vocabulary_size
+from kdkernels.distillation import Distillation, router_loss, states
 from kdkernels.training import InputError, distributed, train
 from kdkernels.training.agreement import check_model
-from kdkernels.training.auxiliary import router_loss
-from kdkernels.training.data import collate
 from kdkernels.training.dry_run import plan
 from kdkernels.training.metrics import read_metrics
-from kdkernels.training.model import Distillation, load_tokenizer, states, vocabulary_size
+from kdkernels.training.model import load_tokenizer
 
 
 def set_everywhere(model, **options):

@@ -8,9 +8,11 @@ import shutil
 import pytest
 import torch
 
+from kdkernels.data.tokenizers import vocabulary_size
+from kdkernels.distillation import Distillation
 from kdkernels.training import InputError, checkpoint, distributed, train
 from kdkernels.training.engine import build_engine
-from kdkernels.training.model import Distillation, load_student, load_tokenizer, vocabulary_size
+from kdkernels.training.model import load_student, load_tokenizer
 
 from .conftest import final_weights
 

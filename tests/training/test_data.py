@@ -6,12 +6,13 @@ from collections import Counter
 import pytest
 import torch
 
-from kdkernels.training import InputError, data
-from kdkernels.training.data import ExampleStream, collate, load_examples
-from kdkernels.training.inputs import read_inputs
+from kdkernels.data import ExampleStream, collate
+from kdkernels.data import examples as examples_module
+from kdkernels.data.texts import render
+from kdkernels.data.tokenizers import train_tokenizer
+from kdkernels.training import InputError
+from kdkernels.training.inputs import read_examples, read_inputs
 from kdkernels.training.model import load_tokenizer
-from kdkernels.training.texts import render
-from kdkernels.training.tokenizers import train_tokenizer
 
 from .conftest import GKD
 from .families import byte_level, llama, metaspace, word_pieces
@@ -20,7 +21,7 @@ from .families import byte_level, llama, metaspace, word_pieces
 def test_examples_are_rendered_and_tokenized(load):
     config = load()
     tokenizer = load_tokenizer(config)
-    examples = load_examples(config.data, config.data.train, tokenizer)
+    examples = read_examples(config.data, config.data.train, tokenizer)
     assert len(examples.usable) == 32 and examples.long_prompts == examples.long_responses == 0
     first = examples.usable[1]
     assert (first.line, first.prompt, first.response) == (2, "0+2=", "2.")
@@ -33,7 +34,7 @@ def test_too_long_examples_are_left_out_and_counted(load):
     tokenizer = load_tokenizer(config)
     with open(config.data.train, "a") as file:
         file.write(json.dumps({"question": "1+1+1=", "answer": "3."}) + "\n")
-    examples = load_examples(config.data, config.data.train, tokenizer)
+    examples = read_examples(config.data, config.data.train, tokenizer)
     two_digits = sum(a + b > 9 for a in range(8) for b in range(0, 8, 2))
     assert (examples.long_prompts, examples.long_responses) == (1, two_digits)
     assert len(examples.usable) == 32 - two_digits
@@ -42,7 +43,7 @@ def test_too_long_examples_are_left_out_and_counted(load):
     )
     config = load("data.max_prompt_tokens=2")
     with pytest.raises(InputError, match=r"left out 33 with too long a prompt, 0 .*none is left"):
-        load_examples(config.data, config.data.train, tokenizer)
+        read_examples(config.data, config.data.train, tokenizer)
 
 
 FAMILIES = {
@@ -58,7 +59,7 @@ def test_whatever_a_tokenizer_puts_around_texts_an_example_reads_as_it_is_writte
     """BOS once in front, where the tokenizer has one; EOS behind the response only; no space between the two."""
     tokenizer, config = FAMILIES[family](), load("data.max_prompt_tokens=20", "data.max_response_tokens=20")
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    for example in load_examples(config.data, config.data.train, tokenizer).usable:
+    for example in read_examples(config.data, config.data.train, tokenizer).usable:
         ids = example.prompt_ids + example.response_ids
         assert ids.count(bos) == (family != "unigram") and (ids[0] == bos or family == "unigram")
         assert ids.count(eos) == 1 and ids[-1] == eos
@@ -66,7 +67,7 @@ def test_whatever_a_tokenizer_puts_around_texts_an_example_reads_as_it_is_writte
     config = load(
         "data.max_prompt_tokens=30", "data.prompt='<s>[INST] {question} [/INST]'", "data.response=' {answer}</s>'"
     )
-    for example in load_examples(config.data, config.data.train, tokenizer).usable:
+    for example in read_examples(config.data, config.data.train, tokenizer).usable:
         assert example.prompt_ids.count(bos) == 1 and example.prompt_ids[0] == bos, "a chat template has its own"
         assert eos not in example.prompt_ids
         assert example.response_ids.count(eos) == 1 and example.response_ids[-1] == eos, "so has this response"
@@ -77,9 +78,9 @@ def test_a_special_token_in_a_field_is_refused_and_taken_where_it_is_meant(load)
     with open(config.data.train, "a") as file:
         file.write(json.dumps({"question": "<s>7</s><s>8+1=", "answer": "9.</s>"}) + "\n")
     with pytest.raises(InputError, match=r"line 33: field 'question' of \[data\] prompt has '<s>' in it"):
-        load_examples(config.data, config.data.train, tokenizer)
+        read_examples(config.data, config.data.train, tokenizer)
     config = load("data.special_tokens_in_fields=true", "data.max_prompt_tokens=20")
-    example = load_examples(config.data, config.data.train, tokenizer).usable[-1]
+    example = read_examples(config.data, config.data.train, tokenizer).usable[-1]
     assert tokenizer.decode(example.prompt_ids) == "<s>7</s><s>8+1="
     assert tokenizer.decode(example.response_ids) == "9.</s>"
 
@@ -87,7 +88,7 @@ def test_a_special_token_in_a_field_is_refused_and_taken_where_it_is_meant(load)
 def test_an_end_before_the_end_of_a_response_is_refused(load):
     config, tokenizer = load("data.response='{answer}</s> '"), byte_level()
     with pytest.raises(InputError, match=r"line 1: expected the response's end-of-sequence token at its end, got"):
-        load_examples(config.data, config.data.train, tokenizer)
+        read_examples(config.data, config.data.train, tokenizer)
 
 
 def test_text_that_the_tokenizer_changes_is_counted_and_shown(load):
@@ -95,7 +96,7 @@ def test_text_that_the_tokenizer_changes_is_counted_and_shown(load):
     tokenizer = load_tokenizer(config)
     with open(config.data.train, "a") as file:
         file.write(json.dumps({"question": "1+1=", "answer": "zwei."}) + "\n")
-    examples = load_examples(config.data, config.data.train, tokenizer)
+    examples = read_examples(config.data, config.data.train, tokenizer)
     assert len(examples.usable) == 33
     assert str(examples).endswith(
         "; the tokenizer changes the text of 1 (the first: line 33, 'zwei.' became '<unk><unk><u')"
@@ -108,9 +109,9 @@ def test_a_response_without_tokens_of_its_own_is_left_out_and_said(load):
     words = [f"{n}" for n in range(20)] + [f"1{n}" for n in range(20)] + ["+", "=", "."]
     tokenizer = word_pieces(words)
     with pytest.raises(InputError, match=r"left out 32 whose response has no tokens .* line 1\).*none is left"):
-        load_examples(config.data, config.data.train, tokenizer)
+        read_examples(config.data, config.data.train, tokenizer)
     config = load("data.response=' {answer}'", "data.max_prompt_tokens=30")
-    assert "no tokens" not in str(load_examples(config.data, config.data.train, tokenizer))
+    assert "no tokens" not in str(read_examples(config.data, config.data.train, tokenizer))
 
 
 def test_responses_that_nobody_reads_are_not_too_long(load, teacher_set, tmp_path):
@@ -133,7 +134,7 @@ def test_responses_that_nobody_reads_are_not_too_long(load, teacher_set, tmp_pat
 
 def test_the_first_example_is_shown_as_the_model_sees_it(load):
     config = load("data.max_prompt_tokens=20", 'data.prompt="Question:\\n {question}"')
-    examples = load_examples(config.data, config.data.train, llama("bos eos"))
+    examples = read_examples(config.data, config.data.train, llama("bos eos"))
     assert examples.first == (
         f"first example, line 1 of {config.data.train}:\n"
         "  text    '<s> Question:\\n 0+0=' | '0.</s>'\n"
@@ -141,20 +142,20 @@ def test_the_first_example_is_shown_as_the_model_sees_it(load):
         "  10 tokens | 3"
     )
     config = load("data.prompt='" + "x" * 500 + "{question}'", "data.max_prompt_tokens=600")
-    shown = load_examples(config.data, config.data.train, train_tokenizer(["x0+=."], "characters")).first
+    shown = read_examples(config.data, config.data.train, train_tokenizer(["x0+=."], "characters")).first
     assert " ... 440 more ... " in shown and len(shown) < 1000 and shown.endswith("\n  504 tokens | 3")
 
 
 def test_tokenizing_a_long_file_is_reported(load, monkeypatch, capsys):
     config = load()
     tokenizer = load_tokenizer(config)
-    monkeypatch.setattr(data, "AT_ONCE", 10)
-    monkeypatch.setattr(data, "PLAIN_SECONDS", 0.0)
-    once = load_examples(config.data, config.data.train, tokenizer)
+    monkeypatch.setattr(examples_module, "AT_ONCE", 10)
+    monkeypatch.setattr(examples_module, "PLAIN_SECONDS", 0.0)
+    once = read_examples(config.data, config.data.train, tokenizer)
     lines = capsys.readouterr().err.splitlines()
     assert lines == [f"{config.data.train}: {n} of 32 examples are tokenized" for n in (10, 20, 30, 32)]
     monkeypatch.undo()
-    assert load_examples(config.data, config.data.train, tokenizer) == once
+    assert read_examples(config.data, config.data.train, tokenizer) == once
     assert capsys.readouterr().err == ""
 
 
@@ -175,7 +176,7 @@ def test_a_broken_line_is_named(load, line, expected):
     with open(config.data.train, "ab") as file:
         file.write(line + b"\n")
     with pytest.raises(InputError) as refusal:
-        load_examples(config.data, config.data.train, tokenizer)
+        read_examples(config.data, config.data.train, tokenizer)
     assert str(refusal.value).startswith(f"{config.data.train}, {expected}")
     if "no tokens" not in expected:
         with pytest.raises(InputError) as refusal:
@@ -190,7 +191,10 @@ def test_a_broken_line_is_named(load, line, expected):
 def test_a_template_that_a_line_cannot_fill_is_named_with_it(load, template, expected):
     config = load(f"data.response='{template}'")
     place = f"{config.data.train}, line 1: [data] response: '{template}' cannot be filled in: "
-    for read in (lambda: load_tokenizer(config), lambda: list(render(config.data, config.data.train))):
+    for read in (
+        lambda: load_tokenizer(config),
+        lambda: list(render(config.data.train, config.data.prompt, config.data.response)),
+    ):
         with pytest.raises(InputError) as refusal:
             read()
         assert str(refusal.value).startswith(place) and expected in str(refusal.value)

@@ -3,8 +3,8 @@
 import pytest
 from transformers import AddedToken
 
-from kdkernels.training.encoding import Encoder
-from kdkernels.training.tokenizers import train_tokenizer
+from kdkernels.data.encoding import Encoder
+from kdkernels.data.tokenizers import train_tokenizer
 
 from .families import LLAMA3, QWEN, TEXTS, byte_level, llama, metaspace, prefix_space, word_pieces
 

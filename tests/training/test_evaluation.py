@@ -5,10 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from kdkernels.data.tokenizers import vocabulary_size
 from kdkernels.training import InputError, evaluation
-from kdkernels.training.data import load_examples
 from kdkernels.training.evaluation import evaluate, find_answer, summarize
-from kdkernels.training.model import load_student, load_teacher, load_tokenizer, vocabulary_size
+from kdkernels.training.inputs import read_examples
+from kdkernels.training.model import load_student, load_teacher, load_tokenizer
 
 from .conftest import GKD
 
@@ -31,7 +32,7 @@ def load_all(load, teacher_set, settings):
         config = load(*GKD, teacher_set, *settings, *overrides)
         tokenizer = load_tokenizer(config)
         torch.manual_seed(0)
-        examples = load_examples(config.data, config.evaluation.data, tokenizer).usable
+        examples = read_examples(config.data, config.evaluation.data, tokenizer).usable
         return load_student(config, tokenizer), tokenizer, examples, config, load_teacher(config, tokenizer)
 
     return load_all

@@ -10,10 +10,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import kdkernels as kd
+from kdkernels.data import collate
+from kdkernels.data.tokenizers import vocabulary_size
+from kdkernels.distillation import Distillation, head
 from kdkernels.training import InputError
 from kdkernels.training.config import StudentConfig, TokenizerConfig
-from kdkernels.training.data import collate
-from kdkernels.training.model import Distillation, head, load_student, load_teacher, load_tokenizer, vocabulary_size
+from kdkernels.training.model import load_student, load_teacher, load_tokenizer
 
 from .conftest import GKD
 

@@ -196,7 +196,7 @@ def test_more_candidates_than_words(recipe, teacher_set, capsys):
     settings = (*GKD, teacher_set, "objective.name=TSDKD", "objective.k=17")
     arguments = ["train", str(recipe), "--dry-run", *(f"--set={text}" for text in settings)]
     assert main(arguments) == 2
-    assert "[objective] k: expected at most 16, the tokenizer's words, got 17" in capsys.readouterr().err
+    assert "[objective] k: expected at most 16, the tokenizer's vocabulary, got 17" in capsys.readouterr().err
     assert main([*arguments, "--set=objective.k=16"]) == 0
 
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from kdkernels.training.model import load_student, load_tokenizer, vocabulary_size
+from kdkernels.data.tokenizers import vocabulary_size
+from kdkernels.training.model import load_student, load_tokenizer
 from kdkernels.training.rollouts import ends, generate
 
 DRAWS = 3000

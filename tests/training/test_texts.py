@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from kdkernels.data.texts import render
 from kdkernels.training import InputError
-from kdkernels.training.texts import render
 
 GOOD = {"question": "1+1=", "answer": "2."}
 
@@ -18,7 +18,7 @@ def rendered(load):
         config = load(*overrides)
         with open(config.data.train, "wb") as file:
             file.write(lines)
-        return [*render(config.data, config.data.train, special)]
+        return [*render(config.data.train, config.data.prompt, config.data.response, special)]
 
     return rendered
 
@@ -134,7 +134,7 @@ def test_a_special_token_in_a_field_is_refused(rendered, fields, overrides, word
     lines = line() + line(**fields)
     message = refused(rendered, lines, *overrides, special=SPECIAL)
     assert message.startswith("line 2: ") and words in message and "special_tokens_in_fields = true" in message
-    assert len(rendered(lines, *overrides, "data.special_tokens_in_fields=true", special=SPECIAL)) == 2
+    assert len(rendered(lines, *overrides)) == 2
 
 
 def test_a_template_may_have_special_tokens(rendered):

@@ -3,7 +3,7 @@
 import pytest
 from transformers import AutoTokenizer
 
-from kdkernels.training.tokenizers import train_tokenizer
+from kdkernels.data.tokenizers import train_tokenizer
 
 TEXTS = ["A dial shows 98, gains five.\n98+5=03\n", "A dial shows 07, doubles.\n07*2=14\nAnswer: 14"]
 STRANGE = "Köln 12,345 <<3.14>>\n\n\t 中文 🙂  #### 72 "

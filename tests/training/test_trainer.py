@@ -6,11 +6,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from kdkernels.data import ExampleStream, collate
+from kdkernels.data.tokenizers import vocabulary_size
+from kdkernels.distillation import Distillation, head
 from kdkernels.training import InputError, train
-from kdkernels.training.data import ExampleStream, collate, load_examples
 from kdkernels.training.engine import rate
+from kdkernels.training.inputs import read_examples
 from kdkernels.training.metrics import read_metrics
-from kdkernels.training.model import Distillation, head, load_student, load_teacher, load_tokenizer, vocabulary_size
+from kdkernels.training.model import load_student, load_teacher, load_tokenizer
 from kdkernels.training.step import student_writes
 
 from .conftest import GKD
@@ -73,7 +76,7 @@ def test_a_run_is_what_plain_pytorch_computes(run, load, teacher_set, objective)
     )
     result, config = run("engine", *overrides), load(*overrides)
     tokenizer = load_tokenizer(config)
-    examples = load_examples(config.data, config.data.train, tokenizer).usable
+    examples = read_examples(config.data, config.data.train, tokenizer).usable
     torch.manual_seed(config.run.seed)
     student, words = load_student(config, tokenizer), vocabulary_size(tokenizer)
     teacher = load_teacher(config, tokenizer) if objective else None

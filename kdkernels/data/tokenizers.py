@@ -1,13 +1,18 @@
-"""Tokenizers trained on the run's own text, for models that start from fresh weights."""
+"""Tokenizers: trained on a run's own text, for models that start from fresh weights, and the ids that they use."""
 
 from collections.abc import Iterable
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
 KINDS = ("characters", "bpe")
 BYTES = 256
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The number of ids with a token behind them: a model may have more, as padding."""
+    return max(tokenizer.get_vocab().values()) + 1
 
 
 def train_tokenizer(texts: Iterable[str], kind: str, vocab_size: int | None = None) -> PreTrainedTokenizerFast:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from kdkernels.training.schema import InputError
+from kdkernels.errors import InputError
 
 ANCHORS = ("\n", "=", "x")  # contexts that few tokens span
 SHOWN = 32  # tokens of a prompt or a response that are shown, at either end of it

@@ -13,27 +13,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kdkernels.training.config import DataConfig
-from kdkernels.training.schema import InputError
+from kdkernels.errors import InputError
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 DIGITS = 4000  # of an integer; Python itself refuses more than 4300
 IN_JSON = {type(None): "null", bool: "true or false", list: "a list", dict: "an object"}
 
 
-def render(config: DataConfig, path: str, special_tokens: Iterable[str] = ()) -> Iterator[tuple[int, str, str]]:
+def render(
+    path: str, prompt: str, response: str | None, special_tokens: Iterable[str] = ()
+) -> Iterator[tuple[int, str, str]]:
     """(line number, prompt, response) of every line of the JSON lines file at `path`.
 
-    A byte order mark before the first line and blank lines after the last one are no part of the data. The
-    `special_tokens` may stand in a template but not in a field, where they are data that would be read as an
-    instruction; `special_tokens_in_fields` of [data] allows them.
+    A byte order mark before the first line and blank lines after the last one are no part of the data.
 
-    Raises InputError naming file and line for a blank line between others, a line that is no JSON object, and fields
-    that a template has no use for.
+    Args:
+        path: one JSON object a line.
+        prompt, response: templates over the fields of a line; a response of None is an empty text.
+        special_tokens: may stand in a template but not in a field, where they are data that would be read as an
+            instruction.
+
+    Raises:
+        InputError: naming file and line, for a blank line between others, a line that is no JSON object, and fields
+            that a template has no use for.
     """
-    templates = [_Template(config.prompt, "prompt", path), _Template(config.response or "", "response", path)]
+    templates = [_Template(prompt, "prompt", path), _Template(response or "", "response", path)]
     special = None
-    if special_tokens and not config.special_tokens_in_fields:
+    if special_tokens:
         longest_first = sorted(special_tokens, key=len, reverse=True)
         special = re.compile("|".join(map(re.escape, longest_first)))
     blank = None

@@ -1,0 +1,7 @@
+"""What is wrong with something that a user gave."""
+
+
+class InputError(ValueError):
+    """What the user gave (a recipe, a data file, a run directory) cannot be used; the message says where, what was
+    expected, what came.
+    """
