@@ -20,39 +20,22 @@ from .divergences import Divergence
 from .engine import operators
 from .engine.autograd import needed
 from .layout import Layout
-from .sources import Head, Logits, Source, TopK, autocast_dtype, shared_vocabulary
+from .sources import (
+    Head,
+    Logits,
+    Source,
+    TopK,
+    check_complete,
+    check_student,
+    check_teacher,
+    packed,
+    shared_vocabulary,
+)
 
 __all__ = ["TokenStatistics", "cross_entropy", "divergence", "entropy", "plackett_luce", "statistics"]
 
 
 # ---- checks ----------------------------------------------------------------------------------------------------------
-
-
-def check_student(student: object) -> None:
-    if not isinstance(student, (Head, Logits)):
-        raise TypeError(f"student: expected kd.Head or kd.Logits, got {type(student).__name__}")
-
-
-def check_teacher(student: Head | Logits, teacher: object, same_positions: bool = True) -> None:
-    """A teacher that fits the student: device, dtype and, unless a mask maps them, leading dimensions."""
-    if not isinstance(teacher, Source):
-        raise TypeError(f"teacher: expected kd.Head, kd.Logits or kd.TopK, got {type(teacher).__name__}")
-    device = student.device
-    if teacher.device != device:
-        raise ValueError(f"teacher: expected device {device} (the student's), got {teacher.device}")
-    fits = teacher.dtype == student.dtype
-    heads = isinstance(teacher, Head) and isinstance(student, Head)
-    if not fits and heads:
-        fits = all(autocast_dtype(side.hidden) for side in (student, teacher))  # which makes them one
-    elif not fits:  # logits are read as they are; only fp64 would be lost on the student's side
-        fits = teacher.dtype != torch.float64 or isinstance(teacher, TopK)
-    if not fits:
-        raise TypeError(f"teacher: expected dtype {student.dtype} (the student's), got {teacher.dtype}")
-    if same_positions and teacher.shape != student.shape:
-        last, what = {Head: ("H", "hidden"), Logits: ("V", "logits"), TopK: ("K", "log_probs")}[type(teacher)]
-        raise ValueError(
-            f"teacher: expected {what} of shape {[*student.shape, last]}, got {list(teacher.tensors[0].shape)}"
-        )
 
 
 def check_ids(name: str, ids: Tensor, shape: torch.Size, device: torch.device) -> None:
@@ -122,8 +105,8 @@ def _term(
     check_limits(memory_budget, logits_dtype)
     rows = _check_rows(rows, student)
     student = student.autocast()
-    tensors, *about_student = operators.unpacked(student)
-    teachers, *about_teacher = operators.unpacked(teacher and teacher.autocast())
+    tensors, *about_student = packed(student)
+    teachers, *about_teacher = packed(teacher and teacher.autocast())
     return operators.token_values(
         tensors,
         *about_student,
@@ -281,8 +264,7 @@ def statistics(
     check_student(student)
     if teacher is not None:
         check_teacher(student, teacher)
-        if isinstance(teacher, TopK):
-            raise TypeError("teacher: expected kd.Head or kd.Logits, got TopK: statistics are of all words")
+        check_complete(teacher, "statistics are of all words")
     words = shared_vocabulary(student, teacher)
     check_count("topk", topk, 0, words)
     check_count("collision", collision, 0, min(_LARGEST, words))
@@ -293,8 +275,8 @@ def statistics(
     rows = _check_rows(rows, student)
     student, teacher = (side and side.autocast().detach() for side in (student, teacher))
     values = operators.token_statistics(
-        *operators.unpacked(student),
-        *operators.unpacked(teacher),
+        *packed(student),
+        *packed(teacher),
         target,
         rows,
         topk,

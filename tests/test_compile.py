@@ -7,6 +7,7 @@ from batches import fixed
 
 import kdkernels as kd
 from kdkernels.engine import operators
+from kdkernels.sources import packed
 
 # Dynamo looks for gradients of tensors that have none, and hides PyTorch's remark from users, not from "error".
 pytestmark = [
@@ -30,7 +31,7 @@ def arguments(student: str, teacher: str | None, term: str, needs=(True, True, T
     student, teacher = source(student, True), teacher and source(teacher, False)
     kind = [1.0, 0.0, 0.3] if term == "divergence" else []
     needs = list(needs[: len(student.tensors)])
-    sides = (*operators.unpacked(student), *operators.unpacked(teacher))
+    sides = (*packed(student), *packed(teacher))
     return *sides, target, rows, term, kind, 1.0, 3 if term == "plackett_luce" else 0, -100, None, None, needs
 
 
@@ -51,7 +52,7 @@ def test_token_values_is_a_good_operator(name):
 
 
 def test_token_statistics_is_a_good_operator():
-    sides = *operators.unpacked(source("Head", False)), *operators.unpacked(source("Logits", False))
+    sides = *packed(source("Head", False)), *packed(source("Logits", False))
     torch.library.opcheck(operators.token_statistics, (*sides, TARGET.clamp(min=0), None, 3, 2, None, None))
 
 

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from ..compute import fp16, memory
 from ..kernels import Coefficients, Rows, backend_for, plackett_luce
-from ..sources import Head, Logits, Source, TopK, autocasts, shared_vocabulary
-from . import coarse, gpu, plan, producers
+from ..sources import Costs, Producer, Source, autocasts, check_complete, shared_vocabulary
+from . import gpu, plan
 from .spec import Call, Program, Result, Tokens, concatenated
 
 
@@ -34,7 +34,7 @@ class _Loop:
     def __init__(self, call: Call, needs: tuple[bool, ...]):
         student, teacher, program, layout = call.student, call.teacher, call.program, call.layout
         device, self.operand = student.device, student.dtype
-        dtype = producers.logits_dtype(student, call.logits_dtype)
+        dtype = student.logits_dtype(call.logits_dtype)
         teacher_dtype = torch.promote_types(dtype, teacher.dtype) if teacher else dtype
         self.call, self.differentiates = call, any(needs)
         self.backend = backend_for(device, dtype, self.operand)
@@ -43,16 +43,16 @@ class _Loop:
             raise ValueError(f"k: expected at most the vocabulary's {self.vocabulary} words, got {program.topk}")
 
         words, vocabulary = max(1, program.topk, program.collision), self.vocabulary
-        mine = producers.costs(self.backend, student, vocabulary, dtype, words, True)
-        other, stored = producers.Costs(0, 0, 0), isinstance(teacher, TopK)
+        mine = student.costs(self.backend, vocabulary, dtype, words, True)
+        other, stored = Costs(0, 0, 0), teacher is not None and not teacher.complete
         if teacher:
             words = max(words, program.teacher_collision)
-            other = producers.costs(self.backend, teacher, vocabulary, teacher_dtype, min(words, vocabulary), False)
+            other = teacher.costs(self.backend, vocabulary, teacher_dtype, min(words, vocabulary), False)
         count = max(1, len(layout))
         fixed = self.backend.workspace(count, vocabulary) + max(mine.fixed, other.fixed) + mine.kept + other.kept
         fixed += count * (plan.TOKEN_BYTES + plan.CANDIDATE_BYTES * program.topk)
-        row, teacher_row = (mine.row + other.row, 0) if stored else (mine.row, other.row)  # words have no chunks
-        work, budget = producers.work(student, teacher, dtype, needs), call.memory_budget
+        row, teacher_row = (mine.row + other.row, 0) if stored else (mine.row, other.row)  # no logits, no chunks
+        work, budget = _work(call, dtype, needs), call.memory_budget
         wanted = gpu.wanted(device, work)
         if budget is None:
             sums = 4 * vocabulary * work.student if work.d_weight and self.operand == torch.bfloat16 else 0
@@ -65,21 +65,15 @@ class _Loop:
         if teacher and not stored:
             sizes.append(((self.teacher_rows, self.vocabulary), teacher_dtype))
         buffer, *others = memory.matrices(sizes, device)
+        self.stored = stored
         self.values: list[Tokens] = []
         self.coefficients: list[dict[str, Tensor]] = []
-        self.student = self._side(student, layout.index, buffer, needs)
-        self.teacher = teacher and self._side(teacher, call.teacher_index, *others)
+        pieces = sum(len(chunk.pieces) for chunk in self.chunks)
+        self.student = student.producer(self.backend, layout.index, vocabulary, buffer, needs, pieces)
+        other_buffer = others[0] if others else None
+        self.teacher = teacher and teacher.producer(self.backend, call.teacher_index, vocabulary, other_buffer)
         # For what is no word, one that is: CPUs have raised an error, asking a GPU would be a sync.
         self.target = None if call.target is None else call.target.clamp(0, self.vocabulary - 1)
-
-    def _side(self, source: Source, index: Tensor, buffer: Tensor | None = None, needs: tuple[bool, ...] | None = None):
-        needs = needs or (False,) * len(source.tensors)
-        if isinstance(source, Head):
-            pieces = sum(len(chunk.pieces) for chunk in self.chunks)
-            return producers.HeadSide(self.backend, source, index, buffer, needs, pieces)
-        if isinstance(source, Logits):
-            return producers.LogitsSide(self.backend, source, index, buffer, needs)
-        return producers.TopKSide(source, index, self.vocabulary)
 
     def run(self) -> Result:
         for chunk in self.chunks:
@@ -103,13 +97,13 @@ class _Loop:
             teacher_entropy = self._entropies(self.teacher, pieces)
         return program.select(entropy, teacher_entropy, self.call.layout.part(chunk.first, chunk.last))
 
-    def _entropies(self, side, pieces: list[slice]) -> Tensor:
-        return concatenated([side.rows(piece, 1.0, 1, None).entropy for piece in pieces])
+    def _entropies(self, producer: Producer, pieces: list[slice]) -> Tensor:
+        return concatenated([producer.rows(piece, 1.0, 1, None).entropy for piece in pieces])
 
     def _piece(self, piece: slice, chunk: plan.Chunk, selected: dict[str, Tensor] | None) -> None:
         program = self.call.program
-        words = self.teacher.words(piece) if isinstance(self.teacher, producers.TopKSide) else None
-        gather = _beside(words and words[0], self._targets(piece))
+        stored = self.teacher.entries(piece) if self.stored else None
+        gather = _beside(stored and stored[0], self._targets(piece))
         largest = max(1, program.topk, program.collision)
         student = self.student.rows(piece, program.temperature, largest, gather)
         if selected is None:
@@ -122,7 +116,7 @@ class _Loop:
             chosen = {key: v[tokens.start - origin : tokens.stop - origin] for key, v in selected.items()}
             out = None if d_logits is None else d_logits[here]
             powers.append(
-                self._tokens(tokens, student[here], chosen, out, words and tuple(each[here] for each in words))
+                self._tokens(tokens, student[here], chosen, out, stored and tuple(each[here] for each in stored))
             )
         if self.differentiates:
             self.student.add(piece, d_logits, concatenated(powers))
@@ -137,7 +131,7 @@ class _Loop:
         student: Rows,
         selected: dict[str, Tensor],
         d_logits: Tensor | None,
-        words: tuple[Tensor, Tensor] | None,
+        stored: tuple[Tensor, Tensor] | None,
     ) -> Tensor | None:
         """Values, coefficients and logits' gradient of some tokens of a chunk, all written by the same model.
 
@@ -155,8 +149,8 @@ class _Loop:
             values.top_indices = student.top_indices[:, : program.topk].clone()
             values.top_log_probs = student.log_prob(student.top_values[:, : program.topk])
         teacher = center = d_candidates = outcomes = value = None
-        if words:
-            outcomes = coarse.divergence(self.backend, student, *words, kind, temperature, self.teacher.renormalize)
+        if stored:
+            outcomes = self.teacher.divergence(student, *stored, kind, temperature)
             value = outcomes.value
         elif self.teacher:
             gather = _beside(values.top_indices if program.topk else None, target)
@@ -183,7 +177,7 @@ class _Loop:
         self.values.append(values)
         self.coefficients.append(c)
         if outcomes and c.keys() - set(terms):
-            raise TypeError(f"teacher: expected kd.Head or kd.Logits, got TopK: only divergences take it, not {[*c]}")
+            check_complete(call.teacher, f"only divergences take it, not {[*c]}")
         if not self.differentiates:
             return None
         powers, narrow = None, self.operand == torch.float16
@@ -192,7 +186,7 @@ class _Loop:
             if narrow:
                 powers = fp16.power(coefficient[None] * (student.scale / temperature))
                 coefficient = coefficient / powers
-            coarse.gradient_(self.backend, student, outcomes, coefficient, d_logits)
+            outcomes.write_gradient(student, coefficient, d_logits)
             return powers
         kind = kind if own in c else None
         row_coefficients = _row_coefficients(student, target, values.top_indices, d_candidates, c)
@@ -249,23 +243,24 @@ def run(call: Call, needs: tuple[bool, ...] = ()) -> Result | None:
     there are no tokens, after the same checks.
 
     Raises:
-        TypeError: the program needs more of the teacher than its K words.
+        TypeError: the program needs more of the teacher than its K entries.
     """
-    if isinstance(call.teacher, TopK):
-        _check_stored(call.program, call.teacher)
+    if call.teacher:
+        _check_teacher(call.program, call.teacher)
     device = call.student.device
     with torch.autocast(device.type, enabled=False) if autocasts(device) else nullcontext():
         loop = _Loop(call, needs)
         return loop.run() if loop.chunks else None
 
 
-def _check_stored(program: Program, teacher: TopK) -> None:
+def _check_teacher(program: Program, teacher: Source) -> None:
     if program.topk or program.all_words or program.divergence is None:
-        raise TypeError(
-            "teacher: expected kd.Head or kd.Logits, got TopK: this needs the teacher's distribution over all words"
-        )
-    if program.temperature != 1 and not teacher.renormalize:
-        raise ValueError(
-            f"temperature: expected 1 with a kd.TopK teacher that keeps a bucket of all other words, got "
-            f"{program.temperature}; renormalize=True drops the bucket"
-        )
+        check_complete(teacher, "this needs the teacher's distribution over all words")
+    teacher.check_temperature(program.temperature)
+
+
+def _work(call: Call, dtype: torch.dtype, needs: tuple[bool, ...]) -> gpu.Sides:
+    """What a call multiplies: with ``dtype`` logits and gradients of those of the student's tensors in ``needs``."""
+    student, teacher = call.student, call.teacher
+    d_hidden, d_weight = needs[:2] if student.width and needs else (False, False)
+    return gpu.Sides(student.width, teacher.width if teacher else 0, d_hidden, d_weight, dtype.itemsize)

@@ -2,7 +2,7 @@
 
     token_values(student, ...) -> [...]          its gradient: token_gradients(grad, student, ...) -> those asked for
 
-Operators take tensors and plain numbers, so heads, logits and stored words come unpacked. Which gradients are wanted is
+Operators take tensors and plain numbers, so sources come packed (sources/base.py). Which gradients are wanted is
 decided by the caller, where grad mode is visible. The backward recomputes the logits.
 """
 
@@ -17,55 +17,32 @@ from torch import Tensor
 
 from ..divergences import Divergence
 from ..layout import Layout
-from ..sources import Head, Logits, Source, TopK
+from ..sources import unpacked
 from .autograd import save, saved, scale_
 from .loop import run
 from .spec import Call, Program
 
-# ---- unpacking -------------------------------------------------------------------------------------------------------
-
-
-def _packed(tensors: list[Tensor], kind: str, options: list[float]) -> Source | None:
-    """What ``unpacked`` took apart; it has been checked."""
-    if kind == "Head":
-        softcap, scale, words = options
-        fields = dict(zip(Head.names, tensors, strict=False))
-        return Head.trusted(**fields, softcap=softcap or None, scale=scale, vocab_size=int(words))
-    if kind == "Logits":
-        return Logits.trusted(logits=tensors[0], vocab_size=int(options[0]))
-    if kind == "TopK":
-        return TopK.trusted(log_probs=tensors[0], indices=tensors[1], renormalize=bool(options[0]))
-    return None
-
-
-def unpacked(source: Source | None) -> tuple[list[Tensor], str, list[float]]:
-    """Tensors, kind and numbers of a source, as the operators take them."""
-    if source is None:
-        return [], "", []
-    tensors = [t for t in source.tensors if t is not None]
-    if isinstance(source, Head):
-        return tensors, "Head", [source.softcap or 0.0, source.scale, source.vocabulary]
-    if isinstance(source, Logits):
-        return tensors, "Logits", [source.vocabulary]
-    return tensors, "TopK", [source.renormalize]
-
+# ---- sources as arguments -------------------------------------------------------------------------------------------
 
 _SOURCES = (
-    "Tensor[] student, str student_kind, float[] student_options, "
-    "Tensor[] teacher, str teacher_kind, float[] teacher_options, Tensor? target, Tensor? rows"
+    "Tensor[] student, str student_key, float[] student_numbers, "
+    "Tensor[] teacher, str teacher_key, float[] teacher_numbers, Tensor? target, Tensor? rows"
 )
 _LIMITS = "int? memory_budget, ScalarType? logits_dtype"
 
 
 class Sources(NamedTuple):
-    """The first arguments of every operator. ``rows``: int64 positions [N] or bool [...]; None: all positions."""
+    """The first arguments of every operator: both sources packed, target, and the positions asked for.
+
+    ``rows``: int64 positions [N] or bool [...]; None: all positions.
+    """
 
     student: list[Tensor]
-    student_kind: str
-    student_options: list[float]
+    student_key: str
+    student_numbers: list[float]
     teacher: list[Tensor]
-    teacher_kind: str
-    teacher_options: list[float]
+    teacher_key: str
+    teacher_numbers: list[float]
     target: Tensor | None
     rows: Tensor | None
 
@@ -75,8 +52,8 @@ class Sources(NamedTuple):
 
     def call(self, program: Program, ignore_index: int | None, memory_budget, logits_dtype) -> Call:
         """The positions asked for, less the ignored ones on CPUs: elsewhere, finding them would cost a sync."""
-        student = _packed(self.student, self.student_kind, self.student_options)
-        teacher = _packed(self.teacher, self.teacher_kind, self.teacher_options)
+        student = unpacked(self.student, self.student_key, self.student_numbers)
+        teacher = unpacked(self.teacher, self.teacher_key, self.teacher_numbers)
         index = self.index()
         target = None if self.target is None else self.target.flatten()[index]
         if target is not None:

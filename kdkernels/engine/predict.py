@@ -42,7 +42,7 @@ class Call:
 
     @cached_property
     def _costs(self) -> tuple[int, int, int]:
-        """As producers.costs and loop.py have them: bytes whatever the chunk, of a student row, of a teacher row."""
+        """As Head.costs and loop.py have them: bytes whatever the chunk, of a student row, of a teacher row."""
         row = self.vocabulary * self.logits + 64
         fixed = 4 * min(self.tokens, 4096) * (math.ceil(self.vocabulary / 128) + 256) + self.tokens * plan.TOKEN_BYTES
         return fixed, row + 8 * self.student, row + 2 * self.teacher

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from ..engine.autograd import evaluate
 from ..engine.operators import check_range
 from ..engine.spec import Call, Program, Tokens
-from ..functional import check_ids, check_limits, check_student, check_teacher
+from ..functional import check_ids, check_limits
 from ..layout import SHIFT, Layout
-from ..sources import Head, Logits, Source
+from ..sources import Head, Logits, Source, check_student, check_teacher
 
 
 class Output(NamedTuple):

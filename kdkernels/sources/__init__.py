@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from .base import Source, autocast_dtype, autocasts
+from .base import Costs, Producer, Source, autocasts, packed, row_bytes, take, unpacked
+from .fitting import check_complete, check_student, check_teacher, shared_vocabulary
 from .head import Head
 from .logits import Logits
 from .topk import TopK
 
-__all__ = ["Head", "Logits", "Source", "TopK", "autocast_dtype", "autocasts", "shared_vocabulary"]
-
-
-def shared_vocabulary(student: Head | Logits, teacher: Source | None) -> int:
-    """The words both can score: min over both sides of ``vocab_size`` or all words; stored words are the student's.
-
-    Raises:
-        ValueError: the teacher has fewer words than the student. Cutting the student to the teacher's size must be
-            asked for, by passing that ``vocab_size`` to the student.
-    """
-    if teacher is None or isinstance(teacher, TopK):
-        return student.vocabulary
-    if teacher.vocabulary < student.vocabulary:
-        raise ValueError(
-            f"teacher: expected a vocabulary of at least the student's {student.vocabulary} words, got "
-            f"{teacher.vocabulary}; if the student's rest is padding, say vocab_size={teacher.vocabulary} there"
-        )
-    return student.vocabulary
+__all__ = [
+    "Costs",
+    "Head",
+    "Logits",
+    "Producer",
+    "Source",
+    "TopK",
+    "autocasts",
+    "check_complete",
+    "check_student",
+    "check_teacher",
+    "packed",
+    "row_bytes",
+    "shared_vocabulary",
+    "take",
+    "unpacked",
+]

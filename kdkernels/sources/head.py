@@ -1,14 +1,20 @@
-"""A distribution over the next word from hidden states and an lm_head. Axes: V vocabulary, H hidden; [...] leading."""
+"""A distribution over the next token from hidden states and an lm_head.
+
+Axes: N tokens, n tokens of a chunk, V vocabulary, H hidden; [...] leading dimensions.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from ..checks import check_count, check_positive
+from ..compute import fp16, gemm
+from ..kernels import Backend, Rows
 from ..tensors import check_floating, where_the_rows_are
-from .base import Source, autocast_dtype, check_vocab_size
+from .base import Costs, Gradient, Producer, Source, autocast_dtype, check_vocab_size, powers_like, row_bytes, take
 from .from_model import tail
 
 
@@ -38,6 +44,8 @@ class Head(Source):
     vocab_size: int | None = None
 
     names = ("hidden", "weight", "bias")
+    axis = "H"
+    trainable = True
 
     def __post_init__(self):
         for name, tensor in (("hidden", self.hidden), ("weight", self.weight), ("bias", self.bias)):
@@ -69,8 +77,18 @@ class Head(Source):
 
     @property
     def vocabulary(self) -> int:
-        """Number of words with a probability: ``vocab_size`` or the rows of weight."""
+        """Number of entries with a probability: ``vocab_size`` or the rows of weight."""
         return self.vocab_size or self.weight.shape[0]
+
+    @property
+    def width(self) -> int:
+        return self.hidden.shape[-1]
+
+    def fits_dtype(self, student: Source) -> bool:
+        """Two heads multiply in one dtype: their own, or what autocast makes of both."""
+        if not student.width or self.dtype == student.dtype:
+            return super().fits_dtype(student)
+        return all(autocast_dtype(source.tensors[0]) for source in (student, self))
 
     def autocast(self) -> Head:
         """In autocast's dtype where that is on; differentiable: gradients come in the parameters' dtype."""
@@ -80,13 +98,35 @@ class Head(Source):
         bias = None if self.bias is None else self.bias.to(dtype)
         return replace(self, hidden=self.hidden.to(dtype), weight=self.weight.to(dtype), bias=bias)
 
+    @property
+    def numbers(self) -> list[float]:
+        return [self.softcap or 0.0, self.scale, self.vocabulary]
+
+    @classmethod
+    def unpack(cls, tensors: list[Tensor], numbers: list[float]) -> Head:
+        softcap, scale, vocabulary = numbers
+        fields = dict(zip(cls.names, tensors, strict=False))
+        return cls.trusted(**fields, softcap=softcap or None, scale=scale, vocab_size=int(vocabulary))
+
+    def costs(self, backend: Backend, vocabulary: int, dtype: torch.dtype, largest: int, trained: bool) -> Costs:
+        width, operand = self.width, self.dtype
+        kept = 0 if _multiplies(self.weight) else vocabulary * width * operand.itemsize
+        fixed, more = backend.products(self.device, operand).workspace(width, operand, dtype, trained)
+        if trained and self.bias is not None:
+            more += gemm.column_sums_row(vocabulary)
+        row = row_bytes(vocabulary, self.device, dtype, largest)
+        return Costs(kept, fixed, row + (1 + trained) * width * operand.itemsize + more)
+
+    def producer(self, backend, index, vocabulary, buffer, needs=None, pieces=1) -> HeadProducer:
+        return HeadProducer(self, backend, index, vocabulary, buffer, needs or (False, False, False), pieces)
+
     @classmethod
     def from_model(cls, model, hidden: Tensor, vocab_size: int | None = None) -> Head:
         """The head of a transformers causal LM over ``hidden`` [..., H], the last hidden states of its base model, with
         its bias, soft-cap and logit scale as the model's own forward applies them (``from_model.py``).
 
-        ``vocab_size`` is the real vocabulary (the tokenizer's) where the embedding is padded; default: the words that
-        the model's forward gives a logit.
+        ``vocab_size`` is the real vocabulary (the tokenizer's) where the embedding is padded; default: the entries
+        that the model's forward gives a logit.
 
         Every call notices a model that has changed. Not so code that torch.compile has compiled, which has the numbers
         built in: after a change to the model's config, forward or hooks call ``torch.compiler.reset()``.
@@ -108,3 +148,70 @@ class Head(Source):
             scale=read.scale,
             vocab_size=read.words if vocab_size is None else vocab_size,
         )
+
+
+def _multiplies(weight: Tensor) -> bool:
+    """Whether entries lie side by side or below each other; every product would copy other weights."""
+    return 1 in weight.stride()
+
+
+class HeadProducer(Producer):
+    """Logits multiplied from hidden states. Gradients, of those in ``needs``: hidden, weight, bias."""
+
+    def __init__(
+        self,
+        head: Head,
+        backend: Backend,
+        index: Tensor,
+        vocabulary: int,
+        buffer: Tensor,
+        needs: tuple[bool, ...],
+        pieces: int,
+    ):
+        super().__init__(backend, index, vocabulary, buffer)
+        self.source = head.hidden
+        weight = head.weight[:vocabulary]
+        # not contiguous(), which leaves the strides of a single number as they are
+        self.weight = weight if _multiplies(head.weight) else weight.clone(memory_format=torch.contiguous_format)
+        self.bias = None if head.bias is None else head.bias[:vocabulary]
+        self.scale, self.softcap = float(head.scale), head.softcap
+        self.products = backend.products(head.device, head.dtype)
+        self.d_hidden = self.d_weight = self.d_bias = None
+        needs_hidden, needs_weight, needs_bias = needs
+        if needs_hidden:
+            self.d_hidden = torch.zeros_like(head.hidden, memory_format=torch.contiguous_format)
+        if needs_weight:
+            self.d_weight = gemm.WeightGradient(self.products, head.weight, vocabulary, pieces)
+        if needs_bias:
+            self.d_bias = torch.zeros_like(head.bias, dtype=torch.promote_types(head.dtype, torch.float32))
+        self.powers = powers_like(head.hidden)
+
+    def hidden(self, tokens: slice) -> Tensor:
+        return take(self.source, self.index[tokens])
+
+    def rows(self, tokens: slice, temperature: float, topk: int, gather: Tensor | None) -> Rows:
+        logits = self.buffer[: tokens.stop - tokens.start]
+        operands = self.hidden(tokens), self.weight, self.bias
+        return self.backend.project(
+            self.products, *operands, logits, self.scale, self.softcap, temperature, topk, gather
+        )
+
+    def add(self, tokens: slice, d_logits: Tensor, powers: Tensor | None) -> None:
+        if self.d_hidden is not None:
+            rows = self.products.multiply(d_logits, self.weight)
+            self.d_hidden.view(-1, rows.shape[-1]).index_copy_(0, self.index[tokens], rows)
+            if powers is not None:
+                self.powers.view(-1).index_copy_(0, self.index[tokens], powers)
+        if self.d_weight is not None:
+            self.d_weight.add(d_logits, self.hidden(tokens), powers)
+        if self.d_bias is not None:
+            self.products.add_column_sums(d_logits, powers, self.d_bias[: self.vocabulary])
+
+    def gradients(self) -> tuple[Gradient, ...]:
+        weight = (self.d_weight.gradient, self.d_weight.factor) if self.d_weight else (None, 1.0)
+        bias, factor = self.d_bias, 1.0
+        if bias is not None:
+            if self.source.dtype == torch.float16:
+                factor = fp16.normalized(bias)
+            bias = bias.to(self.source.dtype)
+        return (self.d_hidden, self.powers), weight, (bias, factor)

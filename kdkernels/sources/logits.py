@@ -1,13 +1,18 @@
-"""A distribution over the next word from logits that exist already. Axes: V vocabulary; [...] leading."""
+"""A distribution over the next token from logits that exist already.
+
+Axes: N tokens, n tokens of a chunk, V vocabulary; [...] leading dimensions.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from ..kernels import Backend
 from ..tensors import check_floating
-from .base import Source, check_vocab_size
+from .base import Costs, Gradient, Producer, Source, check_vocab_size, powers_like, row_bytes, take
 
 
 @dataclass(frozen=True, eq=False)
@@ -15,7 +20,7 @@ class Logits(Source):
     """Logits that exist already, as teacher or as student (the gradient then goes to them).
 
     They are copied into the chunk buffers, never written to. A teacher's may be of another dtype than the student's
-    operands (stored in bf16, say); both sides are computed from their own values.
+    operands (stored in bf16, say); both distributions are computed from their own values.
 
     Args:
         logits: [..., V], after scale and soft-cap: what the softmax is taken of.
@@ -30,6 +35,8 @@ class Logits(Source):
     vocab_size: int | None = None
 
     names = ("logits",)
+    axis = "V"
+    trainable = True
 
     def __post_init__(self):
         check_floating("logits", self.logits)
@@ -39,5 +46,61 @@ class Logits(Source):
 
     @property
     def vocabulary(self) -> int:
-        """Number of words with a probability."""
+        """Number of entries with a probability."""
         return self.vocab_size or self.logits.shape[-1]
+
+    @property
+    def numbers(self) -> list[float]:
+        return [self.vocabulary]
+
+    @classmethod
+    def unpack(cls, tensors: list[Tensor], numbers: list[float]) -> Logits:
+        return cls.trusted(logits=tensors[0], vocab_size=int(numbers[0]))
+
+    def costs(self, backend: Backend, vocabulary: int, dtype: torch.dtype, largest: int, trained: bool) -> Costs:
+        copied = _copied(vocabulary, self.device) * vocabulary * self.dtype.itemsize
+        return Costs(0, copied, row_bytes(vocabulary, self.device, dtype, largest))
+
+    def producer(self, backend, index, vocabulary, buffer, needs=None, pieces=1) -> LogitsProducer:
+        return LogitsProducer(self.logits, backend, index, vocabulary, buffer, needs or (False,))
+
+
+def _copied(vocabulary: int, device: torch.device) -> int:
+    """Rows of logits copied at a time, which the copy needs beside its output. GPUs want few launches."""
+    return max(1, (1 << 18 if device.type == "cpu" else 1 << 24) // vocabulary)
+
+
+class LogitsProducer(Producer):
+    """Logits copied into the buffer from where the caller has them. Gradient, if in ``needs``: of the logits."""
+
+    def __init__(
+        self,
+        logits: Tensor,
+        backend: Backend,
+        index: Tensor,
+        vocabulary: int,
+        buffer: Tensor,
+        needs: tuple[bool, ...],
+    ):
+        super().__init__(backend, index, vocabulary, buffer)
+        self.source = logits
+        (needed,) = needs
+        self.d_logits = torch.zeros_like(logits, memory_format=torch.contiguous_format) if needed else None
+        self.powers = powers_like(logits)
+
+    def fill(self, tokens: slice, logits: Tensor) -> None:
+        source, at = self.source[..., : self.vocabulary], self.index[tokens]
+        step = _copied(self.vocabulary, logits.device)
+        for first in range(0, len(logits), step):
+            some = slice(first, first + step)
+            logits[some] = take(source, at[some])
+
+    def add(self, tokens: slice, d_logits: Tensor, powers: Tensor | None) -> None:
+        if self.d_logits is not None:
+            flat = self.d_logits.view(-1, self.d_logits.shape[-1])
+            flat[:, : self.vocabulary].index_copy_(0, self.index[tokens], d_logits)
+            if powers is not None:
+                self.powers.view(-1).index_copy_(0, self.index[tokens], powers)
+
+    def gradients(self) -> tuple[Gradient, ...]:
+        return ((self.d_logits, self.powers),)

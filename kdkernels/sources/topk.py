@@ -1,4 +1,7 @@
-"""A teacher known at K words of each token. Axes: K stored words; [...] leading."""
+"""A teacher known at K entries of each token.
+
+Axes: N tokens, n tokens of a chunk, K stored entries; [...] leading dimensions.
+"""
 
 from __future__ import annotations
 
@@ -7,29 +10,32 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..divergences import Divergence
+from ..kernels import Backend, Rows
 from ..tensors import check_floating
-from .base import Source
+from . import topk_divergence
+from .base import Costs, Producer, Source, take
 
 
 @dataclass(frozen=True, eq=False)
 class TopK(Source):
-    """A teacher known at K words per token, stored or served. Divergences take it; what needs more raises TypeError.
+    """A teacher known at K entries per token, stored or served. Divergences take it; what needs more raises TypeError.
 
-    Both distributions are coarsened to K + 1 outcomes, the K words and one bucket for all others: the teacher's
-    bucket has the missing mass 1 - sum p, the student's the mass of its other words. ``renormalize=True`` drops the
-    bucket: teacher and student are normalised over the K words. A temperature other than 1 needs that, because a bucket
-    has no temperature. With K = V there is no bucket.
+    Both distributions are coarsened to K + 1 outcomes, the K entries and one bucket for all others: the teacher's
+    bucket has the missing mass 1 - sum p, the student's the mass of its other entries. ``renormalize=True`` drops the
+    bucket: teacher and student are normalised over the K entries. A temperature other than 1 needs that, because a
+    bucket has no temperature. With K = V there is no bucket.
 
-    Each token's ids must be distinct words of the shared vocabulary. A log-probability of -inf (probability 0) may pad
-    a list, its id must still be such a word. Probabilities may sum to 1 + 1e-3 (16-bit: 1 + 2e-2) through rounding and
+    Each token's ids must be distinct ids of the shared vocabulary. A log-probability of -inf (probability 0) may pad a
+    list, its id must still be such an id. Probabilities may sum to 1 + 1e-3 (16-bit: 1 + 2e-2) through rounding and
     are then normalised. On CPUs anything else is a ValueError at the call; asking a GPU would cost a sync: there such
     a token's divergence is NaN and metrics count it. The bucket has at least 2^-23, what fp32 lists lose in rounding:
     with 0 one confident token would make a reverse KL infinite.
 
     Args:
         indices: [..., K] int64 token ids.
-        log_probs: [..., K] log p of these words, natural logarithm, at temperature 1.
-        renormalize: drop the bucket of all other words.
+        log_probs: [..., K] log p of these entries, natural logarithm, at temperature 1.
+        renormalize: drop the bucket of all other entries.
 
     Raises:
         TypeError: dtypes other than int64 and floating point, or renormalize not a bool.
@@ -41,6 +47,8 @@ class TopK(Source):
     renormalize: bool = False
 
     names = ("log_probs", "indices")
+    axis = "K"
+    complete = False
 
     def __post_init__(self):
         check_floating("log_probs", self.log_probs)
@@ -60,3 +68,76 @@ class TopK(Source):
             )
         if not isinstance(self.renormalize, bool):
             raise TypeError(f"renormalize: expected a bool, got {self.renormalize!r}")
+
+    def fits_dtype(self, student: Source) -> bool:
+        """Its log-probabilities become fp64 anyway."""
+        return True
+
+    def check_temperature(self, temperature: float) -> None:
+        if temperature != 1 and not self.renormalize:
+            raise ValueError(
+                f"temperature: expected 1 with a kd.TopK teacher that keeps a bucket of all other words, got "
+                f"{temperature}; renormalize=True drops the bucket"
+            )
+
+    @property
+    def numbers(self) -> list[float]:
+        return [self.renormalize]
+
+    @classmethod
+    def unpack(cls, tensors: list[Tensor], numbers: list[float]) -> TopK:
+        log_probs, indices = tensors
+        return cls.trusted(log_probs=log_probs, indices=indices, renormalize=bool(numbers[0]))
+
+    def costs(self, backend: Backend, vocabulary: int, dtype: torch.dtype, largest: int, trained: bool) -> Costs:
+        return Costs(0, 0, 128 * self.indices.shape[-1])  # ids, and a dozen fp64 vectors of outcomes
+
+    def producer(self, backend, index, vocabulary, buffer, needs=None, pieces=1) -> TopKProducer:
+        return TopKProducer(self, backend, index, vocabulary)
+
+
+class TopKProducer(Producer):
+    """A teacher's stored entries, and divergences from them (topk_divergence.py)."""
+
+    def __init__(self, source: TopK, backend: Backend, index: Tensor, vocabulary: int):
+        super().__init__(backend, index, vocabulary, None)
+        self.ids, self.log_probs, self.renormalize = source.indices, source.log_probs, source.renormalize
+        if self.ids.shape[-1] > vocabulary:
+            raise ValueError(f"indices: expected at most {vocabulary} words (the vocabulary), got {self.ids.shape[-1]}")
+
+    def entries(self, tokens: slice) -> tuple[Tensor, Tensor]:
+        """ids [n, K] and log-probs [n, K] in fp64.
+
+        Raises:
+            ValueError: on CPUs, ids or log-probabilities that are none. Elsewhere the token's log-probs become NaN.
+        """
+        at = self.index[tokens]
+        ids, log_p = take(self.ids, at), take(self.log_probs, at)
+        slack = 1e-3 if log_p.dtype.itemsize >= 4 else 2e-2
+        log_p = log_p.double()
+        ordered, total = ids.sort(-1).values, log_p.exp().sum(-1)
+        outside = (ordered[:, 0] < 0) | (ordered[:, -1] >= self.vocabulary)
+        twice = (ordered.diff(dim=-1) == 0).any(-1)
+        wrong = outside | twice | (total > 1 + slack)
+        if ids.device.type != "cpu":
+            return (
+                torch.where(wrong[:, None], torch.arange(ids.shape[1], device=ids.device), ids),
+                log_p.masked_fill(wrong[:, None], torch.nan),
+            )
+        for bad, name, expected in (
+            (outside, "indices", f"ids in [0, {self.vocabulary})"),
+            (twice, "indices", "distinct ids for each token"),
+        ):
+            if bad.any():
+                raise ValueError(f"{name}: expected {expected}, got {ids[bad][0].tolist()}")
+        if wrong.any():
+            raise ValueError(
+                f"log_probs: expected log-probabilities whose exponentials sum to at most 1 for each token, got "
+                f"{log_p[wrong][0].tolist()} with a sum of {total[wrong][0]:.6g}"
+            )
+        return ids, log_p
+
+    def divergence(
+        self, student: Rows, ids: Tensor, log_p: Tensor, divergence: Divergence, temperature: float
+    ) -> topk_divergence.Outcomes:
+        return topk_divergence.divergence(self.backend, student, ids, log_p, divergence, temperature, self.renormalize)

@@ -1,0 +1,49 @@
+"""Whether a student and a teacher fit each other, and which vocabulary they share."""
+
+from __future__ import annotations
+
+from .base import Source
+
+
+def check_student(student: object) -> None:
+    if not isinstance(student, Source) or not student.trainable:
+        raise TypeError(f"student: expected kd.Head or kd.Logits, got {type(student).__name__}")
+
+
+def check_teacher(student: Source, teacher: object, same_positions: bool = True) -> None:
+    """A teacher that fits the student: device, dtype and, unless a mask maps them, leading dimensions."""
+    if not isinstance(teacher, Source):
+        raise TypeError(f"teacher: expected kd.Head, kd.Logits or kd.TopK, got {type(teacher).__name__}")
+    device = student.device
+    if teacher.device != device:
+        raise ValueError(f"teacher: expected device {device} (the student's), got {teacher.device}")
+    if not teacher.fits_dtype(student):
+        raise TypeError(f"teacher: expected dtype {student.dtype} (the student's), got {teacher.dtype}")
+    if same_positions and teacher.shape != student.shape:
+        raise ValueError(
+            f"teacher: expected {teacher.names[0]} of shape {[*student.shape, teacher.axis]}, got "
+            f"{list(teacher.tensors[0].shape)}"
+        )
+
+
+def check_complete(teacher: Source, why: str) -> None:
+    """Raises a TypeError for a teacher that knows K entries of each token where ``why`` needs all."""
+    if not teacher.complete:
+        raise TypeError(f"teacher: expected kd.Head or kd.Logits, got {type(teacher).__name__}: {why}")
+
+
+def shared_vocabulary(student: Source, teacher: Source | None) -> int:
+    """The entries both can score: the student's. A teacher that knows K entries of each token names ids of these.
+
+    Raises:
+        ValueError: the teacher has fewer entries than the student. Cutting the student to the teacher's size must be
+            asked for, by passing that ``vocab_size`` to the student.
+    """
+    if teacher is None or not teacher.complete:
+        return student.vocabulary
+    if teacher.vocabulary < student.vocabulary:
+        raise ValueError(
+            f"teacher: expected a vocabulary of at least the student's {student.vocabulary} words, got "
+            f"{teacher.vocabulary}; if the student's rest is padding, say vocab_size={teacher.vocabulary} there"
+        )
+    return student.vocabulary

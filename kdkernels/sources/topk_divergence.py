@@ -1,0 +1,106 @@
+"""Divergences from a teacher known at K entries of each token.
+
+Both distributions then have K + 1 outcomes: the K entries and a bucket, which is all other entries together.
+
+The student's bucket needs care: 1 - sum q has no correct digit once the bucket is small. So the K entries leave the row
+of logits (the last K columns move into their places), and the backend's statistics of the remaining V - K columns *are*
+the bucket. The gradient is written over the same columns, a softmax with the bucket's own log-sum: no entry of the list
+takes part in it, so nothing cancels there.
+
+Axes: n tokens, K entries, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..divergences import Divergence
+from ..kernels import Backend, Coefficients, Rows
+
+
+@dataclass
+class Outcomes:
+    """Value [n] of the divergence and its gradient with respect to the outcomes' log-masses [n, K (+ 1)], fp64."""
+
+    backend: Backend
+    value: Tensor
+    gradient: Tensor
+    ids: Tensor  # [n, K]
+    rest: Bucket | None  # None: there is none, or it was dropped
+
+    def write_gradient(self, student: Rows, coefficient: Tensor, out: Tensor) -> None:
+        """Writes coefficient [n] times the gradient over the student's logits, which ``out`` [n, V] lies over."""
+        d_outcomes, ids, rest = coefficient[:, None] * self.gradient, self.ids, self.rest
+        if rest is None:
+            out.zero_()
+        else:
+            dense = rest.rows.stats.new_zeros(3, len(ids))
+            dense[2] = d_outcomes[:, -1]
+            nothing = rest.rows.top_values[:, :0]
+            coefficients = Coefficients(dense, ids[:, :0].contiguous(), nothing.contiguous())
+            self.backend.gradient_(rest.rows, None, None, 1.0, None, coefficients, out[:, : rest.count])
+            rest.restore(out)
+        z = student.gathered[:, : ids.shape[1]].double()
+        slope = student.scale * (1.0 if student.softcap is None else 1 - (z / student.softcap).square())
+        _put(out, ids, (d_outcomes[:, : ids.shape[1]] * slope).to(out.dtype))
+
+
+def _put(matrix: Tensor, columns: Tensor, values: Tensor) -> None:
+    """matrix [n, V] gets values [n, K] at columns [n, K]. As integers: of 16-bit floats on CPUs, scatter_ makes an fp32
+    copy of all of the matrix."""
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[matrix.itemsize]
+    matrix.view(bits).scatter_(1, columns, values.view(bits))
+
+
+class Bucket:
+    """All entries but K of each token, as the first V - K columns of the student's logits, in place."""
+
+    def __init__(self, backend: Backend, student: Rows, ids: Tensor):
+        logits = student.logits
+        self.count = count = logits.shape[1] - ids.shape[1]
+        inside = ids < count
+        spare = torch.where(inside, ids.shape[1], ids - count)  # which of the last K columns are ids themselves
+        taken = torch.zeros((len(ids), ids.shape[1] + 1), dtype=torch.uint8, device=ids.device)
+        taken = taken.scatter_(1, spare, 1)[:, :-1]
+        # The j-th hole gets the j-th of the last columns that is no id. There are equally many; what is paired beyond
+        # them are ids among the last columns, which nobody reads.
+        self.holes = ids.gather(1, inside.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices)
+        self.last = count + taken.sort(dim=1, stable=True).indices
+        _put(logits, self.holes, logits.gather(1, self.last))
+        rows = backend.statistics(logits[:, :count], student.scale, student.softcap, 1.0, 1, None)
+        self.lse = rows.max.double() + rows.log_sum.double()
+        empty = rows.top_values[:, 0].isneginf()  # every entry masked
+        self.lse.masked_fill_(empty, -math.inf)
+        # It gets one certain entry instead: a softmax of finite numbers, which its gradient 0 can be multiplied with.
+        logits[:, 0].masked_fill_(empty, 0)
+        certain = backend.statistics(logits.new_zeros((1, 1)), student.scale, student.softcap, 1.0, 1, None)
+        self.rows = replace(rows, stats=torch.where(empty[:, None], certain.stats, rows.stats))
+
+    def restore(self, values: Tensor) -> None:
+        """Moves what is written in the holes of values [n, V] back to the last columns."""
+        _put(values, self.last, values.gather(1, self.holes))
+
+
+def divergence(
+    backend: Backend,
+    student: Rows,
+    ids: Tensor,
+    log_p: Tensor,
+    divergence: Divergence,
+    temperature: float,
+    renormalize: bool,
+) -> Outcomes:
+    """``student.gathered`` begins with z at ``ids``; log_p [n, K] fp64. Uses up the student's logits."""
+    z, rest = student.gathered[:, : ids.shape[1]].double(), None
+    if not renormalize and ids.shape[1] < student.logits.shape[1]:
+        rest = Bucket(backend, student, ids)
+        z = torch.cat([z, rest.lse[:, None]], dim=1)
+        log_p = torch.cat([log_p, reference.missing_mass(log_p)], dim=1)
+    value = reference.divergence(z, log_p, divergence, temperature)
+    gradient = reference.divergence_gradient(z, log_p, divergence, temperature)
+    return Outcomes(backend, value.to(student.stats.dtype), gradient, ids, rest)
