@@ -29,9 +29,9 @@ demo: install
 	$(PY) -m kdkernels.demo --seeds $(SEEDS)
 
 gsm8k: install
-	$(PY) -m kdkernels.training.cli train recipes/gsm8k-small-teacher.toml
-	$(PY) -m kdkernels.training.cli train recipes/gsm8k-small-student.toml
-	$(PY) -m kdkernels.training.cli train recipes/gsm8k-small.toml
+	$(PY) -m kdkernels train recipes/gsm8k-small-teacher.toml
+	$(PY) -m kdkernels train recipes/gsm8k-small-student.toml
+	$(PY) -m kdkernels train recipes/gsm8k-small.toml
 
 # Two processes, each with a half of the tests and what is left of the other's.
 test: install lint

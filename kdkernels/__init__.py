@@ -3,15 +3,23 @@
 import kdkernels as kd
 out = kd.TSDKD()(kd.Head(hidden_s, weight_s), kd.Head(hidden_t, weight_t), mask)
 out.loss.backward()
+
+A name is imported, and with it torch, when it is first asked for: the command line answers without torch.
 """
 
-from . import modules
-from .divergences import JSD, ForwardKL, ReverseKL, SkewKL, SkewReverseKL
-from .functional import TokenStatistics, cross_entropy, divergence, entropy, plackett_luce, statistics
-from .layout import Layout
-from .machine import info
-from .objectives import GKD, SFT, TSDKD, VCRD, AdaptiveOpener, DistiLLM2
-from .sources import Head, Logits, TopK
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from . import modules
+    from .divergences import JSD, ForwardKL, ReverseKL, SkewKL, SkewReverseKL
+    from .functional import TokenStatistics, cross_entropy, divergence, entropy, plackett_luce, statistics
+    from .layout import Layout
+    from .machine import info
+    from .objectives import GKD, SFT, TSDKD, VCRD, AdaptiveOpener, DistiLLM2
+    from .sources import Head, Logits, TopK
+
+__version__ = "0.1.0"
 
 __all__ = [
     "GKD",
@@ -38,3 +46,31 @@ __all__ = [
     "plackett_luce",
     "statistics",
 ]
+_HOMES = {  # the module that each public name comes from
+    "divergences": ("JSD", "ForwardKL", "ReverseKL", "SkewKL", "SkewReverseKL"),
+    "functional": ("TokenStatistics", "cross_entropy", "divergence", "entropy", "plackett_luce", "statistics"),
+    "layout": ("Layout",),
+    "machine": ("info",),
+    "objectives": ("GKD", "SFT", "TSDKD", "VCRD", "AdaptiveOpener", "DistiLLM2"),
+    "sources": ("Head", "Logits", "TopK"),
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str):
+    """A public name, or a module of the package, imported when it is first asked for."""
+    if name in _HOME:
+        return globals().setdefault(name, getattr(import_module(f"{__name__}.{_HOME[name]}"), name))
+    missing = AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name.startswith("_"):
+        raise missing
+    try:
+        return import_module(f"{__name__}.{name}")
+    except ModuleNotFoundError as error:
+        if error.name != f"{__name__}.{name}":
+            raise
+        raise missing from None
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

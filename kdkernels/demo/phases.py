@@ -169,5 +169,5 @@ def train_commands(phases: Sequence[Phase], output: Path, seeds: Sequence[int], 
             options = [word for assignment in assignments for word in ("--set", assignment)]
             recipe = str(RECIPES / f"{phase.recipe}.toml")
             name = directory(phase, Path(), seed).as_posix()
-            commands[name] = [sys.executable, "-m", "kdkernels.training.cli", "train", recipe, *options]
+            commands[name] = [sys.executable, "-m", "kdkernels", "train", recipe, *options]
     return commands

@@ -2,15 +2,44 @@
 
 from kdkernels.training import load_config, train
 result = train(load_config("recipes/gsm8k-small.toml", overrides=["train.steps=10"]))
+
+Recipes are read without torch and DeepSpeed, which are imported when `train` or `Result` is first asked for.
 """
 
-try:
-    from kdkernels.errors import InputError
-    from kdkernels.training.config import Config, load_config
-    from kdkernels.training.trainer import Result, train
-except ModuleNotFoundError as error:
-    if error.name.startswith("kdkernels"):
-        raise
-    raise ImportError(f"kdkernels.training needs {error.name}: pip install kdkernels[train]") from error
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-__all__ = ["Config", "InputError", "Result", "load_config", "train"]
+
+@contextmanager
+def with_reason() -> Iterator[None]:
+    """Says of a package that is not installed what to install."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name.startswith("kdkernels"):
+            raise
+        raise ImportError(f"kdkernels.training needs {error.name}: pip install kdkernels[train]") from error
+
+
+with with_reason():
+    from kdkernels.errors import InputError
+    from kdkernels.training.config import Config
+    from kdkernels.training.recipe import load_config, read_recipe
+
+if TYPE_CHECKING:
+    from kdkernels.training.trainer import Result, train
+
+__all__ = ["Config", "InputError", "Result", "load_config", "read_recipe", "train"]
+
+
+def __getattr__(name: str):
+    if name not in ("Result", "train"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    with with_reason():
+        from kdkernels.training import trainer
+    return globals().setdefault(name, getattr(trainer, name))
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,23 +1,12 @@
-"""A recipe: one TOML file, read into frozen dataclasses that the whole trainer works from.
+"""What a recipe says, in frozen dataclasses that the whole trainer works from.
 
-    config = load_config("recipes/gsm8k-small.toml", overrides=["train.steps=10"])
-
-Every section below is a TOML table of the same name, every field a key. Whatever is wrong with a recipe (a key nobody
-knows, a value of the wrong type, a model directory or data file that is not there) is found here, before any model is
-loaded, and told as one `InputError` naming the file, the key, what was expected and what came. Relative paths start at
-the current directory, a `~` in front is the home directory.
+Every class below is a TOML table, every field of it a key. `recipe.py` reads them from a file.
 """
 
-import inspect
-import typing
-from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, dataclass, field, fields
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
 
-from kdkernels import objectives
-from kdkernels.training.resolve import resolve
-from kdkernels.training.schema import InputError, Rule, override, parse_table, read_toml, refuse_unknown, show
+from kdkernels.training.schema import Rule
 
 Count = Annotated[int, Rule(lambda value: value >= 1, "an integer >= 1")]
 CountOrZero = Annotated[int, Rule(lambda value: value >= 0, "an integer >= 0")]
@@ -117,6 +106,8 @@ class ObjectiveConfig:
 
     def build(self):
         """The objective itself."""
+        from kdkernels import objectives  # here, because it imports torch, which reading a recipe does without
+
         return getattr(objectives, self.name)(**self.options)
 
 
@@ -213,64 +204,3 @@ class Config:
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig | None = None
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
-
-
-def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
-    """The recipe at `path` with each override `section.key=value` laid over it, checked, every default filled in.
-
-    An override's value is read as TOML; what is no TOML value is taken as a string. Raises InputError.
-    """
-    tables = read_toml(path)
-    for assignment in overrides:
-        override(tables, assignment)
-    return parse_config(tables, str(path))
-
-
-def parse_config(tables: Mapping[str, Any], source: str) -> Config:
-    """The checked Config of parsed TOML `tables`; `source` is named in errors. Raises InputError."""
-    known = {section.name: section for section in fields(Config)}
-    refuse_unknown(tables, known, f"{source}:", "section")
-    sections = {}
-    for name, section in known.items():
-        if name in tables:
-            if not isinstance(tables[name], Mapping):
-                raise InputError(f"{source}: [{name}] expected a table, got {show(tables[name])}")
-            kind = next(option for option in (*typing.get_args(section.type), section.type) if inspect.isclass(option))
-            parse = _parse_objective if kind is ObjectiveConfig else _parse_section
-            sections[name] = parse(kind, tables[name], f"{source}: [{name}]")
-        elif section.default is MISSING:
-            raise InputError(f"{source}: section [{name}] is missing")
-    try:
-        return resolve(Config(**sections))
-    except InputError as error:
-        raise InputError(f"{source}: {error}") from error
-
-
-def _parse_section(kind: type, table: Mapping[str, Any], place: str):
-    return kind(**parse_table(table, {entry.name: (entry.type, entry.default) for entry in fields(kind)}, place))
-
-
-OBJECTIVES = tuple(
-    name
-    for name, member in ((name, getattr(objectives, name)) for name in objectives.__all__)
-    if inspect.isclass(member) and issubclass(member, objectives.Objective) and member is not objectives.Objective
-)
-
-
-def _parse_objective(kind: type, table: Mapping[str, Any], place: str) -> ObjectiveConfig:
-    """Checks the options against the objective's own constructor and fills in its defaults."""
-    known = {"name": (Literal[OBJECTIVES], MISSING)}
-    name = parse_table({key: table[key] for key in known if key in table}, known, place)["name"]
-    parameters = inspect.signature(getattr(objectives, name), eval_str=True).parameters.values()
-    known |= {
-        one.name: (one.annotation, MISSING if one.default is one.empty else one.default)
-        for one in parameters
-        if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)  # those of nn.Module, for an objective without options
-    }
-    options = parse_table(table, known, place)
-    config = kind(name=options.pop("name"), options=options)
-    try:
-        config.build()
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{place} {error}") from error
-    return config

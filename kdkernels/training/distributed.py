@@ -18,20 +18,13 @@ from deepspeed.accelerator import get_accelerator
 
 from kdkernels.errors import InputError
 from kdkernels.training.errors import DiskError
+from kdkernels.training.launcher import LAUNCHER, launched
 
 # DeepSpeed would compile an all-reduce for CPU processes on its first use: a minute, a need for ninja, and a lock that
 # blocks every later run where that compile was killed. gloo does the same.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 T = TypeVar("T")
-
-
-LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what it tells its processes
-
-
-def launched() -> bool:
-    """Whether a launcher started this process as one of several."""
-    return "RANK" in os.environ
 
 
 def start(timeout_seconds: float = 1800) -> None:

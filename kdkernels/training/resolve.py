@@ -3,38 +3,39 @@
 Raises InputError naming the section and key; the caller adds the recipe's name.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from kdkernels.training.schema import InputError
-
-if TYPE_CHECKING:
-    from kdkernels.training.config import Config, EvaluationConfig, RolloutConfig, TokenizerConfig
+from kdkernels.errors import InputError
+from kdkernels.training.config import Config, EvaluationConfig, RolloutConfig, TokenizerConfig
 
 
 def resolve(config: Config) -> Config:
-    """The checked recipe with every default filled in."""
+    """The recipe checked, and its defaults filled in, but for what follows from the objective."""
     config = _expand_home(config)
     _check_student(config)
     _check_train(config)
     _check_optimizer(config)
-    config = replace(config, tokenizer=_tokenizer(config), rollout=_rollout(config), evaluation=_evaluation(config))
-    if config.data.response is None and (config.rollout.student_fraction < 1 or config.evaluation is not None):
-        raise InputError(
-            "[data] key 'response' is missing; only a recipe whose student writes every response can do without, "
-            "and only without [evaluation]"
-        )
+    config = replace(config, tokenizer=_tokenizer(config), evaluation=_evaluation(config))
     if config.checkpoint.every is None:
         config = replace(config, checkpoint=replace(config.checkpoint, every=max(1, config.train.steps // 10)))
     if config.deepspeed.zero_stage is None:
         stage = 1 if config.run.dtype == "bfloat16" else 0
         config = replace(config, deepspeed=replace(config.deepspeed, zero_stage=stage))
     _check_paths(config)
+    return config
+
+
+def resolve_objective(config: Config) -> Config:
+    """The resolved recipe with what follows from its objective checked and filled in."""
+    config = replace(config, rollout=_rollout(config))
+    if config.data.response is None and (config.rollout.student_fraction < 1 or config.evaluation is not None):
+        raise InputError(
+            "[data] key 'response' is missing; only a recipe whose student writes every response can do without, "
+            "and only without [evaluation]"
+        )
     return config
 
 

@@ -70,7 +70,7 @@ def test_commands_are_named_by_their_directory_and_end_with_the_callers_override
     assert list(commands) == ["teacher", "seed-0/sft", "seed-1/sft"]
     for command in commands.values():
         assert command[-2:] == ["--set", "train.steps=2"]
-        assert command[1:4] == ["-m", "kdkernels.training.cli", "train"]
+        assert command[1:4] == ["-m", "kdkernels", "train"]
 
 
 def python(text):

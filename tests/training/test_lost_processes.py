@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from kdkernels.cli import main
 from kdkernels.training import InputError, distributed, train
-from kdkernels.training.cli import main
 
 from .test_processes import COMMAND
 
@@ -131,7 +131,8 @@ def test_a_process_leaves_its_group_before_it_ends(tmp_path):
     program = """
 import sys
 import torch.distributed as dist
-from kdkernels.training import cli, distributed
+from kdkernels import cli
+from kdkernels.training import distributed
 distributed.start()
 assert dist.is_initialized()
 assert cli.main(["train", "missing.toml"]) == cli.UNUSABLE

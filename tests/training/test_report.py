@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
+from kdkernels.cli import main
 from kdkernels.training import train
-from kdkernels.training.cli import main
 from kdkernels.training.metrics import read_metrics
 from kdkernels.training.report import render_report
 from kdkernels.training.run_directory import RunDirectory
@@ -97,7 +97,7 @@ def test_a_resumed_run_reports_all_of_its_steps(load):
 @pytest.mark.slow
 def test_two_processes_report_both(recipe, tmp_path):
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m")
-    command = (*launcher, "kdkernels.training.cli", "train", str(recipe), "--set=train.micro_batch_size=1")
+    command = (*launcher, "kdkernels", "train", str(recipe), "--set=train.micro_batch_size=1")
     finish(start(command, cwd=tmp_path), tmp_path)
     report = (tmp_path / "run" / "report.md").read_text()
     assert report.count(" MiB") == 2 and "(processes 0 to 1)" in report and ", on process 0: " in report

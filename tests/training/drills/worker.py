@@ -38,7 +38,7 @@ def child(job: dict, rank: int, port: int, output: int, events: int) -> None:
     faults = ctypes.CDLL(None)
     status = 70
     try:
-        from kdkernels.training.cli import main
+        from kdkernels.cli import main
 
         if rank == job.get("rank", 0) and "fault" in job:
             mode, match, at = job["fault"]
@@ -101,7 +101,7 @@ def run(job: dict) -> dict:
 
 def main() -> None:
     """Answers jobs until stdin ends."""
-    import kdkernels.training.cli  # noqa: F401  before the forks
+    import kdkernels.training.command  # noqa: F401  before the forks
 
     threads = os.listdir("/proc/self/task")
     assert len(threads) == 1, f"a fork would lose {len(threads) - 1} threads"

@@ -1,0 +1,100 @@
+"""The command `kdkernels`. Help, and what is wrong with a recipe, is told before torch and DeepSpeed are imported."""
+
+import argparse
+import sys
+import textwrap
+from collections.abc import Sequence
+from dataclasses import fields
+
+import kdkernels
+from kdkernels.training import Config, InputError, read_recipe, with_reason
+from kdkernels.training.exits import STATUSES, UNUSABLE, end
+from kdkernels.training.launcher import first, launched
+from kdkernels.training.recipe import section_class
+
+EXAMPLES = """\
+examples:
+  kdkernels train recipe.toml --dry-run                 check everything, show the plan, train nothing
+  kdkernels train recipe.toml --set train.steps=100     train, with one key of the recipe changed
+  kdkernels train recipe.toml --resume                  go on after a crash, bit for bit
+  torchrun --nproc-per-node 8 -m kdkernels train recipe.toml
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Returns:
+        The exit status (exits.STATUSES, which `kdkernels train --help` shows).
+    """
+    options = _parser().parse_args(arguments)
+    return options.run(options)
+
+
+def _train(options: argparse.Namespace) -> int:
+    try:
+        recipe = read_recipe(options.recipe, options.set)
+    except InputError as error:
+        if not launched():
+            return end(UNUSABLE, error)
+        recipe = error  # the other processes must hear of it
+    if first():
+        print(f"kdkernels {kdkernels.__version__}: {options.recipe}: loading libraries", file=sys.stderr, flush=True)
+    try:
+        with with_reason():
+            from kdkernels.training import command  # torch, DeepSpeed, transformers: seconds
+    except ImportError as error:
+        return end(UNUSABLE, error)
+    return command.run(recipe, options.recipe, resume=options.resume, dry_run=options.dry_run)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="kdkernels",
+        description="Distillation of language models from recipes, which are TOML files.",
+        epilog=f"{EXAMPLES}\n{STATUSES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"kdkernels {kdkernels.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_train(commands)
+    return parser
+
+
+def _add_train(commands) -> None:
+    command = commands.add_parser(
+        "train",
+        help="train the student of a recipe",
+        description="Trains the student of a recipe.",
+        epilog=f"{EXAMPLES}\n{_keys()}\n{STATUSES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.set_defaults(run=_train)
+    command.add_argument("recipe", metavar="RECIPE.toml")
+    command.add_argument(
+        "--set",
+        metavar="SECTION.KEY=VALUE",
+        action="append",
+        default=[],
+        help="overrides a key of the recipe; may be repeated",
+    )
+    command.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue from the latest checkpoint in the run's directory, or from the beginning where there is none",
+    )
+    command.add_argument(
+        "--dry-run", action="store_true", help="check everything, print the resolved recipe and the plan, train nothing"
+    )
+
+
+def _keys() -> str:
+    """The keys of a recipe, a section a line."""
+    lines = ["keys of a recipe (docs/RECIPES.md says what each means):"]
+    for section in fields(Config):
+        names = [entry.name for entry in fields(section_class(section.type))]
+        names = [name if name != "options" else "the options of that objective" for name in names]
+        lines.append(
+            textwrap.fill(", ".join(names), 100, initial_indent=f"  [{section.name}] ", subsequent_indent=" " * 6)
+        )
+    return "\n".join(lines) + "\n"

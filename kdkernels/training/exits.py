@@ -1,0 +1,30 @@
+"""The exit statuses of `kdkernels`, and the line that goes with each."""
+
+import os
+import sys
+
+DONE, DIVERGED, UNUSABLE, DISK, LOST, UNFORESEEN, INTERRUPTED = 0, 1, 2, 3, 4, 70, 130
+STATUSES = """\
+exit status, each but the first with a line that says why:
+  0    the run is finished; or SIGTERM came, a checkpoint was written after the step under way, and --resume goes on
+  1    the run diverged
+  2    recipe, data, models or the run's directory cannot be used (another run may be in it), or the command line
+  3    the disk did not take what the run had to write, for want of space or else
+  4    another process of the run ended or stopped answering
+  70   an error that none of these is, with a traceback: out of memory, or a fault of kdkernels
+  130  interrupted (Ctrl-C)
+"""
+
+
+def end(status: int, text: object) -> int:
+    """Says `text` in one line on stderr.
+
+    Returns:
+        `status`.
+    """
+    try:
+        sys.stdout.flush()
+    except OSError:  # Python would try again at its end, and end with another status
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    print(f"kdkernels: {' '.join(str(text).split())}", file=sys.stderr)
+    return status

@@ -1,0 +1,132 @@
+"""Recipes: one TOML file each, read into a `Config`.
+
+    config = load_config("recipes/gsm8k-small.toml", overrides=["train.steps=10"])
+
+Whatever is wrong with a recipe (a key nobody knows, a value of the wrong type, a model directory or data file that is
+not there) is found here, before any model is loaded, and told as one `InputError` naming the file, the key, what was
+expected and what came. Relative paths start at the current directory, a `~` in front is the home directory.
+
+Reading has two parts: `read_recipe` checks all but the objective's options and needs neither torch nor DeepSpeed;
+`complete` checks those against the objective's constructor, for which torch is imported.
+"""
+
+import inspect
+import typing
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import MISSING, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from kdkernels.errors import InputError
+from kdkernels.training.config import Config, ObjectiveConfig
+from kdkernels.training.resolve import resolve, resolve_objective
+from kdkernels.training.schema import override, parse_table, parse_value, read_toml, refuse_unknown, show
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """The recipe at `path` with each override `section.key=value` laid over it, checked, every default filled in.
+
+    An override's value is read as TOML; what is no TOML value is taken as a string.
+
+    Raises:
+        InputError: the recipe cannot be used.
+    """
+    return complete(read_recipe(path, overrides), str(path))
+
+
+def read_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """As `load_config`, but for the objective's options and the defaults that follow from it.
+
+    Raises:
+        InputError: the recipe cannot be used.
+    """
+    tables = read_toml(path)
+    for assignment in overrides:
+        override(tables, assignment)
+    source = str(path)
+    known = {section.name: section for section in fields(Config)}
+    refuse_unknown(tables, known, f"{source}:", "section")
+    sections = {}
+    for name, section in known.items():
+        if name in tables:
+            if not isinstance(tables[name], Mapping):
+                raise InputError(f"{source}: [{name}] expected a table, got {show(tables[name])}")
+            kind = section_class(section.type)
+            parse = _read_objective if kind is ObjectiveConfig else _parse_section
+            sections[name] = parse(kind, tables[name], f"{source}: [{name}]")
+        elif section.default is MISSING:
+            raise InputError(f"{source}: section [{name}] is missing")
+    with _naming(source):
+        return resolve(Config(**sections))
+
+
+def complete(config: Config, source: str) -> Config:
+    """What `read_recipe` returned, with the objective's options checked and every default filled in.
+
+    Raises:
+        InputError: they cannot be used; it names `source`, the recipe.
+    """
+    config = replace(config, objective=_checked(config.objective, f"{source}: [objective]"))
+    with _naming(source):
+        return resolve_objective(config)
+
+
+def section_class(kind: Any) -> type:
+    """The dataclass of a section whose field in Config has the type `kind`: itself, or itself or None."""
+    return next(option for option in (*typing.get_args(kind), kind) if inspect.isclass(option))
+
+
+@contextmanager
+def _naming(source: str) -> Iterator[None]:
+    """Puts `source` in front of an InputError's message."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from error
+
+
+def _parse_section(kind: type, table: Mapping[str, Any], place: str):
+    return kind(**parse_table(table, {entry.name: (entry.type, entry.default) for entry in fields(kind)}, place))
+
+
+def _read_objective(kind: type, table: Mapping[str, Any], place: str) -> ObjectiveConfig:
+    """The objective's name, and its options as they are: `_checked` looks at them."""
+    name = parse_table({key: table[key] for key in ("name",) if key in table}, {"name": (str, MISSING)}, place)["name"]
+    return kind(name=name, options={key: value for key, value in table.items() if key != "name"})
+
+
+def known_objectives() -> tuple[str, ...]:
+    """The names that [objective] may have."""
+    from kdkernels import objectives  # imports torch
+
+    return tuple(
+        name
+        for name, member in ((name, getattr(objectives, name)) for name in objectives.__all__)
+        if inspect.isclass(member) and issubclass(member, objectives.Objective) and member is not objectives.Objective
+    )
+
+
+def objective_options(name: str) -> dict[str, tuple[Any, Any]]:
+    """The arguments of an objective's constructor: name -> (type, default or MISSING)."""
+    from kdkernels import objectives  # imports torch
+
+    parameters = inspect.signature(getattr(objectives, name), eval_str=True).parameters.values()
+    return {
+        one.name: (one.annotation, MISSING if one.default is one.empty else one.default)
+        for one in parameters
+        if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)  # those of nn.Module, for an objective without options
+    }
+
+
+def _checked(config: ObjectiveConfig, place: str) -> ObjectiveConfig:
+    """The objective with options checked against its own constructor, whose defaults are filled in."""
+    name = parse_value(config.name, Literal[known_objectives()], f"{place} name")
+    known = {"name": (str, MISSING)} | objective_options(name)
+    options = parse_table({"name": name} | config.options, known, place)
+    config = replace(config, options={key: value for key, value in options.items() if key != "name"})
+    try:
+        config.build()
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{place} {error}") from error
+    return config

@@ -1,0 +1,70 @@
+"""What `kdkernels` answers without torch, DeepSpeed and transformers, and that names of the package still arrive."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import kdkernels as kd
+
+ROOT = Path(__file__).parent.parent
+HEAVY = ("torch", "deepspeed", "transformers", "numpy")
+PROGRAM = f"""
+import sys
+from kdkernels.cli import main
+try:
+    status = main(sys.argv[1:])
+except SystemExit as error:
+    status = error.code
+print("loaded:", [name for name in {HEAVY} if name in sys.modules])
+sys.exit(status)
+"""
+RECIPE = str(ROOT / "recipes" / "demo" / "student.toml")
+
+
+def run(*arguments, cwd) -> subprocess.CompletedProcess:
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
+    command = [sys.executable, "-c", PROGRAM, *arguments]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=240)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "told"),
+    [
+        (["--version"], 0, f"kdkernels {kd.__version__}"),
+        (["--help"], 0, "kdkernels train recipe.toml --resume"),
+        (["train", "--help"], 0, "[optimizer] lr, betas, weight_decay"),
+        (["train", "--help"], 0, "130  interrupted"),
+        (["train"], 2, "RECIPE.toml"),
+        (["train", "nowhere.toml"], 2, "kdkernels: nowhere.toml: cannot be read: No such file"),
+        (["train", RECIPE, "--set=trian.steps=1"], 2, "unknown section 'trian'; did you mean 'train'?"),
+        (["train", RECIPE, "--set=train.stepz=1"], 2, "[train] unknown key 'stepz'; did you mean 'steps'?"),
+        (["train", RECIPE, "--set=train.steps=many"], 2, "[train] steps: expected an integer >= 1, got 'many'"),
+        (["train", RECIPE, "--set=data.train=no.jsonl"], 2, "[data] train: no such file: no.jsonl"),
+    ],
+)
+def test_answers_that_need_no_torch(tmp_path, arguments, status, told):
+    done = run(*arguments, cwd=tmp_path)
+    assert done.returncode == status and told in done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == "loaded: []"
+    assert not list(tmp_path.iterdir())
+
+
+def test_importing_the_package_waits_with_torch():
+    program = (
+        "import sys, kdkernels as kd; dir(kd); assert 'torch' not in sys.modules; kd.SFT; assert 'torch' in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], env={"PYTHONPATH": str(ROOT)}, check=True)
+
+
+def test_every_public_name_arrives():
+    names = {}
+    exec("from kdkernels import *", names)
+    assert set(kd.__all__) <= names.keys() and set(kd.__all__) <= set(dir(kd))
+    assert all(names[name] is getattr(kd, name) for name in kd.__all__)
+    assert {*kd._HOME, "modules"} == set(kd.__all__)
+    assert kd.divergence.__module__ == "kdkernels.functional" and kd.objectives.SFT is kd.SFT
+    for missing in ("TSDK", "_nothing", "nothing"):
+        with pytest.raises(AttributeError, match=missing):
+            getattr(kd, missing)
