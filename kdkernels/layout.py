@@ -90,6 +90,34 @@ class Layout:
         return cls.from_segments(mask.cpu() * rows[:, None]).to(mask.device)
 
     @classmethod
+    def from_spans(cls, starts: Sequence[int], lengths: Sequence[int], length: int) -> Layout:
+        """One response per row, where a collator knows its place: row b's tokens are predicted by the ``lengths[b]``
+        positions from ``starts[b]`` on. The same layout as ``from_mask`` of a mask that is True there.
+
+        Args:
+            starts: of each row, the position that predicts the response's first token (the last of the prompt).
+            lengths: of each row, the tokens of the response; 0 where there is none.
+            length: L, the positions of a row.
+
+        Raises:
+            ValueError: not as many starts as lengths, or a span that does not lie in its row.
+        """
+        if len(starts) != len(lengths):
+            raise ValueError(f"lengths: expected {len(starts)} of them, as many as starts, got {len(lengths)}")
+        for b, (start, count) in enumerate(zip(starts, lengths, strict=True)):
+            if not 0 <= start <= start + count <= length:
+                raise ValueError(
+                    f"starts, lengths: expected positions in [0, {length}), got {start} ... {start + count - 1} in row "
+                    f"{b}"
+                )
+        spans = [
+            torch.arange(b * length + start, b * length + start + count, device="cpu")
+            for b, (start, count) in enumerate(zip(starts, lengths, strict=True))
+        ]
+        index = torch.cat(spans) if spans else torch.zeros(0, dtype=torch.int64, device="cpu")
+        return cls.trusted(index, tuple(count for count in lengths if count), (len(starts), length))
+
+    @classmethod
     def from_labels(cls, labels: Tensor, ignore_index: int = -100) -> Layout:
         """From Hugging Face labels [B, L] (the token *at* t, or ``ignore_index``), which it shifts for you.
 

@@ -31,6 +31,19 @@ def test_from_mask(rows, length, seed):
 
 
 @settings(deadline=None, derandomize=True)
+@given(rows=st.integers(0, 5), length=st.integers(1, 8), seed=st.integers(0, 999))
+def test_from_spans_is_from_mask_of_the_same_places(rows, length, seed):
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.randint(0, length, (rows,), generator=generator)
+    ends = starts + (torch.rand(rows, generator=generator) * (length - starts + 1)).long()
+    places = torch.arange(length)
+    expected = kd.Layout.from_mask((starts[:, None] <= places) & (places < ends[:, None]))
+    layout = kd.Layout.from_spans(starts.tolist(), (ends - starts).tolist(), length)
+    assert torch.equal(layout.index, expected.index) and layout.index.dtype == torch.int64
+    assert (layout.lengths, layout.shape) == (expected.lengths, expected.shape)
+
+
+@settings(deadline=None, derandomize=True)
 @given(rows=st.integers(1, 4), length=st.integers(1, 8), seed=st.integers(0, 999))
 def test_from_segments(rows, length, seed):
     ids = torch.randint(0, 4, (rows, length), generator=torch.Generator().manual_seed(seed)) * 7
@@ -235,6 +248,9 @@ def test_to_another_device():
     ("build", "error", "words"),
     [
         (lambda: kd.Layout.from_mask(torch.ones(2, 3)), TypeError, ["mask", "bool", "float32"]),
+        (lambda: kd.Layout.from_spans([0, 1], [2], 4), ValueError, ["lengths", "2", "got 1"]),
+        (lambda: kd.Layout.from_spans([1, 3], [2, 2], 4), ValueError, ["[0, 4)", "3 ... 4", "row 1"]),
+        (lambda: kd.Layout.from_spans([-1], [2], 4), ValueError, ["[0, 4)", "-1 ... 0"]),
         (lambda: kd.Layout.from_mask([[True]]), TypeError, ["mask", "bool", "list"]),
         (lambda: kd.Layout.from_mask(torch.ones(3, dtype=torch.bool)), ValueError, ["mask", "[B, L]", "[3]"]),
         (lambda: kd.Layout.from_labels(torch.ones(2, 3)), TypeError, ["labels", "int", "float32"]),

@@ -4,7 +4,7 @@ Axes: B responses, L length of the longest prompt + response (the others are pad
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -27,8 +27,11 @@ class Batch:
     from_teacher: torch.Tensor
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch on `device`."""
-        return Batch(*(getattr(self, entry.name).to(device) for entry in fields(self)))
+        """The same batch for models on `device`. Layout and authors stay on the CPU, where an objective reads them
+        without waiting for a GPU; it moves what it needs there.
+        """
+        moved = {name: getattr(self, name).to(device) for name in ("input_ids", "attention_mask", "target")}
+        return replace(self, **moved)
 
 
 def collate(
@@ -40,12 +43,11 @@ def collate(
     length = max(len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True))
     input_ids = torch.full((len(prompts), length), pad_id)
     attention_mask = torch.zeros(len(prompts), length, dtype=torch.long)
-    predicts = torch.zeros(len(prompts), length, dtype=torch.bool)
     for b, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
         end = len(prompt) + len(response)
         input_ids[b, :end] = torch.tensor([*prompt, *response])
         attention_mask[b, :end] = 1
-        predicts[b, len(prompt) - 1 : end - 1] = True
     target = input_ids.roll(-1, dims=1)
+    layout = Layout.from_spans([len(prompt) - 1 for prompt in prompts], [*map(len, responses)], length)
     authors = torch.full((len(prompts),), from_teacher)
-    return Batch(input_ids, attention_mask, target, Layout.from_mask(predicts), authors)
+    return Batch(input_ids, attention_mask, target, layout, authors)

@@ -1,11 +1,10 @@
 """Held-out evaluation: does the model find the answer, and how probable are the data's responses to it and its teacher?
 
-Shapes: B examples of a batch, L length, N response tokens of a batch, H hidden.
+Axes: B examples of a batch, L length.
 """
 
 import re
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -123,20 +122,17 @@ def _token_means(
     """Cross-entropy and KL of each example, per token of its response."""
     prompts, responses = [one.prompt_ids for one in batch], [one.response_ids for one in batch]
     inputs = collate(prompts, responses, tokenizer.eos_token_id).to(model.device)
-    layout = inputs.layout.to(model.device)
-
-    def response_head(scorer: PreTrainedModel) -> kd.Head:
-        full = head(scorer, inputs, vocabulary_size(tokenizer))  # hidden [B, L, H]
-        return replace(full, hidden=full.hidden.flatten(0, 1)[layout.index])  # [N, H]
-
-    student = response_head(model)
-    values = {}  # each [N]
+    entries, layout = vocabulary_size(tokenizer), inputs.layout.to(model.device)
+    student = head(model, inputs, entries)
+    values = {}  # each [B, L], 0 where no response token is predicted
     if "cross_entropy" in settings.metrics:
-        values["cross_entropy"] = kd.cross_entropy(student, inputs.target.flatten()[layout.index])
+        values["cross_entropy"] = kd.cross_entropy(student, inputs.target, rows=layout)
     if "kl" in settings.metrics:
-        values["kl"] = kd.divergence(student, response_head(teacher), kd.ForwardKL())
+        values["kl"] = kd.divergence(student, head(teacher, inputs, entries), kd.ForwardKL(), rows=layout)
     lengths = torch.tensor(layout.lengths)
-    means = {name: layout.sums(value.double()).cpu() / lengths for name, value in values.items()}
+    means = {
+        name: layout.sums(value.flatten()[layout.index].double()).cpu() / lengths for name, value in values.items()
+    }
     return [
         {"tokens": tokens} | {name: mean[b].item() for name, mean in means.items()}
         for b, tokens in enumerate(layout.lengths)

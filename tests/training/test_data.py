@@ -227,6 +227,13 @@ def test_a_batch_predicts_exactly_the_response_tokens():
     assert torch.equal(batch.target[:, :-1], batch.input_ids[:, 1:])
 
 
+def test_what_an_objective_reads_on_the_cpu_stays_there():
+    batch = collate([(1,), (2,)], [(5, 6), (7,)], pad_id=9, from_teacher=True)
+    moved = batch.to(torch.device("meta"))
+    assert all(tensor.is_meta for tensor in (moved.input_ids, moved.attention_mask, moved.target))
+    assert moved.layout is batch.layout and moved.from_teacher is batch.from_teacher
+
+
 def test_a_response_cut_short_has_no_end():
     batch = collate([(1,)], [(5, 6)], pad_id=9)
     assert batch.target.flatten()[batch.layout.index].tolist() == [5, 6]
