@@ -184,11 +184,11 @@ def divergence(
     """D(p, q) of teacher p and student q at ``temperature`` (no T^2 factor), in nats -> [...] fp32.
 
     ``kind``: kd.ForwardKL(), kd.ReverseKL(), kd.JSD(beta), kd.SkewKL(alpha) or kd.SkewReverseKL(alpha).
-    With a kd.TopK teacher both distributions are coarsened to its words and one bucket for all others.
+    With a kd.TopK teacher both distributions are coarsened to its entries and one bucket for all others.
 
     Raises:
-        TypeError, ValueError: sides that do not fit each other, a temperature that is not positive, or not 1 with a
-        TopK that keeps its bucket.
+        TypeError, ValueError: student and teacher do not fit each other, a temperature that is not positive, or not 1
+        with a TopK that keeps its bucket.
     """
     check_student(student)
     check_teacher(student, teacher)
@@ -208,12 +208,12 @@ def plackett_luce(
     memory_budget: int | None = None,
     logits_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """NLL of the teacher's order of the student's k most likely words (TSD-KD eq. 4) -> [...] fp32.
+    """NLL of the teacher's order of the student's k most likely entries (TSD-KD eq. 4) -> [...] fp32.
 
     sum_{j=1..k} [ logsumexp(z_s[pi(j..k)]) - z_s[pi(j)] ], pi the teacher's descending order of them.
 
     Raises:
-        TypeError, ValueError: sides that do not fit each other, a kd.TopK teacher, k outside [1, vocabulary].
+        TypeError, ValueError: student and teacher do not fit each other, a kd.TopK teacher, k outside [1, vocabulary].
     """
     check_student(student)
     check_teacher(student, teacher)
@@ -252,28 +252,28 @@ def statistics(
     memory_budget: int | None = None,
     logits_dtype: torch.dtype | None = None,
 ) -> TokenStatistics:
-    """Entropy, log-sum-exp, argmax, topk words, log q(target) and collision of every token; no gradients.
+    """Entropy, log-sum-exp, argmax, topk entries, log q(target) and collision of every token; no gradients.
 
     ``collision``: how many of the largest probabilities, at most 128, have their squares summed up. With a teacher, its
-    statistics of the same positions (without topk words) under ``.teacher``.
+    statistics of the same positions (without topk entries) under ``.teacher``.
 
     Raises:
-        TypeError, ValueError: sides or target that do not fit, a kd.TopK teacher, topk outside [0, vocabulary] or
+        TypeError, ValueError: student, teacher or target do not fit, a kd.TopK teacher, topk outside [0, vocabulary] or
         collision outside [0, min(128, vocabulary)].
     """
     check_student(student)
     if teacher is not None:
         check_teacher(student, teacher)
-        check_complete(teacher, "statistics are of all words")
-    words = shared_vocabulary(student, teacher)
-    check_count("topk", topk, 0, words)
-    check_count("collision", collision, 0, min(_LARGEST, words))
+        check_complete(teacher, "statistics are of all entries")
+    vocabulary = shared_vocabulary(student, teacher)
+    check_count("topk", topk, 0, vocabulary)
+    check_count("collision", collision, 0, min(_LARGEST, vocabulary))
     if target is not None:
         check_ids("target", target, student.shape, student.device)
         target = _check_shift(target, rows, student.device)
     check_limits(memory_budget, logits_dtype)
     rows = _check_rows(rows, student)
-    student, teacher = (side and side.autocast().detach() for side in (student, teacher))
+    student, teacher = (source and source.autocast().detach() for source in (student, teacher))
     values = operators.token_statistics(
         *packed(student),
         *packed(teacher),

@@ -86,7 +86,7 @@ BAD_CALLS = {
         lambda: tsd(
             teacher=kd.TopK(torch.arange(2).expand(2, 5, 2), torch.full((2, 5, 2), -1.0)),
             objective=kd.VCRD(weighting="likelihood_ratio"), from_teacher=MASK[:, 0],
-        ), TypeError, ["teacher", "TopK", "all words"],
+        ), TypeError, ["teacher", "TopK", "all entries"],
     ),
     # what is wrong is wrong without a token, too
     "k above the vocabulary, no token": (

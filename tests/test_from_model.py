@@ -242,7 +242,7 @@ def test_masked_words(hidden_words, vocabulary):
     model = tiny("llama")
     model.__class__, model.config.hidden_words = Masked, hidden_words
     if vocabulary is None:
-        assert "Masked (model_type llama): it masks words in the middle of the vocabulary" in wrong(model)
+        assert "Masked (model_type llama): it masks entries in the middle of the vocabulary" in wrong(model)
     else:
         assert compare(model).vocabulary == vocabulary
 

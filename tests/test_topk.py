@@ -247,19 +247,19 @@ BAD = {
     ),
     "a bucket's temperature": (lambda: kl(kd.TopK(IDS, LOG_P), 0.7), ValueError, ["temperature", "0.7", "renormalize"]),
     "plackett_luce": (
-        lambda: kd.plackett_luce(STUDENT, kd.TopK(IDS, LOG_P), 2), TypeError, ["teacher", "TopK", "all words"],
+        lambda: kd.plackett_luce(STUDENT, kd.TopK(IDS, LOG_P), 2), TypeError, ["teacher", "TopK", "all entries"],
     ),
-    "statistics": (lambda: kd.statistics(STUDENT, kd.TopK(IDS, LOG_P)), TypeError, ["teacher", "TopK", "all words"]),
+    "statistics": (lambda: kd.statistics(STUDENT, kd.TopK(IDS, LOG_P)), TypeError, ["teacher", "TopK", "all entries"]),
     "TSD-KD": (
         lambda: kd.TSDKD(k=2)(
             kd.Logits(torch.zeros(1, 2, 10)), kd.TopK(IDS[None], LOG_P[None]), torch.ones(1, 2, dtype=torch.bool)
-        ), TypeError, ["teacher", "TopK", "all words"],
+        ), TypeError, ["teacher", "TopK", "all entries"],
     ),
     "VCRD without a judge": (
         lambda: kd.VCRD(weighting="likelihood_ratio")(
             kd.Logits(torch.zeros(1, 2, 10)), kd.TopK(IDS[None], LOG_P[None]), torch.ones(1, 2, dtype=torch.bool),
             from_teacher=torch.tensor([True]),
-        ), TypeError, ["teacher", "TopK", "all words"],
+        ), TypeError, ["teacher", "TopK", "all entries"],
     ),
 }  # fmt: skip
 

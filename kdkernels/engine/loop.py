@@ -40,14 +40,14 @@ class _Loop:
         self.backend = backend_for(device, dtype, self.operand)
         self.vocabulary = shared_vocabulary(student, teacher)
         if program.topk > self.vocabulary:
-            raise ValueError(f"k: expected at most the vocabulary's {self.vocabulary} words, got {program.topk}")
+            raise ValueError(f"k: expected at most the vocabulary's {self.vocabulary} entries, got {program.topk}")
 
-        words, vocabulary = max(1, program.topk, program.collision), self.vocabulary
-        mine = student.costs(self.backend, vocabulary, dtype, words, True)
+        largest, vocabulary = max(1, program.topk, program.collision), self.vocabulary
+        mine = student.costs(self.backend, vocabulary, dtype, largest, True)
         other, stored = Costs(0, 0, 0), teacher is not None and not teacher.complete
         if teacher:
-            words = max(words, program.teacher_collision)
-            other = teacher.costs(self.backend, vocabulary, teacher_dtype, min(words, vocabulary), False)
+            largest = max(largest, program.teacher_collision)
+            other = teacher.costs(self.backend, vocabulary, teacher_dtype, min(largest, vocabulary), False)
         count = max(1, len(layout))
         fixed = self.backend.workspace(count, vocabulary) + max(mine.fixed, other.fixed) + mine.kept + other.kept
         fixed += count * (plan.TOKEN_BYTES + plan.CANDIDATE_BYTES * program.topk)
@@ -72,7 +72,7 @@ class _Loop:
         self.student = student.producer(self.backend, layout.index, vocabulary, buffer, needs, pieces)
         other_buffer = others[0] if others else None
         self.teacher = teacher and teacher.producer(self.backend, call.teacher_index, vocabulary, other_buffer)
-        # For what is no word, one that is: CPUs have raised an error, asking a GPU would be a sync.
+        # Ids outside the vocabulary become ids inside: CPUs have raised an error, asking a GPU would be a sync.
         self.target = None if call.target is None else call.target.clamp(0, self.vocabulary - 1)
 
     def run(self) -> Result:
@@ -122,7 +122,7 @@ class _Loop:
             self.student.add(piece, d_logits, concatenated(powers))
 
     def _targets(self, tokens: slice) -> Tensor | None:
-        """Ids [n, 1] that are words."""
+        """Ids [n, 1] inside the vocabulary."""
         return None if self.target is None else self.target[tokens, None]
 
     def _tokens(
@@ -205,7 +205,7 @@ def _beside(*ids: Tensor | None) -> Tensor | None:
 
 
 def _summary(rows: Rows, targeted: bool, largest: int) -> Tokens:
-    """The statistics of one side; the target, where there is one, is the last id gathered."""
+    """The statistics of student or teacher; the target, where there is one, is the last id gathered."""
     cross_entropy = rows.log_sum - (rows.gathered[:, -1] - rows.max) if targeted else None
     collision = (2 * rows.log_prob(rows.top_values[:, :largest])).exp().sum(-1) if largest else None
     argmax = rows.top_indices[:, :1].clone()  # a view would keep all of them
@@ -255,7 +255,7 @@ def run(call: Call, needs: tuple[bool, ...] = ()) -> Result | None:
 
 def _check_teacher(program: Program, teacher: Source) -> None:
     if program.topk or program.all_words or program.divergence is None:
-        check_complete(teacher, "this needs the teacher's distribution over all words")
+        check_complete(teacher, "this needs the teacher's distribution over all entries")
     teacher.check_temperature(program.temperature)
 
 

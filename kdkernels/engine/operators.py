@@ -251,7 +251,7 @@ class _Asked(NamedTuple):
 
 
 def statistic_names(topk: int, targeted: bool, collision: int) -> list[str]:
-    """Fields of Tokens that token_statistics returns of one side, in order."""
+    """Fields of Tokens that token_statistics returns of student or teacher, in order."""
     names = ["lse", "entropy", "argmax"]
     names += ["top_indices", "top_log_probs"] if topk else []
     names += ["cross_entropy"] if targeted else []
@@ -276,10 +276,10 @@ def _statistics_like(*arguments) -> list[Tensor]:
     count = len(Sources._fields)
     sources, asked = Sources(*arguments[:count]), _Asked(*arguments[count:])
 
-    def empty(side: list[Tensor], topk: int) -> list[Tensor]:
-        dtype = torch.promote_types(side[0].dtype, torch.float32)
+    def empty(tensors: list[Tensor], topk: int) -> list[Tensor]:
+        dtype = torch.promote_types(tensors[0].dtype, torch.float32)
         return [
-            side[0].new_empty(
+            tensors[0].new_empty(
                 (*sources.shape, topk) if name.startswith("top_") else sources.shape,
                 dtype=torch.int64 if name in ("argmax", "top_indices") else dtype,
             )

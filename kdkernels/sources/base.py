@@ -97,7 +97,7 @@ class Source:
     def fits_dtype(self, student: Source) -> bool:
         """Whether it may be the teacher of a student of that dtype.
 
-        Logits are read as they are: only fp64 would be lost on the student's side.
+        Logits are read as they are: only fp64 would lose digits beside a narrower student.
         """
         return self.dtype == student.dtype or self.dtype != torch.float64
 

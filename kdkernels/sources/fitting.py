@@ -43,7 +43,7 @@ def shared_vocabulary(student: Source, teacher: Source | None) -> int:
         return student.vocabulary
     if teacher.vocabulary < student.vocabulary:
         raise ValueError(
-            f"teacher: expected a vocabulary of at least the student's {student.vocabulary} words, got "
+            f"teacher: expected a vocabulary of at least the student's {student.vocabulary} entries, got "
             f"{teacher.vocabulary}; if the student's rest is padding, say vocab_size={teacher.vocabulary} there"
         )
     return student.vocabulary

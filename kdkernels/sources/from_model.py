@@ -23,12 +23,12 @@ from torch import Tensor, nn
 
 
 class Tail(NamedTuple):
-    """logits = softcap * tanh(scale * layer(hidden) / softcap), of which the first ``words`` are real."""
+    """logits = softcap * tanh(scale * layer(hidden) / softcap), of which the first ``entries`` are real."""
 
     layer: nn.Linear
     scale: float
     softcap: float | None
-    words: int
+    entries: int
 
 
 def trunk(model: nn.Module) -> nn.Module:
@@ -67,7 +67,7 @@ def tail(model: nn.Module) -> Tail:
 
 
 def _numbers(model: nn.Module) -> tuple[float, float | None, int]:
-    """Scale, soft-cap and words; checked in every call, measured in the first and wherever something has changed."""
+    """Scale, soft-cap and entries; checked in every call, measured in the first and wherever something has changed."""
     layer = _output_layer(model)
     for name, module in (("the model", model), ("its output layer", layer)):
         for hooks in (
@@ -182,7 +182,7 @@ _SMALL, _HUGE = 2.0**-10, 2.0**30
 
 
 def _measure(model: nn.Module, layer: nn.Linear) -> tuple[float, float | None, int]:
-    """Scale, soft-cap and real words of the logits that the model's own forward makes of known numbers."""
+    """Scale, soft-cap and real entries of the logits that the model's own forward makes of known numbers."""
     rows, width = layer.out_features, layer.in_features
     raw = torch.zeros(4, rows, dtype=torch.float64, device="cpu")
     raw[1], raw[2] = _SMALL, _HUGE
@@ -198,11 +198,11 @@ def _measure(model: nn.Module, layer: nn.Linear) -> tuple[float, float | None, i
     if logits.dim() != 3 or logits.shape[:2] != (1, 4) or not 0 < logits.shape[-1] <= rows:
         raise _refusal(model, f"it makes logits {list(logits.shape)} of an output layer's [1, 4, {rows}]")
 
-    masked = (logits[0] <= torch.finfo(torch.float16).min).all(0)  # words that it gives no probability
-    words = logits.shape[-1] - int(masked.sum())
-    if words == 0 or masked[:words].any():
-        raise _refusal(model, "it masks words in the middle of the vocabulary")
-    zero, small, huge = logits[0, :3, :words]
+    masked = (logits[0] <= torch.finfo(torch.float16).min).all(0)  # entries that it gives no probability
+    entries = logits.shape[-1] - int(masked.sum())
+    if entries == 0 or masked[:entries].any():
+        raise _refusal(model, "it masks entries in the middle of the vocabulary")
+    zero, small, huge = logits[0, :3, :entries]
     if zero.any():
         raise _refusal(model, "it adds something to the output layer's logits")
     scale, softcap = small[0].item() / _SMALL, None
@@ -211,12 +211,12 @@ def _measure(model: nn.Module, layer: nn.Linear) -> tuple[float, float | None, i
         if not abs(small[0].item()) < abs(softcap):
             raise _refusal(model, "what it does to the output layer's logits is no scale and no soft-cap")
         scale = softcap * math.atanh(small[0].item() / softcap) / _SMALL
-    expected = scale * raw[:, :words]
+    expected = scale * raw[:, :entries]
     if softcap is not None:
         expected = softcap * torch.tanh(expected / softcap)
-    if not torch.allclose(logits[0, :, :words], expected, rtol=1e-5, atol=1e-6):
+    if not torch.allclose(logits[0, :, :entries], expected, rtol=1e-5, atol=1e-6):
         raise _refusal(model, "what it does to the output layer's logits is no scale and no soft-cap")
-    return _short(scale * factor), softcap, words
+    return _short(scale * factor), softcap, entries
 
 
 def _short(number: float) -> float:

@@ -139,14 +139,14 @@ class Head(Source):
         """
         read = tail(model)
         if vocab_size is not None:
-            check_count("vocab_size", vocab_size, 1, read.words)
+            check_count("vocab_size", vocab_size, 1, read.entries)
         return cls(
             hidden,
             read.layer.weight,
             read.layer.bias,
             softcap=read.softcap,
             scale=read.scale,
-            vocab_size=read.words if vocab_size is None else vocab_size,
+            vocab_size=read.entries if vocab_size is None else vocab_size,
         )
 
 

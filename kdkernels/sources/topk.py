@@ -76,7 +76,7 @@ class TopK(Source):
     def check_temperature(self, temperature: float) -> None:
         if temperature != 1 and not self.renormalize:
             raise ValueError(
-                f"temperature: expected 1 with a kd.TopK teacher that keeps a bucket of all other words, got "
+                f"temperature: expected 1 with a kd.TopK teacher that keeps a bucket of all other entries, got "
                 f"{temperature}; renormalize=True drops the bucket"
             )
 
@@ -103,7 +103,9 @@ class TopKProducer(Producer):
         super().__init__(backend, index, vocabulary, None)
         self.ids, self.log_probs, self.renormalize = source.indices, source.log_probs, source.renormalize
         if self.ids.shape[-1] > vocabulary:
-            raise ValueError(f"indices: expected at most {vocabulary} words (the vocabulary), got {self.ids.shape[-1]}")
+            raise ValueError(
+                f"indices: expected at most {vocabulary} entries (the vocabulary), got {self.ids.shape[-1]}"
+            )
 
     def entries(self, tokens: slice) -> tuple[Tensor, Tensor]:
         """ids [n, K] and log-probs [n, K] in fp64.

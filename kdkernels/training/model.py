@@ -102,7 +102,7 @@ def _read_model(path: str, key: str, config: Config, tokenizer: PreTrainedTokeni
             missing = sorted(report["missing_keys"])
             raise InputError(f"{key}: {len(missing)} weights are missing in {path}, for instance {missing[0]}")
     with _named(key):  # without weights, this is all that can be known of its head
-        rows = tail(model).words
+        rows = tail(model).entries
         trunk(model)
     words = vocabulary_size(tokenizer)
     if rows < words:
