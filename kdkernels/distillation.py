@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
 from kdkernels.data.batch import Batch
-from kdkernels.objectives import Output
+from kdkernels.objectives import Objective, Output
 from kdkernels.sources import Head
 from kdkernels.sources.from_model import ask, tail, trunk
 
@@ -29,7 +29,7 @@ class Distillation(nn.Module):
     lm_head's included.
     """
 
-    def __init__(self, student: PreTrainedModel, objective: nn.Module, vocab_size: int):
+    def __init__(self, student: PreTrainedModel, objective: Objective, vocab_size: int):
         super().__init__()
         self.student, self.objective, self.vocab_size = student, objective, vocab_size
 
@@ -45,6 +45,10 @@ class Distillation(nn.Module):
         if routers is None:
             return out
         return out._replace(loss=out.loss + routers, metrics=out.metrics | {ROUTER_LOSS: routers.detach()})
+
+    def reduction(self, metric: str) -> str:
+        """As `Objective.reduction`; the router loss is a term of the loss."""
+        return "count" if metric == ROUTER_LOSS else self.objective.reduction(metric)
 
 
 def head(model: PreTrainedModel, batch: Batch, vocab_size: int) -> Head:

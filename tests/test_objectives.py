@@ -246,3 +246,33 @@ def test_teacher_mask_pairs_rows():
     first[0, :3] = second[1, :3] = True
     with pytest.raises(ValueError, match="teacher_mask"):
         kd.GKD()(student, teacher, first, teacher_mask=second)
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [kd.GKD(beta=0.5), kd.TSDKD(k=3), kd.SFT(), kd.VCRD(weighting="likelihood_ratio"), kd.DistiLLM2()],
+    ids=lambda one: type(one).__name__,
+)
+def test_the_metrics_of_two_batches_become_those_of_both_as_they_declare(objective):
+    """Batches of different counts and tokens: no two ways to reduce give the same."""
+    generator = torch.Generator().manual_seed(5)
+    hidden = [torch.randn(5, 7, 8, generator=generator) for _ in range(2)]
+    weights = [torch.randn(30, 8, generator=generator) for _ in range(2)]
+    mask = torch.arange(7) < torch.tensor([2, 6, 1, 7, 3])[:, None]
+    target, author = torch.randint(0, 30, (5, 7), generator=generator), torch.tensor([1, 0, 0, 1, 0]).bool()
+
+    def outputs(rows):
+        student, teacher = (kd.Head(each[rows], weight) for each, weight in zip(hidden, weights, strict=True))
+        layout, by = kd.Layout.from_mask(mask[rows]), author[rows] if objective.by_author else None
+        out = objective(
+            student, teacher if objective.needs_teacher else None, layout, target=target[rows], from_teacher=by
+        )
+        return out, {"count": objective.count(layout, by), "tokens": len(layout)}
+
+    (whole, sizes), *parts = (outputs(rows) for rows in (slice(0, 5), slice(0, 2), slice(2, 5)))
+    assert len(whole.metrics) > 3
+    for name, value in whole.metrics.items():
+        way = objective.reduction(name)
+        factors = [1 if way == "sum" else size[way] / sizes[way] for _, size in parts]
+        reduced = sum(out.metrics[name] * factor for (out, _), factor in zip(parts, factors, strict=True))
+        torch.testing.assert_close(reduced.to(value.dtype), value, rtol=1e-5, atol=1e-6)

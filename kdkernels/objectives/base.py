@@ -162,8 +162,19 @@ class Objective(Program, nn.Module):
             return max(by_teacher, layout.responses - by_teacher)
         return layout.responses if self.mean_over == "responses" else len(layout)
 
+    def reduction(self, metric: str) -> str:
+        """How the values that ``metric`` has for several batches become that of all of them.
+
+        Returns:
+            "count": their mean, each with the share that its batch has in what the loss is a mean over (the loss and
+            its terms); "tokens": their mean, each with its batch's share of the tokens; "sum": their sum.
+        """
+        if metric == "nonfinite_tokens":
+            return "sum"
+        return "count" if metric == "loss" or metric in self.names.values() else "tokens"
+
     def metrics(self, tokens: Tokens) -> dict[str, Tensor]:
-        """Means over the tokens; a subclass adds its own."""
+        """Means over the tokens; a subclass adds its own, and says in ``reduction`` which of them are none."""
         out = {"student_entropy": tokens.entropy.mean()}
         if tokens.teacher is not None:
             out["teacher_entropy"] = tokens.teacher.entropy.mean()

@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kdkernels.data import Example, collate
-from kdkernels.distillation import ROUTER_LOSS, head
+from kdkernels.distillation import head
 from kdkernels.training import distributed
 from kdkernels.training.config import Config
 from kdkernels.training.engine import set_rate, update
@@ -65,16 +65,15 @@ def train_step(
 
     sums = defaultdict(float)
     for batch, own_count in zip(batches, counts, strict=True):
-        batch, share_of_count, share_of_tokens = batch.to(engine.device), own_count / count, len(batch.layout) / tokens
+        batch = batch.to(engine.device)
+        shares = {"count": own_count / count, "tokens": len(batch.layout) / tokens, "sum": 1}
         with clock("teacher"), torch.no_grad():
             scored = head(teacher, batch, vocab_size) if objective.needs_teacher else None
         with clock("student"):
             out = engine(batch, scored)
-            engine.backward(out.loss * share_of_count * distributed.world_size(), scale_wrt_gas=False)
-        terms = {"loss", ROUTER_LOSS, *objective.names.values()}
+            engine.backward(out.loss * shares["count"] * distributed.world_size(), scale_wrt_gas=False)
         for name, value in (out.metrics | {"loss": out.loss.detach()}).items():
-            weight = share_of_count if name in terms else share_of_tokens if value.is_floating_point() else 1
-            sums[name] += value.double() * weight
+            sums[name] += value.double() * shares[engine.module.reduction(name)]
         with clock("step"):
             if not engine.is_gradient_accumulation_boundary():
                 engine.step()  # of DeepSpeed's counter
