@@ -7,8 +7,8 @@ of adapters (torch_ops.py).
 
 from __future__ import annotations
 
-from .interface import Backend, Coefficients, Request, Rows, Summary
+from .interface import Backend, Coefficients, Request, Rows, Summary, merged
 from .ranking import plackett_luce
 from .registry import backend_for
 
-__all__ = ["Backend", "Coefficients", "Request", "Rows", "Summary", "backend_for", "plackett_luce"]
+__all__ = ["Backend", "Coefficients", "Request", "Rows", "Summary", "backend_for", "merged", "plackett_luce"]

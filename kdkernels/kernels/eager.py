@@ -40,7 +40,7 @@ class Eager(Backend):
     def statistics(
         self, logits: Tensor, scale: float, softcap: float | None, temperature: float, topk: int, gather: Tensor | None
     ) -> Rows:
-        out = Rows.empty(logits, scale, softcap, topk, gather, 4)
+        out = Rows.empty(logits, scale, softcap, topk, gather)
         for step in _steps(logits):
             z = _z(out[step])
             top = z.max(-1).values
@@ -49,6 +49,8 @@ class Eager(Backend):
             out.stats[step, 1] = shifted.logsumexp(-1)
             out.stats[step, 2] = reference.entropy(shifted)
             out.stats[step, 3] = (shifted / temperature).logsumexp(-1)
+            out.stats[step, 4:6] = out.stats[step, 1:4:2].exp()
+            out.stats[step, 6] = out.stats[step, 1] - out.stats[step, 2]
             out.top_indices[step] = reference.candidates(z, topk) if topk > 1 else z.argmax(-1, keepdim=True)
             out.top_values[step] = z.gather(-1, out.top_indices[step])
             if gather is not None:

@@ -6,7 +6,7 @@ Axes: C tokens of a chunk, V vocabulary, H hidden, K candidates, J ids per token
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -15,6 +15,8 @@ from torch import Tensor
 
 from ..compute import gemm
 from ..divergences import Divergence
+
+STATS = 7  # numbers of a row, see Rows
 
 
 class Summary:
@@ -53,9 +55,17 @@ class Rows(Summary):
     """The logits of a chunk with their statistics; slicing takes tokens.
 
     ``logits`` [C, V] is what the lm_head GEMM wrote; z = softcap * tanh(scale * logits / softcap) is what everything
-    else is computed from. ``stats`` [C, 4 or more], float32 (float64 for float64 logits): max z, log-sum of
-    exp(z - max), entropy (nats), log-sum of exp((z - max) / temperature); what follows is the backend's own. max and
-    log-sum stay apart because their sum, rounded, loses the entropy at |z| ~ 1e4.
+    else is computed from. ``stats`` [C, STATS], float32 (float64 for float64 logits):
+
+        0  max z
+        1  log-sum of exp(z - max); apart from max, because their sum, rounded, loses the entropy at |z| ~ 1e4
+        2  entropy (nats)
+        3  log-sum of exp((z - max) / temperature)
+        4  what column 1 is the logarithm of: a rounded log-sum of 10 would err by 4 ulp of every q
+        5  what column 3 is the logarithm of
+        6  E_q[z - max]
+
+    Columns 0, 4, 5 and 6 of the parts of a vocabulary give those of the whole (``merged``).
     """
 
     logits: Tensor
@@ -67,12 +77,10 @@ class Rows(Summary):
     gathered: Tensor | None  # [C, J] z at the ids asked for
 
     @classmethod
-    def empty(
-        cls, logits: Tensor, scale: float, softcap: float | None, topk: int, gather: Tensor | None, columns: int
-    ) -> Rows:
-        """Room for the statistics of ``logits``, which a backend then writes: ``columns`` of ``stats``."""
+    def empty(cls, logits: Tensor, scale: float, softcap: float | None, topk: int, gather: Tensor | None) -> Rows:
+        """Room for the statistics of ``logits``, which a backend then writes."""
         count, dtype = len(logits), torch.float64 if logits.dtype == torch.float64 else torch.float32
-        stats = logits.new_empty((count, columns), dtype=dtype)
+        stats = logits.new_empty((count, STATS), dtype=dtype)
         values, indices = stats.new_empty(count, topk), stats.new_empty((count, topk), dtype=torch.int64)
         return cls(
             logits, scale, softcap, stats, values, indices, None if gather is None else stats.new_empty(gather.shape)
@@ -84,6 +92,22 @@ class Rows(Summary):
         gathered = None if self.gathered is None else self.gathered[tokens]
         stats, values, indices = self.stats[tokens], self.top_values[tokens], self.top_indices[tokens]
         return Rows(self.logits[tokens], self.scale, self.softcap, stats, values, indices, gathered)
+
+
+def merged(parts: Sequence[Rows], temperature: float) -> Tensor:
+    """``stats`` [C, STATS] of the whole vocabulary, from the statistics of its parts at this temperature.
+
+    A part that masks every entry of a row has no distribution: its statistics are NaN, and so are those of the whole.
+    """
+    stats = torch.stack([part.stats for part in parts]).double()  # [parts, C, STATS]
+    highest = stats[..., 0].amax(0)
+    behind = stats[..., 0] - highest
+    totals = stats[..., 4] * behind.exp()
+    total, tempered = totals.sum(0), (stats[..., 5] * (behind / temperature).exp()).sum(0)
+    mean = ((stats[..., 6] + behind) * totals).sum(0) / total
+    log_sum = total.log()
+    out = torch.stack([highest, log_sum, log_sum - mean, tempered.log(), total, tempered, mean], dim=1)
+    return out.to(parts[0].stats.dtype)
 
 
 @dataclass(eq=False)

@@ -22,9 +22,6 @@ from torch import Tensor
 from ..divergences import Divergence
 from .interface import Backend, Coefficients, Request, Rows, refused_dtype
 
-STATS = 7  # max, log-sum, entropy, log-sum at the temperature (interface.py); then for these operators alone:
-# what the log-sums are the logarithms of, and E_q[z - max]. A rounded log-sum of 10 would err by 4 ulp of every q.
-
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -55,7 +52,7 @@ class OperatorBackend(Backend):
     def statistics(
         self, logits: Tensor, scale: float, softcap: float | None, temperature: float, topk: int, gather: Tensor | None
     ) -> Rows:
-        out = Rows.empty(logits, scale, softcap, topk, gather, STATS)
+        out = Rows.empty(logits, scale, softcap, topk, gather)
         self.operators.row_statistics(
             logits, scale, softcap or 0.0, temperature, out.stats, out.top_values, out.top_indices, gather, out.gathered
         )

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from .maths import INFINITE, MASKED, exp, exp_rough, finite, load_logits, load_z, log, log1p, over_temperature
 
-STATS = tl.constexpr(7)  # numbers per row, in the order of operators.py
+STATS = tl.constexpr(7)  # numbers per row, in the order of interface.Rows
 
 # Where the mixture m = mix p + (1 - mix) q lies; JSD is the interior one of a JSD, without a skew term (no division).
 NONE, STUDENT, TEACHER, JSD, INTERIOR = (tl.constexpr(i) for i in range(5))
