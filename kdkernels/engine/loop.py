@@ -254,7 +254,7 @@ def run(call: Call, needs: tuple[bool, ...] = ()) -> Result | None:
 
 
 def _check_teacher(program: Program, teacher: Source) -> None:
-    if program.topk or program.all_words or program.divergence is None:
+    if program.topk or program.all_entries or program.divergence is None:
         check_complete(teacher, "this needs the teacher's distribution over all entries")
     teacher.check_temperature(program.temperature)
 

@@ -68,7 +68,7 @@ class Program:
     teacher_collision: int = 0  # the same of the teacher alone; all words where there are fewer
     selects: bool = False  # select() needs whole responses
     selects_by_teacher: bool = False  # ... and the teacher's entropies: one more product with its head
-    all_words: bool = False  # needs the teacher's distribution over all words: kd.TopK will not do
+    all_entries: bool = False  # needs the teacher's distribution over all entries: kd.TopK will not do
 
     def select(self, entropy: Tensor, teacher_entropy: Tensor | None, layout: Layout) -> dict[str, Tensor]:
         """Constants [n] that depend on whole responses, from entropies [n] in ``layout``; once per response, in order.

@@ -59,7 +59,7 @@ class VCRD(Objective):
         self.needs_weights = weighting == "given"
         self.divergence_from_teacher, self.divergence = SkewKL(alpha), SkewReverseKL(alpha)
         if weighting == "likelihood_ratio":
-            self.topk, self.teacher_collision, self.all_words = 1, 128, True
+            self.topk, self.teacher_collision, self.all_entries = 1, 128, True
 
     def weight(self, tokens: Tokens) -> Tensor:
         """w(t), the caller's weights included [n]."""
