@@ -1,5 +1,7 @@
 """What `kdkernels` answers without torch, DeepSpeed and transformers, and that names of the package still arrive."""
 
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -68,3 +70,18 @@ def test_every_public_name_arrives():
     for missing in ("TSDK", "_nothing", "nothing"):
         with pytest.raises(AttributeError, match=missing):
             getattr(kd, missing)
+
+
+def test_the_first_commands_of_the_readme(tmp_path):
+    line = re.compile(r"^\.venv/bin/kdkernels (train recipes/first\.toml.*?)(?: +#.*)?$", re.M)
+    commands = line.findall((ROOT / "README.md").read_text())
+    assert [command.split()[2:] for command in commands] == [["--dry-run"], [], ["--resume"]]
+    few = ["--set=train.steps=2", f"--set=run.output={tmp_path / 'run'}"]
+    command = [sys.executable, "-m", "kdkernels", *commands[1].split(), *few]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith(f"kdkernels {kd.__version__}: recipes/first.toml: loading libraries")
+    model, report = done.stdout.splitlines()[-2:]
+    assert model == f"model: {tmp_path}/run/final" and report == f"report: {tmp_path}/run/report.md"
+    assert (tmp_path / "run" / "final" / "config.json").is_file()
+    assert "left out 0" in (tmp_path / "run" / "report.md").read_text()
