@@ -25,6 +25,7 @@ ORDER = [
     "__init__",
     "data",
     "distillation",
+    "teachers",
     "training",
     "cli",
     "__main__",

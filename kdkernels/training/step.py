@@ -12,10 +12,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from kdkernels.data import Example, collate
-from kdkernels.distillation import head
+from kdkernels.teachers import Teacher
 from kdkernels.training import distributed
 from kdkernels.training.config import Config
 from kdkernels.training.engine import set_rate, update
@@ -24,7 +24,7 @@ from kdkernels.training.rollouts import generate
 
 def train_step(
     engine,
-    teacher: PreTrainedModel | None,
+    teacher: Teacher | None,
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
     step: int,
@@ -37,7 +37,7 @@ def train_step(
     apply=False computes everything and updates nothing.
     """
     clock = Clock()
-    student, objective, vocab_size = engine.module.student, engine.module.objective, engine.module.vocab_size
+    student, objective = engine.module.student, engine.module.objective
     lr = set_rate(engine, config, step)
     share = examples[distributed.rank() :: distributed.world_size()]
     prompts = [example.prompt_ids for example in share]
@@ -67,8 +67,8 @@ def train_step(
     for batch, own_count in zip(batches, counts, strict=True):
         batch = batch.to(engine.device)
         shares = {"count": own_count / count, "tokens": len(batch.layout) / tokens, "sum": 1}
-        with clock("teacher"), torch.no_grad():
-            scored = head(teacher, batch, vocab_size) if objective.needs_teacher else None
+        with clock("teacher"):
+            scored = teacher.score(batch) if objective.needs_teacher else None
         with clock("student"):
             out = engine(batch, scored)
             engine.backward(out.loss * shares["count"] * distributed.world_size(), scale_wrt_gas=False)

@@ -20,6 +20,7 @@ from kdkernels.data import Example, ExampleStream
 from kdkernels.data.tokenizers import vocabulary_size
 from kdkernels.distillation import Distillation
 from kdkernels.errors import InputError
+from kdkernels.teachers import LocalTeacher
 from kdkernels.training import checkpoint, distributed
 from kdkernels.training.agreement import check_model
 from kdkernels.training.atomic import write_directory
@@ -76,7 +77,9 @@ def _train(config: Config, run: RunDirectory, start: Start, termination: Termina
         teacher = load_teacher(config, tokenizer).to(distributed.device()) if config.teacher else None
         check_disk(run, needs(config, student, teacher, start.progress["step"]))
         _refuse_nonfinite({"student": student} | ({"teacher": teacher} if teacher else {}))
-    engine = build_engine(config, Distillation(student, config.objective.build(), vocabulary_size(tokenizer)))
+    entries = vocabulary_size(tokenizer)
+    scorer = LocalTeacher(teacher, entries) if teacher is not None else None
+    engine = build_engine(config, Distillation(student, config.objective.build(), entries))
     with distributed.together():
         first = examples.usable[0]
         tokens = (*first.prompt_ids, *first.response_ids, tokenizer.eos_token_id)[:2]
@@ -119,7 +122,7 @@ def _train(config: Config, run: RunDirectory, start: Start, termination: Termina
         if held_out and start.checkpoint is None:
             log.write(0, evaluation(0))
         for step in range(first + 1, config.train.steps + 1):
-            values, defect = train_step(engine, teacher, tokenizer, batch(), step, config)
+            values, defect = train_step(engine, scorer, tokenizer, batch(), step, config)
             skipped, in_a_row = (skipped + 1, in_a_row + 1) if defect else (skipped, 0)
             if held_out and (step == config.train.steps or _due(step, config.evaluation.every)):
                 values |= evaluation(step)
@@ -139,7 +142,7 @@ def _train(config: Config, run: RunDirectory, start: Start, termination: Termina
                 raise Stopped(f"stopped by SIGTERM after step {step}")
 
     if in_a_row:  # nothing says yet that the weights are good for anything: one more batch, without an update
-        _, defect = train_step(engine, teacher, tokenizer, batch(), step, config, apply=False)
+        _, defect = train_step(engine, scorer, tokenizer, batch(), step, config, apply=False)
         if defect:
             raise _diverged(run, step, f"{defect}, and so it is of one more batch")
     if unsaved:

@@ -14,6 +14,7 @@ from kdkernels import reference
 from kdkernels.data import collate
 from kdkernels.data.tokenizers import vocabulary_size
 from kdkernels.distillation import Distillation
+from kdkernels.teachers import LocalTeacher
 from kdkernels.training import distributed, load_config, step
 from kdkernels.training.config import Config
 from kdkernels.training.engine import build_engine
@@ -38,6 +39,7 @@ def engine_gradients(config: Config) -> dict[str, torch.Tensor | float]:
     """name -> gradient before clipping of one step on the examples; "norm": what the trainer logs."""
     distributed.start()
     tokenizer, student, teacher, examples = models(config)
+    scorer = LocalTeacher(teacher, vocabulary_size(tokenizer)) if teacher else None
     engine = build_engine(config, Distillation(student, config.objective.build(), vocabulary_size(tokenizer)))
     found, update = {}, step.update
 
@@ -47,7 +49,7 @@ def engine_gradients(config: Config) -> dict[str, torch.Tensor | float]:
 
     step.update = capturing
     try:
-        metrics, defect = step.train_step(engine, teacher, tokenizer, examples, 1, config)
+        metrics, defect = step.train_step(engine, scorer, tokenizer, examples, 1, config)
     finally:
         step.update = update
         engine.destroy()
