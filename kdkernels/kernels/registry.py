@@ -70,13 +70,19 @@ def choose(request: Request) -> Choice:
         if backend is None:
             raise RuntimeError(f"KDKERNELS_BACKEND={name}: {reason}")
         return Choice(backend, f"KDKERNELS_BACKEND={name}", False)
-    own = [name for name, entry in BACKENDS.items() if entry.device == request.device]
-    passed = [] if own else [f"{request.device} has no backend of its own yet"]
-    for name in own + [name for name, entry in BACKENDS.items() if entry.device is None]:
+    passed = []
+    for name, entry in BACKENDS.items():
+        if entry.device not in (None, request.device):
+            continue
         backend, reason = able(name, request)
-        if backend:
-            return Choice(backend, "; ".join(passed) or f"it is the first choice on {request.device}", bool(passed))
-        passed.append(f"{name}: {reason}")
+        if backend is None:
+            passed.append(f"{name}: {reason}")
+        elif passed:
+            return Choice(backend, "; ".join(passed), True)
+        elif entry.device is None:
+            return Choice(backend, f"{request.device} has no backend of its own yet", True)
+        else:
+            return Choice(backend, f"it is the first choice on {request.device}", False)
     raise RuntimeError(f"no backend computes this on {request.device}: {'; '.join(passed)}")
 
 
