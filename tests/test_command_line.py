@@ -85,3 +85,10 @@ def test_the_first_commands_of_the_readme(tmp_path):
     assert model == f"model: {tmp_path}/run/final" and report == f"report: {tmp_path}/run/report.md"
     assert (tmp_path / "run" / "final" / "config.json").is_file()
     assert "left out 0" in (tmp_path / "run" / "report.md").read_text()
+
+
+def test_the_reference_of_recipes_is_current():
+    from kdkernels.training.recipe_reference import reference
+
+    assert (ROOT / "docs" / "RECIPES.md").read_text(encoding="utf-8") == reference()
+    assert "| `betas` | an array of 2 values" in reference() and '### name = "TSDKD"' in reference()

@@ -1,0 +1,35 @@
+"""docs/RECIPES.md from the dataclasses: python -m kdkernels.training.recipe_reference > docs/RECIPES.md"""
+
+import inspect
+from dataclasses import MISSING, fields
+
+from kdkernels.training.config import Config, ObjectiveConfig
+from kdkernels.training.recipe import known_objectives, objective_options, section_class
+from kdkernels.training.schema import describe
+
+
+def reference() -> str:
+    """Every section, key, type and default of a recipe, as Markdown."""
+    lines = ["# Recipes", "", "Every section and key. Written by `python -m kdkernels.training.recipe_reference`."]
+    for section in fields(Config):
+        kind = section_class(section.type)
+        lines += ["", f"## [{section.name}]", "", inspect.getdoc(kind), ""]
+        known = {entry.name: (entry.type, entry.default) for entry in fields(kind) if entry.name != "options"}
+        lines += _table(known)
+        if kind is ObjectiveConfig:
+            for name in known_objectives():
+                options = objective_options(name)
+                lines += ["", f'### name = "{name}"', "", *(_table(options) if options else ["No options."])]
+    return "\n".join(lines) + "\n"
+
+
+def _table(known: dict) -> list[str]:
+    lines = ["| key | value | default |", "|---|---|---|"]
+    for name, (kind, default) in known.items():
+        shown = "required" if default is MISSING else "not set" if default is None else f"`{default!r}`"
+        lines.append(f"| `{name}` | {describe(kind)} | {shown} |")
+    return lines
+
+
+if __name__ == "__main__":
+    print(reference(), end="")
