@@ -5,15 +5,18 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from dataclasses import fields
+from pathlib import Path
 
 import kdkernels
 from kdkernels.training import Config, InputError, read_recipe, with_reason
-from kdkernels.training.exits import STATUSES, UNUSABLE, end
+from kdkernels.training.exits import DONE, STATUSES, UNUSABLE, end
 from kdkernels.training.launcher import first, launched
+from kdkernels.training.new_recipe import write_recipe
 from kdkernels.training.recipe import section_class
 
 EXAMPLES = """\
 examples:
+  kdkernels new recipe.toml                             write a recipe with every key explained
   kdkernels train recipe.toml --dry-run                 check everything, show the plan, train nothing
   kdkernels train recipe.toml --set train.steps=100     train, with one key of the recipe changed
   kdkernels train recipe.toml --resume                  go on after a crash, bit for bit
@@ -48,6 +51,15 @@ def _train(options: argparse.Namespace) -> int:
     return command.run(recipe, options.recipe, resume=options.resume, dry_run=options.dry_run)
 
 
+def _new(options: argparse.Namespace) -> int:
+    try:
+        write_recipe(Path(options.recipe))
+    except InputError as error:
+        return end(UNUSABLE, error)
+    print(f"{options.recipe}: change its paths, then: kdkernels train {options.recipe} --dry-run")
+    return DONE
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="kdkernels",
@@ -58,6 +70,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"kdkernels {kdkernels.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_train(commands)
+    new = commands.add_parser("new", help="write a commented recipe", description="Writes a commented recipe.")
+    new.set_defaults(run=_new)
+    new.add_argument("recipe", metavar="RECIPE.toml")
     return parser
 
 

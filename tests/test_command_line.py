@@ -4,11 +4,14 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 import kdkernels as kd
+from kdkernels.training.config import Config
+from kdkernels.training.recipe import read_recipe, section_class
 
 ROOT = Path(__file__).parent.parent
 HEAVY = ("torch", "deepspeed", "transformers", "numpy")
@@ -51,6 +54,37 @@ def test_answers_that_need_no_torch(tmp_path, arguments, status, told):
     assert done.returncode == status and told in done.stdout + done.stderr
     assert done.stdout.splitlines()[-1] == "loaded: []"
     assert not list(tmp_path.iterdir())
+
+
+def test_a_new_recipe_has_every_key_and_is_one(tmp_path, monkeypatch):
+    done = run("new", "mine.toml", cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "loaded: []"
+    text = (tmp_path / "mine.toml").read_text()
+    for section in fields(Config):
+        block = text.split(f"\n[{section.name}]\n")[1].split("\n[")[0]
+        for entry in fields(section_class(section.type)):
+            assert entry.name == "options" or re.search(rf"^(# )?{entry.name} =", block, re.MULTILINE), entry.name
+    for name in ("data", "models/student", "models/teacher"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "config.json").write_text("{}")
+    for name in ("train", "test"):
+        (tmp_path / f"data/{name}.jsonl").write_text('{"question": "1 + 1", "answer": "2"}\n')
+    monkeypatch.chdir(tmp_path)
+    as_written = read_recipe("mine.toml")
+    assert as_written.train.steps == 1000 and as_written.evaluation.metrics == ("cross_entropy", "kl")
+    shown = re.sub(r"^# (\w+ = .*  # )", r"\1", text, flags=re.MULTILINE)  # the defaults in comments are the defaults
+    assert shown.count("\n# ") < text.count("\n# ") - 10
+    (tmp_path / "shown.toml").write_text(shown)
+    assert read_recipe("shown.toml") == as_written
+
+
+def test_a_new_recipe_overwrites_nothing(tmp_path):
+    (tmp_path / "mine.toml").write_text("mine")
+    done = run("new", "mine.toml", cwd=tmp_path)
+    assert done.returncode == 2 and "mine.toml: expected a file that is not there yet" in done.stderr
+    assert (tmp_path / "mine.toml").read_text() == "mine"
+    done = run("new", "nowhere/mine.toml", cwd=tmp_path)
+    assert done.returncode == 2 and "nowhere/mine.toml: cannot be written: No such file" in done.stderr
 
 
 def test_importing_the_package_waits_with_torch():
