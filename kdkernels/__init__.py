@@ -4,7 +4,8 @@ import kdkernels as kd
 out = kd.TSDKD()(kd.Head(hidden_s, weight_s), kd.Head(hidden_t, weight_t), mask)
 out.loss.backward()
 
-A name is imported, and with it torch, when it is first asked for: the command line answers without torch.
+A name is imported, and with it torch, when it is first asked for: the command line answers without torch. Who needs
+the torch operators before (a program that torch.export saved): ``import kdkernels.functional`` registers them.
 """
 
 from importlib import import_module
@@ -62,7 +63,7 @@ def __getattr__(name: str):
     if name in _HOME:
         return globals().setdefault(name, getattr(import_module(f"{__name__}.{_HOME[name]}"), name))
     missing = AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if name.startswith("_"):
+    if name.startswith("_") or "." in name:
         raise missing
     try:
         return import_module(f"{__name__}.{name}")

@@ -3,13 +3,15 @@
 import argparse
 import sys
 import textwrap
+import traceback
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
 import kdkernels
+from kdkernels.errors import MissingPackage
 from kdkernels.training import Config, InputError, read_recipe, with_reason
-from kdkernels.training.exits import DONE, STATUSES, UNUSABLE, end
+from kdkernels.training.exits import DONE, STATUSES, UNFORESEEN, UNUSABLE, end
 from kdkernels.training.launcher import first, launched
 from kdkernels.training.new_recipe import write_recipe
 from kdkernels.training.recipe import section_class
@@ -31,7 +33,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status (exits.STATUSES, which `kdkernels train --help` shows).
     """
     options = _parser().parse_args(arguments)
-    return options.run(options)
+    try:
+        return options.run(options)
+    except Exception as error:  # what is foreseen has a status already
+        traceback.print_exc()  # Python itself would end with the status of a run that diverged
+        return end(UNFORESEEN, f"an error that nobody foresaw: {type(error).__name__}: {error}")
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -46,7 +52,7 @@ def _train(options: argparse.Namespace) -> int:
     try:
         with with_reason():
             from kdkernels.training import command  # torch, DeepSpeed, transformers: seconds
-    except ImportError as error:
+    except MissingPackage as error:
         return end(UNUSABLE, error)
     return command.run(recipe, options.recipe, resume=options.resume, dry_run=options.dry_run)
 

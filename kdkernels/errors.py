@@ -5,3 +5,7 @@ class InputError(ValueError):
     """What the user gave (a recipe, a data file, a run directory) cannot be used; the message says where, what was
     expected, what came.
     """
+
+
+class MissingPackage(ImportError):
+    """A package that an extra of kdkernels asks for is not installed: the message says what to install."""

@@ -126,3 +126,8 @@ def test_the_reference_of_recipes_is_current():
 
     assert (ROOT / "docs" / "RECIPES.md").read_text(encoding="utf-8") == reference()
     assert "| `betas` | an array of 2 values" in reference() and '### name = "TSDKD"' in reference()
+
+
+def test_what_nobody_foresaw_has_its_status(tmp_path):
+    done = run("train", RECIPE, f"--set=student.architecture.{'a.' * 3000}a=1", cwd=tmp_path)
+    assert done.returncode == 70 and "an error that nobody foresaw: RecursionError" in done.stderr

@@ -226,3 +226,34 @@ def test_packed_sources_come_back():
         assert all(a is b for a, b in zip(back.tensors, source.tensors, strict=True))
         assert packed(back)[1:] == packed(source)[1:]
     assert unpacked(*packed(None)) is None
+
+
+def test_a_class_made_twice_does_not_change_the_first():
+    def make(factor: float) -> type:
+        @dataclass(frozen=True, eq=False)
+        class Scaled(kd.Logits):
+            @classmethod
+            def unpack(cls, tensors, numbers):
+                return cls(tensors[0] * factor, int(numbers[0]))
+
+        return Scaled
+
+    z = torch.randn(3, 11)
+    first = make(1.0)
+    before = kd.entropy(first(z))
+    second = make(5.0)
+    assert not torch.equal(kd.entropy(second(z)), before)
+    assert torch.equal(kd.entropy(first(z)), before)
+
+
+def test_fields_that_would_be_lost_are_refused():
+    with pytest.raises(TypeError, match=r"More: expected numbers and unpack of its own for its fields \['more'\]"):
+
+        @dataclass(frozen=True, eq=False)
+        class More(kd.Logits):
+            more: float = 1.0
+
+
+def test_the_key_of_no_class_here_is_named():
+    with pytest.raises(RuntimeError, match=r"elsewhere\.Source: expected a source that is defined here"):
+        unpacked([], "elsewhere.Source", [])

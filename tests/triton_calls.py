@@ -92,7 +92,8 @@ def arguments_of(function) -> set[str]:
 def check_complete() -> None:
     """A public function or objective, or an argument of one, that is not here, is an error."""
     functions = set(functional.__all__) - {"TokenStatistics"}
-    objectives = {name for name, each in vars(kd).items() if isinstance(each, type) and issubclass(each, Objective)}
+    public = {name: getattr(kd, name) for name in kd.__all__}
+    objectives = {name for name, each in public.items() if isinstance(each, type) and issubclass(each, Objective)}
     assert functions | objectives == set(CALLS), functions ^ objectives ^ set(CALLS)
     for name, options in CALLS.items():
         made = getattr(kd, name)

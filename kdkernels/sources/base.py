@@ -8,6 +8,7 @@ Axes: N tokens of a call, n tokens of a chunk, V vocabulary, H hidden, K stored 
 
 from __future__ import annotations
 
+import inspect
 from typing import NamedTuple
 
 import torch
@@ -35,7 +36,7 @@ class Source:
 
     A subclass is a frozen dataclass. It names its tensors, says what the class attributes below ask, and implements
     ``vocabulary`` (if ``complete``), ``numbers`` and ``unpack`` (if it has fields that are no tensors), ``costs`` and
-    ``producer``. Defining it is all: it registers itself for ``unpack``.
+    ``producer``. Defining it is all: it registers itself for ``unpack``, and a TypeError names fields that would be lost.
     """
 
     names: tuple[str, ...]  # the fields that hold tensors; the first has the leading dimensions, None may come last
@@ -46,7 +47,10 @@ class Source:
 
     def __init_subclass__(cls, **options):
         super().__init_subclass__(**options)
-        cls.key = f"{cls.__module__}.{cls.__qualname__}"
+        _check_fields(cls)
+        name = f"{cls.__module__}.{cls.__qualname__}"
+        others = sum(key.partition("#")[0] == name for key in _CLASSES)  # made anew, as in a notebook: both are in use
+        cls.key = f"{name}#{others}" if others else name
         _CLASSES[cls.key] = cls
 
     # ---- what it is ----
@@ -214,7 +218,16 @@ def packed(source: Source | None) -> tuple[list[Tensor], str, list[float]]:
 
 def unpacked(tensors: list[Tensor], key: str, numbers: list[float]) -> Source | None:
     """What ``packed`` was given."""
+    if key and key not in _CLASSES:
+        raise RuntimeError(f"{key}: expected a source that is defined here; import its module first")
     return _CLASSES[key].unpack(tensors, numbers) if key else None
+
+
+def _check_fields(cls: type[Source]) -> None:
+    own = {name for name, kind in inspect.get_annotations(cls).items() if "ClassVar" not in str(kind)}
+    lost = sorted(own - {*cls.names, *inspect.get_annotations(Source)})
+    if lost and "unpack" not in vars(cls):
+        raise TypeError(f"{cls.__name__}: expected numbers and unpack of its own for its fields {lost}")
 
 
 def row_bytes(vocabulary: int, device: torch.device, dtype: torch.dtype, largest: int) -> int:

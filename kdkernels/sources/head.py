@@ -82,6 +82,7 @@ class Head(Source):
 
     @property
     def width(self) -> int:
+        """H: logits are products."""
         return self.hidden.shape[-1]
 
     def fits_dtype(self, student: Source) -> bool:
@@ -100,15 +101,18 @@ class Head(Source):
 
     @property
     def numbers(self) -> list[float]:
+        """Soft-cap (0: none), scale and vocabulary."""
         return [self.softcap or 0.0, self.scale, self.vocabulary]
 
     @classmethod
     def unpack(cls, tensors: list[Tensor], numbers: list[float]) -> Head:
+        """The source of these tensors and numbers."""
         softcap, scale, vocabulary = numbers
         fields = dict(zip(cls.names, tensors, strict=False))
         return cls.trusted(**fields, softcap=softcap or None, scale=scale, vocab_size=int(vocabulary))
 
     def costs(self, backend: Backend, vocabulary: int, dtype: torch.dtype, largest: int, trained: bool) -> Costs:
+        """See Source.costs."""
         width, operand = self.width, self.dtype
         kept = 0 if _multiplies(self.weight) else vocabulary * width * operand.itemsize
         fixed, more = backend.products(self.device, operand).workspace(width, operand, dtype, trained)
@@ -118,6 +122,7 @@ class Head(Source):
         return Costs(kept, fixed, row + (1 + trained) * width * operand.itemsize + more)
 
     def producer(self, backend, index, vocabulary, buffer, needs=None, pieces=1) -> HeadProducer:
+        """See Source.producer."""
         return HeadProducer(self, backend, index, vocabulary, buffer, needs or (False, False, False), pieces)
 
     @classmethod

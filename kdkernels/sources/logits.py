@@ -51,17 +51,21 @@ class Logits(Source):
 
     @property
     def numbers(self) -> list[float]:
+        """The vocabulary."""
         return [self.vocabulary]
 
     @classmethod
     def unpack(cls, tensors: list[Tensor], numbers: list[float]) -> Logits:
+        """The source of these tensors and numbers."""
         return cls.trusted(logits=tensors[0], vocab_size=int(numbers[0]))
 
     def costs(self, backend: Backend, vocabulary: int, dtype: torch.dtype, largest: int, trained: bool) -> Costs:
+        """See Source.costs."""
         copied = _copied(vocabulary, self.device) * vocabulary * self.dtype.itemsize
         return Costs(0, copied, row_bytes(vocabulary, self.device, dtype, largest))
 
     def producer(self, backend, index, vocabulary, buffer, needs=None, pieces=1) -> LogitsProducer:
+        """See Source.producer."""
         return LogitsProducer(self.logits, backend, index, vocabulary, buffer, needs or (False,))
 
 

@@ -74,6 +74,7 @@ class TopK(Source):
         return True
 
     def check_temperature(self, temperature: float) -> None:
+        """A bucket has no temperature."""
         if temperature != 1 and not self.renormalize:
             raise ValueError(
                 f"temperature: expected 1 with a kd.TopK teacher that keeps a bucket of all other entries, got "
@@ -82,17 +83,21 @@ class TopK(Source):
 
     @property
     def numbers(self) -> list[float]:
+        """Whether the bucket is dropped."""
         return [self.renormalize]
 
     @classmethod
     def unpack(cls, tensors: list[Tensor], numbers: list[float]) -> TopK:
+        """The source of these tensors and numbers."""
         log_probs, indices = tensors
         return cls.trusted(log_probs=log_probs, indices=indices, renormalize=bool(numbers[0]))
 
     def costs(self, backend: Backend, vocabulary: int, dtype: torch.dtype, largest: int, trained: bool) -> Costs:
+        """See Source.costs."""
         return Costs(0, 0, 128 * self.indices.shape[-1])  # ids, and a dozen fp64 vectors of outcomes
 
     def producer(self, backend, index, vocabulary, buffer, needs=None, pieces=1) -> TopKProducer:
+        """See Source.producer."""
         return TopKProducer(self, backend, index, vocabulary)
 
 

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from kdkernels.errors import InputError, MissingPackage
+
 
 @contextmanager
 def with_reason() -> Iterator[None]:
@@ -19,11 +21,10 @@ def with_reason() -> Iterator[None]:
     except ModuleNotFoundError as error:
         if error.name.startswith("kdkernels"):
             raise
-        raise ImportError(f"kdkernels.training needs {error.name}: pip install kdkernels[train]") from error
+        raise MissingPackage(f"kdkernels.training needs {error.name}: pip install kdkernels[train]") from error
 
 
 with with_reason():
-    from kdkernels.errors import InputError
     from kdkernels.training.config import Config
     from kdkernels.training.recipe import load_config, read_recipe
 

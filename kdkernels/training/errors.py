@@ -1,4 +1,4 @@
-"""How a run ends before its time, beside InputError (schema.py) and FloatingPointError (it diverged)."""
+"""How a run ends before its time, beside InputError (kdkernels/errors.py) and FloatingPointError (it diverged)."""
 
 
 class DiskError(Exception):

@@ -5,7 +5,7 @@ from dataclasses import MISSING, fields
 
 from kdkernels.training.config import Config, ObjectiveConfig
 from kdkernels.training.recipe import known_objectives, objective_options, section_class
-from kdkernels.training.schema import describe
+from kdkernels.training.schema import describe, toml_value
 
 
 def reference() -> str:
@@ -26,9 +26,15 @@ def reference() -> str:
 def _table(known: dict) -> list[str]:
     lines = ["| key | value | default |", "|---|---|---|"]
     for name, (kind, default) in known.items():
-        shown = "required" if default is MISSING else "not set" if default is None else f"`{default!r}`"
+        shown = (
+            "required" if default is MISSING else "not set" if default is None else f"`{toml_value(_plain(default))}`"
+        )
         lines.append(f"| `{name}` | {describe(kind)} | {shown} |")
     return lines
+
+
+def _plain(default: object) -> object:
+    return list(default) if isinstance(default, tuple) else default
 
 
 if __name__ == "__main__":

@@ -227,7 +227,7 @@ def _compare(q, p, d, x_q, mix, rest, MIXTURE: tl.constexpr):
     With r = exp(-|d|) in [0, 1], m over the larger of p and q is w = 1 + c (r - 1), c weighing the smaller one: nothing
     overflows, and w is exactly 1 where p = q. It is never less than 1 - c, which is rounded on its own (``rest`` =
     1 - mix is no difference of rounded numbers): no log of 0 at an interior mixture, however close to its ends. For a
-    JSD both weights sum to 1 as they are rounded (triton.py).
+    JSD both weights sum to 1 as they are rounded (backend.py).
     """
     log_p_m = tl.zeros_like(d)
     log_q_m = tl.zeros_like(d)
