@@ -36,7 +36,8 @@ class Source:
 
     A subclass is a frozen dataclass. It names its tensors, says what the class attributes below ask, and implements
     ``vocabulary`` (if ``complete``), ``numbers`` and ``unpack`` (if it has fields that are no tensors), ``costs`` and
-    ``producer``. Defining it is all: it registers itself for ``unpack``, and a TypeError names fields that would be lost.
+    ``producer``. Defining it is all: it registers itself for ``unpack``, and a TypeError names the fields that it would
+    lose.
     """
 
     names: tuple[str, ...]  # the fields that hold tensors; the first has the leading dimensions, None may come last
