@@ -233,6 +233,6 @@ def test_a_missing_package_is_named_with_the_extra_that_has_it(tmp_path):
     process = start((sys.executable, "-c"), code, cwd=tmp_path)
     assert process.wait() != 0
     assert (
-        "ImportError: kdkernels.training needs deepspeed: pip install kdkernels[train]"
+        "MissingPackage: kdkernels.training needs deepspeed: pip install kdkernels[train]"
         in (tmp_path / "output.txt").read_text()
     )
