@@ -226,7 +226,7 @@ def unpacked(tensors: list[Tensor], key: str, numbers: list[float]) -> Source | 
 
 def _check_fields(cls: type[Source]) -> None:
     own = {name for name, kind in inspect.get_annotations(cls).items() if "ClassVar" not in str(kind)}
-    lost = sorted(own - {*cls.names, *inspect.get_annotations(Source)})
+    lost = sorted(own - {*getattr(cls, "names", ()), *inspect.get_annotations(Source)})
     if lost and "unpack" not in vars(cls):
         raise TypeError(f"{cls.__name__}: expected numbers and unpack of its own for its fields {lost}")
 
