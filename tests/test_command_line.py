@@ -1,28 +1,40 @@
 """What `kdkernels` answers without torch, DeepSpeed and transformers, and that names of the package still arrive."""
 
+import inspect
 import os
 import re
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import pytest
 
 import kdkernels as kd
+from kdkernels.training import signatures
 from kdkernels.training.config import Config
 from kdkernels.training.recipe import read_recipe, section_class
+from kdkernels.training.schema import describe
+from kdkernels.training.signatures import known_objectives, objective_options
 
 ROOT = Path(__file__).parent.parent
 HEAVY = ("torch", "deepspeed", "transformers", "numpy")
+# What is heavy cannot be imported, and whoever asks for it is noticed.
 PROGRAM = f"""
 import sys
+asked = []
+class Refusing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {HEAVY}:
+            asked.append(name)
+            raise ModuleNotFoundError(name, name=name)
+sys.meta_path.insert(0, Refusing())
 from kdkernels.cli import main
 try:
     status = main(sys.argv[1:])
 except SystemExit as error:
     status = error.code
-print("loaded:", [name for name in {HEAVY} if name in sys.modules])
+print("asked for:", asked)
 sys.exit(status)
 """
 RECIPE = str(ROOT / "recipes" / "demo" / "student.toml")
@@ -46,19 +58,22 @@ def run(*arguments, cwd) -> subprocess.CompletedProcess:
         (["train", RECIPE, "--set=trian.steps=1"], 2, "unknown section 'trian'; did you mean 'train'?"),
         (["train", RECIPE, "--set=train.stepz=1"], 2, "[train] unknown key 'stepz'; did you mean 'steps'?"),
         (["train", RECIPE, "--set=train.steps=many"], 2, "[train] steps: expected an integer >= 1, got 'many'"),
+        (["train", RECIPE, "--set=objective.name=NOPE"], 2, "[objective] name: expected one of 'GKD', 'SFT', 'TSDKD'"),
+        (["train", RECIPE, "--set=objective.name=GKD", "--set=objective.bata=1"], 2, "'bata'; did you mean 'beta'?"),
+        (["train", RECIPE, "--set=objective.name=TSDKD", "--set=objective.k=2.5"], 2, "k: expected an integer, got"),
         (["train", RECIPE, "--set=data.train=no.jsonl"], 2, "[data] train: no such file: no.jsonl"),
     ],
 )
 def test_answers_that_need_no_torch(tmp_path, arguments, status, told):
     done = run(*arguments, cwd=tmp_path)
     assert done.returncode == status and told in done.stdout + done.stderr
-    assert done.stdout.splitlines()[-1] == "loaded: []"
+    assert done.stdout.splitlines()[-1] == "asked for: []"
     assert not list(tmp_path.iterdir())
 
 
 def test_a_new_recipe_has_every_key_and_is_one(tmp_path, monkeypatch):
     done = run("new", "mine.toml", cwd=tmp_path)
-    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "loaded: []"
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "asked for: []"
     text = (tmp_path / "mine.toml").read_text()
     for section in fields(Config):
         block = text.split(f"\n[{section.name}]\n")[1].split("\n[")[0]
@@ -126,6 +141,43 @@ def test_the_reference_of_recipes_is_current():
 
     assert (ROOT / "docs" / "RECIPES.md").read_text(encoding="utf-8") == reference()
     assert "| `betas` | an array of 2 values" in reference() and '### name = "TSDKD"' in reference()
+
+
+def test_options_are_those_of_the_constructors():
+    from kdkernels import objectives
+
+    exported = {name: getattr(objectives, name) for name in objectives.__all__}
+    classes = {name: kind for name, kind in exported.items() if inspect.isclass(kind)}
+    names = [name for name, kind in classes.items() if issubclass(kind, objectives.Objective) and name != "Objective"]
+    assert len(names) >= 5 and known_objectives() == tuple(names)
+    for name in names:
+        parameters = inspect.signature(classes[name], eval_str=True).parameters.values()
+        expected = {
+            one.name: (describe(one.annotation), repr(one.default))
+            for one in parameters
+            if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)  # those of nn.Module
+        }
+        options = objective_options(name).items()
+        assert {one: (describe(kind), repr(default)) for one, (kind, default) in options} == expected, name
+
+
+def test_options_of_an_objective_that_is_new(tmp_path, monkeypatch):
+    (tmp_path / "__init__.py").write_text('from .new import Far, Near\n__all__ = ["Far", "Near", "helper"]\n')
+    (tmp_path / "new.py").write_text(
+        "class Near(Objective):\n"
+        "    def __init__(\n"
+        "        self, rule: Literal['a', 'b'], edges: tuple[float, ...] = (1.0,), *, low: int | Own = -1\n"
+        "    ): ...\n"
+        "class Far(Near):\n    needs_target = True\n"
+    )
+    monkeypatch.setattr(signatures, "FOLDER", tmp_path)
+    assert known_objectives() == ("Far", "Near")
+    options = objective_options("Far")
+    assert {name: (describe(kind), default) for name, (kind, default) in options.items()} == {
+        "rule": ("one of 'a', 'b'", MISSING),
+        "edges": ("an array of values, each a number", (1.0,)),
+        "low": ("an integer", -1),
+    }
 
 
 def test_what_nobody_foresaw_has_its_status(tmp_path):

@@ -6,22 +6,23 @@ Whatever is wrong with a recipe (a key nobody knows, a value of the wrong type, 
 not there) is found here, before any model is loaded, and told as one `InputError` naming the file, the key, what was
 expected and what came. Relative paths start at the current directory, a `~` in front is the home directory.
 
-Reading has two parts: `read_recipe` checks all but the objective's options and needs neither torch nor DeepSpeed;
-`complete` checks those against the objective's constructor, for which torch is imported.
+Reading has two parts: `read_recipe` checks names, types and files, and needs neither torch nor DeepSpeed; `complete`
+makes the objective, which imports torch, checks the values of its options and fills in what follows from it.
 """
 
 import inspect
 import typing
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import MISSING, fields, replace
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from kdkernels.errors import InputError
 from kdkernels.training.config import Config, ObjectiveConfig
 from kdkernels.training.resolve import resolve, resolve_objective
-from kdkernels.training.schema import override, parse_table, parse_value, read_toml, refuse_unknown, show
+from kdkernels.training.schema import override, parse_table, read_toml, refuse_unknown, show
+from kdkernels.training.signatures import known_objectives, objective_options
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
@@ -36,7 +37,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
 
 
 def read_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Config:
-    """As `load_config`, but for the objective's options and the defaults that follow from it.
+    """As `load_config`, but for the values of the objective's options and the defaults that follow from it.
 
     Raises:
         InputError: the recipe cannot be used.
@@ -53,7 +54,7 @@ def read_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Config:
             if not isinstance(tables[name], Mapping):
                 raise InputError(f"{source}: [{name}] expected a table, got {show(tables[name])}")
             kind = section_class(section.type)
-            parse = _read_objective if kind is ObjectiveConfig else _parse_section
+            parse = _parse_objective if kind is ObjectiveConfig else _parse_section
             sections[name] = parse(kind, tables[name], f"{source}: [{name}]")
         elif section.default is MISSING:
             raise InputError(f"{source}: section [{name}] is missing")
@@ -62,12 +63,11 @@ def read_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Config:
 
 
 def complete(config: Config, source: str) -> Config:
-    """What `read_recipe` returned, with the objective's options checked and every default filled in.
+    """What `read_recipe` returned, with the values of the objective's options checked and every default filled in.
 
     Raises:
         InputError: they cannot be used; it names `source`, the recipe.
     """
-    config = replace(config, objective=_checked(config.objective, f"{source}: [objective]"))
     with _naming(source):
         return resolve_objective(config)
 
@@ -90,43 +90,10 @@ def _parse_section(kind: type, table: Mapping[str, Any], place: str):
     return kind(**parse_table(table, {entry.name: (entry.type, entry.default) for entry in fields(kind)}, place))
 
 
-def _read_objective(kind: type, table: Mapping[str, Any], place: str) -> ObjectiveConfig:
-    """The objective's name, and its options as they are: `_checked` looks at them."""
-    name = parse_table({key: table[key] for key in ("name",) if key in table}, {"name": (str, MISSING)}, place)["name"]
-    return kind(name=name, options={key: value for key, value in table.items() if key != "name"})
-
-
-def known_objectives() -> tuple[str, ...]:
-    """The names that [objective] may have."""
-    from kdkernels import objectives  # imports torch
-
-    return tuple(
-        name
-        for name, member in ((name, getattr(objectives, name)) for name in objectives.__all__)
-        if inspect.isclass(member) and issubclass(member, objectives.Objective) and member is not objectives.Objective
-    )
-
-
-def objective_options(name: str) -> dict[str, tuple[Any, Any]]:
-    """The arguments of an objective's constructor: name -> (type, default or MISSING)."""
-    from kdkernels import objectives  # imports torch
-
-    parameters = inspect.signature(getattr(objectives, name), eval_str=True).parameters.values()
-    return {
-        one.name: (one.annotation, MISSING if one.default is one.empty else one.default)
-        for one in parameters
-        if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)  # those of nn.Module, for an objective without options
-    }
-
-
-def _checked(config: ObjectiveConfig, place: str) -> ObjectiveConfig:
-    """The objective with options checked against its own constructor, whose defaults are filled in."""
-    name = parse_value(config.name, Literal[known_objectives()], f"{place} name")
-    known = {"name": (str, MISSING)} | objective_options(name)
-    options = parse_table({"name": name} | config.options, known, place)
-    config = replace(config, options={key: value for key, value in options.items() if key != "name"})
-    try:
-        config.build()
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{place} {error}") from error
-    return config
+def _parse_objective(kind: type, table: Mapping[str, Any], place: str) -> ObjectiveConfig:
+    """The objective with the names and types of its options checked, and its constructor's defaults filled in."""
+    named = {key: value for key, value in table.items() if key == "name"}
+    name = parse_table(named, {"name": (Literal[known_objectives()], MISSING)}, place)["name"]
+    options = parse_table(table, {"name": (str, MISSING)} | objective_options(name), place)
+    del options["name"]
+    return kind(name=name, options=options)

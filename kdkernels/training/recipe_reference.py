@@ -4,8 +4,10 @@ import inspect
 from dataclasses import MISSING, fields
 
 from kdkernels.training.config import Config, ObjectiveConfig
-from kdkernels.training.recipe import known_objectives, objective_options, section_class
+from kdkernels.training.recipe import section_class
+from kdkernels.training.resolve import NO_JUDGE
 from kdkernels.training.schema import describe, toml_value
+from kdkernels.training.signatures import known_objectives, objective_options
 
 
 def reference() -> str:
@@ -20,6 +22,9 @@ def reference() -> str:
             for name in known_objectives():
                 options = objective_options(name)
                 lines += ["", f'### name = "{name}"', "", *(_table(options) if options else ["No options."])]
+                required = any(default is MISSING for _, default in options.values())
+                if not required and ObjectiveConfig(name=name).build().needs_weights:
+                    lines += ["", f"With these defaults {name} {NO_JUDGE}."]
     return "\n".join(lines) + "\n"
 
 

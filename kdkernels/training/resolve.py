@@ -39,6 +39,10 @@ def resolve_objective(config: Config) -> Config:
     return config
 
 
+NO_JUDGE = (  # said of an objective whose `weights` a recipe cannot give
+    "needs a judge's weight for each token, and recipes have no judge yet; "
+    'expected weighting = "likelihood_ratio" or "uniform"'
+)
 PATHS = (  # the keys of a recipe that say where something lies
     ("run", "output"),
     ("data", "train"),
@@ -117,13 +121,14 @@ def _tokenizer(config: Config) -> TokenizerConfig:
 
 
 def _rollout(config: Config) -> RolloutConfig:
-    rollout, objective = config.rollout, config.objective.build()
+    rollout = config.rollout
+    try:
+        objective = config.objective.build()
+    except (ValueError, TypeError) as error:
+        raise InputError(f"[objective] {error}") from error
     needs_teacher = objective.needs_teacher
     if objective.needs_weights:
-        raise InputError(
-            f"[objective] {config.objective.name} with these options needs a judge's weight for each token, and there "
-            'is no judge yet; expected weighting = "likelihood_ratio" or "uniform"'
-        )
+        raise InputError(f"[objective] {config.objective.name} with these options {NO_JUDGE}")
     if needs_teacher and config.teacher is None:
         raise InputError(f"section [teacher] is missing: the objective {config.objective.name} needs one")
     if rollout.student_fraction is None:
