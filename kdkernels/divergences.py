@@ -1,9 +1,13 @@
-"""Divergences between a teacher p and a student q, all members of one family
+"""Divergences between a teacher p and a student q. All are members of one family
 
-    D(a, l, b, u) = a * KL(p || m_l) + b * KL(q || m_u),      m_x = x * p + (1 - x) * q
+    D = a * KL(p || m) + b * KL(q || m),      m = mix * p + (1 - mix) * q
 
-so that every backend implements the family once. The names follow GKD (Agarwal et al., 2024, eq. 1), DistiLLM
-(Ko et al., 2024) and VCRD.
+so that every backend implements the family once.
+
+Source:
+    "On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes" (GKD, arXiv 2306.13649), eq. 1;
+    "DistiLLM: Towards Streamlined Distillation for Large Language Models" (arXiv 2402.03898);
+    "Validity-Calibrated Reasoning Distillation" (VCRD, arXiv 2605.04078).
 """
 
 from __future__ import annotations
@@ -17,9 +21,14 @@ __all__ = ["JSD", "Divergence", "ForwardKL", "ReverseKL", "SkewKL", "SkewReverse
 
 @dataclass(frozen=True)
 class Divergence:
-    """``a * KL(p || m) + b * KL(q || m)``, ``m = mix * p + (1 - mix) * q``; use the names below.
+    """``a * KL(p || m) + b * KL(q || m)`` with ``m = mix * p + (1 - mix) * q``; made by the functions below.
 
-    ``detached``: no gradient flows through m; the value is the same.
+    Args:
+        family: the name of the function that made it.
+        a, b: the weights of the two KLs.
+        mix: the teacher's share of the mixture m.
+        detached: m is a constant to the gradient; the value is the same.
+        parameter: the argument of that function, beta or alpha; None where it has none.
     """
 
     family: str
@@ -27,38 +36,50 @@ class Divergence:
     b: float
     mix: float
     detached: bool = False
-    parameter: float | None = None  # what the family's member is called by: beta or alpha
+    parameter: float | None = None
 
     @property
     def name(self) -> str:
-        """As users write it; made when asked for, because torch.compile cannot format a number that changes."""
+        """As users write it. Made when asked for, because torch.compile cannot format a number that changes."""
         return self.family if self.parameter is None else f"{self.family}({self.parameter:g})"
 
     @property
     def skew(self) -> float:
-        """Coefficient of (q - p) / m in dD/dq; what is left is ``b * log(q / m)`` and a constant.
+        """The coefficient of (q - p) / m in dD/dq; the rest of dD/dq is ``b * log(q / m)`` and a constant.
 
-        dD/dq = -a (1 - mix) p/m + b [log(q/m) + 1 - (1 - mix) q/m], and p/m = 1 - (1 - mix) (q - p)/m,
-        q/m = 1 + mix (q - p)/m. With m a constant the terms in (1 - mix) are absent, and nothing is left of a's.
+            dD/dq = -a (1 - mix) p/m + b [log(q/m) + 1 - (1 - mix) q/m]
+            p/m = 1 - (1 - mix) (q - p)/m,      q/m = 1 + mix (q - p)/m
+
+        Where m is a constant, the terms with (1 - mix) are absent, so that only ``b * log(q / m)`` is left.
         """
         return 0.0 if self.detached else (1 - self.mix) * (self.a * (1 - self.mix) - self.b * self.mix)
 
 
 def ForwardKL() -> Divergence:
-    """KL(p || q), mode covering."""
+    """KL(p || q). It makes the student cover every mode of the teacher."""
     return Divergence("ForwardKL", a=1.0, b=0.0, mix=0.0)
 
 
 def ReverseKL() -> Divergence:
-    """KL(q || p), mode seeking."""
+    """KL(q || p). It makes the student seek the teacher's largest mode."""
     return Divergence("ReverseKL", a=0.0, b=1.0, mix=1.0)
 
 
 def JSD(beta: float) -> Divergence:
-    """beta * KL(p || m) + (1 - beta) * KL(q || m), m = beta * p + (1 - beta) * q  (GKD eq. 1).
+    """The generalized Jensen-Shannon divergence.
 
-    beta -> 0 behaves as the forward and beta -> 1 as the reverse KL. At the ends the formula itself vanishes
-    identically; there JSD(0) *is* ForwardKL and JSD(1) *is* ReverseKL.
+        beta * KL(p || m) + (1 - beta) * KL(q || m),      m = beta * p + (1 - beta) * q
+
+    It behaves as the forward KL for beta -> 0 and as the reverse KL for beta -> 1. The formula itself is 0 at both
+    ends, so JSD(0) *is* ForwardKL and JSD(1) *is* ReverseKL.
+
+    Args:
+        beta: the teacher's share of the mixture, in [0, 1].
+
+    Raises:
+        TypeError, ValueError: beta is not a number in [0, 1].
+
+    Source: GKD (arXiv 2306.13649), eq. 1.
     """
     check_share("beta", beta)
     if beta == 0.0:
@@ -69,16 +90,32 @@ def JSD(beta: float) -> Divergence:
 
 
 def SkewKL(alpha: float) -> Divergence:
-    """KL(p || alpha * p + (1 - alpha) * q)  (DistiLLM; VCRD on teacher prefixes). 0 for alpha = 1."""
+    """KL(p || alpha * p + (1 - alpha) * q); 0 for alpha = 1.
+
+    Args:
+        alpha: the teacher's share of the mixture, in [0, 1].
+
+    Raises:
+        TypeError, ValueError: alpha is not a number in [0, 1].
+
+    Source: DistiLLM (arXiv 2402.03898); VCRD (arXiv 2605.04078) takes it for the teacher's responses.
+    """
     check_share("alpha", alpha)
     return Divergence("SkewKL", a=1.0 if alpha < 1 else 0.0, b=0.0, mix=alpha, parameter=alpha)
 
 
 def SkewReverseKL(alpha: float, detach: bool = False) -> Divergence:
-    """KL(q || (1 - alpha) * p + alpha * q)  (DistiLLM; VCRD on student prefixes). 0 for alpha = 1.
+    """KL(q || (1 - alpha) * p + alpha * q); 0 for alpha = 1.
 
-    ``detach`` makes the mixture a constant to the gradient, as DistiLLM-2's released code does: the gradient is then
-    q (log(q/m) - KL(q || m)). The papers' formula differentiates the mixture too.
+    Args:
+        alpha: the student's share of the mixture, in [0, 1].
+        detach: the mixture is a constant to the gradient, which is then q (log(q/m) - KL(q || m)), as in DistiLLM-2's
+            released code. By default the mixture is differentiated too, as the papers' formula says.
+
+    Raises:
+        TypeError, ValueError: alpha is not a number in [0, 1], or detach not a bool.
+
+    Source: DistiLLM (arXiv 2402.03898); VCRD (arXiv 2605.04078) takes it for the student's responses.
     """
     check_share("alpha", alpha)
     check_bool("detach", detach)

@@ -23,17 +23,20 @@ SHIFT = (
 class Layout:
     """The N scored tokens of a [B, L] batch, ordered response by response.
 
-    Build it once, on the CPU, in the collator: then nothing about the batch's shape is read from the device.
+    Build it once, on the CPU, in the collator: then nothing about the batch's shape has to be read from a GPU.
 
-    Attributes:
-        index: [N] int64, flat positions b * L + t.
-        lengths: tokens of each non-empty response, in order; they sum to N.
+    Axes: B sequences of the batch, L positions of a sequence, N scored tokens, R responses that have any.
+
+    Args:
+        index: [N] int64, the flat positions b * L + t.
+        lengths: the tokens of each response that has any, in order; they sum to N.
         shape: (B, L) of the batch.
-        token: [N] int64, the token that each position predicts, where the layout was made from labels; else None.
+        token: [N] int64, the token that each position predicts; None where the layout was not made from labels.
 
     Raises:
-        TypeError: index is not an int64 tensor [N], token neither that nor None. ValueError: lengths that are not
-        positive or do not sum to N, positions that are not distinct or outside the batch.
+        TypeError: index is not an int64 tensor [N], or token is neither that nor None.
+        ValueError: lengths are not positive or do not sum to N; on the CPU also positions that are not distinct or lie
+            outside the batch.
     """
 
     index: Tensor
@@ -67,48 +70,54 @@ class Layout:
     def trusted(
         cls, index: Tensor, lengths: tuple[int, ...], shape: tuple[int, int], token: Tensor | None = None
     ) -> Layout:
-        """From parts that need no second look, which on a GPU would be a sync."""
+        """The layout of parts that are known to be right. Checking them on a GPU would cost a sync."""
         layout = cls.__new__(cls)
         layout.__dict__.update(index=index, lengths=lengths, shape=shape, token=token)
         return layout
 
     @classmethod
     def from_mask(cls, mask: Tensor) -> Layout:
-        """One response per row of ``mask`` [B, L] bool, True where hidden[b, t] *predicts* a response token.
+        """The layout of sequences that have one response each.
 
-        The last prompt position is True, the position of the final token (EOS) False. Rows with several responses
-        (packed texts, turns) need ``from_labels`` or ``from_segments``. A mask on a GPU costs one sync.
+        Sequences with several responses (packed texts, turns) need ``from_labels`` or ``from_segments``.
+
+        Args:
+            mask: [B, L] bool, True where hidden[b, t] *predicts* a response token: True at the last position of the
+                prompt, False at the position of the final token (EOS). On a GPU it costs one sync.
 
         Raises:
-            TypeError: not a bool tensor. ValueError: not two-dimensional.
+            TypeError: mask is not a bool tensor.
+            ValueError: mask has not two dimensions.
         """
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
             raise TypeError(f"mask: expected a bool tensor, got {getattr(mask, 'dtype', type(mask).__name__)}")
         if mask.dim() != 2:
             raise ValueError(f"mask: expected shape [B, L], got {list(mask.shape)}")
-        rows = torch.arange(1, len(mask) + 1, device="cpu")
-        return cls.from_segments(mask.cpu() * rows[:, None]).to(mask.device)
+        numbers = torch.arange(1, len(mask) + 1, device="cpu")
+        return cls.from_segments(mask.cpu() * numbers[:, None]).to(mask.device)
 
     @classmethod
     def from_spans(cls, starts: Sequence[int], lengths: Sequence[int], length: int) -> Layout:
-        """One response per row, where a collator knows its place: row b's tokens are predicted by the ``lengths[b]``
-        positions from ``starts[b]`` on. The same layout as ``from_mask`` of a mask that is True there.
+        """The layout of sequences that have one response each, from where a collator put it.
+
+        The ``lengths[b]`` positions from ``starts[b]`` on predict the tokens of sequence b's response. ``from_mask`` of
+        a mask that is True at these positions gives the same layout.
 
         Args:
-            starts: of each row, the position that predicts the response's first token (the last of the prompt).
-            lengths: of each row, the tokens of the response; 0 where there is none.
-            length: L, the positions of a row.
+            starts: of each sequence, the position that predicts the response's first token (the last of the prompt).
+            lengths: of each sequence, the tokens of its response; 0 where there is none.
+            length: L, the positions of a sequence.
 
         Raises:
-            ValueError: not as many starts as lengths, or a span that does not lie in its row.
+            ValueError: there are not as many starts as lengths, or a response does not lie in its sequence.
         """
         if len(starts) != len(lengths):
             raise ValueError(f"lengths: expected {len(starts)} of them, as many as starts, got {len(lengths)}")
         for b, (start, count) in enumerate(zip(starts, lengths, strict=True)):
             if not 0 <= start <= start + count <= length:
                 raise ValueError(
-                    f"starts, lengths: expected positions in [0, {length}), got {start} ... {start + count - 1} in row "
-                    f"{b}"
+                    f"starts, lengths: expected positions in [0, {length}), got {start} ... {start + count - 1} in "
+                    f"sequence {b}"
                 )
         spans = [
             torch.arange(b * length + start, b * length + start + count, device="cpu")
@@ -119,34 +128,51 @@ class Layout:
 
     @classmethod
     def from_labels(cls, labels: Tensor, ignore_index: int = -100) -> Layout:
-        """From Hugging Face labels [B, L] (the token *at* t, or ``ignore_index``), which it shifts for you.
+        """The layout of Hugging Face labels, which it shifts for you.
 
-        Labels that follow each other are one response; an ignored one between them (a prompt, the first token of the
-        next packed text) begins another. So packed rows and conversations of several turns have as many responses as
-        they were given, just as if each had a row of its own. Labels of two texts with nothing ignored between them
-        cannot be told apart (the collators of transformers and TRL ignore each text's first label, which nothing in
-        that text predicts), and an ignored token *inside* a response makes two of it: ``from_segments`` takes both as
-        they are meant.
+        Labels that follow each other are one response. An ignored label between them (a prompt, or the first token of
+        the next packed text) starts another. So a packed sequence or a conversation has as many responses as texts or
+        turns, just as if each of these had a sequence of its own.
 
-        The layout knows the tokens (``token``): an objective that needs a target takes them from it, and one that is
-        given another target says so.
+        Two cases need ``from_segments``. Two texts with no ignored label between them become one response (the
+        collators of transformers and TRL ignore each text's first label, which nothing in that text predicts). An
+        ignored label *inside* a response makes two of it.
+
+        The layout keeps the tokens (``token``): an objective that needs a target takes them from there, and refuses a
+        target that differs.
+
+        Args:
+            labels: [B, L] integers, the token *at* each position, or ``ignore_index``. On a GPU they cost one sync.
+            ignore_index: the label of a token that is not scored.
+
+        Raises:
+            TypeError: labels are not integers, or ignore_index is not an int.
+            ValueError: labels have not two dimensions.
         """
         _check_integers("labels", labels)
         targets = cls.targets(labels.cpu(), ignore_index)
         scored = targets != ignore_index
-        starts = scored & ~scored.roll(1, dims=1)  # the last position of a row is never scored
+        starts = scored & ~scored.roll(1, dims=1)  # the last position of a sequence is never scored
         layout = cls.from_segments(starts.cumsum(1) * scored)
         token = targets.flatten()[layout.index]
         return cls.trusted(layout.index, layout.lengths, layout.shape, token).to(labels.device)
 
     @staticmethod
     def targets(labels: Tensor, ignore_index: int = -100) -> Tensor:
-        """``target`` [B, L] of Hugging Face ``labels`` [B, L]: the token that t predicts is the label at t + 1.
+        """The targets of Hugging Face labels: position t predicts the label at t + 1, the last one nothing.
 
-        The last position predicts nothing: ``ignore_index``. ``kd.cross_entropy(student, kd.Layout.targets(labels))``.
+        ``kd.cross_entropy(student, kd.Layout.targets(labels))``
+
+        Args:
+            labels: [B, L] integers, the token *at* each position, or ``ignore_index``.
+            ignore_index: the label of a token that is not scored.
+
+        Returns:
+            [B, L] int64, the token that each position predicts, or ``ignore_index``.
 
         Raises:
-            TypeError: not an integer tensor. ValueError: not two-dimensional.
+            TypeError: labels are not integers, or ignore_index is not an int.
+            ValueError: labels have not two dimensions.
         """
         _check_integers("labels", labels)
         if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
@@ -157,15 +183,22 @@ class Layout:
 
     @classmethod
     def from_segments(cls, ids: Tensor) -> Layout:
-        """From integer ids [B, L]: 0 is unscored, equal ids in a row are one response (packed or multi-turn rows).
+        """The layout of sequences whose positions are numbered by response (packed texts, turns).
 
-        As in a mask, position t has the id of the response that hidden[b, t] *predicts* a token of. Ids on a GPU cost
-        one sync: they are copied to the CPU, because finding responses takes a dozen launches and three syncs there.
+        Args:
+            ids: [B, L] integers. Positions of one sequence with equal ids belong to one response, 0 is not scored. As
+                in a mask, position t has the id of the response that hidden[b, t] *predicts* a token of. On a GPU they
+                cost one sync: they are copied to the CPU, because finding responses on a GPU takes a dozen launches
+                and three syncs.
+
+        Raises:
+            TypeError: ids are not integers.
+            ValueError: ids have not two dimensions.
         """
         _check_integers("ids", ids)
         flat = ids.cpu().flatten()
         index = flat.nonzero()[:, 0]
-        keys = torch.stack([index // max(1, ids.shape[1]), flat[index]])  # responses are distinct (row, id) pairs
+        keys = torch.stack([index // max(1, ids.shape[1]), flat[index]])  # (sequence, id), a pair for each response
         _, response, counts = keys.unique(dim=1, return_inverse=True, return_counts=True)
         order = response.sort(stable=True).indices
         return cls.trusted(index[order], tuple(counts.tolist()), tuple(ids.shape)).to(ids.device)
@@ -175,11 +208,11 @@ class Layout:
 
     @property
     def responses(self) -> int:
-        """Number of non-empty responses."""
+        """R, how many responses have tokens."""
         return len(self.lengths)
 
     def part(self, first: int, last: int) -> Layout:
-        """Responses first..last-1 as a layout of their own, the same one each time: what it has computed stays."""
+        """Responses first to last - 1 as a layout. Asked again, it is the same object with what it has computed."""
         if (first, last) not in self._parts:
             self._parts[first, last] = self._part(first, last)
         return self._parts[first, last]
@@ -195,7 +228,7 @@ class Layout:
         return Layout.trusted(self.index[part], self.lengths[first:last], self.shape, token)
 
     def take(self, responses: Sequence[int]) -> Layout:
-        """The numbered responses, in that order, as a layout of their own."""
+        """The responses of these numbers as a layout, in this order."""
 
         def taken(values: Tensor) -> Tensor:
             parts = values.split(self.lengths)
@@ -205,8 +238,8 @@ class Layout:
         return Layout.trusted(taken(self.index), tuple(self.lengths[i] for i in responses), self.shape, token)
 
     def to(self, device) -> Layout:
-        """The same layout with its tensors on ``device``; this one, with what it has computed, if they are there."""
-        ahead = torch.device(device).type != "cpu"  # a copy from a GPU that nobody waited for has no numbers yet
+        """The layout with its tensors on ``device``: itself, with what it has computed, if they are there already."""
+        ahead = torch.device(device).type != "cpu"  # a copy to the CPU has to be waited for before it is read
         index = self.index.to(device, non_blocking=ahead)
         token = None if self.token is None else self.token.to(device, non_blocking=ahead)
         if index is self.index and token is self.token:
@@ -215,36 +248,45 @@ class Layout:
 
     @cached_property
     def response_lengths(self) -> Tensor:
-        """[responses] length of each response."""
+        """[R] tokens of each response."""
         return torch.tensor(self.lengths, dtype=torch.int64, device="cpu").to(self.index.device, non_blocking=True)
 
     @cached_property
     def response(self) -> Tensor:
-        """[N] number of each token's response."""
+        """[N] the number of each token's response."""
         numbers = torch.arange(self.responses, device=self.index.device)
         return numbers.repeat_interleave(self.response_lengths, output_size=len(self))
 
     @cached_property
     def length(self) -> Tensor:
-        """[N] length of each token's response."""
+        """[N] tokens of each token's response."""
         return self.response_lengths.repeat_interleave(self.response_lengths, output_size=len(self))
 
     @cached_property
     def position(self) -> Tensor:
-        """[N] position of each token within its response."""
+        """[N] place of each token in its response, from 0."""
         starts = self.response_lengths.cumsum(0) - self.response_lengths
         return torch.arange(len(self), device=self.index.device) - starts[self.response]
 
     @cached_property
-    def row(self) -> Tensor:
-        """[responses] batch row of each response."""
+    def sequence(self) -> Tensor:
+        """[R] the number in the batch of each response's sequence."""
         return self.index[self.position == 0] // max(1, self.shape[1])
 
     def at(self, target: Tensor) -> Tensor:
-        """[N] of ``target`` [B, L], the scored positions.
+        """The target at the scored positions.
 
-        Where the layout was made from labels and ``target`` says otherwise (labels that nobody shifted), that is a
-        ValueError on CPUs. Elsewhere looking would be a sync: there such a token becomes -1, whose loss is NaN.
+        A layout that was made from labels knows the tokens, and labels that nobody shifted are the usual mistake.
+
+        Args:
+            target: [B, L] int64, the token that each position predicts.
+
+        Returns:
+            [N] int64. On GPUs, where looking would cost a sync, a token that differs from the layout's is -1, and its
+            loss NaN.
+
+        Raises:
+            ValueError: on CPUs, a token differs from the layout's.
         """
         chosen = target.flatten()[self.index]
         if self.token is None:
@@ -263,15 +305,19 @@ class Layout:
         return chosen
 
     def written_by(self, author: Tensor) -> list[bool]:
-        """Whether each response is in a row where ``author`` [B] bool is True."""
-        return author.to(self.index.device)[self.row].tolist()
+        """Of each response, whether ``author`` [B] bool is True for its sequence."""
+        return author.to(self.index.device)[self.sequence].tolist()
 
     @cached_property
     def tables(self) -> list[tuple[Tensor, Tensor]]:
-        """Responses of similar length side by side: (numbers [r] of responses, numbers [r, l] of their tokens).
+        """Tables of responses of similar length, for what is computed response by response.
 
-        Rows end with the number N, which is no token. The tables have fewer than 2 N places together, where one table
-        of all responses would be as wide as the longest. What is computed a row at a time stays in its response.
+        All tables together have fewer than 2 N places; one table of all responses would be as wide as the longest.
+        What is computed along a table's last axis, a NaN included, stays in its response.
+
+        Returns:
+            A list of (numbers [r] of responses, numbers [r, l] of their tokens). Behind the last token of a response
+            stands N, which is the number of no token.
         """
         alike: dict[int, list[int]] = {}
         for number, length in enumerate(self.lengths):
@@ -285,7 +331,7 @@ class Layout:
         return out
 
     def sums(self, values: Tensor) -> Tensor:
-        """[responses] sums of token values [N] over each response."""
+        """The sum [R] of token values [N] over each response."""
         out, padded = values.new_empty(self.responses), pad(values, (0, 1))
         for responses, tokens in self.tables:
             out[responses] = padded[tokens].sum(1)

@@ -1,10 +1,16 @@
 """The specification: every quantity, objective and gradient in plain PyTorch on full logits, as the papers state them.
 
-Slow and memory-hungry on purpose. All other code is tested against this file in fp64; the gradients given in closed
+It is slow and takes much memory on purpose. All other code is tested against this file in fp64; the gradients in closed
 form here are tested against autograd of the values (tests/test_reference.py).
 
-Axes: C or N tokens, V vocabulary, K candidates, B responses, L length. ``z`` are logits after scale, soft-cap and
-column mask; q = softmax(z_s) student, p = softmax(z_t) teacher; entropies in nats; stop-gradient written ``.detach()``.
+Axes: N or C tokens, V vocabulary, K candidates, R responses, L tokens of a response. ``z`` are logits after scale,
+soft-cap and mask of the vocabulary's padding; q = softmax(z_s) is the student, p = softmax(z_t) the teacher. Entropies
+and divergences are in nats. A stop-gradient is written ``.detach()``.
+
+Source: "Explain in Your Own Words: Improving Reasoning via Token-Selective Dual Knowledge Distillation" (TSD-KD,
+    arXiv 2603.13260); "Validity-Calibrated Reasoning Distillation" (VCRD, arXiv 2605.04078); "On-Policy Distillation of
+    Language Models: Learning from Self-Generated Mistakes" (GKD, arXiv 2306.13649); "DistiLLM-2: A Contrastive Approach
+    Boosts the Distillation of LLMs" (arXiv 2503.07067).
 """
 
 from __future__ import annotations
@@ -51,7 +57,7 @@ def cross_entropy(z: Tensor, target: Tensor) -> Tensor:
 
 
 def log_mixture(log_p: Tensor, log_q: Tensor, mix: float) -> Tensor:
-    """log(mix * p + (1 - mix) * q), in log space: a sum of vanishing probabilities would be log 0."""
+    """log(mix * p + (1 - mix) * q), in log space: there, probabilities that underflow still have a logarithm."""
     if mix == 0.0:
         return log_q
     if mix == 1.0:
@@ -59,72 +65,73 @@ def log_mixture(log_p: Tensor, log_q: Tensor, mix: float) -> Tensor:
     return torch.logaddexp(log_p + math.log(mix), log_q + math.log1p(-mix))
 
 
-def divergence(z_s: Tensor, z_t: Tensor, kind: Divergence, temperature: float = 1.0) -> Tensor:
-    """a KL(p || m) + b KL(q || m), both softmaxes at ``temperature``, no T^2 factor; z_s, z_t [C, V] -> [C]."""
+def divergence(z_s: Tensor, z_t: Tensor, d: Divergence, temperature: float = 1.0) -> Tensor:
+    """D = a KL(p || m) + b KL(q || m), both softmaxes at ``temperature``, no T^2 factor; z_s, z_t [C, V] -> [C]."""
     log_q = (z_s / temperature).log_softmax(-1)
     log_p = (z_t / temperature).log_softmax(-1)
-    log_m = log_mixture(log_p, log_q, kind.mix)
-    if kind.detached:
+    log_m = log_mixture(log_p, log_q, d.mix)
+    if d.detached:
         log_m = log_m.detach()
     value = torch.zeros_like(log_q[..., 0])
-    if kind.a:
-        value = value + kind.a * xlogy(log_p.exp(), log_p - log_m).sum(-1)
-    if kind.b:
-        value = value + kind.b * xlogy(log_q.exp(), log_q - log_m).sum(-1)
+    if d.a:
+        value = value + d.a * xlogy(log_p.exp(), log_p - log_m).sum(-1)
+    if d.b:
+        value = value + d.b * xlogy(log_q.exp(), log_q - log_m).sum(-1)
     return value
 
 
-def divergence_gradient(z_s: Tensor, z_t: Tensor, kind: Divergence, temperature: float = 1.0) -> Tensor:
-    """dD/dz_s = q (g - E_q[g]) / T with g = dD/dq = skew (q - p) / m + b log(q/m) and a constant, which drops.
+def divergence_gradient(z_s: Tensor, z_t: Tensor, d: Divergence, temperature: float = 1.0) -> Tensor:
+    """dD/dz_s = q (g - E_q[g]) / T with g = dD/dq = skew (q - p) / m + b log(q/m); a constant in g would cancel.
 
-    ``Divergence.skew`` derives g. q * g is formed from exponentials of summed logs: no 0 * inf, and a word whose q
-    underflows keeps its gradient (forward KL: -p). It is 0 where the student masks the word.
-    As q = (1 - mix) q (q - p)/m + q p/m,
+    ``Divergence.skew`` derives g. q * g is the exponential of summed logarithms. So there is no 0 * inf, and an entry
+    whose q underflows keeps its gradient (forward KL: -p). Where the student masks an entry, the gradient is 0.
+
+    The first term of g is rewritten with q = (1 - mix) q (q - p)/m + q p/m:
 
         q ((q - p)/m - E_q[(q - p)/m]) = q (q - p)/m E_q[p/m] - q p/m E_q[(q - p)/m]
 
-    where nothing large cancels when p and q hardly overlap (p/m small wherever q is not).
+    On the right nothing large cancels, even where p and q hardly overlap: p/m is small wherever q is not.
     """
     log_q = (z_s / temperature).log_softmax(-1)
     log_p = (z_t / temperature).log_softmax(-1)
-    log_m = log_mixture(log_p, log_q, kind.mix)
+    log_m = log_mixture(log_p, log_q, d.mix)
     q, log_q_m = log_q.exp(), log_q - log_m
 
     def mean(x: Tensor) -> Tensor:
         return x.sum(-1, keepdim=True) / q.sum(-1, keepdim=True)  # rounded probabilities do not sum to 1
 
     gradient = torch.zeros_like(q)
-    if kind.skew:
+    if d.skew:
         q_p = torch.where(log_q.isneginf(), 0, (log_p + log_q_m).exp())
         q_skew = torch.where(log_q.isneginf(), 0, (log_q + log_q_m).exp()) - q_p
-        gradient = gradient + kind.skew * (q_skew * mean(q_p) - q_p * mean(q_skew))
-    if kind.b:
+        gradient = gradient + d.skew * (q_skew * mean(q_p) - q_p * mean(q_skew))
+    if d.b:
         q_log = xlogy(q, log_q_m)
-        gradient = gradient + kind.b * (q_log - q * mean(q_log))
+        gradient = gradient + d.b * (q_log - q * mean(q_log))
     return gradient / temperature
 
 
 def missing_mass(log_p: Tensor) -> Tensor:
-    """log(1 - sum_i p_i) [C, 1] of log_p [C, K]: what a list of K words leaves to all others.
+    """log(1 - sum_i p_i) [C, 1] of log_p [C, K]: the mass of all entries but the K listed ones.
 
-    At least 2^-23, the rounding of fp32 lists: a reverse KL would be infinite where nothing is left.
+    The mass is at least 2^-23, which fp32 lists lose in rounding: where it is 0, a reverse KL would be infinite.
     """
     return (1 - log_p.exp().sum(-1, keepdim=True)).clamp(min=2.0**-23).log()
 
 
 def topk_divergence(
-    z_s: Tensor, indices: Tensor, log_p: Tensor, kind: Divergence, temperature: float = 1.0, renormalize: bool = False
+    z_s: Tensor, indices: Tensor, log_p: Tensor, d: Divergence, temperature: float = 1.0, renormalize: bool = False
 ) -> Tensor:
-    """The divergence of both distributions coarsened to K + 1 outcomes: K words and one bucket for all others.
+    """The divergence of both distributions coarsened to K + 1 outcomes: K entries and one bucket for all others.
 
-    indices, log_p [C, K]: distinct ids and log p of K words. The teacher's bucket has the mass 1 - sum p, the student's
-    that of its other words. ``renormalize`` (and K = V) drops the bucket. z_s [C, V] -> [C].
+    indices, log_p [C, K]: distinct ids and log p of K entries. The teacher's bucket has the mass 1 - sum p, the
+    student's that of its other entries. ``renormalize`` (and K = V) drops the bucket. z_s [C, V] -> [C].
     """
-    at_words = z_s.gather(-1, indices)
+    listed = z_s.gather(-1, indices)
     if renormalize or indices.shape[-1] == z_s.shape[-1]:
-        return divergence(at_words, log_p, kind, temperature)
+        return divergence(listed, log_p, d, temperature)
     others = z_s.scatter(-1, indices, -math.inf).logsumexp(-1, keepdim=True)
-    return divergence(torch.cat([at_words, others], -1), torch.cat([log_p, missing_mass(log_p)], -1), kind)
+    return divergence(torch.cat([listed, others], -1), torch.cat([log_p, missing_mass(log_p)], -1), d)
 
 
 def candidates(z_s: Tensor, k: int) -> Tensor:
@@ -132,13 +139,14 @@ def candidates(z_s: Tensor, k: int) -> Tensor:
     return z_s.sort(dim=-1, descending=True, stable=True).indices[:, :k]
 
 
-ABSENT = 3e4  # nats below the most likely word: masks lie there, fp16's lowest number -65504 included, and no real word
+# Nats below the most likely entry. Masks lie below that, fp16's lowest number -65504 included, and no real entry does.
+ABSENT = 3e4
 
 
 def absent(z: Tensor, top: Tensor) -> Tensor:
-    """Which words do not exist, being masked: -inf, a dtype's lowest number; z [C, K], the row's largest top [C, 1].
+    """Which entries are masked, with -inf or a dtype's lowest number; z [C, K], top [C, 1] each token's largest logit.
 
-    Where the row has no word at all, or a NaN, none is called absent: its values have to become NaN.
+    Where all entries of a token are masked, or one is NaN, none is called absent: the token's values must become NaN.
     """
     return z - top <= -ABSENT
 
@@ -146,24 +154,24 @@ def absent(z: Tensor, top: Tensor) -> Tensor:
 def teacher_order(z_t_candidates: Tensor, top: Tensor) -> Tensor:
     """The teacher's descending order of the student's candidates, ties by the student's rank; [C, K] -> [C, K].
 
-    Words that the teacher masks come last, as ties. top [C]: the teacher's largest logit of all words.
+    Entries that the teacher masks come last, as ties. top [C]: the teacher's largest logit of all entries.
     """
     z = z_t_candidates.masked_fill(absent(z_t_candidates, top[:, None]), -math.inf)
     return z.sort(dim=-1, descending=True, stable=True).indices
 
 
 def _present(ranked: Tensor) -> tuple[Tensor, Tensor]:
-    """Candidates relative to the most likely one, and which of them exist; absent ones without any weight."""
+    """The candidates' logits minus the largest one, and which candidates exist; the others get no weight."""
     top = ranked.max(-1, keepdim=True).values
     gone = absent(ranked, top)
     return (ranked - top).masked_fill(gone, -2 * ABSENT), ~gone
 
 
 def plackett_luce(ranked: Tensor) -> Tensor:
-    """NLL = sum_j [logsumexp(ranked_j..ranked_k) - ranked_j]  (TSD-KD eq. 4), over the words that exist.
+    """NLL = sum_j [logsumexp(ranked_j..ranked_k) - ranked_j]  (TSD-KD eq. 4), over the candidates that exist.
 
-    ranked [C, K]: the student's logits of its own candidates, in the teacher's order -> [C]. Words that the student
-    masks are no candidates, wherever the teacher ranks them: with fewer words than k the order of these is learnt.
+    ranked [C, K]: the student's logits of its own candidates, in the teacher's order -> [C]. Entries that the student
+    masks are no candidates, wherever the teacher ranks them. Where fewer than k entries exist, their order is learnt.
     """
     z, exists = _present(ranked)
     tails = z.flip(-1).logcumsumexp(-1).flip(-1)
@@ -171,9 +179,9 @@ def plackett_luce(ranked: Tensor) -> Tensor:
 
 
 def plackett_luce_gradient(ranked: Tensor) -> Tensor:
-    """dNLL/dranked_i = sum_{j <= i} exp(ranked_i - logsumexp(ranked_j..)) - 1; 0 for absent words; [C, K] -> [C, K].
+    """dNLL/dranked_i = sum_{j <= i} exp(ranked_i - logsumexp(ranked_j..)) - 1, 0 where absent; [C, K] -> [C, K].
 
-    ranked_i leaves the sum, whose other factors are summed from the first candidate on: no [C, K, K] terms.
+    exp(ranked_i) is taken out of the sum. What is left is a cumulative sum over j, so there are no [C, K, K] terms.
     """
     z, exists = _present(ranked)
     tails = z.flip(-1).logcumsumexp(-1).flip(-1)
@@ -187,20 +195,20 @@ def gate(entropy_s: Tensor, entropy_t: Tensor, tau: float) -> Tensor:
 
 
 def collision(z: Tensor, k: int) -> Tensor:
-    """sum of the k largest p_i^2, not renormalised; z [C, V] -> [C]  (VCRD, appendix 10.4)."""
+    """The sum of the k largest p_i^2, not renormalised; z [C, V] -> [C]  (VCRD, appendix 10.4)."""
     return z.softmax(-1).topk(min(k, z.shape[-1])).values.square().sum(-1)
 
 
 def likelihood_ratio(log_p_proposal: Tensor, collision: Tensor) -> Tensor:
     """w = exp(clip(0.5 ln w_raw, ln 0.5, ln 2)), w_raw = p(a_S) / (collision + 1e-8); [C], [C] -> [C].
 
-    a_S is the student's argmax, p the teacher, ``collision`` that of its 128 largest  (VCRD, appendix 10.4).
+    a_S is the student's argmax, p the teacher, ``collision`` the one of its 128 largest p_i  (VCRD, appendix 10.4).
     """
     log_raw = log_p_proposal.detach() - (collision.detach() + 1e-8).log()
     return (0.5 * log_raw).clamp(math.log(0.5), math.log(2.0)).exp()
 
 
-def validity_weights(student: Tensor, teacher: Tensor, kind: str = "ratio") -> Tensor:
+def validity_weights(student: Tensor, teacher: Tensor, rule: str = "ratio") -> Tensor:
     """w from a judge's scores r_S = r(c, a_S), r_T = r(c, a_T) of both models' proposals at a prefix  (VCRD eq. 1)."""
     r_s, r_t = student.detach(), teacher.detach()
     ratio = r_s / (r_t + 1e-8)
@@ -210,7 +218,7 @@ def validity_weights(student: Tensor, teacher: Tensor, kind: str = "ratio") -> T
         "difference": r_s - r_t,
         "student": r_s,
         "uniform": torch.ones_like(ratio),
-    }[kind]
+    }[rule]
 
 
 # ---- per response --------------------------------------------------------------------------------------------------
@@ -219,7 +227,7 @@ def validity_weights(student: Tensor, teacher: Tensor, kind: str = "ratio") -> T
 def opener(entropy_s: Tensor, share: float) -> Tensor:
     """The first m tokens, m the smallest with sum_{t <= m} H_s >= share * sum_t H_s; entropy_s [L] -> bool [L].
 
-    Token m is included; a response without any entropy has m = 1  (TSD-KD, section 3.1).
+    Token m is included. A response without any entropy has m = 1  (TSD-KD, section 3.1).
     """
     cumulative = entropy_s.detach().double().cumsum(0)
     inside = cumulative.roll(1) < share * cumulative[-1]  # token t is in while the tokens before it fall short
@@ -235,10 +243,11 @@ def most_uncertain(entropy_s: Tensor, ratio: float) -> Tensor:
 
 
 def adaptive_shares(gaps: Tensor, history: Tensor, edges, shares, window: int) -> Tensor:
-    """The share c of each of some consecutive responses; gaps [R] mean(H_s - H_t), history [<= window] earlier ones.
+    """The opener's share c of each of R consecutive responses  (TSD-KD, appendix A.7).
 
-    A response's difficulty is the mean of its gap and the window - 1 before it; c is that of the interval between
-    ``edges`` in which the difficulty lies (its lower edge belongs to it)  (TSD-KD, appendix A.7).
+    gaps [R] are the responses' mean(H_s - H_t), history [<= window] the gaps before them. A response's difficulty is
+    the mean of its gap and the window - 1 gaps before it. Its c is the one of ``shares`` for the interval of ``edges``
+    in which the difficulty lies; an edge belongs to the interval above it.
     """
     samples, chosen = history.detach().tolist(), []
     for gap in gaps.detach().tolist():
@@ -296,9 +305,9 @@ def distillm2(
     alpha_student=0.1,
     detach=False,
 ) -> Tensor:
-    """E over responses of mean_t SKL(t) where the teacher wrote the response, of mean_t SRKL(t) elsewhere."""
-    kinds = {True: SkewKL(alpha_teacher), False: SkewReverseKL(alpha_student, detach)}
-    means = [divergence(s, t, kinds[written]).mean() for s, t, written in zip(z_s, z_t, from_teacher, strict=True)]
+    """E over responses of mean_t SKL(t) where the teacher wrote the response, mean_t SRKL(t) elsewhere (DistiLLM-2)."""
+    by_author = {True: SkewKL(alpha_teacher), False: SkewReverseKL(alpha_student, detach)}
+    means = [divergence(s, t, by_author[written]).mean() for s, t, written in zip(z_s, z_t, from_teacher, strict=True)]
     return torch.stack(means).mean()
 
 
@@ -311,9 +320,10 @@ def vcrd(
     lambda_teacher=1.0,
     lambda_student=1.0,
 ) -> Tensor:
-    """[lambda_T sum_t w SKL over teacher responses + lambda_S sum_t w SRKL over student responses] / prompts.
+    """[lambda_T sum_t w SKL over the teacher's responses + lambda_S sum_t w SRKL over the student's] / prompts.
 
-    VCRD eqs. 2 - 4, Algorithm 1; w as given [L], by default the likelihood ratio. A prompt has one response of each.
+    VCRD eqs. 2 - 4 and Algorithm 1. ``weights`` are each response's w [L]; by default w is the likelihood ratio. A
+    prompt has one response by each author.
     """
     total = 0.0
     for i, (s, t, written) in enumerate(zip(z_s, z_t, from_teacher, strict=True)):
@@ -322,8 +332,8 @@ def vcrd(
             w = likelihood_ratio(log_p_proposal, collision(t, 128))
         else:
             w = weights[i].detach()
-        kind, factor = (SkewKL(alpha), lambda_teacher) if written else (SkewReverseKL(alpha), lambda_student)
-        total = total + factor * (w * divergence(s, t, kind)).sum()
+        d, factor = (SkewKL(alpha), lambda_teacher) if written else (SkewReverseKL(alpha), lambda_student)
+        total = total + factor * (w * divergence(s, t, d)).sum()
     return total / max(sum(from_teacher), len(from_teacher) - sum(from_teacher))
 
 

@@ -85,7 +85,7 @@ def padded(rows, fill):
 def test_packed_labels_are_as_many_responses_as_were_packed():
     labels = padded([labelled(row) for row in PACKED], -100)
     layout = kd.Layout.from_labels(labels)
-    assert layout.lengths == (3, 2, 4, 1, 5, 1) and layout.row.tolist() == [0, 0, 0, 1, 1, 1]
+    assert layout.lengths == (3, 2, 4, 1, 5, 1) and layout.sequence.tolist() == [0, 0, 0, 1, 1, 1]
     assert layout.token.tolist() == [token for row in PACKED for _, response in row for token in response]
     assert layout.part(1, 3).token.tolist() == [8, 2, 7, 5, 6, 2]
     assert layout.take([5, 1]).token.tolist() == [2, 8, 2]
@@ -249,7 +249,7 @@ def test_to_another_device():
     [
         (lambda: kd.Layout.from_mask(torch.ones(2, 3)), TypeError, ["mask", "bool", "float32"]),
         (lambda: kd.Layout.from_spans([0, 1], [2], 4), ValueError, ["lengths", "2", "got 1"]),
-        (lambda: kd.Layout.from_spans([1, 3], [2, 2], 4), ValueError, ["[0, 4)", "3 ... 4", "row 1"]),
+        (lambda: kd.Layout.from_spans([1, 3], [2, 2], 4), ValueError, ["[0, 4)", "3 ... 4", "sequence 1"]),
         (lambda: kd.Layout.from_spans([-1], [2], 4), ValueError, ["[0, 4)", "-1 ... 0"]),
         (lambda: kd.Layout.from_mask([[True]]), TypeError, ["mask", "bool", "list"]),
         (lambda: kd.Layout.from_mask(torch.ones(3, dtype=torch.bool)), ValueError, ["mask", "[B, L]", "[3]"]),

@@ -223,11 +223,11 @@ def _teacher_layout(layout: Layout, teacher: Source | None, teacher_mask: Tensor
         return layout
     other = _layout("teacher_mask", teacher_mask, teacher)
     if other.shape[0] != layout.shape[0]:
-        raise ValueError(f"teacher_mask: expected {layout.shape[0]} rows as in mask, got {other.shape[0]}")
-    rows, other_rows = layout.row.tolist(), other.row.tolist()
-    if other.lengths != layout.lengths or other_rows != rows:
+        raise ValueError(f"teacher_mask: expected {layout.shape[0]} sequences as in mask, got {other.shape[0]}")
+    sequences, other_sequences = layout.sequence.tolist(), other.sequence.tolist()
+    if other.lengths != layout.lengths or other_sequences != sequences:
         raise ValueError(
-            f"teacher_mask: expected as many tokens per response as in mask, {list(layout.lengths)} in rows "
-            f"{rows}, got {list(other.lengths)} in rows {other_rows}"
+            f"teacher_mask: expected as many tokens per response as in mask, {list(layout.lengths)} in sequences "
+            f"{sequences}, got {list(other.lengths)} in sequences {other_sequences}"
         )
     return other

@@ -1,4 +1,4 @@
-"""Where a distribution over the next token comes from: a head over hidden states, logits, or stored top-k entries."""
+"""Sources: what gives a distribution over the next token. A head over hidden states, logits, stored top-k entries."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The protocol of sources and producers: what the chunk loop, the checks and the operators know of a distribution.
+"""The protocol of sources and producers: all that the chunk loop, the checks and the operators know of a distribution.
 
-A new kind of teacher or head is one file: a ``Source`` and the ``Producer`` that it makes. Nobody else asks of what
-class a source is.
+A new kind of teacher or head is one file, with a ``Source`` and the ``Producer`` that it makes. No code outside this
+package asks for the class of a source.
 
 Axes: N tokens of a call, n tokens of a chunk, V vocabulary, H hidden, K stored entries; [...] leading dimensions.
 """
@@ -24,33 +24,33 @@ Gradient = tuple[Tensor | None, Tensor | float]
 
 
 class Costs(NamedTuple):
-    """Bytes that a source and its producer take beside the tensors that the source holds."""
+    """Bytes that a source and its producer need, without the tensors that the source holds."""
 
-    kept: int  # throughout the call
-    fixed: int  # at some time, whatever the chunk
+    kept: int  # during the whole call
+    fixed: int  # at times, whatever the size of a chunk
     row: int  # for each token of a chunk
 
 
 class Source:
-    """Where a distribution over the next token comes from: kd.Head, kd.Logits, kd.TopK or a class of your own.
+    """What gives a distribution over the next token: kd.Head, kd.Logits, kd.TopK or a class of your own.
 
-    A subclass is a frozen dataclass. It names its tensors, says what the class attributes below ask, and implements
-    ``vocabulary`` (if ``complete``), ``numbers`` and ``unpack`` (if it has fields that are no tensors), ``costs`` and
-    ``producer``. Defining it is all: it registers itself for ``unpack``, and a TypeError names the fields that it would
-    lose.
+    A subclass is a frozen dataclass that sets the class attributes below and implements ``costs`` and ``producer``. One
+    that is ``complete`` also has a ``vocabulary``. One with fields that are no tensors also has ``numbers`` and
+    ``unpack``; without them a TypeError names the fields that packing would lose. Nothing else is needed: defining the
+    class registers it for ``unpack``.
     """
 
-    names: tuple[str, ...]  # the fields that hold tensors; the first has the leading dimensions, None may come last
+    names: tuple[str, ...]  # the fields that hold tensors. The first has the leading dimensions, the last may be None
     axis: str  # what error messages call the last dimension of the first tensor
-    complete: bool = True  # it knows every entry of its vocabulary; False: K of them per token, see Producer.entries
-    trainable: bool = False  # it may be a student: its producer gives gradients of its tensors
-    key: str  # what the class is registered under
+    complete: bool = True  # whether it knows all entries of its vocabulary, or K of each token (Producer.entries)
+    trainable: bool = False  # whether it may be a student, so that its producer gives gradients of its tensors
+    key: str  # the name that the class is registered under
 
     def __init_subclass__(cls, **options):
         super().__init_subclass__(**options)
         _check_fields(cls)
         name = f"{cls.__module__}.{cls.__qualname__}"
-        others = sum(key.partition("#")[0] == name for key in _CLASSES)  # made anew, as in a notebook: both are in use
+        others = sum(key.partition("#")[0] == name for key in _CLASSES)  # defined again, as in a notebook: both stay
         cls.key = f"{name}#{others}" if others else name
         _CLASSES[cls.key] = cls
 
@@ -75,22 +75,25 @@ class Source:
 
     @property
     def vocabulary(self) -> int:
-        """How many entries have a probability. Only asked of a ``complete`` source."""
+        """How many entries have a probability. Only read where the source is ``complete``."""
         raise NotImplementedError(f"{type(self).__name__}.vocabulary")
 
     @property
     def width(self) -> int:
-        """H, where logits are products of hidden states with weights: its first two tensors then. Else 0."""
+        """H, where the first two tensors are hidden states and weights, whose products are the logits. Else 0."""
         return 0
 
     def logits_dtype(self, asked: torch.dtype | None) -> torch.dtype:
-        """Of the chunk buffer when it is the student; ``asked`` by the caller or None.
+        """The dtype of the chunk buffer when this source is the student.
 
-        By default fp32 for products on GPUs. The operands' own on CPUs, where logits twice as large would halve the
-        chunks of a budget and cost a fifth of the time, and where logits exist already.
+        The default on GPUs is fp32 where logits are products. It is the dtype of the source's own tensors where logits
+        exist already, and on CPUs, where fp32 logits would halve the chunks of a budget and cost a fifth of the time.
+
+        Args:
+            asked: the caller's ``logits_dtype``; None for the default.
 
         Raises:
-            ValueError: another dtype was asked for than the operands' own or a wider fp32.
+            ValueError: ``asked`` is neither the tensors' dtype nor a wider fp32.
         """
         own = self.dtype
         if asked is None:
@@ -100,20 +103,24 @@ class Source:
         return asked
 
     def fits_dtype(self, student: Source) -> bool:
-        """Whether it may be the teacher of a student of that dtype.
+        """Whether this source may be the teacher of a student of that dtype.
 
-        Logits are read as they are: only fp64 would lose digits beside a narrower student.
+        Both sources' logits are read in their own dtypes. Only fp64 would lose digits beside a narrower student.
         """
         return self.dtype == student.dtype or self.dtype != torch.float64
 
     def check_temperature(self, temperature: float) -> None:
-        """Raises a ValueError where it has no distribution at this temperature."""
+        """Checks that the source has a distribution at this temperature.
+
+        Raises:
+            ValueError: it has none.
+        """
 
     # ---- copies and packing ----
 
     @classmethod
     def trusted(cls, **fields) -> Source:
-        """From fields that need no second look; the others have their defaults."""
+        """A source of fields that are known to be right, and the defaults of all others."""
         source = cls.__new__(cls)
         source.__dict__.update(fields)
         return source
@@ -123,12 +130,12 @@ class Source:
         return self.trusted(**self.__dict__ | dict(zip(self.names, detached, strict=True)))
 
     def autocast(self) -> Source:
-        """This source as autocast wants it: only a head multiplies matrices."""
+        """This source in autocast's dtype. Only a head changes, because only a head multiplies matrices."""
         return self
 
     @property
     def numbers(self) -> list[float]:
-        """What ``unpack`` needs beside the tensors."""
+        """What ``unpack`` needs besides the tensors."""
         return []
 
     def pack(self) -> tuple[list[Tensor], str, list[float]]:
@@ -137,14 +144,21 @@ class Source:
 
     @classmethod
     def unpack(cls, tensors: list[Tensor], numbers: list[float]) -> Source:
-        """The source that ``pack`` took apart; it has been checked."""
+        """The source that ``pack`` took apart, which needs no second check."""
         return cls.trusted(**dict(zip(cls.names, tensors, strict=False)))
 
     # ---- in the chunk loop ----
 
     def costs(self, backend: Backend, vocabulary: int, dtype: torch.dtype, largest: int, trained: bool) -> Costs:
-        """What its producer will take: of logits in ``dtype``, of which the ``largest`` entries are asked for, and of
-        gradients where it is ``trained``."""
+        """The memory that its producer will need.
+
+        Args:
+            backend: the row kernels of the call.
+            vocabulary: V, of student and teacher.
+            dtype: of the logits in the chunk buffer.
+            largest: how many of each token's largest entries are asked for.
+            trained: whether it is a student whose tensors get gradients.
+        """
         raise NotImplementedError(f"{type(self).__name__}.costs")
 
     def producer(
@@ -156,24 +170,24 @@ class Source:
         needs: tuple[bool, ...] | None = None,
         pieces: int = 1,
     ) -> Producer:
-        """What gives the chunk loop this distribution.
+        """What gives this distribution to the chunk loop.
 
         Args:
-            backend: the row kernels of this call.
-            index: [N] flat positions in the leading dimensions.
+            backend: the row kernels of the call.
+            index: [N] the flat positions of the call's tokens in the leading dimensions.
             vocabulary: V, of student and teacher.
-            buffer: [n, V] for the logits of one chunk; None unless ``complete``.
-            needs: of a student, which of ``tensors`` want a gradient; None of a teacher.
-            pieces: how often a student's ``Producer.add`` will be called.
+            buffer: [n, V] for the logits of one chunk; None where the source is not ``complete``.
+            needs: of a student, which of its ``tensors`` get a gradient; None for a teacher.
+            pieces: how many times a student's ``Producer.add`` will be called.
         """
         raise NotImplementedError(f"{type(self).__name__}.producer")
 
 
 class Producer:
-    """Gives logits of some tokens, and takes their gradient back where the source is the student.
+    """Fills the chunk buffer from a source and, where that is the student, takes the gradient of the logits back.
 
-    A teacher that computes logits implements ``fill``, one that knows K entries of each token ``entries`` and
-    ``divergence``, a student also ``add`` and ``gradients``.
+    A ``complete`` source's producer implements ``fill``. One that knows K entries of each token implements ``entries``
+    and ``divergence``. A student's implements ``add`` and ``gradients`` too.
     """
 
     def __init__(self, backend: Backend, index: Tensor, vocabulary: int, buffer: Tensor | None):
@@ -190,15 +204,21 @@ class Producer:
         return self.backend.statistics(logits, 1.0, None, temperature, topk, gather)
 
     def add(self, tokens: slice, d_logits: Tensor, powers: Tensor | None) -> None:
-        """Adds these tokens' part of the gradients; d_logits [n, V], of fp16 to be multiplied with powers [n]."""
+        """Adds what these tokens contribute to the gradients.
+
+        Args:
+            tokens: which of the call's tokens.
+            d_logits: [n, V] the gradient of their logits.
+            powers: [n] what each token's d_logits still has to be multiplied with; None unless d_logits is fp16.
+        """
         raise NotImplementedError(f"{type(self).__name__}.add")
 
     def gradients(self) -> tuple[Gradient, ...]:
-        """Of the source's tensors, in their order."""
+        """The gradients of the source's tensors, in their order."""
         raise NotImplementedError(f"{type(self).__name__}.gradients")
 
     def entries(self, tokens: slice) -> tuple[Tensor, Tensor]:
-        """Ids [n, K] of the entries that are known of these tokens, and their log-probabilities [n, K] in fp64."""
+        """The entries that are known of these tokens: ids [n, K], and log-probabilities [n, K] in fp64."""
         raise NotImplementedError(f"{type(self).__name__}.entries")
 
     def divergence(self, student: Rows, ids: Tensor, log_p: Tensor, divergence, temperature: float):
@@ -213,12 +233,12 @@ _CLASSES: dict[str, type[Source]] = {}
 
 
 def packed(source: Source | None) -> tuple[list[Tensor], str, list[float]]:
-    """``Source.pack``; of no teacher, an empty key."""
+    """``Source.pack``, or an empty key where there is no teacher."""
     return source.pack() if source else ([], "", [])
 
 
 def unpacked(tensors: list[Tensor], key: str, numbers: list[float]) -> Source | None:
-    """What ``packed`` was given."""
+    """The source, or None, that ``packed`` was given."""
     if key and key not in _CLASSES:
         raise RuntimeError(f"{key}: expected a source that is defined here; import its module first")
     return _CLASSES[key].unpack(tensors, numbers) if key else None
@@ -232,17 +252,19 @@ def _check_fields(cls: type[Source]) -> None:
 
 
 def row_bytes(vocabulary: int, device: torch.device, dtype: torch.dtype, largest: int) -> int:
-    """Bytes of one token's logits in a buffer and of its ``largest`` entries."""
-    # 64: ids, values and what is computed from them
+    """The bytes of one token's logits in a buffer and of its ``largest`` entries."""
+    # 64 bytes an entry: its id, its value and what is computed from them
     return memory.padded(vocabulary, device) * dtype.itemsize + 64 * largest
 
 
 def take(source: Tensor, at: Tensor) -> Tensor:
-    """Rows [n, X] of source [..., X] at flat positions [n]. Flattening what is not contiguous would copy all of it,
-    unless it is a single row."""
+    """What source [..., X] has at flat positions [n]: [n, X].
+
+    A source that is not contiguous is not flattened, which would copy all of it, unless it is one vector.
+    """
     if source.is_contiguous() or source.dim() == 1:
         return source.view(-1, source.shape[-1]).index_select(0, at)
-    places = []  # in each leading dimension
+    places = []  # the index in each leading dimension
     for size in reversed(source.shape[:-1]):
         places.insert(0, at % size)
         at = at // size
@@ -250,7 +272,7 @@ def take(source: Tensor, at: Tensor) -> Tensor:
 
 
 def powers_like(values: Tensor) -> Tensor | float:
-    """Room for the powers (fp16.py) of the rows of fp16 values [..., H]: fp32 [..., 1]."""
+    """Ones, to be overwritten by the powers of two (fp16.py) of fp16 values [..., H]: fp32 [..., 1]."""
     return values.new_ones((*values.shape[:-1], 1), dtype=torch.float32) if values.dtype == torch.float16 else 1.0
 
 
@@ -263,12 +285,12 @@ def check_vocab_size(vocab_size: int | None, most: int, what: str) -> None:
 
 
 def autocasts(device: torch.device) -> bool:
-    """Whether ``torch.autocast`` is on."""
+    """Whether ``torch.autocast`` is on for that device."""
     return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
-    """What autocast makes of a tensor: None where it is off, and for fp64, which it leaves alone."""
+    """The dtype that autocast gives a tensor: None where it is off, and for fp64, which it leaves alone."""
     if tensor.dtype == torch.float64 or not autocasts(tensor.device):
         return None
     return torch.get_autocast_dtype(tensor.device.type)

@@ -6,12 +6,24 @@ from .base import Source
 
 
 def check_student(student: object) -> None:
+    """Raises a TypeError for what is no trainable source."""
     if not isinstance(student, Source) or not student.trainable:
         raise TypeError(f"student: expected kd.Head or kd.Logits, got {type(student).__name__}")
 
 
 def check_teacher(student: Source, teacher: object, same_positions: bool = True) -> None:
-    """A teacher that fits the student: device, dtype and, unless a mask maps them, leading dimensions."""
+    """Checks that a teacher fits the student.
+
+    Args:
+        student: a student that has been checked.
+        teacher: what was given as the teacher.
+        same_positions: its leading dimensions have to be the student's; False where a mask of its own says which
+            positions belong together.
+
+    Raises:
+        TypeError: teacher is no source, or its dtype does not go with the student's.
+        ValueError: it is on another device, or has other leading dimensions.
+    """
     if not isinstance(teacher, Source):
         raise TypeError(f"teacher: expected kd.Head, kd.Logits or kd.TopK, got {type(teacher).__name__}")
     device = student.device
@@ -27,17 +39,19 @@ def check_teacher(student: Source, teacher: object, same_positions: bool = True)
 
 
 def check_complete(teacher: Source, why: str) -> None:
-    """Raises a TypeError for a teacher that knows K entries of each token where ``why`` needs all."""
+    """Raises a TypeError, which says ``why``, for a teacher that knows only K entries of each token."""
     if not teacher.complete:
         raise TypeError(f"teacher: expected kd.Head or kd.Logits, got {type(teacher).__name__}: {why}")
 
 
 def shared_vocabulary(student: Source, teacher: Source | None) -> int:
-    """The entries both can score: the student's. A teacher that knows K entries of each token names ids of these.
+    """How many entries both models can score: as many as the student has.
+
+    A teacher that knows K entries of each token names ids of the student's vocabulary.
 
     Raises:
-        ValueError: the teacher has fewer entries than the student. Cutting the student to the teacher's size must be
-            asked for, by passing that ``vocab_size`` to the student.
+        ValueError: the teacher has fewer entries than the student. The student is not cut to the teacher's size by
+            itself: whoever wants that passes this ``vocab_size`` to the student.
     """
     if teacher is None or not teacher.complete:
         return student.vocabulary

@@ -1,10 +1,10 @@
-"""What a transformers causal LM does between its trunk and its logits, read from its own forward.
+"""What a transformers causal LM does between its trunk and its logits, measured by running its own forward.
 
-Names in configs are no guide: the same ``logits_scaling`` divides in one model and multiplies in another, a vision
-model's text config has a soft-cap that its own forward never applies, and a few models transform the hidden states
-once more. So the forward itself is asked, once per model: it runs on a copy of the model's outermost modules, with
-stand-ins for trunk and output layer that return known numbers. No weight is read, so it works wherever the weights
-are (another device, shards, nowhere at all), and nothing but Python and a few vectors of V numbers is paid for.
+Names in configs do not say it: ``logits_scaling`` divides in one model and multiplies in another, a vision model's text
+config has a soft-cap that its forward never applies, and a few models transform the hidden states once more. So the
+forward itself runs, once for each model, on a copy of the model's outermost modules in which stand-ins for trunk and
+output layer return known numbers. No weight is read. So it works wherever the weights are (on another device, in
+shards, nowhere at all), and costs nothing but Python and a few vectors of V numbers.
 
 Axes: T positions, V vocabulary, H hidden.
 """
@@ -32,13 +32,13 @@ class Tail(NamedTuple):
 
 
 def trunk(model: nn.Module) -> nn.Module:
-    """The module whose last hidden state the head multiplies: ``base_model``, or what stands in its place.
+    """The module whose last hidden states the head multiplies: ``base_model``, or what the model has instead.
 
-    A few models name a base model that they do not have (Llama 4's and Mllama's text models): transformers then says
-    that it is the model itself.
+    A few models name a base model that they do not have (Llama 4's and Mllama's text models); their ``base_model`` is
+    the model itself.
 
     Raises:
-        TypeError: there is none.
+        TypeError: there is no such module.
     """
     model = unwrapped(model)
     for find in (
@@ -56,10 +56,10 @@ def trunk(model: nn.Module) -> nn.Module:
 
 
 def tail(model: nn.Module) -> Tail:
-    """How ``model`` makes logits of its trunk's last hidden states.
+    """How ``model`` turns its trunk's last hidden states into logits.
 
     Raises:
-        TypeError: naming what of it no ``kd.Head`` can say.
+        TypeError: it does something that no ``kd.Head`` does, which the message names.
     """
     model = unwrapped(model)
     numbers = _numbers(model)
@@ -67,7 +67,7 @@ def tail(model: nn.Module) -> Tail:
 
 
 def _numbers(model: nn.Module) -> tuple[float, float | None, int]:
-    """Scale, soft-cap and entries; checked in every call, measured in the first and wherever something has changed."""
+    """Scale, soft-cap and entries: measured in the first call, and again when something of the model has changed."""
     layer = _output_layer(model)
     for name, module in (("the model", model), ("its output layer", layer)):
         for hooks in (
@@ -80,14 +80,14 @@ def _numbers(model: nn.Module) -> tuple[float, float | None, int]:
                 if not _is_plumbing(hook):
                     raise _refusal(model, f"{name} has a hook, {_name(hook)}, which nobody would call")
     state, known = _state(model, layer), _KNOWN.setdefault(model, {})
-    before, numbers = known.get(model.training, (None, None))  # dropout makes training another forward
+    before, numbers = known.get(model.training, (None, None))  # with dropout, training is another forward
     if before != state:
         numbers = _measure(model, layer)
         known[model.training] = state, numbers
     return numbers
 
 
-# What torch.compiler.assume_constant_result does, without loading the compiler: compiled code has them built in.
+# As torch.compiler.assume_constant_result does, without loading the compiler: compiled code has the numbers built in.
 _numbers._dynamo_marked_constant = True
 _KNOWN: weakref.WeakKeyDictionary[nn.Module, dict[bool, tuple]] = weakref.WeakKeyDictionary()
 
@@ -106,7 +106,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def _output_layer(model: nn.Module) -> nn.Linear:
     layer = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    # a subclass that multiplies like nn.Linear is one: parametrized weights (read, they are what multiplies), FSDP2
+    # A subclass that multiplies as nn.Linear does will do: parametrized weights (read as multiplied), and FSDP2's.
     if not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward:
         raise TypeError(
             f"model: expected a plain torch.nn.Linear as output embedding of {_kind(model)}, got "
@@ -145,13 +145,13 @@ def _innermost(function: object) -> object:
 
 
 def _is_plumbing(hook: object) -> bool:
-    """Hooks that gather or move what a module needs, and leave its numbers as they are."""
+    """Whether a hook only gathers or moves what a module needs, so that its numbers stay as they are."""
     module = getattr(_innermost(hook), "__module__", None) or ""
     return module.split(".")[0] in ("accelerate", "deepspeed") or module.startswith("torch.distributed.")
 
 
 def _own_forward(module: nn.Module):
-    """The forward put on this very module in place of its class's, without what only moves tensors or compiles."""
+    """The forward that was put on this module in place of its class's, without wrappers that only move or compile."""
     forward = module.__dict__.get("forward")
     if "_old_forward" in module.__dict__ and _is_plumbing(forward):  # accelerate's, for device_map="auto"
         forward = module._old_forward
@@ -160,7 +160,7 @@ def _own_forward(module: nn.Module):
 
 
 def _state(model: nn.Module, layer: nn.Linear) -> tuple:
-    """All that the measurement may depend on, cheap enough to be looked at in every call."""
+    """All that the measurement may depend on. It is cheap enough to be compared in every call."""
     config = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     configs = () if config is None else (dict(vars(config)), {} if text is config else dict(vars(text)))
@@ -176,17 +176,17 @@ def _state(model: nn.Module, layer: nn.Linear) -> tuple:
     return (shape, type(model).forward, own, configs, numbers, buffers)
 
 
-# What the stand-in for the output layer returns at each of the four positions. Powers of two and eighths: every
-# floating-point type holds them.
+# What the stand-in for the output layer returns at two of the four positions. These, and the eighths at the last
+# position, are exact in every floating-point type.
 _SMALL, _HUGE = 2.0**-10, 2.0**30
 
 
 def _measure(model: nn.Module, layer: nn.Linear) -> tuple[float, float | None, int]:
     """Scale, soft-cap and real entries of the logits that the model's own forward makes of known numbers."""
-    rows, width = layer.out_features, layer.in_features
-    raw = torch.zeros(4, rows, dtype=torch.float64, device="cpu")
+    columns, width = layer.out_features, layer.in_features
+    raw = torch.zeros(4, columns, dtype=torch.float64, device="cpu")
     raw[1], raw[2] = _SMALL, _HUGE
-    raw[3] = (torch.arange(rows, device="cpu") * 37 % 129 - 64) / 8
+    raw[3] = (torch.arange(columns, device="cpu") * 37 % 129 - 64) / 8
     hidden = (torch.arange(4 * width, dtype=torch.float64, device="cpu").reshape(1, 4, width) * 5) % 7 + 1
     seen, logits = _run(model, layer, hidden, raw)
 
@@ -195,8 +195,8 @@ def _measure(model: nn.Module, layer: nn.Linear) -> tuple[float, float | None, i
         raise _refusal(model, "it transforms the trunk's last hidden states before its output layer")
     if factor != 1 and layer.bias is not None:
         raise _refusal(model, "it scales the hidden states before an output layer with a bias")
-    if logits.dim() != 3 or logits.shape[:2] != (1, 4) or not 0 < logits.shape[-1] <= rows:
-        raise _refusal(model, f"it makes logits {list(logits.shape)} of an output layer's [1, 4, {rows}]")
+    if logits.dim() != 3 or logits.shape[:2] != (1, 4) or not 0 < logits.shape[-1] <= columns:
+        raise _refusal(model, f"it makes logits {list(logits.shape)} of an output layer's [1, 4, {columns}]")
 
     masked = (logits[0] <= torch.finfo(torch.float16).min).all(0)  # entries that it gives no probability
     entries = logits.shape[-1] - int(masked.sum())
@@ -220,32 +220,40 @@ def _measure(model: nn.Module, layer: nn.Linear) -> tuple[float, float | None, i
 
 
 def _short(number: float) -> float:
-    """The number as someone wrote it where float32 arithmetic has touched its last digits."""
+    """The number without the last digits, where these can only come from float32 arithmetic."""
     short = float(f"{number:.6g}")
     return short if math.isclose(number, short, rel_tol=2e-7) else number
 
 
 def _run(model: nn.Module, layer: nn.Linear, hidden: Tensor, raw: Tensor) -> tuple[Tensor, Tensor]:
-    """What the model's own forward hands to its output layer when its trunk returns ``hidden`` [1, T, H], and the
-    logits it makes when that layer returns ``raw`` [T, V].
+    """Runs the model's own forward; its trunk returns ``hidden`` [1, T, H], its output layer ``raw`` [T, V].
+
+    Returns:
+        What the output layer was given, and the logits.
     """
     ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
     given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "decoder_input_ids": ids}
     with torch.no_grad():
         seen, out = ask(model, layer, _Hidden((hidden.clone(),)), raw, **given)
     logits = out[0] if isinstance(out, tuple) else out.logits
-    return seen.to("cpu", torch.float64), logits.to("cpu", torch.float64)  # device_map's forwards may have moved them
+    return seen.to("cpu", torch.float64), logits.to("cpu", torch.float64)  # a forward of device_map may move them
 
 
 def ask(model: nn.Module, layer: nn.Linear, states: tuple, raw: Tensor, **given) -> tuple[Tensor, object]:
-    """Runs the model's own forward with stand-ins: its trunk returns ``states`` whatever it is called with, its output
-    layer ``raw`` [T, V].
+    """Runs the model's own forward with stand-ins for its trunk and its output layer.
+
+    Args:
+        model: the causal LM.
+        layer: its output layer.
+        states: what the trunk returns, whatever it is called with.
+        raw: [T, V] what the output layer returns.
+        given: arguments of the forward; those that it does not know are left out.
 
     Returns:
-        What the output layer was given, and what the forward returned. Of ``given`` it got what it has a name for.
+        What the output layer was given, and what the forward returned.
 
     Raises:
-        TypeError: it cannot be run that way.
+        TypeError: the forward cannot be run that way.
     """
     forward = _own_forward(model)
     if forward is not None and getattr(forward, "__self__", None) is not model:
@@ -266,7 +274,7 @@ def ask(model: nn.Module, layer: nn.Linear, states: tuple, raw: Tensor, **given)
         if recorder.seen is None:
             raise RuntimeError("the output layer was not called")
         return recorder.seen, out
-    except Exception as error:  # whatever a forward does that stand-ins cannot follow
+    except Exception as error:  # a forward may do anything that stand-ins do not support
         said = f"{type(error).__name__}: {error}".splitlines()[0]
         others = [name for name, module in copy.named_modules() if _computes(module)]
         others = f", where it has {', '.join(others)}" if others else ""
@@ -278,7 +286,7 @@ def _computes(module: nn.Module) -> bool:
 
 
 def _shallow(module: nn.Module, device: torch.device) -> nn.Module:
-    """The same module with the same children, whose children can be replaced, and its own buffers on ``device``."""
+    """A copy of a module with the same children, which can be replaced, and with its own buffers on ``device``."""
     copy = object.__new__(type(module))  # FSDP2's classes have a __new__ of their own
     buffers = {name: b if b is None or b.is_meta else b.to(device) for name, b in module._buffers.items()}
     copy.__dict__.update(module.__dict__, _modules=dict(module._modules), _buffers=buffers)
@@ -286,7 +294,11 @@ def _shallow(module: nn.Module, device: torch.device) -> nn.Module:
 
 
 def _replace(copy: nn.Module, old: nn.Module, new: nn.Module, device: torch.device) -> bool:
-    """Puts ``new`` in the place that ``old`` has below ``copy``; the modules on the way there become copies too."""
+    """Puts ``new`` in place of ``old`` anywhere below ``copy``; the modules on the way become copies too.
+
+    Returns:
+        Whether ``old`` was there.
+    """
     for name, child in copy._modules.items():
         if child is old:
             copy._modules[name] = new
@@ -301,7 +313,7 @@ def _replace(copy: nn.Module, old: nn.Module, new: nn.Module, device: torch.devi
 
 
 class _Trunk(nn.Module):
-    """Stands in for a trunk or a part of one: called, it returns the states it was given."""
+    """Stands in for a trunk or a part of it, and returns the given states when it is called."""
 
     def __init__(self, original: nn.Module, states: tuple):
         super().__init__()
@@ -316,7 +328,7 @@ class _Trunk(nn.Module):
 
 
 class _Hidden(tuple):
-    """A model output: the last hidden state comes first, whatever else is asked for is None."""
+    """A model's output: the last hidden state is its first element, and any other field is None."""
 
     @property
     def last_hidden_state(self) -> Tensor:
@@ -331,7 +343,7 @@ class _Hidden(tuple):
 
 
 class _OutputLayer(nn.Module):
-    """Stands in for the output layer: remembers what it is given, returns known numbers."""
+    """Stands in for the output layer: it remembers what it is given and returns known numbers."""
 
     def __init__(self, original: nn.Linear, raw: Tensor):
         super().__init__()

@@ -20,20 +20,20 @@ from .from_model import tail
 
 @dataclass(frozen=True, eq=False)
 class Head(Source):
-    """Logits that are never materialised: z = softcap * tanh(scale * (hidden @ weight.T + bias) / softcap).
+    """The logits z = softcap * tanh(scale * (hidden @ weight.T + bias) / softcap), never all of them at once.
 
     Args:
         hidden: [..., H] last hidden states, after the final norm.
         weight: [V, H] lm_head weight; a parameter or any tensor computed from parameters.
         bias: [V] or None.
-        softcap: final logit soft-cap (Gemma2: 30); None for no soft-cap.
-        scale: factor on the raw logits (Cohere ``logit_scale``, Granite ``1 / logits_scaling``).
-        vocab_size: real vocabulary where ``weight`` is padded beyond it; the padding rows have probability 0.
+        softcap: the soft-cap of the final logits (Gemma 2: 30); None for none.
+        scale: a factor on the raw logits (Cohere's ``logit_scale``, Granite's ``1 / logits_scaling``).
+        vocab_size: the real vocabulary where ``weight`` is padded; the padding has probability 0.
 
     Raises:
-        TypeError: a tensor of the wrong kind (quantized, a shard: the message says how to get a plain one), or hidden,
-            weight and bias of different dtypes (autocast makes them one).
-        ValueError: shapes or devices that do not fit, a soft-cap that is not positive, a vocab_size outside [1, V].
+        TypeError: a tensor is quantized or a shard (the message says how to get a plain one), or hidden, weight and
+            bias have different dtypes and autocast is off.
+        ValueError: shapes or devices do not fit, softcap or scale is not positive, or vocab_size is outside [1, V].
     """
 
     hidden: Tensor
@@ -63,36 +63,38 @@ class Head(Source):
             way_out = where_the_rows_are(self.weight)
             kind = TypeError if way_out else ValueError
             raise kind(f"weight: expected shape [V, H], got {list(self.weight.shape)}{way_out}")
-        rows, width = self.weight.shape
+        entries, width = self.weight.shape
         if self.hidden.dim() < 1 or self.hidden.shape[-1] != width:
             raise ValueError(
-                f"hidden: expected [..., {width}] to fit weight [{rows}, {width}], got {list(self.hidden.shape)}"
+                f"hidden: expected [..., {width}] to fit weight [{entries}, {width}], got {list(self.hidden.shape)}"
             )
-        if self.bias is not None and self.bias.shape != (rows,):
-            raise ValueError(f"bias: expected shape [{rows}], got {list(self.bias.shape)}")
+        if self.bias is not None and self.bias.shape != (entries,):
+            raise ValueError(f"bias: expected shape [{entries}], got {list(self.bias.shape)}")
         if self.softcap is not None:
             check_positive("softcap", self.softcap)
         check_positive("scale", self.scale)
-        check_vocab_size(self.vocab_size, rows, "the rows of weight")
+        check_vocab_size(self.vocab_size, entries, "the rows of weight")
 
     @property
     def vocabulary(self) -> int:
-        """Number of entries with a probability: ``vocab_size`` or the rows of weight."""
+        """How many entries have a probability: ``vocab_size``, or all of weight's."""
         return self.vocab_size or self.weight.shape[0]
 
     @property
     def width(self) -> int:
-        """H: logits are products."""
+        """H, because logits are products."""
         return self.hidden.shape[-1]
 
     def fits_dtype(self, student: Source) -> bool:
-        """Two heads multiply in one dtype: their own, or what autocast makes of both."""
+        """Two heads have to multiply in one dtype: the one they have, or the one autocast gives both."""
         if not student.width or self.dtype == student.dtype:
             return super().fits_dtype(student)
         return all(autocast_dtype(source.tensors[0]) for source in (student, self))
 
     def autocast(self) -> Head:
-        """In autocast's dtype where that is on; differentiable: gradients come in the parameters' dtype."""
+        """The head in autocast's dtype where autocast is on. The casts are differentiable, so that gradients arrive in
+        the parameters' own dtype.
+        """
         dtype = autocast_dtype(self.hidden)
         if dtype is None:
             return self
@@ -101,7 +103,7 @@ class Head(Source):
 
     @property
     def numbers(self) -> list[float]:
-        """Soft-cap (0: none), scale and vocabulary."""
+        """Soft-cap (0 for none), scale and vocabulary."""
         return [self.softcap or 0.0, self.scale, self.vocabulary]
 
     @classmethod
@@ -127,20 +129,23 @@ class Head(Source):
 
     @classmethod
     def from_model(cls, model, hidden: Tensor, vocab_size: int | None = None) -> Head:
-        """The head of a transformers causal LM over ``hidden`` [..., H], the last hidden states of its base model, with
-        its bias, soft-cap and logit scale as the model's own forward applies them (``from_model.py``).
+        """The head of a transformers causal LM, with bias, soft-cap and scale as its own forward applies them.
 
-        ``vocab_size`` is the real vocabulary (the tokenizer's) where the embedding is padded; default: the entries
-        that the model's forward gives a logit.
+        ``from_model.py`` says how these are found out. Every call notices a model that has changed. Code that
+        torch.compile has compiled does not, because it has the numbers built in: after a change to the model's config,
+        forward or hooks call ``torch.compiler.reset()``.
 
-        Every call notices a model that has changed. Not so code that torch.compile has compiled, which has the numbers
-        built in: after a change to the model's config, forward or hooks call ``torch.compiler.reset()``.
+        Args:
+            model: the causal LM; it may be wrapped by DDP, FSDP, DeepSpeed, torch.compile or PEFT.
+            hidden: [..., H] the last hidden states of its base model.
+            vocab_size: the real vocabulary (the tokenizer's) where the embedding is padded; by default the entries
+                that the model's forward gives a logit.
 
         Raises:
-            ValueError: a vocab_size beyond that.
-            TypeError: naming what a Head cannot say of this model: an output embedding that is more than a linear
-                layer (an adapter whose effect reading ``.weight`` would lose) or has hooks, a replaced forward, a
-                transform between base model and output embedding, logits that are more than scaled and capped.
+            ValueError: vocab_size exceeds that default.
+            TypeError: the model does something that no Head does, which the message names: its output embedding is more
+                than a linear layer (an adapter, whose effect ``.weight`` does not show) or has hooks, its forward was
+                replaced, it transforms the hidden states, or its logits are more than scaled and capped.
         """
         read = tail(model)
         if vocab_size is not None:
@@ -156,12 +161,12 @@ class Head(Source):
 
 
 def _multiplies(weight: Tensor) -> bool:
-    """Whether entries lie side by side or below each other; every product would copy other weights."""
+    """Whether products can read the weight in place, because one of its strides is 1."""
     return 1 in weight.stride()
 
 
 class HeadProducer(Producer):
-    """Logits multiplied from hidden states. Gradients, of those in ``needs``: hidden, weight, bias."""
+    """Multiplies hidden states into logits. Its gradients, where ``needs`` asks: of hidden, weight and bias."""
 
     def __init__(
         self,
@@ -176,7 +181,7 @@ class HeadProducer(Producer):
         super().__init__(backend, index, vocabulary, buffer)
         self.source = head.hidden
         weight = head.weight[:vocabulary]
-        # not contiguous(), which leaves the strides of a single number as they are
+        # not contiguous(), which leaves the strides of a weight of one number as they are
         self.weight = weight if _multiplies(head.weight) else weight.clone(memory_format=torch.contiguous_format)
         self.bias = None if head.bias is None else head.bias[:vocabulary]
         self.scale, self.softcap = float(head.scale), head.softcap

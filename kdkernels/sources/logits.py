@@ -17,18 +17,18 @@ from .base import Costs, Gradient, Producer, Source, check_vocab_size, powers_li
 
 @dataclass(frozen=True, eq=False)
 class Logits(Source):
-    """Logits that exist already, as teacher or as student (the gradient then goes to them).
+    """Logits that exist already, as teacher or as student. A student's logits get the gradient.
 
-    They are copied into the chunk buffers, never written to. A teacher's may be of another dtype than the student's
-    operands (stored in bf16, say); both distributions are computed from their own values.
+    They are copied into the chunk buffers and never written to. A teacher's logits may have another dtype than the
+    student's tensors (stored in bf16, say).
 
     Args:
-        logits: [..., V], after scale and soft-cap: what the softmax is taken of.
-        vocab_size: real vocabulary where V is padded beyond it; the padding has probability 0.
+        logits: [..., V] what the softmax is taken of, after scale and soft-cap.
+        vocab_size: the real vocabulary where V is padded; the padding has probability 0.
 
     Raises:
-        TypeError: not a floating-point tensor, or a vocab_size that is not an int.
-        ValueError: no last dimension, or a vocab_size outside [1, V].
+        TypeError: logits is not a floating-point tensor, or vocab_size not an int.
+        ValueError: logits has no last dimension, or vocab_size is outside [1, V].
     """
 
     logits: Tensor
@@ -46,7 +46,7 @@ class Logits(Source):
 
     @property
     def vocabulary(self) -> int:
-        """Number of entries with a probability."""
+        """How many entries have a probability."""
         return self.vocab_size or self.logits.shape[-1]
 
     @property
@@ -70,12 +70,12 @@ class Logits(Source):
 
 
 def _copied(vocabulary: int, device: torch.device) -> int:
-    """Rows of logits copied at a time, which the copy needs beside its output. GPUs want few launches."""
+    """How many tokens' logits are copied at a time, through a temporary of that size. GPUs want few launches."""
     return max(1, (1 << 18 if device.type == "cpu" else 1 << 24) // vocabulary)
 
 
 class LogitsProducer(Producer):
-    """Logits copied into the buffer from where the caller has them. Gradient, if in ``needs``: of the logits."""
+    """Copies the caller's logits into the buffer. Its gradient is that of the logits, where ``needs`` asks for it."""
 
     def __init__(
         self,

@@ -19,27 +19,27 @@ from .base import Costs, Producer, Source, take
 
 @dataclass(frozen=True, eq=False)
 class TopK(Source):
-    """A teacher known at K entries per token, stored or served. Divergences take it; what needs more raises TypeError.
+    """A teacher known at K entries of each token, stored or served. What needs more than a divergence refuses it.
 
-    Both distributions are coarsened to K + 1 outcomes, the K entries and one bucket for all others: the teacher's
-    bucket has the missing mass 1 - sum p, the student's the mass of its other entries. ``renormalize=True`` drops the
-    bucket: teacher and student are normalised over the K entries. A temperature other than 1 needs that, because a
-    bucket has no temperature. With K = V there is no bucket.
+    Both distributions are coarsened to K + 1 outcomes: the K entries, and one bucket for all others. The teacher's
+    bucket has the missing mass 1 - sum p, the student's bucket the mass of its other entries. ``renormalize=True``
+    drops the bucket, so that teacher and student are normalised over the K entries. A temperature other than 1 needs
+    that, because a bucket has no temperature. Where K = V there is no bucket.
 
-    Each token's ids must be distinct ids of the shared vocabulary. A log-probability of -inf (probability 0) may pad a
-    list, its id must still be such an id. Probabilities may sum to 1 + 1e-3 (16-bit: 1 + 2e-2) through rounding and
-    are then normalised. On CPUs anything else is a ValueError at the call; asking a GPU would cost a sync: there such
-    a token's divergence is NaN and metrics count it. The bucket has at least 2^-23, what fp32 lists lose in rounding:
-    with 0 one confident token would make a reverse KL infinite.
+    The ids of a token have to be distinct ids of the shared vocabulary, those of padding included; padding has a
+    log-probability of -inf. Rounded probabilities may sum to 1 + 1e-3 (16 bits: 1 + 2e-2) and are then normalised. On
+    CPUs a call raises a ValueError for anything else. On GPUs, where looking would cost a sync, the divergence of such
+    a token is NaN, which the metrics count. The teacher's bucket has at least 2^-23, which fp32 lists lose in rounding:
+    with 0 a single confident token would make a reverse KL infinite.
 
     Args:
-        indices: [..., K] int64 token ids.
+        indices: [..., K] int64 ids of vocabulary entries.
         log_probs: [..., K] log p of these entries, natural logarithm, at temperature 1.
         renormalize: drop the bucket of all other entries.
 
     Raises:
-        TypeError: dtypes other than int64 and floating point, or renormalize not a bool.
-        ValueError: shapes or devices that do not fit.
+        TypeError: indices is not int64, log_probs not floating point, or renormalize not a bool.
+        ValueError: shapes or devices do not fit.
     """
 
     indices: Tensor
@@ -70,7 +70,7 @@ class TopK(Source):
             raise TypeError(f"renormalize: expected a bool, got {self.renormalize!r}")
 
     def fits_dtype(self, student: Source) -> bool:
-        """Its log-probabilities become fp64 anyway."""
+        """Always: its log-probabilities become fp64."""
         return True
 
     def check_temperature(self, temperature: float) -> None:
@@ -113,10 +113,10 @@ class TopKProducer(Producer):
             )
 
     def entries(self, tokens: slice) -> tuple[Tensor, Tensor]:
-        """ids [n, K] and log-probs [n, K] in fp64.
+        """The entries of these tokens: ids [n, K], and log-probabilities [n, K] in fp64.
 
         Raises:
-            ValueError: on CPUs, ids or log-probabilities that are none. Elsewhere the token's log-probs become NaN.
+            ValueError: on CPUs, ids or log-probabilities that cannot be. On GPUs those of such a token become NaN.
         """
         at = self.index[tokens]
         ids, log_p = take(self.ids, at), take(self.log_probs, at)

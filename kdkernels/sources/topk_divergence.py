@@ -1,11 +1,11 @@
 """Divergences from a teacher known at K entries of each token.
 
-Both distributions then have K + 1 outcomes: the K entries and a bucket, which is all other entries together.
+Both distributions then have K + 1 outcomes: the K entries, and a bucket of all other entries.
 
-The student's bucket needs care: 1 - sum q has no correct digit once the bucket is small. So the K entries leave the row
-of logits (the last K columns move into their places), and the backend's statistics of the remaining V - K columns *are*
-the bucket. The gradient is written over the same columns, a softmax with the bucket's own log-sum: no entry of the list
-takes part in it, so nothing cancels there.
+The student's bucket needs care, because 1 - sum q has no correct digit where the bucket is small. So the K entries are
+taken out of the row of logits: the last K columns move into their places, and the backend's statistics of the V - K
+columns that remain *are* the bucket. The gradient is written over the same columns, as a softmax with the bucket's own
+log-sum. Nothing cancels in it, because the K entries take no part.
 
 Axes: n tokens, K entries, V vocabulary.
 """
@@ -51,8 +51,10 @@ class Outcomes:
 
 
 def _put(matrix: Tensor, columns: Tensor, values: Tensor) -> None:
-    """matrix [n, V] gets values [n, K] at columns [n, K]. As integers: of 16-bit floats on CPUs, scatter_ makes an fp32
-    copy of all of the matrix."""
+    """Writes values [n, K] into matrix [n, V] at columns [n, K].
+
+    Floats are written as integers, because scatter_ of 16-bit floats on CPUs makes an fp32 copy of the whole matrix.
+    """
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[matrix.itemsize]
     matrix.view(bits).scatter_(1, columns, values.view(bits))
 
@@ -67,8 +69,8 @@ class Bucket:
         spare = torch.where(inside, ids.shape[1], ids - count)  # which of the last K columns are ids themselves
         taken = torch.zeros((len(ids), ids.shape[1] + 1), dtype=torch.uint8, device=ids.device)
         taken = taken.scatter_(1, spare, 1)[:, :-1]
-        # The j-th hole gets the j-th of the last columns that is no id. There are equally many; what is paired beyond
-        # them are ids among the last columns, which nobody reads.
+        # The j-th hole gets the j-th of those last columns that are no ids; there are as many of these as holes. The
+        # pairs after them consist of ids among the last columns, which are not read.
         self.holes = ids.gather(1, inside.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices)
         self.last = count + taken.sort(dim=1, stable=True).indices
         _put(logits, self.holes, logits.gather(1, self.last))
@@ -76,13 +78,13 @@ class Bucket:
         self.lse = rows.max.double() + rows.log_sum.double()
         empty = rows.top_values[:, 0].isneginf()  # every entry masked
         self.lse.masked_fill_(empty, -math.inf)
-        # It gets one certain entry instead: a softmax of finite numbers, which its gradient 0 can be multiplied with.
+        # Such a bucket gets one certain entry instead: its softmax is finite, as is its product with a gradient of 0.
         logits[:, 0].masked_fill_(empty, 0)
         certain = backend.statistics(logits.new_zeros((1, 1)), student.scale, student.softcap, 1.0, 1, None)
         self.rows = replace(rows, stats=torch.where(empty[:, None], certain.stats, rows.stats))
 
     def restore(self, values: Tensor) -> None:
-        """Moves what is written in the holes of values [n, V] back to the last columns."""
+        """Moves what stands in the holes of values [n, V] back to the last columns."""
         _put(values, self.last, values.gather(1, self.holes))
 
 
