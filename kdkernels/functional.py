@@ -1,11 +1,13 @@
-"""Per-token functions: values [...], differentiable under any later weighting; the backward recomputes the logits.
+"""Per-token functions. Their values are differentiable under any later weighting; the backward recomputes the logits.
 
-``[...]`` are the leading dimensions of the student's hidden states or logits. All take, keyword-only:
+All take these keyword arguments:
 
-    rows            the positions to compute, the others being 0: distinct int64 positions [n] over the flattened
-                    leading dimensions, a bool mask [...] (one on a GPU costs a sync), or a kd.Layout
+    rows            the positions to compute; the values of all others are 0. Distinct int64 positions [n] over the
+                    flattened leading dimensions, a bool mask [...] (on a GPU it costs a sync), or a kd.Layout
     memory_budget   bytes of logits and workspace
     logits_dtype    of the logits that a head multiplies
+
+Axes: [...] the leading dimensions of the student's hidden states or logits, n positions, K entries.
 """
 
 from __future__ import annotations
@@ -21,10 +23,7 @@ from .engine import operators
 from .engine.autograd import needed
 from .layout import Layout
 from .sources import (
-    Head,
-    Logits,
     Source,
-    TopK,
     check_complete,
     check_student,
     check_teacher,
@@ -39,7 +38,7 @@ __all__ = ["TokenStatistics", "cross_entropy", "divergence", "entropy", "placket
 
 
 def check_ids(name: str, ids: Tensor, shape: torch.Size, device: torch.device) -> None:
-    """Token ids of the given shape and device. Their range is looked at where they are used, on CPUs."""
+    """Checks the type, shape and device of token ids. Their range is checked where they are used, on CPUs."""
     if not isinstance(ids, Tensor) or ids.dtype != torch.int64:
         raise TypeError(f"{name}: expected an int64 tensor, got {getattr(ids, 'dtype', type(ids).__name__)}")
     if ids.shape != shape:
@@ -49,8 +48,8 @@ def check_ids(name: str, ids: Tensor, shape: torch.Size, device: torch.device) -
 
 
 def _check_shift(target: Tensor, rows: Tensor | Layout | None, device: torch.device) -> Tensor:
-    """The target, refused where ``rows`` is a layout made from labels that say otherwise (as ``Layout.at`` does)."""
-    if not isinstance(rows, Layout) or rows.token is None or rows.shape != target.shape:  # the last: _check_rows
+    """The target, which ``Layout.at`` refuses where ``rows`` is a layout made from labels that differ."""
+    if not isinstance(rows, Layout) or rows.token is None or rows.shape != target.shape:  # _check_rows refuses the last
         return target
     layout = rows.to(device)
     return target.flatten().index_copy(0, layout.index, layout.at(target)).view(target.shape)
@@ -76,7 +75,7 @@ def _check_rows(rows: Tensor | Layout | None, student: Source) -> Tensor | None:
     expected = student.shape if rows.dtype == torch.bool else (rows.numel(),)
     if rows.shape != expected:
         raise ValueError(f"rows: expected shape {list(expected)}, got {list(rows.shape)}")
-    if rows.device.type == "cpu" and student.device.type != "cpu":  # looking through a mask there costs no sync
+    if rows.device.type == "cpu" and student.device.type != "cpu":  # searching a mask on the CPU costs no sync
         index = rows.flatten().nonzero()[:, 0] if rows.dtype == torch.bool else rows
         return index.to(student.device, non_blocking=True)
     if rows.device != student.device:
@@ -89,7 +88,7 @@ def _check_rows(rows: Tensor | Layout | None, student: Source) -> Tensor | None:
 
 def _term(
     name: str,
-    student: Head | Logits,
+    student: Source,
     teacher: Source | None = None,
     *,
     kind: Divergence | None = None,
@@ -126,7 +125,7 @@ def _term(
 
 
 def cross_entropy(
-    student: Head | Logits,
+    student: Source,
     target: Tensor,
     ignore_index: int = -100,
     *,
@@ -134,17 +133,26 @@ def cross_entropy(
     memory_budget: int | None = None,
     logits_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """-log q(target) in nats; target [...] int64 -> [...] fp32. 0 where target == ignore_index.
+    """-log q(target), in nats.
 
-    ``target[b, t]`` is the token that position t predicts. Nothing shifts internally and nothing can know that Hugging
-    Face labels, which hold the token *at* t, were given as they are: ``kd.Layout.targets(labels)`` shifts them, and
-    ``rows=kd.Layout.from_labels(labels)`` notices a target that is not.
+    Nothing shifts internally, and nothing here can tell Hugging Face labels, which hold the token *at* a position, from
+    a target. ``kd.Layout.targets(labels)`` shifts them, and with ``rows=kd.Layout.from_labels(labels)`` a target that
+    was not shifted is refused.
 
-    CPUs skip ignored positions; GPUs compute them, because finding them would cost a sync (``rows=`` skips everywhere).
+    Args:
+        student: kd.Head, kd.Logits or another trainable source.
+        target: [...] int64, the token that each position predicts.
+        ignore_index: the target of positions whose value is 0. CPUs skip these; GPUs compute them, because finding them
+            would cost a sync. ``rows=`` skips positions everywhere.
+        rows, memory_budget, logits_dtype: see above.
+
+    Returns:
+        [...] fp32.
 
     Raises:
-        TypeError, ValueError: target is not int64, has another shape or device than the student, or (on CPUs; on GPUs
-        the value is NaN) an id outside the vocabulary, or another one than the labels that ``rows`` was made from.
+        TypeError: target is not int64.
+        ValueError: target has another shape or device than the student. On CPUs also an id outside the vocabulary, or a
+            token other than that of the labels ``rows`` was made from; on GPUs its value is NaN.
     """
     check_student(student)
     check_ids("target", target, student.shape, student.device)
@@ -156,13 +164,20 @@ def cross_entropy(
 
 
 def entropy(
-    student: Head | Logits,
+    student: Source,
     *,
     rows: Tensor | Layout | None = None,
     memory_budget: int | None = None,
     logits_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """H(q) = -sum_v q_v log q_v in nats -> [...] fp32.
+    """H(q) = -sum_v q_v log q_v, in nats.
+
+    Args:
+        student: kd.Head, kd.Logits or another trainable source.
+        rows, memory_budget, logits_dtype: see above.
+
+    Returns:
+        [...] fp32.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -172,8 +187,8 @@ def entropy(
 
 
 def divergence(
-    student: Head | Logits,
-    teacher: Head | Logits | TopK,
+    student: Source,
+    teacher: Source,
     kind: Divergence,
     temperature: float = 1.0,
     *,
@@ -181,14 +196,21 @@ def divergence(
     memory_budget: int | None = None,
     logits_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """D(p, q) of teacher p and student q at ``temperature`` (no T^2 factor), in nats -> [...] fp32.
+    """D(p, q) of teacher p and student q, in nats.
 
-    ``kind``: kd.ForwardKL(), kd.ReverseKL(), kd.JSD(beta), kd.SkewKL(alpha) or kd.SkewReverseKL(alpha).
-    With a kd.TopK teacher both distributions are coarsened to its entries and one bucket for all others.
+    Args:
+        student: kd.Head, kd.Logits or another trainable source.
+        teacher: any source. With a kd.TopK both distributions are coarsened to its entries and a bucket of all others.
+        kind: kd.ForwardKL(), kd.ReverseKL(), kd.JSD(beta), kd.SkewKL(alpha) or kd.SkewReverseKL(alpha).
+        temperature: divides both models' logits; there is no T^2 factor.
+        rows, memory_budget, logits_dtype: see above.
+
+    Returns:
+        [...] fp32.
 
     Raises:
-        TypeError, ValueError: student and teacher do not fit each other, a temperature that is not positive, or not 1
-        with a TopK that keeps its bucket.
+        TypeError, ValueError: student and teacher do not fit each other, or temperature is outside [0.001, 1000], or
+            not 1 with a kd.TopK that keeps its bucket.
     """
     check_student(student)
     check_teacher(student, teacher)
@@ -200,20 +222,33 @@ def divergence(
 
 
 def plackett_luce(
-    student: Head | Logits,
-    teacher: Head | Logits,
+    student: Source,
+    teacher: Source,
     k: int = 10,
     *,
     rows: Tensor | Layout | None = None,
     memory_budget: int | None = None,
     logits_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """NLL of the teacher's order of the student's k most likely entries (TSD-KD eq. 4) -> [...] fp32.
+    """The negative log-likelihood of the teacher's order of the student's k most likely entries, in nats.
 
-    sum_{j=1..k} [ logsumexp(z_s[pi(j..k)]) - z_s[pi(j)] ], pi the teacher's descending order of them.
+        sum_{j=1..k} [ logsumexp(z_s[pi(j..k)]) - z_s[pi(j)] ],  pi the teacher's descending order of these entries
+
+    Args:
+        student: kd.Head, kd.Logits or another trainable source.
+        teacher: a source that knows all entries.
+        k: how many entries are ranked.
+        rows, memory_budget, logits_dtype: see above.
+
+    Returns:
+        [...] fp32.
 
     Raises:
-        TypeError, ValueError: student and teacher do not fit each other, a kd.TopK teacher, k outside [1, vocabulary].
+        TypeError, ValueError: student and teacher do not fit each other, teacher is a kd.TopK, or k is outside
+            [1, vocabulary].
+
+    Source: "Explain in Your Own Words: Improving Reasoning via Token-Selective Dual Knowledge Distillation"
+        (arXiv 2603.13260), eq. 4.
     """
     check_student(student)
     check_teacher(student, teacher)
@@ -224,16 +259,16 @@ def plackett_luce(
 
 # ---- statistics ------------------------------------------------------------------------------------------------------
 
-_LARGEST = 128  # probabilities of a collision
+_LARGEST = 128  # as many probabilities as a collision may sum up
 
 
 @dataclass(frozen=True)
 class TokenStatistics:
-    """Per-token statistics, [...] each: nats, fp32; ids int64. Fields not asked for are None."""
+    """Statistics of every token: [...] each, fp32 and in nats, ids int64. Fields that were not asked for are None."""
 
     lse: Tensor  # log-sum-exp of the logits
     entropy: Tensor
-    argmax: Tensor
+    argmax: Tensor  # id of the most likely entry
     topk_indices: Tensor | None = None  # [..., K] by descending probability, ties to the smaller id
     topk_log_probs: Tensor | None = None  # [..., K]
     target_log_prob: Tensor | None = None
@@ -242,8 +277,8 @@ class TokenStatistics:
 
 
 def statistics(
-    student: Head | Logits,
-    teacher: Head | Logits | None = None,
+    student: Source,
+    teacher: Source | None = None,
     topk: int = 0,
     target: Tensor | None = None,
     *,
@@ -252,14 +287,22 @@ def statistics(
     memory_budget: int | None = None,
     logits_dtype: torch.dtype | None = None,
 ) -> TokenStatistics:
-    """Entropy, log-sum-exp, argmax, topk entries, log q(target) and collision of every token; no gradients.
+    """Entropy, log-sum-exp, argmax and, where asked for, more of every token. They have no gradients.
 
-    ``collision``: how many of the largest probabilities, at most 128, have their squares summed up. With a teacher, its
-    statistics of the same positions (without topk entries) under ``.teacher``.
+    Args:
+        student: kd.Head, kd.Logits or another trainable source.
+        teacher: a source that knows all entries. Its statistics, without topk entries, are in ``.teacher``.
+        topk: how many of the student's most likely entries to give.
+        target: [...] int64, tokens whose log-probability to give.
+        collision: how many of the largest probabilities, at most 128, to square and sum up.
+        rows, memory_budget, logits_dtype: see above.
+
+    Returns:
+        TokenStatistics.
 
     Raises:
-        TypeError, ValueError: student, teacher or target do not fit, a kd.TopK teacher, topk outside [0, vocabulary] or
-        collision outside [0, min(128, vocabulary)].
+        TypeError, ValueError: student, teacher or target do not fit, teacher is a kd.TopK, topk is outside
+            [0, vocabulary] or collision outside [0, min(128, vocabulary)].
     """
     check_student(student)
     if teacher is not None:
