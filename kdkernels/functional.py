@@ -91,7 +91,7 @@ def _term(
     student: Source,
     teacher: Source | None = None,
     *,
-    kind: Divergence | None = None,
+    divergence: Divergence | None = None,
     temperature: float = 1.0,
     topk: int = 0,
     target: Tensor | None = None,
@@ -114,7 +114,7 @@ def _term(
         target,
         rows,
         name,
-        [kind.a, kind.b, kind.mix, kind.detached] if kind else [],
+        [divergence.a, divergence.b, divergence.mix, divergence.detached] if divergence else [],
         float(temperature),
         topk,
         ignore_index,
@@ -218,7 +218,7 @@ def divergence(
         raise TypeError(f"kind: expected a divergence such as kd.JSD(0.9), got {kind!r}")
     check_temperature(temperature)
     options = {"rows": rows, "memory_budget": memory_budget, "logits_dtype": logits_dtype}
-    return _term("divergence", student, teacher, kind=kind, temperature=temperature, **options)
+    return _term("divergence", student, teacher, divergence=kind, temperature=temperature, **options)
 
 
 def plackett_luce(

@@ -9,7 +9,7 @@ import truth
 from truth import Batch, Selection
 
 from kdkernels import reference
-from kdkernels.engine import loop
+from kdkernels.engine import terms
 
 
 class Recorder:
@@ -17,7 +17,7 @@ class Recorder:
 
     def __init__(self, monkeypatch, objective):
         self.orders, self.tokens = [], []
-        rank, coefficients = loop.plackett_luce, objective.coefficients
+        rank, coefficients = terms.plackett_luce, objective.coefficients
 
         def recording_rank(student_logits, teacher_logits, teacher_top):
             self.orders.append(reference.teacher_order(teacher_logits, teacher_top))
@@ -27,7 +27,7 @@ class Recorder:
             self.tokens.append(tokens)
             return coefficients(tokens)
 
-        monkeypatch.setattr(loop, "plackett_luce", recording_rank)
+        monkeypatch.setattr(terms, "plackett_luce", recording_rank)
         objective.coefficients = recording_coefficients
 
     def selection(self) -> Selection:

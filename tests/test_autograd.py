@@ -14,6 +14,7 @@ import kdkernels as kd
 from kdkernels.compute import gemm
 from kdkernels.engine import autograd, operators
 from kdkernels.kernels import registry
+from kdkernels.objectives import Needs
 
 N, HS, HT, V = 18, 8, 12, 60  # of fixed(): response tokens of 60 positions, hidden sizes, words
 
@@ -110,8 +111,8 @@ def test_a_second_backward_is_the_forwards_whatever_changed(backend, make):
     target = {"target": batch.target} if objective.needs_target else {}
     loss = run(objective, batch, **target).loss
     first = torch.autograd.grad(loss, truth.leaves(batch.student), retain_graph=True)
-    objective.divergence, objective.divergence_from_teacher, objective.temperature = kd.ReverseKL(), kd.ForwardKL(), 3.0
-    objective.coefficients, objective.topk, objective.selects = None, 0, False
+    objective.beta, objective.temperature, objective.alpha, objective.k = 0.1, 3.0, 0.5, 2
+    objective.coefficients, objective.reads, objective.selects = None, Needs(collision=9), False
     second = torch.autograd.grad(loss, truth.leaves(batch.student))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 

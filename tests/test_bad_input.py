@@ -124,7 +124,7 @@ BAD_CALLS = {
         lambda: validity_weights(torch.ones(2, 5), torch.ones(5)), ValueError, ["teacher", "[2, 5]", "[5]"],
     ),
     "kind of weight": (
-        lambda: validity_weights(torch.ones(2), torch.ones(2), "log"), ValueError, ["kind", "clamped_ratio", "'log'"],
+        lambda: validity_weights(torch.ones(2), torch.ones(2), "log"), ValueError, ["rule", "clamped_ratio", "'log'"],
     ),
     "temperature": (lambda: kd.GKD(temperature=0), ValueError, ["temperature", "0.001", "got 0"]),
     "temperature too large": (lambda: kd.TSDKD(temperature=1e4), ValueError, ["temperature", "1000", "10000.0"]),

@@ -68,6 +68,19 @@ class Problem:
         return lambda budget: self.objective(student, teacher, layout, memory_budget=budget, **more).loss, student
 
 
+class Jeffreys(kd.objectives.Objective):
+    """Both KLs at each token, and an entropy."""
+
+    terms = {
+        "forward": kd.objectives.DivergenceTerm(kd.ForwardKL()),
+        "reverse": kd.objectives.DivergenceTerm(kd.ReverseKL()),
+        "entropy": kd.objectives.EntropyTerm(),
+    }
+
+    def coefficients(self, tokens):
+        return dict.fromkeys(self.terms, 1 / tokens.length.to(tokens.entropy.dtype))
+
+
 def tsdkd(**more) -> kd.TSDKD:
     return kd.TSDKD(**{"k": 10, **more})
 
@@ -86,6 +99,9 @@ PROBLEMS = {
     "TSDKD of many words": Problem(tsdkd(), 12, 20000),
     "GKD of many words": Problem(kd.GKD(), 12, 20000),
     "DistiLLM2 of many words": Problem(kd.DistiLLM2(), 12, 20000),
+    "two divergences": Problem(Jeffreys(), 12, 20000),
+    "two divergences in fp16": Problem(Jeffreys(), 12, 20000, dtype=F16),
+    "two divergences and stored words": Problem(Jeffreys(), 12, 20000, teacher="stored", stored=8),
     "VCRD of many words in fp16": Problem(VCRD, 12, 20000, dtype=F16),
     "few stored words": Problem(kd.GKD(), 500, 16, teacher="stored", stored=8),
     "stored words in bf16": Problem(kd.GKD(), 30, 9000, teacher="stored", stored=40, dtype=BF16),

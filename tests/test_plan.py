@@ -46,7 +46,7 @@ def test_chunks(lengths, rows):
     ],
 )
 def test_no_slice_crosses_a_border(border, expected):
-    assert [(each.start, each.stop) for each in plan.split(2, 9, 4, border)] == expected
+    assert [(each.start, each.stop) for each in plan.split(2, 9, 4, (border,))] == expected
 
 
 @settings(deadline=None, derandomize=True)
@@ -54,12 +54,12 @@ def test_no_slice_crosses_a_border(border, expected):
 def test_slices_of_whole_tiles(start, count, tiles, step):
     """Every token once and in order, none beyond the most; only the last slice may end within a tile."""
     most = tiles * step
-    out = plan.split(start, start + count, most, 0, step)
+    out = plan.split(start, start + count, most, (), step)
     assert [t for each in out for t in range(each.start, each.stop)] == list(range(start, start + count))
     assert len(out) == -(-count // most)
     assert all(0 < each.stop - each.start <= most for each in out)
     assert all((each.stop - each.start) % step == 0 for each in out[:-1])
-    assert plan.split(start, start + count, most + 1, 0, step) == plan.split(start, start + count, most + 1)
+    assert plan.split(start, start + count, most + 1, (), step) == plan.split(start, start + count, most + 1)
 
 
 @settings(deadline=None, derandomize=True)
@@ -102,8 +102,8 @@ H100 = predict.known("H100")
 MIB, GB = 2**20, 10**9
 
 
-def sides(student=1536, teacher=5120, d_weight=True, logits_bytes=4) -> gpu.Sides:
-    return gpu.Sides(student, teacher, True, d_weight, logits_bytes)
+def sides(student=1536, teacher=5120, d_weight=True, logits_bytes=4) -> gpu.Products:
+    return gpu.Products(student, teacher, True, d_weight, logits_bytes)
 
 
 @pytest.mark.parametrize(("name", "rows"), [("A100", 512), ("H100", 1024), ("H200", 768), ("B200", 896)])

@@ -198,19 +198,6 @@ def test_two_divergences(backend, make, renormalize):
         assert truth.relative(g, e) < 1e-5
 
 
-def test_terms_beside_the_divergence_are_refused(backend):
-    class Both(kd.GKD):
-        names = {"divergence": "direct", "entropy": "entropy"}
-
-        def coefficients(self, tokens):
-            return {**super().coefficients(tokens), "entropy": torch.ones_like(tokens.entropy)}
-
-    batch = fixed(F32)
-    teacher = stored(truth.dense_logits(batch.teacher, 60), 8)
-    with pytest.raises(TypeError, match=r"teacher: .*TopK.*'entropy'"):
-        Both()(batch.student, teacher, batch.mask)
-
-
 # ---- what is refused -------------------------------------------------------------------------------------------------
 
 IDS, LOG_P = torch.tensor([[1, 2, 3]] * 2), torch.full((2, 3), -2.0)

@@ -44,7 +44,7 @@ class _Chunked(torch.autograd.Function):
         if result is None:
             return tensors[0].new_zeros((), dtype=torch.promote_types(tensors[0].dtype, torch.float32))
         ctx.gradients, ctx.factors = result.gradients, result.factors
-        # What a second backward needs: the program's options and state may change in between.
+        # A second backward has these terms, coefficients and chunks, whatever becomes of the program in between.
         ctx.call = replace(call, program=copy(call.program), coefficients=result.coefficients)
         return result.loss()
 

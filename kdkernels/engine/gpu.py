@@ -1,7 +1,7 @@
 """A small model of a GPU, from which chunks get their size: how fast it multiplies 16-bit matrices and moves bytes.
 
 All of it is computed, nothing was measured on a GPU; docs/gpu-defaults.md has what comes of it (predict.py). C rows
-(tokens) of a chunk, V words and a hidden size H cost
+(tokens) of a chunk, V vocabulary entries and a hidden size H cost
 
     logits, dX     2 C V H operations, and reading 2 V H bytes of weights
     dW             2 C V H operations, and reading and writing 8 V H bytes of fp32 sums
@@ -64,20 +64,20 @@ class Gpu(NamedTuple):
         """Bytes that no default budget exceeds."""
         return int(self.memory * _SHARE_OF_MEMORY)
 
-    def rows(self, sides: Sides) -> ChunkRows:
+    def rows(self, products: Products) -> ChunkRows:
         """Student and teacher rows of a chunk: as few as keep products from waiting for weights and sums."""
-        least = self.bandwidth_rows * (4 if sides.d_weight else 2)
-        student = _tiles(least * max(1, 4 // sides.logits_bytes))  # as many bytes buy more rows of narrow logits
+        least = self.bandwidth_rows * (4 if products.d_weight else 2)
+        student = _tiles(least * max(1, 4 // products.logits_bytes))  # as many bytes buy more rows of narrow logits
         # Bytes that more rows save: of two buffers whose costs fall as own / C and other / T, those of the best sizes
         # are as the roots.
-        own = sides.student * (HIDDEN * 2 * (1 + sides.d_hidden) + HIDDEN_SUMS * 8 * sides.d_weight)
-        other = sides.teacher * HIDDEN * 2
+        own = products.student * (HIDDEN * 2 * (1 + products.d_hidden) + HIDDEN_SUMS * 8 * products.d_weight)
+        other = products.teacher * HIDDEN * 2
         ideal = math.sqrt(other / own) if own and other else 0.25
         return ChunkRows(student, _tiles(student / math.ceil(1 / min(1.0, ideal))))
 
 
-class Sides(NamedTuple):
-    """What is multiplied. Widths are hidden sizes, 0 of a side whose logits exist."""
+class Products(NamedTuple):
+    """What a call multiplies. Hidden sizes are 0 where the logits are given."""
 
     student: int
     teacher: int
@@ -118,9 +118,9 @@ def _of(device: torch.device) -> Gpu:
     return this(torch.cuda.current_device() if device.index is None else device.index)
 
 
-def wanted(device: torch.device, sides: Sides) -> ChunkRows | None:
+def wanted(device: torch.device, products: Products) -> ChunkRows | None:
     """Rows of a chunk on this device; None where it is no GPU."""
-    return _of(device).rows(sides) if device.type == "cuda" else None
+    return _of(device).rows(products) if device.type == "cuda" else None
 
 
 def allowance(device: torch.device) -> int:
@@ -139,7 +139,7 @@ def allowance(device: torch.device) -> int:
 def info(index: int) -> dict[str, object]:
     """What the model says of a GPU: rows of fp32 logits with and without a gradient of weights, and the limit."""
     gpu = this(index)
-    trained, frozen = (gpu.rows(Sides(1, 1, True, trains, 4)).student for trains in (True, False))
+    trained, frozen = (gpu.rows(Products(1, 1, True, trains, 4)).student for trains in (True, False))
     return {
         "gpu": gpu.name, "flops": gpu.flops, "bandwidth": gpu.bandwidth, "limit": gpu.limit,
         "rows": trained, "rows_frozen": frozen,

@@ -21,6 +21,7 @@ from ..sources import unpacked
 from .autograd import save, saved, scale_
 from .loop import run
 from .spec import Call, Program
+from .terms import CrossEntropyTerm, DivergenceTerm, EntropyTerm, Needs, PlackettLuceTerm, Term
 
 # ---- sources as arguments -------------------------------------------------------------------------------------------
 
@@ -65,6 +66,7 @@ class Sources(NamedTuple):
         (count,) = index.shape
         return Call(
             program,
+            program.terms,
             student,
             teacher,
             Layout.trusted(index, (count,) if count else (), (1, self.shape.numel())),
@@ -118,20 +120,18 @@ def _registered(function: Callable, schema: str, like: Callable, backward: Calla
 # ---- per-token values, differentiable --------------------------------------------------------------------------------
 
 
-class _Term(Program):
+class _Single(Program):
     """One term. Its coefficients are whatever gradient comes in: the call has them."""
 
-    def __init__(self, term: str, kind: list[float], temperature: float, topk: int):
-        self.temperature, self.topk = temperature, topk
-        self.divergence = Divergence("", *kind) if kind else None
-        self.plackett_luce = term == "plackett_luce"
+    def __init__(self, name: str, term: Term):
+        self.terms = {name: term}
 
 
 class _Values(NamedTuple):
-    """The arguments of token_values after the sources. ``kind``: a, b, mix and detached of a divergence, or nothing."""
+    """The arguments of token_values after the sources."""
 
     term: str
-    kind: list[float]
+    divergence: list[float]  # its a, b, mix and detached, or nothing
     temperature: float
     topk: int
     ignore_index: int | None
@@ -140,7 +140,7 @@ class _Values(NamedTuple):
     needs: list[bool]  # per tensor of the student
 
     def call(self, sources: Sources) -> Call:
-        program = _Term(self.term, self.kind, self.temperature, self.topk)
+        program = _Single(self.term, _TERMS[self.term](self))
         return sources.call(program, self.ignore_index, self.memory_budget, self.logits_dtype)
 
     def ignored(self, call: Call) -> Tensor | None:
@@ -150,7 +150,15 @@ class _Values(NamedTuple):
         return call.target == self.ignore_index
 
 
-_VALUES = f"{_SOURCES}, str term, float[] kind, float temperature, int topk, int? ignore_index, {_LIMITS}, bool[] needs"
+_TERMS: dict[str, Callable[[_Values], Term]] = {
+    "cross_entropy": lambda values: CrossEntropyTerm(),
+    "divergence": lambda values: DivergenceTerm(Divergence("", *values.divergence), values.temperature),
+    "entropy": lambda values: EntropyTerm(),
+    "plackett_luce": lambda values: PlackettLuceTerm(values.topk),
+}
+_VALUES = (
+    f"{_SOURCES}, str term, float[] divergence, float temperature, int topk, int? ignore_index, {_LIMITS}, bool[] needs"
+)
 
 
 def _split(arguments: tuple) -> tuple[Sources, _Values]:
@@ -164,7 +172,7 @@ def _token_values(*arguments) -> Tensor:
     result = run(call)
     if result is None:
         return _values_like(*arguments).zero_()
-    out = getattr(result.tokens, values.term)
+    out = result.tokens.values[values.term]
     ignored = values.ignored(call)
     if ignored is not None:
         out = out.masked_fill(ignored, 0)
@@ -238,7 +246,7 @@ class _Statistics(Program):
     """No terms."""
 
     def __init__(self, topk: int, collision: int):
-        self.topk, self.collision = topk, collision
+        self.reads = Needs(candidates=topk, collision=collision)
 
 
 class _Asked(NamedTuple):

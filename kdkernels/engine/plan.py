@@ -1,26 +1,30 @@
-"""How the tokens of a batch are cut into chunks that fit a memory budget, and what that is by default.
+"""How the tokens of a call are cut into chunks that fit a memory budget, and what that is by default.
 
-On CPUs the default is ``DEFAULT_BUDGET``; on GPUs, what the rows take that a model of the GPU wants (gpu.py). Pure
-arithmetic on token counts, but for the free memory of a GPU. Which chunks there are decides in which order dW is
-summed: the same call with another budget may differ in the last bits.
+On CPUs the default is ``DEFAULT_BUDGET``; on GPUs, what the rows take that a model of the GPU wants (gpu.py). Which
+chunks there are decides in which order dW is summed: the same call with another budget may differ in the last bits.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
+from ..compute import memory
+from ..kernels import Backend
+from ..sources import Costs
 from . import gpu
+from .spec import Call
 
 logger = logging.getLogger("kdkernels")
 
-DEFAULT_BUDGET = 384 * 2**20  # bytes; on CPUs with 151936 words in bf16: 1050 student rows and 192 teacher rows
+DEFAULT_BUDGET = 384 * 2**20  # bytes; on CPUs with 151936 entries in bf16: 1050 student rows and 192 teacher rows
 SMALLEST_GOOD_CHUNK = 256  # rows; below, reading the weights once per chunk dominates
-TOKEN_BYTES = 768  # of every token of a call, whatever the chunk: statistics, selections, coefficients, of both sides
+TOKEN_BYTES = 768  # of every token of a call, whatever the chunk: both models' statistics, selections, coefficients
 CANDIDATE_BYTES = 24  # of every token's every candidate: id and log-probability, twice while chunks are joined
 TEACHER_ROWS = 192  # on CPUs; the teacher's logits only feed the row kernels: a smaller buffer does
 
@@ -33,13 +37,63 @@ class Chunk(NamedTuple):
     pieces: list[slice]
 
 
-def split(start: int, stop: int, most: int, border: int = 0, step: int = 1) -> list[slice]:
-    """[start, stop) in the fewest slices of at most ``most``, of even size; none lies on both sides of ``border``.
+class Plan(NamedTuple):
+    """How a call is cut."""
 
-    Where ``most`` is a multiple of ``step``, so is every slice but the last.
+    chunks: list[Chunk]
+    rows: int  # tokens of a chunk at most
+    teacher_rows: int  # ... of a sub-chunk of the teacher
+    step: int  # of what the tokens of all but the last slice are a multiple, where they can be
+
+    def split(self, start: int, stop: int, borders: Sequence[int] = ()) -> list[slice]:
+        """Tokens [start, stop) in sub-chunks of the teacher, none on both sides of a border."""
+        return split(start, stop, self.teacher_rows, borders, self.step)
+
+
+def planned(
+    call: Call, backend: Backend, vocabulary: int, dtype: torch.dtype, teacher_dtype: torch.dtype,
+    needs: tuple[bool, ...],
+) -> Plan:  # fmt: skip
+    """The chunks of a call with such logits, and with gradients of those of the student's tensors in ``needs``."""
+    student, teacher, asked, device = call.student, call.teacher, call.needs, call.student.device
+    largest = max(1, asked.candidates, asked.collision)
+    mine, other = student.costs(backend, vocabulary, dtype, largest, True), Costs(0, 0, 0)
+    if teacher:
+        largest = max(largest, asked.teacher_collision)
+        other = teacher.costs(backend, vocabulary, teacher_dtype, min(largest, vocabulary), False)
+    count = max(1, len(call.layout))
+    fixed = backend.workspace(count, vocabulary) + max(mine.fixed, other.fixed) + mine.kept + other.kept
+    fixed += count * (TOKEN_BYTES + CANDIDATE_BYTES * asked.candidates)
+    copies = call.most_copies * memory.padded(vocabulary, device) * dtype.itemsize
+    row, teacher_row = mine.row, other.row + copies
+    if teacher and not teacher.complete:  # it has no logits and so no sub-chunks
+        row, teacher_row = row + teacher_row, 0
+    products, budget = _products(call, dtype, needs), call.memory_budget
+    wanted = gpu.wanted(device, products)
+    if budget is None:
+        sums = 4 * vocabulary * products.student if products.d_weight and student.dtype == torch.bfloat16 else 0
+        budget = default_budget(wanted, partial(gpu.allowance, device), fixed, row, teacher_row, count, sums)
+    rows, teacher_rows = chunk_rows(budget, fixed, row, teacher_row, count, wanted)
+    lengths = call.layout.lengths if call.program.selects else (len(call.layout),)
+    step = gpu.TILE if wanted else 1
+    return Plan(chunks(lengths, rows, step), rows, teacher_rows, step)
+
+
+def _products(call: Call, dtype: torch.dtype, needs: tuple[bool, ...]) -> gpu.Products:
+    """What a call multiplies."""
+    student, teacher = call.student, call.teacher
+    d_hidden, d_weight = needs[:2] if student.width and needs else (False, False)
+    return gpu.Products(student.width, teacher.width if teacher else 0, d_hidden, d_weight, dtype.itemsize)
+
+
+def split(start: int, stop: int, most: int, borders: Sequence[int] = (), step: int = 1) -> list[slice]:
+    """[start, stop) in the fewest slices of at most ``most``, of even size; none lies on both sides of a border.
+
+    Where ``most`` is a multiple of ``step``, so is every slice but the last before each border.
     """
-    if start < border < stop:
-        return split(start, border, most, 0, step) + split(border, stop, most, 0, step)
+    for border in borders:
+        if start < border < stop:
+            return split(start, border, most, borders, step) + split(border, stop, most, borders, step)
     count, step = math.ceil((stop - start) / most), 1 if most % step else step
     edges = [start + math.ceil((stop - start) * i // count / step) * step for i in range(count)] + [stop]
     return [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]
@@ -50,11 +104,11 @@ def chunks(lengths: tuple[int, ...], rows: int, step: int = 1) -> list[Chunk]:
     out, first, start, total = [], 0, 0, 0
     for i, length in enumerate(lengths):
         if total and total + length > rows:
-            out.append(Chunk(first, i, split(start, start + total, rows, 0, step)))
+            out.append(Chunk(first, i, split(start, start + total, rows, (), step)))
             first, start, total = i, start + total, 0
         total += length
     if total:
-        out.append(Chunk(first, len(lengths), split(start, start + total, rows, 0, step)))
+        out.append(Chunk(first, len(lengths), split(start, start + total, rows, (), step)))
     return out
 
 

@@ -13,12 +13,12 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from . import plan
-from .gpu import HIDDEN, HIDDEN_SUMS, KNOWN, TILE, ChunkRows, Gpu, Sides
+from .gpu import HIDDEN, HIDDEN_SUMS, KNOWN, TILE, ChunkRows, Gpu, Products
 
 MULTIPROCESSORS = {"A100": (108, 1.41e9), "H100": (132, 1.75e9), "H200": (132, 1.75e9), "B200": (148, 1.8e9)}  # and Hz
 _MEMORY = {"A100": 80, "H100": 80, "H200": 141, "B200": 180}  # GB
 _ISSUED = 0.8  # share of the issue slots that a kernel of many warps fills
-INSTRUCTIONS = 113  # a word of all sweeps of a JSD, counted in sm_90 code (docs/triton-resources.md, bf16 logits)
+INSTRUCTIONS = 113  # per vocabulary entry, all sweeps of a JSD, in sm_90 code (docs/triton-resources.md, bf16 logits)
 MODELS = ((1536, 5120, 151936), (4096, 4096, 128256), (2048, 4096, 32000), (2304, 3584, 256000), (3840, 5376, 262144))
 _TOKENS = 16384
 
@@ -56,7 +56,7 @@ class Call:
 
     @property
     def _wanted(self) -> ChunkRows:
-        return self.gpu.rows(Sides(self.student, self.teacher, True, True, self.logits))
+        return self.gpu.rows(Products(self.student, self.teacher, True, True, self.logits))
 
     @cached_property
     def rows(self) -> ChunkRows:
@@ -70,13 +70,14 @@ class Call:
 
     def seconds(self) -> float:
         """Products and sweeps; dW's sums are rounded once, the scaling by a gradient of one costs nothing."""
-        words, pieces = self.vocabulary, _sizes(self.tokens, self.rows.student)
+        entries, pieces = self.vocabulary, _sizes(self.tokens, self.rows.student)
         total = 0.0
         for rows in pieces:
-            total += self._product(rows, words, self.student, self.logits) + self._product(rows, self.student, words, 4)
-            total += sum(self._product(n, words, self.teacher, self.logits) for n in _sizes(rows, self.rows.teacher))
+            total += self._product(rows, entries, self.student, self.logits)
+            total += self._product(rows, self.student, entries, 4)
+            total += sum(self._product(n, entries, self.teacher, self.logits) for n in _sizes(rows, self.rows.teacher))
             total += self._add(rows, 2 if len(pieces) == 1 else 8)
-        sums = 6 * words * self.student / self.gpu.bandwidth if len(pieces) > 1 else 0
+        sums = 6 * entries * self.student / self.gpu.bandwidth if len(pieces) > 1 else 0
         return total + sums + self._sweeps()
 
     def bare(self) -> float:
@@ -101,7 +102,7 @@ class Call:
         return max(computed, moved) + HIDDEN_SUMS * min(computed, moved)
 
     def _sweeps(self) -> float:
-        """Statistics of both sides, value, gradient: read once each, and twice, twice and written in bf16."""
+        """Statistics of student and teacher, value, gradient: read once each, and twice, twice and written in bf16."""
         processors, clock = MULTIPROCESSORS[self.gpu.name]
         moved = (6 * self.logits + 2) / self.gpu.bandwidth
         return self.tokens * self.vocabulary * max(moved, INSTRUCTIONS / (processors * 128 * clock * _ISSUED))
@@ -115,12 +116,12 @@ was measured on a GPU.** A JSD of {_TOKENS} tokens with a trained head, forward 
 come on top), and time over that of the four bare products with bf16 logits; then that ratio with a `memory_budget` of
 twice and four times the memory. `kd.info()["memory_budget"]` says what your GPU gets.
 
-| GPU | student / teacher / words | logits | rows | memory | ratio | twice | four times |
+| GPU | student / teacher / vocabulary | logits | rows | memory | ratio | twice | four times |
 |---|---|---|---|---|---|---|---|"""
 
 
 def _sizes(tokens: int, rows: int) -> list[int]:
-    return [each.stop - each.start for each in plan.split(0, tokens, rows, 0, TILE)]
+    return [each.stop - each.start for each in plan.split(0, tokens, rows, (), TILE)]
 
 
 def _line(call: Call) -> str:
@@ -135,9 +136,9 @@ def _line(call: Call) -> str:
 def document() -> str:
     lines = [_HEAD]
     for name in _MEMORY:
-        for student, teacher, words in MODELS:
+        for student, teacher, vocabulary in MODELS:
             for logits in (4, 2):
-                lines.append(_line(Call(known(name), _TOKENS, student, teacher, words, logits)))
+                lines.append(_line(Call(known(name), _TOKENS, student, teacher, vocabulary, logits)))
     return "\n".join(lines) + "\n"
 
 

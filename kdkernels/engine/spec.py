@@ -1,84 +1,48 @@
-"""What is evaluated and what comes of it: per-token values, the program of an objective, a call of it, its result.
+"""What is evaluated and what comes of it: the program of an objective, a call of it, its result.
 
-A *program* (an objective, or a per-token function) says which terms each token has and with which coefficients:
+A *program* (an objective, or a per-token function) has terms (terms.py) by name and says with which coefficients they
+count at each token:
 
-    loss = sum_t sum_term coefficient[term](t) * value[term](t)
-
-over the terms divergence, entropy, cross_entropy and plackett_luce. A program may have another divergence for responses
-that the teacher wrote: these tokens come first, and the row kernels see one kind at a time.
+    loss = sum_t sum_name coefficient[name](t) * terms[name](t)
 
 Axes: N tokens, n tokens of a part, V vocabulary, K candidates.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from ..divergences import Divergence
-from ..kernels import Summary
 from ..layout import Layout
-from ..sources import Head, Logits, Source
-
-
-@dataclass(eq=False)
-class Tokens(Summary):
-    """Per-token vectors [n]; None where the program or the inputs do not have it."""
-
-    stats: Tensor  # [n, ...]: entropy, lse
-    top_indices: Tensor  # [n, K] the student's candidates, or the first alone: argmax
-    top_log_probs: Tensor | None = None  # [n, K]
-    cross_entropy: Tensor | None = None  # -log q(target)
-    collision: Tensor | None = None  # sum of the largest squared probabilities
-    teacher: Tokens | None = None  # the teacher's entropy, lse, argmax, cross_entropy at the same positions
-    at_student_argmax: Tensor | None = None  # the teacher's log p(argmax q)
-    divergence: Tensor | None = None
-    divergence_from_teacher: Tensor | None = None  # 0 where the student wrote, as divergence is where the teacher did
-    plackett_luce: Tensor | None = None
-    length: Tensor | None = None  # tokens of the token's response, where coefficients are asked of the program
-    weight: Tensor | None = None  # the caller's per-token weight
-    selected: dict[str, Tensor] = field(default_factory=dict)  # Program.select of these tokens
-
-
-def concatenated(parts: list):
-    """Consecutive tokens' tensors, dicts or Tokens as one, None where the parts are. Takes dicts and Tokens apart, so
-    that no more than one tensor is there twice at a time."""
-    first = parts[0]
-    if len(parts) == 1 or first is None:
-        return first
-    if isinstance(first, Tensor):
-        return torch.cat(parts)
-    if isinstance(first, dict):
-        return {key: concatenated([part.pop(key) for part in parts]) for key in list(first)}
-    return Tokens(**concatenated([vars(part) for part in parts]))
+from ..sources import Source
+from .terms import DivergenceTerm, Needs, Term
+from .tokens import Tokens
 
 
 class Program:
     """What the chunk loop asks of an objective. The defaults are a program without terms: statistics only."""
 
-    divergence: Divergence | None = None
-    divergence_from_teacher: Divergence | None = None  # a term of its own, of the responses that the teacher wrote
-    temperature: float = 1.0
-    topk: int = 0  # the student's candidates per token; with a teacher also its probability of the first
-    plackett_luce: bool = False  # the likelihood of the teacher's order of the candidates
-    collision: int = 0  # how many of the largest probabilities each side's collision sums up
-    teacher_collision: int = 0  # the same of the teacher alone; all words where there are fewer
+    terms: Mapping[str, Term] = {}  # an attribute or a property; read once per call
+    reads: Needs = Needs()  # what select and coefficients read, beyond what the terms need
     selects: bool = False  # select() needs whole responses
-    selects_by_teacher: bool = False  # ... and the teacher's entropies: one more product with its head
-    all_entries: bool = False  # needs the teacher's distribution over all entries: kd.TopK will not do
+    selects_by_teacher: bool = False  # ... and the teacher's statistics: one more product with its head
 
-    def select(self, entropy: Tensor, teacher_entropy: Tensor | None, layout: Layout) -> dict[str, Tensor]:
-        """Constants [n] that depend on whole responses, from entropies [n] in ``layout``; once per response, in order.
+    @property
+    def needs(self) -> Needs:
+        """What is to be known of each token."""
+        return Needs.of(self.terms, self.reads)
 
-        ``teacher_entropy`` is there for a program that ``selects_by_teacher``.
-        """
+    def select(self, tokens: Tokens, layout: Layout) -> dict[str, Tensor]:
+        """Constants [n] that depend on whole responses, from the statistics of the tokens in ``layout``; once per
+        response, in order. ``tokens.teacher`` is there for a program that ``selects_by_teacher``."""
         return {}
 
     def coefficients(self, tokens: Tokens) -> dict[str, Tensor]:
-        """term -> [n]: what multiplies the term's value at each token. Constants to the gradient."""
+        """For each of ``terms`` [n]: what multiplies its value at each token. Constants to the gradient."""
         return {}
 
 
@@ -87,23 +51,58 @@ class Call:
     """One evaluation of a program. ``student`` and ``teacher`` hold detached tensors; [N] tensors follow ``layout``."""
 
     program: Program
-    student: Head | Logits
+    terms: Mapping[str, Term]  # the program's, at the time of the call
+    student: Source
     teacher: Source | None
     layout: Layout
-    teacher_index: Tensor | None = None  # [N] flat positions on the teacher's side
+    teacher_index: Tensor | None = None  # [N] flat positions in the teacher's leading dimensions
     target: Tensor | None = None  # [N] token ids
     weight: Tensor | None = None  # [N]
-    from_teacher: int = 0  # so many tokens come first that are of responses the teacher wrote
-    coefficients: dict[str, Tensor] | None = None  # term -> [N]: given (or {}: none), not asked of the program
+    groups: tuple[tuple[str, int], ...] = ()  # names of the groups that the tokens come in, and their tokens
+    coefficients: dict[str, Tensor] | None = None  # by term, [N]: given (or {}: none), not asked of the program
     scale: float = 1.0  # on the loss: one over what it is a mean of
     memory_budget: int | None = None
     logits_dtype: torch.dtype | None = None
+
+    @cached_property
+    def needs(self) -> Needs:
+        """What is to be known of each token."""
+        return Needs.of(self.terms, self.program.reads)
+
+    @cached_property
+    def temperature(self) -> float:
+        """That of all divergences, 1 without any.
+
+        Raises:
+            ValueError: they have several: the statistics of a token hold one.
+        """
+        found = {term.temperature for term in self.terms.values() if isinstance(term, DivergenceTerm)}
+        if len(found) > 1:
+            raise ValueError(f"temperature: expected the same for all divergences of a loss, got {sorted(found)}")
+        return found.pop() if found else 1.0
+
+    def terms_of(self, group: str | None) -> dict[str, Term]:
+        """Those of the tokens of a group."""
+        return {name: term for name, term in self.terms.items() if term.group in (None, group)}
+
+    def copies(self, group: str | None) -> int:
+        """Copies of the student's logits that the divergences of a group's tokens use up. One may use up the logits
+        themselves, unless other terms share these with a teacher that knows K entries (sources.Comparison)."""
+        terms = self.terms_of(group).values()
+        divergences = sum(isinstance(term, DivergenceTerm) for term in terms)
+        free = self.teacher is not None and (self.teacher.complete or divergences == len(terms))
+        return max(0, divergences - free)
+
+    @cached_property
+    def most_copies(self) -> int:
+        """The same of whichever group takes most."""
+        return max(self.copies(group) for group in {name for name, _ in self.groups} or {None})
 
 
 @dataclass(eq=False)
 class Result:
     tokens: Tokens
-    coefficients: dict[str, Tensor]  # Call.scale included
+    coefficients: dict[str, Tensor]  # by term; Call.scale included
     gradients: tuple[Tensor | None, ...]  # of the student's tensors
     factors: tuple[Tensor | float, ...]  # what they still have to be multiplied with: fp16 does not hold it
 
@@ -113,16 +112,15 @@ class Result:
         out = {}
         for name, coefficient in self.coefficients.items():
             c = coefficient.double()
-            out[name] = torch.where(c == 0, 0, c * getattr(self.tokens, name).double()).sum()
+            out[name] = torch.where(c == 0, 0, c * self.tokens.values[name].double()).sum()
         return out
 
     def nonfinite(self) -> Tensor:
         """[] tokens of which a term's value or coefficient, an entropy or a likelihood of the target is not finite."""
-        seen = list(self.coefficients.values())
-        for side in (self.tokens, self.tokens.teacher):
-            if side is not None:
-                seen += [side.entropy, side.cross_entropy, side.divergence, side.divergence_from_teacher]
-                seen.append(side.plackett_luce)
+        seen = [*self.coefficients.values(), *self.tokens.values.values()]
+        for known in (self.tokens, self.tokens.teacher):
+            if known is not None:
+                seen += [known.entropy, known.cross_entropy]
         return sum(~each.isfinite() for each in seen if each is not None).count_nonzero()
 
     def loss(self) -> Tensor:

@@ -1,7 +1,9 @@
 """Distillation objectives: per-token statistics -> per-token coefficients -> loss and metrics. One file per paper."""
 
+from ..engine.terms import CrossEntropyTerm, DivergenceTerm, EntropyTerm, Needs, PlackettLuceTerm, Term
+from ..engine.tokens import Tokens
 from .adaptive_opener import AdaptiveOpener
-from .base import Objective, Output
+from .base import Objective, Output, weighted
 from .distillm import DistiLLM2
 from .gkd import GKD
 from .sft import SFT
@@ -14,8 +16,16 @@ __all__ = [
     "TSDKD",
     "VCRD",
     "AdaptiveOpener",
+    "CrossEntropyTerm",
     "DistiLLM2",
+    "DivergenceTerm",
+    "EntropyTerm",
+    "Needs",
     "Objective",
     "Output",
+    "PlackettLuceTerm",
+    "Term",
+    "Tokens",
     "validity_weights",
+    "weighted",
 ]

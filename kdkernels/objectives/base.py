@@ -12,10 +12,14 @@ from torch import Tensor, nn
 
 from ..engine.autograd import evaluate
 from ..engine.operators import check_range
-from ..engine.spec import Call, Program, Tokens
+from ..engine.spec import Call, Program
+from ..engine.terms import Needs
+from ..engine.tokens import Tokens
 from ..functional import check_ids, check_limits
 from ..layout import SHIFT, Layout
-from ..sources import Head, Logits, Source, check_student, check_teacher
+from ..sources import Source, check_student, check_teacher
+
+AUTHORS = ("teacher", "student")  # groups of tokens, by who wrote their response
 
 
 class Output(NamedTuple):
@@ -33,16 +37,13 @@ class Output(NamedTuple):
 class Objective(Program, nn.Module):
     """A loss over the response tokens of a batch.
 
-    A subclass names its terms and says, per token, what they count (``coefficients``); gradients of all terms are
-    written in one sweep. A subclass's ``names`` maps each term to what its contribution to the loss is called among
-    the metrics.
+    A subclass has ``terms`` by name (an attribute or a property), and ``coefficients`` says what each counts at each
+    token; the gradients of all terms are written together. What a term contributes to the loss is among the metrics
+    under its name. A term of the group "teacher" or "student" counts in responses that this model wrote.
     """
 
-    needs_teacher: bool = True
-    needs_target: bool = False
     needs_weights: bool = False
     mean_over: str = "responses"  # or "tokens", "prompts": the denominator of the loss
-    names: dict[str, str]
 
     def __call__(self, *arguments, **options) -> Output:
         call = super().__call__
@@ -52,7 +53,7 @@ class Objective(Program, nn.Module):
 
     def forward(
         self,
-        student: Head | Logits,
+        student: Source,
         teacher: Source | None,
         mask: Tensor | Layout,
         *,
@@ -76,8 +77,8 @@ class Objective(Program, nn.Module):
                 labels). By default the tokens of a layout made from labels, where the objective needs them; where it
                 does not, a target adds the metric ``cross_entropy``.
             weights: [B, L] factor on every term of a token, a constant; the denominators stay counts.
-            from_teacher: [B] bool, rows whose response the teacher wrote, for objectives that treat these differently:
-                required there, an error elsewhere. On the CPU it costs no sync.
+            from_teacher: [B] bool, rows whose response the teacher wrote. Required where terms have a group, an error
+                elsewhere. On the CPU it costs no sync.
             teacher_mask: the teacher's positions where they differ from the student's, equally many per response.
             memory_budget: bytes for logits and workspace (default 384 MiB on CPUs, on GPUs by their speed:
                 ``kd.info()["memory_budget"]``).
@@ -88,38 +89,21 @@ class Objective(Program, nn.Module):
         """
         check_student(student)
         check_limits(memory_budget, logits_dtype)
+        terms = dict(self.terms)
+        needs = Needs.of(terms, self.reads)
         layout = _layout("mask", mask, student)
-        if self.needs_teacher:
-            check_teacher(student, teacher, same_positions=teacher_mask is None)
-        elif teacher is not None:
-            raise TypeError(f"teacher: {type(self).__name__} has none; expected None, got {type(teacher).__name__}")
-        elif teacher_mask is not None:
-            raise TypeError(f"teacher_mask: {type(self).__name__} has no teacher; expected None")
-        if self.by_author:
-            _check_from_teacher(type(self).__name__, from_teacher, layout.shape[0])
-        elif from_teacher is not None:
-            raise TypeError(f"from_teacher: {type(self).__name__} treats all responses alike; expected None")
-        if self.needs_weights and weights is None:
-            raise TypeError(f"weights: {type(self).__name__} needs a weight for each token, got None")
-        if self.needs_target and target is None and layout.token is None:
-            raise TypeError(
-                f"target: {type(self).__name__} needs the token each position predicts, or a mask that is a Layout "
-                "made from labels, got None"
-            )
-        shape, device = student.shape, student.device
+        self._check_arguments(needs, student, teacher, layout, target, weights, from_teacher, teacher_mask)
         count = self.count(layout, from_teacher)
         teacher_layout = _teacher_layout(layout, teacher, teacher_mask)
-        by_teacher = 0
-        if from_teacher is not None:  # the chunk loop takes these first
-            written = layout.written_by(from_teacher)
-            order = sorted(range(layout.responses), key=lambda i: not written[i])
-            layout, teacher_layout = layout.take(order), teacher_layout.take(order)
-            by_teacher = sum(layout.lengths[: sum(written)])
+        groups = ()
+        if from_teacher is not None:
+            layout, teacher_layout, groups = _grouped(layout, teacher_layout, from_teacher)
+        shape, device = student.shape, student.device
         layout, teacher_layout = layout.to(device), teacher_layout.to(device)
         if target is not None:
             check_ids("target", target, shape, device)
             target = layout.at(target)
-        elif self.needs_target:
+        elif needs.target:
             target = layout.token
         if target is not None:
             check_range("target", target, student.vocabulary, hint=SHIFT)
@@ -128,13 +112,14 @@ class Objective(Program, nn.Module):
             weights = weights.flatten()[layout.index]
         call = Call(
             program=self,
+            terms=terms,
             student=student,
             teacher=teacher,
             layout=layout,
             teacher_index=teacher_layout.index,
             target=target,
             weight=weights,
-            from_teacher=by_teacher,
+            groups=groups,
             scale=1.0 / max(1, count),
             memory_budget=memory_budget,
             logits_dtype=logits_dtype,
@@ -143,14 +128,61 @@ class Objective(Program, nn.Module):
         metrics = {}
         if result is not None:
             metrics = {"loss": loss.detach(), **self.metrics(result.tokens), "nonfinite_tokens": result.nonfinite()}
-            for term, value in result.terms.items():
-                metrics[self.names[term]] = value.to(loss.dtype)
+            for name, value in result.terms.items():
+                metrics[name] = value.to(loss.dtype)
         return Output(loss, torch.full((), count, device=device), metrics)
+
+    def _check_arguments(
+        self,
+        needs: Needs,
+        student: Source,
+        teacher: Source | None,
+        layout: Layout,
+        target: Tensor | None,
+        weights: Tensor | None,
+        from_teacher: Tensor | None,
+        teacher_mask: Tensor | Layout | None,
+    ) -> None:
+        """What is missing or superfluous."""
+        name = type(self).__name__
+        if needs.teacher:
+            check_teacher(student, teacher, same_positions=teacher_mask is None)
+        elif teacher is not None:
+            raise TypeError(f"teacher: {name} has none; expected None, got {type(teacher).__name__}")
+        elif teacher_mask is not None:
+            raise TypeError(f"teacher_mask: {name} has no teacher; expected None")
+        if self.by_author:
+            _check_from_teacher(name, from_teacher, layout.shape[0])
+        elif from_teacher is not None:
+            raise TypeError(f"from_teacher: {name} treats all responses alike; expected None")
+        if self.needs_weights and weights is None:
+            raise TypeError(f"weights: {name} needs a weight for each token, got None")
+        if needs.target and target is None and layout.token is None:
+            raise TypeError(
+                f"target: {name} needs the token each position predicts, or a mask that is a Layout made from labels, "
+                "got None"
+            )
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.needs.teacher
+
+    @property
+    def needs_target(self) -> bool:
+        return self.needs.target
 
     @property
     def by_author(self) -> bool:
-        """Whether teacher-written responses have a divergence of their own: then ``from_teacher`` is required."""
-        return self.divergence_from_teacher is not None
+        """Whether some terms count in responses of one author only: then ``from_teacher`` is required.
+
+        Raises:
+            ValueError: a term has a group of another name.
+        """
+        groups = {name: term.group for name, term in self.terms.items() if term.group is not None}
+        for name, group in groups.items():
+            if group not in AUTHORS:
+                raise ValueError(f"{name}: expected a term of the group {' or '.join(AUTHORS)}, got {group!r}")
+        return bool(groups)
 
     def count(self, layout: Layout, from_teacher: Tensor | None = None) -> int:
         """The denominator of the loss, known before the forward pass: responses, tokens or prompts of ``layout``.
@@ -171,7 +203,7 @@ class Objective(Program, nn.Module):
         """
         if metric == "nonfinite_tokens":
             return "sum"
-        return "count" if metric == "loss" or metric in self.names.values() else "tokens"
+        return "count" if metric == "loss" or metric in self.terms else "tokens"
 
     def metrics(self, tokens: Tokens) -> dict[str, Tensor]:
         """Means over the tokens; a subclass adds its own, and says in ``reduction`` which of them are none."""
@@ -189,13 +221,24 @@ def weighted(coefficient: Tensor, tokens: Tokens) -> Tensor:
     return coefficient if tokens.weight is None else coefficient * tokens.weight
 
 
-def _layout(name: str, mask: Tensor | Layout, side: Source) -> Layout:
+def _layout(name: str, mask: Tensor | Layout, source: Source) -> Layout:
     layout = mask if isinstance(mask, Layout) else Layout.from_mask(mask)
-    if layout.shape != side.shape:
+    if layout.shape != source.shape:
         raise ValueError(
-            f"{name}: expected shape {list(side.shape)} (the leading dimensions of the model), got {list(layout.shape)}"
+            f"{name}: expected shape {list(source.shape)} (the leading dimensions of the model), got "
+            f"{list(layout.shape)}"
         )
     return layout
+
+
+def _grouped(layout: Layout, teacher_layout: Layout, from_teacher: Tensor) -> tuple[Layout, Layout, tuple]:
+    """Layouts of the teacher's responses before the student's, and ``Call.groups``."""
+    written = layout.written_by(from_teacher)
+    order = sorted(range(layout.responses), key=lambda i: not written[i])
+    layout, teacher_layout = layout.take(order), teacher_layout.take(order)
+    by_teacher = sum(layout.lengths[: sum(written)])
+    groups = tuple(zip(AUTHORS, (by_teacher, len(layout) - by_teacher), strict=True))
+    return layout, teacher_layout, groups
 
 
 def _check_from_teacher(objective: str, from_teacher: object, rows: int) -> None:

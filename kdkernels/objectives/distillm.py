@@ -6,7 +6,8 @@ from torch import Tensor
 
 from ..checks import check_bool, check_share
 from ..divergences import SkewKL, SkewReverseKL
-from ..engine.spec import Tokens
+from ..engine.terms import DivergenceTerm, Term
+from ..engine.tokens import Tokens
 from .base import Objective, weighted
 
 
@@ -23,16 +24,20 @@ class DistiLLM2(Objective):
         detach_mixture: the mixture of the SRKL is a constant to the gradient, as in the released code.
     """
 
-    names = {"divergence_from_teacher": "skl", "divergence": "srkl"}
-
     def __init__(self, alpha_teacher: float = 0.1, alpha_student: float = 0.1, detach_mixture: bool = False):
         super().__init__()
         check_share("alpha_teacher", alpha_teacher)
         check_share("alpha_student", alpha_student)
         check_bool("detach_mixture", detach_mixture)
-        self.divergence_from_teacher = SkewKL(alpha_teacher)
-        self.divergence = SkewReverseKL(alpha_student, detach_mixture)
+        self.alpha_teacher, self.alpha_student, self.detach_mixture = alpha_teacher, alpha_student, detach_mixture
+
+    @property
+    def terms(self) -> dict[str, Term]:
+        return {
+            "skl": DivergenceTerm(SkewKL(self.alpha_teacher), group="teacher"),
+            "srkl": DivergenceTerm(SkewReverseKL(self.alpha_student, self.detach_mixture), group="student"),
+        }
 
     def coefficients(self, tokens: Tokens) -> dict[str, Tensor]:
         mean = weighted(1.0 / tokens.length.to(tokens.entropy.dtype), tokens)
-        return {"divergence_from_teacher": mean, "divergence": mean}
+        return {"skl": mean, "srkl": mean}

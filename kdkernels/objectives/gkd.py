@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..checks import check_temperature
+from ..checks import check_share, check_temperature
 from ..divergences import JSD
-from ..engine.spec import Tokens
+from ..engine.terms import DivergenceTerm, Term
+from ..engine.tokens import Tokens
 from .base import Objective, weighted
 
 
@@ -18,13 +19,15 @@ class GKD(Objective):
         temperature: divides both models' logits inside the divergence; no T^2 factor.
     """
 
-    names = {"divergence": "direct"}
-
     def __init__(self, beta: float = 0.9, temperature: float = 1.0):
         super().__init__()
+        check_share("beta", beta)
         check_temperature(temperature)
         self.beta, self.temperature = beta, temperature
-        self.divergence = JSD(beta)
+
+    @property
+    def terms(self) -> dict[str, Term]:
+        return {"direct": DivergenceTerm(JSD(self.beta), self.temperature)}
 
     def coefficients(self, tokens: Tokens) -> dict[str, Tensor]:
-        return {"divergence": weighted(1.0 / tokens.length.to(tokens.entropy.dtype), tokens)}
+        return {"direct": weighted(1.0 / tokens.length.to(tokens.entropy.dtype), tokens)}

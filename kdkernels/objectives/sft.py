@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..engine.spec import Tokens
+from ..engine.terms import CrossEntropyTerm
+from ..engine.tokens import Tokens
 from .base import Objective, weighted
 
 
 class SFT(Objective):
     """Mean over response tokens of -log q(target). Takes no teacher; ``target`` is required."""
 
-    needs_teacher = False
-    needs_target = True
     mean_over = "tokens"
-    names = {"cross_entropy": "cross_entropy"}
+    terms = {"cross_entropy": CrossEntropyTerm()}
 
     def coefficients(self, tokens: Tokens) -> dict[str, Tensor]:
         return {"cross_entropy": weighted(tokens.entropy.new_ones(tokens.entropy.shape), tokens)}

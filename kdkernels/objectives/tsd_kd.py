@@ -7,7 +7,8 @@ from torch import Tensor
 from .. import reference
 from ..checks import check_count, check_number, check_positive, check_share, check_temperature
 from ..divergences import JSD
-from ..engine.spec import Tokens
+from ..engine.terms import DivergenceTerm, EntropyTerm, PlackettLuceTerm, Term
+from ..engine.tokens import Tokens
 from ..layout import Layout
 from . import selection
 from .adaptive_opener import AdaptiveOpener
@@ -34,7 +35,6 @@ class TSDKD(Objective):
         temperature: of the JSD only; gate, opener, ranking and entropy are at 1.
     """
 
-    names = {"divergence": "direct", "plackett_luce": "indirect", "entropy": "entropy_minimisation"}
     selects = True
 
     def __init__(
@@ -55,6 +55,7 @@ class TSDKD(Objective):
             ("indirect_weight", indirect_weight), ("direct_weight", direct_weight), ("entropy_weight", entropy_weight)
         ):  # fmt: skip
             check_number(name, weight)
+        check_share("beta", beta)
         check_temperature(temperature)
         check_count("k", k, 1)
         self.selects_by_teacher = isinstance(opener, AdaptiveOpener)
@@ -63,21 +64,29 @@ class TSDKD(Objective):
         check_share("entropy_ratio", entropy_ratio)
         self.tau, self.opener, self.entropy_ratio = tau, opener, entropy_ratio
         self.indirect_weight, self.direct_weight, self.entropy_weight = indirect_weight, direct_weight, entropy_weight
-        self.divergence, self.temperature, self.topk = JSD(beta), temperature, k
-        self.plackett_luce = True
+        self.beta, self.temperature, self.k = beta, temperature, k
 
-    def select(self, entropy: Tensor, teacher_entropy: Tensor | None, layout: Layout) -> dict[str, Tensor]:
+    @property
+    def terms(self) -> dict[str, Term]:
+        return {
+            "direct": DivergenceTerm(JSD(self.beta), self.temperature),
+            "indirect": PlackettLuceTerm(self.k),
+            "entropy_minimisation": EntropyTerm(),
+        }
+
+    def select(self, tokens: Tokens, layout: Layout) -> dict[str, Tensor]:
+        entropy = tokens.entropy
         uncertain, count = selection.most_uncertain(entropy, self.entropy_ratio, layout)
-        share = self.opener(entropy, teacher_entropy, layout) if self.selects_by_teacher else self.opener
+        share = self.opener(entropy, tokens.teacher.entropy, layout) if self.selects_by_teacher else self.opener
         opener = selection.opener(entropy, share, layout)
         return {"opener": opener.to(entropy.dtype), "uncertain": (uncertain / count).to(entropy.dtype)}
 
     def coefficients(self, tokens: Tokens) -> dict[str, Tensor]:
         gate = reference.gate(tokens.entropy, tokens.teacher.entropy, self.tau)
         return {
-            "divergence": weighted(self.direct_weight * gate / tokens.length, tokens),
-            "plackett_luce": weighted(self.indirect_weight * tokens.selected["opener"], tokens),
-            "entropy": weighted(self.entropy_weight * tokens.selected["uncertain"], tokens),
+            "direct": weighted(self.direct_weight * gate / tokens.length, tokens),
+            "indirect": weighted(self.indirect_weight * tokens.selected["opener"], tokens),
+            "entropy_minimisation": weighted(self.entropy_weight * tokens.selected["uncertain"], tokens),
         }
 
     def metrics(self, tokens: Tokens) -> dict[str, Tensor]:

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..checks import check_number
+from ..checks import check_number, check_share
 from ..divergences import SkewKL, SkewReverseKL
-from ..engine.spec import Tokens
+from ..engine.terms import DivergenceTerm, Needs, Term
+from ..engine.tokens import Tokens
 from .base import Objective, weighted
 
 WEIGHTINGS = ("given", "likelihood_ratio", "uniform")
@@ -37,8 +38,6 @@ class VCRD(Objective):
         aggregation: "prompts" as above; "tokens": mean over a response's tokens, then over the responses (DistiLLM-2).
     """
 
-    names = {"divergence_from_teacher": "skl", "divergence": "srkl"}
-
     def __init__(
         self,
         alpha: float = 0.1,
@@ -53,13 +52,20 @@ class VCRD(Objective):
                 raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
         check_number("lambda_teacher", lambda_teacher)
         check_number("lambda_student", lambda_student)
-        self.lambda_teacher, self.lambda_student = lambda_teacher, lambda_student
+        check_share("alpha", alpha)
+        self.alpha, self.lambda_teacher, self.lambda_student = alpha, lambda_teacher, lambda_student
         self.weighting, self.aggregation = weighting, aggregation
         self.mean_over = AGGREGATIONS[aggregation]
         self.needs_weights = weighting == "given"
-        self.divergence_from_teacher, self.divergence = SkewKL(alpha), SkewReverseKL(alpha)
         if weighting == "likelihood_ratio":
-            self.topk, self.teacher_collision, self.all_entries = 1, 128, True
+            self.reads = Needs(candidates=1, teacher_collision=128, all_entries=True)
+
+    @property
+    def terms(self) -> dict[str, Term]:
+        return {
+            "skl": DivergenceTerm(SkewKL(self.alpha), group="teacher"),
+            "srkl": DivergenceTerm(SkewReverseKL(self.alpha), group="student"),
+        }
 
     def weight(self, tokens: Tokens) -> Tensor:
         """w(t), the caller's weights included [n]."""
@@ -73,13 +79,13 @@ class VCRD(Objective):
         w = self.weight(tokens)
         if self.aggregation == "tokens":
             w = w / tokens.length
-        return {"divergence_from_teacher": self.lambda_teacher * w, "divergence": self.lambda_student * w}
+        return {"skl": self.lambda_teacher * w, "srkl": self.lambda_student * w}
 
     def metrics(self, tokens: Tokens) -> dict[str, Tensor]:
         return {**super().metrics(tokens), "weight": self.weight(tokens).mean()}
 
 
-def validity_weights(student: Tensor, teacher: Tensor, kind: str = "ratio") -> Tensor:
+def validity_weights(student: Tensor, teacher: Tensor, rule: str = "ratio") -> Tensor:
     """Weights for ``VCRD(weighting="given")`` from a judge's scores of both models' proposals at the same prefixes.
 
         ratio: r_S / (r_T + 1e-8) (eq. 1)   clamped_ratio: min(ratio, 1), no amplification   difference: r_S - r_T
@@ -88,7 +94,7 @@ def validity_weights(student: Tensor, teacher: Tensor, kind: str = "ratio") -> T
     Args:
         student, teacher: r(c, a_S), r(c, a_T) in [0, 1], of one shape, for teacher-written and student-written
             responses alike.
-        kind: the rule. A difference may be negative: it then pushes the student away.
+        rule: how the scores become weights. A difference may be negative: it then pushes the student away.
 
     Raises:
         TypeError, ValueError: naming the argument.
@@ -99,6 +105,6 @@ def validity_weights(student: Tensor, teacher: Tensor, kind: str = "ratio") -> T
             raise TypeError(f"{name}: expected a floating-point tensor, got {got}")
     if teacher.shape != student.shape:
         raise ValueError(f"teacher: expected shape {list(student.shape)} (the student's), got {list(teacher.shape)}")
-    if kind not in VALIDITY_WEIGHTS:
-        raise ValueError(f"kind: expected one of {', '.join(VALIDITY_WEIGHTS)}, got {kind!r}")
-    return reference.validity_weights(student, teacher, kind)
+    if rule not in VALIDITY_WEIGHTS:
+        raise ValueError(f"rule: expected one of {', '.join(VALIDITY_WEIGHTS)}, got {rule!r}")
+    return reference.validity_weights(student, teacher, rule)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from .base import Costs, Producer, Source, autocasts, packed, row_bytes, take, unpacked
+from .base import Comparison, Costs, Known, Producer, Source, autocasts, packed, row_bytes, take, unpacked
 from .fitting import check_complete, check_student, check_teacher, shared_vocabulary
 from .head import Head
 from .logits import Logits
 from .topk import TopK
 
 __all__ = [
+    "Comparison",
     "Costs",
     "Head",
+    "Known",
     "Logits",
     "Producer",
     "Source",

@@ -9,18 +9,22 @@ Axes: N tokens of a call, n tokens of a chunk, V vocabulary, H hidden, K stored 
 from __future__ import annotations
 
 import inspect
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from ..checks import check_count
 from ..compute import memory
-from ..kernels import Backend, Rows
+from ..divergences import Divergence
+from ..kernels import Backend, Coefficients, Rows
 
 # A gradient and what it still has to be multiplied with, where fp16 does not hold the product: a number or, for
 # gradients [..., H], one for each [..., 1].
 Gradient = tuple[Tensor | None, Tensor | float]
+# What a teacher's producer gave of some tokens: ``Producer.rows``, or ``Producer.entries`` where it knows no more.
+Known = Rows | tuple[Tensor, Tensor]
 
 
 class Costs(NamedTuple):
@@ -221,12 +225,41 @@ class Producer:
         """The entries that are known of these tokens: ids [n, K], and log-probabilities [n, K] in fp64."""
         raise NotImplementedError(f"{type(self).__name__}.entries")
 
-    def divergence(self, student: Rows, ids: Tensor, log_p: Tensor, divergence, temperature: float):
-        """The divergence from what ``entries`` gave, with its gradient: see topk_divergence.Outcomes.
+    def divergence(self, student: Rows, teacher: Known, divergence: Divergence, temperature: float) -> Comparison:
+        """The divergence of this teacher from the student at tokens of which ``teacher`` is known.
 
-        ``student.gathered`` begins with the student's z at ``ids``. It may use the student's logits up.
+        Of a teacher that knows entries, ``student.gathered`` begins with the student's z at their ids, and the
+        student's logits may be used up.
         """
-        raise NotImplementedError(f"{type(self).__name__}.divergence")
+        value, center = self.backend.divergence(student, teacher, divergence, temperature)
+        return _Complete(self.backend, teacher, divergence, temperature, center, value)
+
+
+class Comparison(Protocol):
+    """A divergence of some tokens that has been evaluated."""
+
+    value: Tensor  # [n]
+
+    def write_gradient(self, student: Rows, coefficients: Coefficients, out: Tensor) -> None:
+        """Writes the gradient of all terms into ``out`` [n, V], which lies over the student's logits.
+
+        Where K entries are all that is known of the teacher, only that of the divergence.
+        """
+
+
+@dataclass(eq=False)
+class _Complete:
+    """A divergence over all entries of the vocabulary."""
+
+    backend: Backend
+    teacher: Rows
+    divergence: Divergence
+    temperature: float
+    center: Tensor
+    value: Tensor
+
+    def write_gradient(self, student: Rows, coefficients: Coefficients, out: Tensor) -> None:
+        self.backend.gradient_(student, self.teacher, self.divergence, self.temperature, self.center, coefficients, out)
 
 
 _CLASSES: dict[str, type[Source]] = {}

@@ -14,7 +14,7 @@ from ..divergences import Divergence
 from ..kernels import Backend, Rows
 from ..tensors import check_floating
 from . import topk_divergence
-from .base import Costs, Producer, Source, take
+from .base import Costs, Known, Producer, Source, take
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,6 +145,6 @@ class TopKProducer(Producer):
         return ids, log_p
 
     def divergence(
-        self, student: Rows, ids: Tensor, log_p: Tensor, divergence: Divergence, temperature: float
+        self, student: Rows, teacher: Known, divergence: Divergence, temperature: float
     ) -> topk_divergence.Outcomes:
-        return topk_divergence.divergence(self.backend, student, ids, log_p, divergence, temperature, self.renormalize)
+        return topk_divergence.divergence(self.backend, student, *teacher, divergence, temperature, self.renormalize)

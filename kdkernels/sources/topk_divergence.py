@@ -33,9 +33,9 @@ class Outcomes:
     ids: Tensor  # [n, K]
     rest: Bucket | None  # None: there is none, or it was dropped
 
-    def write_gradient(self, student: Rows, coefficient: Tensor, out: Tensor) -> None:
-        """Writes coefficient [n] times the gradient over the student's logits, which ``out`` [n, V] lies over."""
-        d_outcomes, ids, rest = coefficient[:, None] * self.gradient, self.ids, self.rest
+    def write_gradient(self, student: Rows, coefficients: Coefficients, out: Tensor) -> None:
+        """See sources.Comparison; of the coefficients, the divergence's."""
+        d_outcomes, ids, rest = coefficients.dense[0, :, None] * self.gradient, self.ids, self.rest
         if rest is None:
             out.zero_()
         else:

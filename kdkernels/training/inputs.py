@@ -25,7 +25,7 @@ class Inputs:
 def read_inputs(config: Config, trained: Path | None = None) -> Inputs:
     """Everything but the models; `trained` is where the run has the tokenizer that it trained. Raises InputError."""
     tokenizer = load_tokenizer(config, trained)
-    candidates, entries = config.objective.build().topk, vocabulary_size(tokenizer)
+    candidates, entries = config.objective.build().needs.candidates, vocabulary_size(tokenizer)
     if candidates > entries:
         raise InputError(f"[objective] k: expected at most {entries}, the tokenizer's vocabulary, got {candidates}")
     data = config.data

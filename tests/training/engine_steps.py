@@ -77,7 +77,7 @@ def exact_gradients(config: Config) -> dict[str, torch.Tensor]:
         objective = config.objective.build()
         loss = {
             "GKD": lambda: reference.gkd(z_s, z_t, objective.beta),
-            "TSDKD": lambda: reference.tsd_kd(z_s, z_t, k=objective.topk),
+            "TSDKD": lambda: reference.tsd_kd(z_s, z_t, k=objective.k),
             "DistiLLM2": lambda: reference.distillm2(z_s, z_t, [True] * len(z_s)),
             "VCRD": lambda: reference.vcrd(z_s, z_t, [True] * len(z_s)),
         }[name]()
