@@ -26,6 +26,7 @@ ORDER = [
     "data",
     "distillation",
     "teachers",
+    "rollouts",
     "training",
     "cli",
     "__main__",
@@ -109,6 +110,7 @@ def test_the_check_sees_what_is_planted():
     assert planted("kdkernels.training.trainer", "from kdkernels.demo import phases")
     assert planted("kdkernels.functional", "import transformers")
     assert planted("kdkernels.data.batch", "from kdkernels.training.config import Config")
+    assert planted("kdkernels.rollouts.local", "from kdkernels.training import distributed")
     assert planted("kdkernels.distillation", "def f():\n    from kdkernels.training import distributed")
     assert planted("kdkernels.sources", "def f():\n    from numpy import array")
     assert planted("kdkernels.helpers", "")

@@ -20,6 +20,7 @@ import kdkernels.data
 from kdkernels.data import Batch, collate
 from kdkernels.data import encoding, jsonl, texts, tokenizers
 from kdkernels.distillation import Distillation, head
+from kdkernels.rollouts import LocalSampler
 
 torch.manual_seed(0)
 sizes = dict(n_embd=16, n_layer=1, n_head=2, vocab_size=12, n_positions=16, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)

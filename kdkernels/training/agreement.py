@@ -13,7 +13,7 @@ from kdkernels import Head
 from kdkernels.data import collate
 from kdkernels.distillation import beyond_cross_entropy, has_router_loss, states
 from kdkernels.errors import InputError
-from kdkernels.training.rollouts import evaluating
+from kdkernels.rollouts.local import evaluating
 
 
 def check_model(key: str, model: PreTrainedModel, tokens: Sequence[int], trained: bool) -> None:

@@ -15,12 +15,14 @@ from kdkernels.data import Example, collate
 from kdkernels.data.tokenizers import vocabulary_size
 from kdkernels.distillation import head
 from kdkernels.errors import InputError
+from kdkernels.rollouts import Sampler
+from kdkernels.rollouts.local import evaluating
 from kdkernels.training.config import Config, EvaluationConfig
-from kdkernels.training.rollouts import ends, evaluating, generate
 
 
 def evaluate(
     model: PreTrainedModel,
+    sampler: Sampler,
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
     config: Config,
@@ -28,8 +30,8 @@ def evaluate(
 ) -> list[dict[str, Any]]:
     """One record per example, in the given order, with all that the `metrics` of [evaluation] come from (`summarize`).
 
-    exact_match: the model answers each prompt greedily; its answer is right if it equals that of the data's response.
-    The answer of a text is what the regular expression `answer` matches last in it.
+    exact_match: the `sampler` answers each prompt greedily; an answer is right if it equals that of the data's
+    response. The answer of a text is what the regular expression `answer` matches last in it.
     cross_entropy, kl: -log q(token) and KL(p || q) of teacher p and model q, in nats per token of the data's responses,
     the end-of-sequence token included.
 
@@ -40,12 +42,12 @@ def evaluate(
     with torch.no_grad(), evaluating(model):
         for start in range(0, len(examples), settings.batch_size):
             batch = examples[start : start + settings.batch_size]
-            rows = [{"line": example.line, "prompt": example.prompt} for example in batch]
+            part = [{"line": example.line, "prompt": example.prompt} for example in batch]
             if "exact_match" in settings.metrics:
-                _add(rows, _answers(model, tokenizer, batch, settings))
+                _add(part, _answers(sampler, tokenizer, batch, settings))
             if {"cross_entropy", "kl"} & set(settings.metrics):
-                _add(rows, _token_means(model, tokenizer, batch, settings, teacher))
-            records += rows
+                _add(part, _token_means(model, tokenizer, batch, settings, teacher))
+            records += part
     return records
 
 
@@ -81,26 +83,26 @@ def expected_answer(settings: EvaluationConfig, example: Example) -> str:
     return expected
 
 
-def _add(rows: list[dict], columns: list[dict]) -> None:
-    for row, more in zip(rows, columns, strict=True):
-        row.update(more)
+def _add(records: list[dict], values: list[dict]) -> None:
+    for record, more in zip(records, values, strict=True):
+        record.update(more)
 
 
 def _answers(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: Sequence[Example], settings: EvaluationConfig
+    sampler: Sampler, tokenizer: PreTrainedTokenizerBase, batch: Sequence[Example], settings: EvaluationConfig
 ) -> list[dict[str, Any]]:
     """Greedy responses and whether their answers are right."""
     prompts = [example.prompt_ids for example in batch]
-    responses = generate(model, tokenizer, prompts, settings.max_new_tokens, sample=False)
-    rows, end_ids = [], ends(model, tokenizer)
+    responses = sampler.generate(prompts, settings.max_new_tokens, greedy=True)
+    answers, ends = [], sampler.ends
     for example, ids in zip(batch, responses, strict=True):
         expected = expected_answer(settings, example)
-        finished = ids[-1] in end_ids  # such a token may be none of the special ones, which decoding leaves out
+        finished = ids[-1] in ends  # such a token may be none of the special ones, which decoding leaves out
         response = tokenizer.decode(
             ids[:-1] if finished else ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         answer = find_answer(settings.answer, response)
-        rows.append(
+        answers.append(
             {
                 "response": response,
                 "answer": answer,
@@ -109,7 +111,7 @@ def _answers(
                 "finished": finished,
             }
         )
-    return rows
+    return answers
 
 
 def _token_means(

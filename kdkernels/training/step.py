@@ -10,22 +10,31 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from kdkernels.data import Example, collate
+from kdkernels.rollouts import Sampler
 from kdkernels.teachers import Teacher
 from kdkernels.training import distributed
 from kdkernels.training.config import Config
 from kdkernels.training.engine import set_rate, update
-from kdkernels.training.rollouts import generate
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a step works with. `pad_id` fills up the shorter responses of a batch."""
+
+    engine: Any
+    teacher: Teacher | None
+    sampler: Sampler
+    pad_id: int
 
 
 def train_step(
-    engine,
-    teacher: Teacher | None,
-    tokenizer: PreTrainedTokenizerBase,
+    parts: Parts,
     examples: Sequence[Example],
     step: int,
     config: Config,
@@ -36,8 +45,8 @@ def train_step(
 
     apply=False computes everything and updates nothing.
     """
-    clock = Clock()
-    student, objective = engine.module.student, engine.module.objective
+    clock, engine = Clock(), parts.engine
+    objective = engine.module.objective
     lr = set_rate(engine, config, step)
     share = examples[distributed.rank() :: distributed.world_size()]
     prompts = [example.prompt_ids for example in share]
@@ -46,8 +55,9 @@ def train_step(
         with clock("rollout"):
             responses = [example.response_ids for example in share]
             if by_student:
+                parts.sampler.sync()
                 with distributed.together():
-                    responses = generate(student, tokenizer, prompts, config.rollout.max_new_tokens, sample=True)
+                    responses = parts.sampler.generate(prompts, config.rollout.max_new_tokens)
     except FloatingPointError as error:
         return {"loss": math.nan, "lr": lr, "gradient_norm": math.nan, "tokens": 0} | clock.metrics(0), str(error)
 
@@ -56,7 +66,7 @@ def train_step(
     size = config.train.micro_batch_size
     groups = [pairs[i : i + size] for i in range(0, len(pairs), size)]
     batches = [
-        collate([p for p, _ in group], [r for _, r in group], tokenizer.eos_token_id, from_teacher=not by_student)
+        collate([p for p, _ in group], [r for _, r in group], parts.pad_id, from_teacher=not by_student)
         for group in groups
     ]
     counts = [objective.count(batch.layout, batch.from_teacher) for batch in batches]
@@ -68,7 +78,7 @@ def train_step(
         batch = batch.to(engine.device)
         shares = {"count": own_count / count, "tokens": len(batch.layout) / tokens, "sum": 1}
         with clock("teacher"):
-            scored = teacher.score(batch) if objective.needs_teacher else None
+            scored = parts.teacher.score(batch) if objective.needs_teacher else None
         with clock("student"):
             out = engine(batch, scored)
             engine.backward(out.loss * shares["count"] * distributed.world_size(), scale_wrt_gas=False)

@@ -8,6 +8,7 @@ Without a launcher it is one process; torchrun starts several, which run this to
 import itertools
 import random
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from kdkernels.data import Example, ExampleStream
 from kdkernels.data.tokenizers import vocabulary_size
 from kdkernels.distillation import Distillation
 from kdkernels.errors import InputError
+from kdkernels.rollouts import LocalSampler, Sampler
 from kdkernels.teachers import LocalTeacher
 from kdkernels.training import checkpoint, distributed
 from kdkernels.training.agreement import check_model
@@ -34,7 +36,7 @@ from kdkernels.training.model import load_student, load_teacher
 from kdkernels.training.needs import check_disk, describe_dtype, needs
 from kdkernels.training.report import write_report
 from kdkernels.training.run_directory import RunDirectory, Start
-from kdkernels.training.step import train_step
+from kdkernels.training.step import Parts, train_step
 from kdkernels.training.termination import Termination
 
 
@@ -60,15 +62,15 @@ def train(config: Config, resume: bool = False) -> Result:
     distributed.start(config.run.timeout_seconds)
     run = RunDirectory(config.run.output)
     accumulation_steps(config)
-    with Termination() as termination, run.locked():
+    with Termination() as termination, run.locked(), ExitStack() as held:
         start = run.find_start(config, resume)
         try:
-            return _train(config, run, start, termination)
+            return _train(config, run, start, termination, held)
         except DiskError as error:
             raise DiskError(f"{error}. Once that is mended, {run.way_on(config)}") from error
 
 
-def _train(config: Config, run: RunDirectory, start: Start, termination: Termination) -> Result:
+def _train(config: Config, run: RunDirectory, start: Start, termination: Termination, held: ExitStack) -> Result:
     with distributed.together():
         inputs = read_inputs(config, start.tokenizer)
         tokenizer, examples, held_out = inputs.tokenizer, inputs.examples, inputs.held_out
@@ -80,6 +82,9 @@ def _train(config: Config, run: RunDirectory, start: Start, termination: Termina
     entries = vocabulary_size(tokenizer)
     scorer = LocalTeacher(teacher, entries) if teacher is not None else None
     engine = build_engine(config, Distillation(student, config.objective.build(), entries))
+    sampler = LocalSampler(student, tokenizer)
+    held.callback(sampler.close)
+    parts = Parts(engine, scorer, sampler, tokenizer.eos_token_id)
     with distributed.together():
         first = examples.usable[0]
         tokens = (*first.prompt_ids, *first.response_ids, tokenizer.eos_token_id)[:2]
@@ -103,7 +108,8 @@ def _train(config: Config, run: RunDirectory, start: Start, termination: Termina
 
     def evaluation(step: int) -> dict[str, float]:
         try:
-            records = _evaluate(student, tokenizer, held_out.usable[: config.evaluation.limit], config, teacher)
+            chosen = held_out.usable[: config.evaluation.limit]
+            records = _evaluate(student, sampler, tokenizer, chosen, config, teacher)
         except FloatingPointError as error:
             raise _diverged(run, step, f"evaluation: {error}") from error
         run.write_records(step, records)
@@ -122,7 +128,7 @@ def _train(config: Config, run: RunDirectory, start: Start, termination: Termina
         if held_out and start.checkpoint is None:
             log.write(0, evaluation(0))
         for step in range(first + 1, config.train.steps + 1):
-            values, defect = train_step(engine, scorer, tokenizer, batch(), step, config)
+            values, defect = train_step(parts, batch(), step, config)
             skipped, in_a_row = (skipped + 1, in_a_row + 1) if defect else (skipped, 0)
             if held_out and (step == config.train.steps or _due(step, config.evaluation.every)):
                 values |= evaluation(step)
@@ -142,7 +148,7 @@ def _train(config: Config, run: RunDirectory, start: Start, termination: Termina
                 raise Stopped(f"stopped by SIGTERM after step {step}")
 
     if in_a_row:  # nothing says yet that the weights are good for anything: one more batch, without an update
-        _, defect = train_step(engine, scorer, tokenizer, batch(), step, config, apply=False)
+        _, defect = train_step(parts, batch(), step, config, apply=False)
         if defect:
             raise _diverged(run, step, f"{defect}, and so it is of one more batch")
     if unsaved:
@@ -155,6 +161,7 @@ def _train(config: Config, run: RunDirectory, start: Start, termination: Termina
 
 def _evaluate(
     student: PreTrainedModel,
+    sampler: Sampler,
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
     config: Config,
@@ -162,8 +169,9 @@ def _evaluate(
 ) -> list[dict[str, Any]]:
     """The records of all `examples`, each process having evaluated its share."""
     share = examples[distributed.rank() :: distributed.world_size()]
+    sampler.sync()
     with distributed.together():
-        records = evaluate(student, tokenizer, share, config, teacher)
+        records = evaluate(student, sampler, tokenizer, share, config, teacher)
     return sorted(itertools.chain(*distributed.gathered(records)), key=lambda record: record["line"])
 
 

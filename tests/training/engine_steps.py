@@ -14,6 +14,7 @@ from kdkernels import reference
 from kdkernels.data import collate
 from kdkernels.data.tokenizers import vocabulary_size
 from kdkernels.distillation import Distillation
+from kdkernels.rollouts import LocalSampler
 from kdkernels.teachers import LocalTeacher
 from kdkernels.training import distributed, load_config, step
 from kdkernels.training.config import Config
@@ -41,6 +42,7 @@ def engine_gradients(config: Config) -> dict[str, torch.Tensor | float]:
     tokenizer, student, teacher, examples = models(config)
     scorer = LocalTeacher(teacher, vocabulary_size(tokenizer)) if teacher else None
     engine = build_engine(config, Distillation(student, config.objective.build(), vocabulary_size(tokenizer)))
+    parts = step.Parts(engine, scorer, LocalSampler(student, tokenizer), tokenizer.eos_token_id)
     found, update = {}, step.update
 
     def capturing(engine, *arguments):
@@ -49,7 +51,7 @@ def engine_gradients(config: Config) -> dict[str, torch.Tensor | float]:
 
     step.update = capturing
     try:
-        metrics, defect = step.train_step(engine, scorer, tokenizer, examples, 1, config)
+        metrics, defect = step.train_step(parts, examples, 1, config)
     finally:
         step.update = update
         engine.destroy()
@@ -61,11 +63,11 @@ def exact_gradients(config: Config) -> dict[str, torch.Tensor]:
     """The same from the papers' formulas on full logits, all in fp64."""
     tokenizer, student, teacher, examples = models(config)
     student = copy.deepcopy(student).double()
-    words = vocabulary_size(tokenizer)
+    entries = vocabulary_size(tokenizer)
     batch = collate([one.prompt_ids for one in examples], [one.response_ids for one in examples], 0, from_teacher=True)
 
     def logits(model):
-        z = model.double()(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[..., :words]
+        z = model.double()(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[..., :entries]
         return list(z.flatten(0, 1)[batch.layout.index].split(batch.layout.lengths))
 
     z_s, name = logits(student), config.objective.name

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from kdkernels.distillation import Distillation
+from kdkernels.rollouts import LocalSampler
 from kdkernels.training import distributed, load_config, train, trainer
-from kdkernels.training import step as step_module
 
 
 def digest(engine) -> str:
@@ -41,7 +41,7 @@ def train_poisoned(config, kind: str, steps: Collection[int], rank: int = 0, tim
     """
     digests, now = [], {"step": 0, "micro_batch": 0, "calls": 0}
     forward, step_once, load = Distillation.forward, trainer.train_step, trainer.load_student
-    generate = step_module.generate
+    generate = LocalSampler.generate
 
     def poisoned() -> bool:
         return now["step"] in steps and now["calls"] <= times and distributed.rank() == rank
@@ -64,22 +64,22 @@ def train_poisoned(config, kind: str, steps: Collection[int], rank: int = 0, tim
             raise FloatingPointError("the logits of the model that writes a response are not finite")
         return generate(*arguments, **options)
 
-    def step_seen(engine, teacher, tokenizer, examples, step, *more, **options):
+    def step_seen(parts, examples, step, *more, **options):
         now.update(step=step, micro_batch=0, calls=now["calls"] + 1 if step == now["step"] else 1)
         if not digests:
-            digests.append(digest(engine))
+            digests.append(digest(parts.engine))
         if kind == "left out" and step in steps:
             result = {"loss": 0.0, "tokens": 0}, None
         else:
-            result = step_once(engine, teacher, tokenizer, examples, step, *more, **options)
-        digests.append(digest(engine))
+            result = step_once(parts, examples, step, *more, **options)
+        digests.append(digest(parts.engine))
         return result
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "load_student", load_hooked)
         patch.setattr(Distillation, "forward", forward_poisoned)
         patch.setattr(trainer, "train_step", step_seen)
-        patch.setattr(step_module, "generate", generate_poisoned)
+        patch.setattr(LocalSampler, "generate", generate_poisoned)
         return train(config), digests
 
 

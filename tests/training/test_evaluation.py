@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from kdkernels.data.tokenizers import vocabulary_size
-from kdkernels.training import InputError, evaluation
+from kdkernels.rollouts import LocalSampler
+from kdkernels.training import InputError
 from kdkernels.training.evaluation import evaluate, find_answer, summarize
 from kdkernels.training.inputs import read_examples
 from kdkernels.training.model import load_student, load_teacher, load_tokenizer
@@ -47,7 +48,7 @@ def log_probs(model, example, vocab_size):
 
 def test_cross_entropy_and_kl_are_those_of_dense_logits(load_all):
     student, tokenizer, examples, config, teacher = load_all()
-    records = evaluate(student, tokenizer, examples, config, teacher)
+    records = evaluate(student, LocalSampler(student, tokenizer), tokenizer, examples, config, teacher)
     words = vocabulary_size(tokenizer)
     assert student.config.vocab_size > words  # padding rows, which must have no probability
     sums = torch.zeros(3, dtype=torch.float64)
@@ -69,7 +70,7 @@ def test_cross_entropy_and_kl_are_those_of_dense_logits(load_all):
 
 def test_responses_are_greedy(load_all):
     student, tokenizer, examples, config, teacher = load_all("evaluation.max_new_tokens=5")
-    records = evaluate(student, tokenizer, examples, config, teacher)
+    records = evaluate(student, LocalSampler(student, tokenizer), tokenizer, examples, config, teacher)
     student.eval()
     for example, record in zip(examples, records, strict=True):
         ids = list(example.prompt_ids)
@@ -96,8 +97,8 @@ def test_what_counts_as_right(load_all, monkeypatch):
         examples[3].prompt_ids: [*tokenizer("+")["input_ids"], eos],  # no answer
         examples[4].prompt_ids: [*right[4][:-1], *tokenizer("0")["input_ids"], eos],  # another answer at the end
     }
-    monkeypatch.setattr(evaluation, "generate", lambda _, __, prompts, *a, **k: [answers[one] for one in prompts])
-    records = evaluate(student, tokenizer, examples[:5], config, teacher)
+    monkeypatch.setattr(LocalSampler, "generate", lambda _, prompts, *a, **k: [answers[one] for one in prompts])
+    records = evaluate(student, LocalSampler(student, tokenizer), tokenizer, examples[:5], config, teacher)
     assert [record["correct"] for record in records] == [True, True, True, False, False]
     assert [record["finished"] for record in records] == [True, True, False, True, True]
     assert records[3]["answer"] is None
@@ -116,8 +117,8 @@ def test_a_response_ended_by_another_of_the_models_end_tokens_is_finished(load_a
         examples[1].prompt_ids: [*right[1][:-2], seven],  # right: the 7 is the end and not a digit
         examples[2].prompt_ids: [*right[2][:-1]],  # at the limit
     }
-    monkeypatch.setattr(evaluation, "generate", lambda _, __, prompts, *a, **k: [answers[one] for one in prompts])
-    records = evaluate(student, tokenizer, examples[:3], config, teacher)
+    monkeypatch.setattr(LocalSampler, "generate", lambda _, prompts, *a, **k: [answers[one] for one in prompts])
+    records = evaluate(student, LocalSampler(student, tokenizer), tokenizer, examples[:3], config, teacher)
     assert [record["finished"] for record in records] == [True, True, False]
     assert [record["correct"] for record in records] == [True, True, True]
     assert records[1]["response"] == records[1]["expected"] == examples[1].response[:-1]
@@ -125,9 +126,9 @@ def test_a_response_ended_by_another_of_the_models_end_tokens_is_finished(load_a
 
 def test_batches_change_nothing(load_all):
     student, tokenizer, examples, config, teacher = load_all()
-    threes = evaluate(student, tokenizer, examples, config, teacher)
+    threes = evaluate(student, LocalSampler(student, tokenizer), tokenizer, examples, config, teacher)
     *_, config, _ = load_all("evaluation.batch_size=1")
-    ones = evaluate(student, tokenizer, examples, config, teacher)
+    ones = evaluate(student, LocalSampler(student, tokenizer), tokenizer, examples, config, teacher)
     for three, one in zip(threes, ones, strict=True):
         assert three | {"cross_entropy": 0, "kl": 0} == one | {"cross_entropy": 0, "kl": 0}
         assert three["cross_entropy"] == pytest.approx(one["cross_entropy"], rel=1e-5)
@@ -138,7 +139,7 @@ def test_only_what_is_asked_for_and_the_mode_is_kept(load_all):
     student, tokenizer, examples, config, _ = load_all()
     config = replace(config, evaluation=replace(config.evaluation, metrics=("cross_entropy",), answer=None))
     student.train()
-    records = evaluate(student, tokenizer, examples[:2], config)
+    records = evaluate(student, LocalSampler(student, tokenizer), tokenizer, examples[:2], config)
     assert summarize(records).keys() == {"cross_entropy"}
     assert records[0].keys() == {"line", "prompt", "tokens", "cross_entropy"}
     assert student.training
@@ -148,7 +149,7 @@ def test_only_what_is_asked_for_and_the_mode_is_kept(load_all):
 def test_a_response_without_an_answer_is_named(load_all):
     student, tokenizer, examples, config, teacher = load_all(r"evaluation.answer='#### (\d+)'")
     with pytest.raises(InputError, match=r"test\.jsonl, line 1: .* not found in"):
-        evaluate(student, tokenizer, examples, config, teacher)
+        evaluate(student, LocalSampler(student, tokenizer), tokenizer, examples, config, teacher)
 
 
 def test_means_are_over_tokens_not_examples():

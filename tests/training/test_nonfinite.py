@@ -12,12 +12,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from kdkernels.rollouts import LocalSampler
 from kdkernels.training import InputError, train, trainer
 from kdkernels.training.checkpoint import complete
 from kdkernels.training.engine import first_nonfinite
 from kdkernels.training.metrics import read_metrics
 from kdkernels.training.model import load_student, load_tokenizer
-from kdkernels.training.rollouts import generate
 
 from .conftest import GKD
 from .poison import train_poisoned
@@ -163,10 +163,10 @@ def test_sigterm_in_a_skipped_step_loses_nothing(load, monkeypatch):
     """The checkpoint waits for weights that have a loss, and so does the end of the run."""
     step_once = trainer.train_step
 
-    def with_signal(engine, teacher, tokenizer, examples, step, *more, **options):
+    def with_signal(parts, examples, step, *more, **options):
         if step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return step_once(engine, teacher, tokenizer, examples, step, *more, **options)
+        return step_once(parts, examples, step, *more, **options)
 
     monkeypatch.setattr(trainer, "train_step", with_signal)
     config = load("train.steps=5", "checkpoint.every=0")
@@ -195,10 +195,10 @@ def test_what_is_not_finite_is_never_saved(load, monkeypatch, where):
     """Weights that an update itself made infinite: the loss of that step was finite, the gradient too."""
     step_once = trainer.train_step
 
-    def overflowing(engine, *arguments):
-        result = step_once(engine, *arguments)
-        if arguments[3] == 2:
-            optimizer = engine.basic_optimizer
+    def overflowing(parts, examples, step, *more):
+        result = step_once(parts, examples, step, *more)
+        if step == 2:
+            optimizer = parts.engine.basic_optimizer
             weight = optimizer.param_groups[0]["params"][0]
             tensor = weight.data if where == "weight" else optimizer.state[weight]["exp_avg_sq"]
             tensor.view(-1)[0] = torch.inf
@@ -238,15 +238,15 @@ def load_without_architecture(config, student):
     return replace(config, student=replace(config.student, architecture=None, **student), tokenizer=tokenizer)
 
 
-@pytest.mark.parametrize("sample", [True, False])
+@pytest.mark.parametrize("greedy", [True, False])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_responses_cannot_be_written_from_numbers_that_are_not_finite(load, sample, value):
+def test_responses_cannot_be_written_from_numbers_that_are_not_finite(load, greedy, value):
     config = load()
     tokenizer = load_tokenizer(config)
     student = load_student(config, tokenizer)
     student.lm_head.weight.data[4] = value
     with pytest.raises(FloatingPointError, match="logits of the model that writes a response are not finite"):
-        generate(student, tokenizer, [[3, 4], [5]], 3, sample=sample)
+        LocalSampler(student, tokenizer).generate([[3, 4], [5]], 3, greedy=greedy)
 
 
 def test_an_on_policy_run_that_diverges_stops_like_any_other(load, teacher_set, tmp_path):

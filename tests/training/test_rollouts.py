@@ -8,8 +8,12 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from kdkernels.data.tokenizers import vocabulary_size
+from kdkernels.rollouts import LocalSampler
+from kdkernels.training import train, trainer
+from kdkernels.training.metrics import read_metrics
 from kdkernels.training.model import load_student, load_tokenizer
-from kdkernels.training.rollouts import ends, generate
+
+from .conftest import GKD
 
 DRAWS = 3000
 HOSTILE = {
@@ -48,12 +52,12 @@ def model(load, tokenizer, tmp_path):
     torch.manual_seed(0)
     config = load("student.pad_vocab_to=9", "student.architecture.hidden_size=24")
     student = load_student(config, tokenizer)
-    words = vocabulary_size(tokenizer)
-    assert student.get_output_embeddings().weight.shape[0] > words
+    entries = vocabulary_size(tokenizer)
+    assert student.get_output_embeddings().weight.shape[0] > entries
     with torch.no_grad():
         head = student.get_output_embeddings().weight
         # padding rows that score above everything else for some prompts and below for others
-        head[words:] = 3 * head[:words].abs().max() * torch.randn(head[words:].shape).sign()
+        head[entries:] = 3 * head[:entries].abs().max() * torch.randn(head[entries:].shape).sign()
     student.save_pretrained(tmp_path / "hostile")
     settings = GenerationConfig()
     for name, value in HOSTILE.items():
@@ -72,7 +76,7 @@ def probabilities(model, tokenizer, ids):
 
 
 def assert_drawn_from(expected, tokens):
-    """Pearson's chi-squared test at six standard deviations, words with few expected draws pooled."""
+    """Pearson's chi-squared test at six standard deviations, ids with few expected draws pooled."""
     observed = torch.bincount(torch.tensor(tokens), minlength=len(expected)).double()
     assert len(observed) == len(expected), "a token outside the vocabulary was drawn"
     expected = expected * len(tokens)
@@ -88,11 +92,11 @@ def assert_drawn_from(expected, tokens):
 def test_sampling_is_the_models_distribution(model, tokenizer):
     prompts = [tuple(tokenizer("7+1=")["input_ids"]), tuple(tokenizer("5=")["input_ids"])]  # the second one is padded
     torch.manual_seed(1)
-    drawn = generate(model, tokenizer, [prompt for prompt in prompts for _ in range(DRAWS)], 2, sample=True)
+    drawn = LocalSampler(model, tokenizer).generate([prompt for prompt in prompts for _ in range(DRAWS)], 2)
     for prompt, responses in zip(prompts, (drawn[:DRAWS], drawn[DRAWS:]), strict=True):
         first = probabilities(model, tokenizer, prompt)
         assert_drawn_from(first, [response[0] for response in responses])
-        likely = max(range(len(first)), key=lambda id: first[id] * (id not in ends(model, tokenizer)))
+        likely = max(range(len(first)), key=lambda id: first[id] * (id not in LocalSampler(model, tokenizer).ends))
         after = [response[1] for response in responses if response[0] == likely]
         assert len(after) > 200
         assert_drawn_from(probabilities(model, tokenizer, (*prompt, likely)), after)
@@ -100,7 +104,7 @@ def test_sampling_is_the_models_distribution(model, tokenizer):
 
 def test_greedy_takes_the_most_probable_token(model, tokenizer):
     prompts = [tokenizer(text)["input_ids"] for text in ("7+1=", "5=", "33+4=")]
-    for prompt, response in zip(prompts, generate(model, tokenizer, prompts, 5, sample=False), strict=True):
+    for prompt, response in zip(prompts, LocalSampler(model, tokenizer).generate(prompts, 5, greedy=True), strict=True):
         ids = list(prompt)
         for token in response:
             assert token == probabilities(model, tokenizer, ids).argmax()
@@ -111,13 +115,13 @@ def test_the_end_of_sequence_token_stays_where_it_is_the_padding_too(model, toke
     tokenizer.pad_token = tokenizer.eos_token
     prompt = tuple(tokenizer("5=")["input_ids"])
     torch.manual_seed(2)
-    responses = generate(model, tokenizer, [prompt] * 300, 8, sample=True)
+    responses = LocalSampler(model, tokenizer).generate([prompt] * 300, 8)
     ended = [response for response in responses if tokenizer.eos_token_id in response]
     assert 20 < len(ended) < 300
     assert all(
         response.count(tokenizer.eos_token_id) == 1 and response[-1] == tokenizer.eos_token_id for response in ended
     )
-    assert all(len(response) == 8 for response in responses if not {*ends(model, tokenizer)} & {*response})
+    assert all(len(response) == 8 for response in responses if not {*LocalSampler(model, tokenizer).ends} & {*response})
     share = sum(response == [tokenizer.eos_token_id] for response in responses) / len(responses)
     at_once = probabilities(model, tokenizer, prompt)[tokenizer.eos_token_id].item()
     assert abs(share - at_once) < 6 * math.sqrt(at_once * (1 - at_once) / len(responses)) + 1e-9
@@ -130,10 +134,10 @@ def test_any_of_the_checkpoints_end_tokens_ends_a_response(model, tokenizer, nam
     assert eos == 1
     model.generation_config.eos_token_id = eos if isinstance(named, str) else named
     expected = {None: {1}, 5: {1, 5}}.get(named, {1}) if not isinstance(named, list) else {1, *named}
-    assert {*ends(model, tokenizer)} == expected and ends(model, tokenizer)[0] == eos
+    assert {*LocalSampler(model, tokenizer).ends} == expected and LocalSampler(model, tokenizer).ends[0] == eos
     torch.manual_seed(3)
     prompts = [tokenizer(text)["input_ids"] for text in ("5=", "33+4=")] * 150
-    responses = generate(model, tokenizer, prompts, 12, sample=True)
+    responses = LocalSampler(model, tokenizer).generate(prompts, 12)
     for response in responses:
         assert not expected & {*response[:-1]}, "nothing follows the first token that ends a response"
         assert len(response) == 12 or response[-1] in expected
@@ -143,7 +147,7 @@ def test_any_of_the_checkpoints_end_tokens_ends_a_response(model, tokenizer, nam
 def test_the_model_is_left_as_it_was(model, tokenizer):
     before = model.generation_config
     model.train()
-    generate(model, tokenizer, [tokenizer("5=")["input_ids"]], 2, sample=True)
+    LocalSampler(model, tokenizer).generate([tokenizer("5=")["input_ids"]], 2)
     assert model.training and model.generation_config is before and before.top_k == 1
 
 
@@ -151,7 +155,7 @@ def test_dropout_is_off_while_generating(load, tokenizer):
     torch.manual_seed(0)
     student = load_student(load("student.architecture.attention_dropout=0.9"), tokenizer)
     prompts = [tokenizer("33+4=")["input_ids"]] * 8
-    responses = generate(student, tokenizer, prompts, 6, sample=False)
+    responses = LocalSampler(student, tokenizer).generate(prompts, 6, greedy=True)
     assert len({tuple(response) for response in responses}) == 1
 
 
@@ -165,7 +169,50 @@ def test_a_mixture_of_experts_writes_behind_prompts_of_any_length(load, tokenize
     )
     student = load_student(routed, tokenizer)
     prompts = [tokenizer(text)["input_ids"] for text in ("5=", "33+4=")]
-    responses = generate(student, tokenizer, prompts, 4, sample=False)
-    assert responses == [generate(student, tokenizer, [prompt], 4, sample=False)[0] for prompt in prompts]
+    responses = LocalSampler(student, tokenizer).generate(prompts, 4, greedy=True)
+    assert responses == [LocalSampler(student, tokenizer).generate([prompt], 4, greedy=True)[0] for prompt in prompts]
     assert max(map(len, responses)) > 1, "more than one token was drawn"
     assert student.config.output_router_logits, "training still has its router loss"
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_run_takes_a_sampler_that_is_no_model(load, teacher_set, tmp_path, monkeypatch, broken):
+    """Its responses are what is trained on and evaluated; it is told of new weights before it writes, and closed."""
+    calls = []
+
+    class Scripted:
+        def __init__(self, student, tokenizer):
+            self.ends = (tokenizer.eos_token_id,)
+            self.response = [*tokenizer("7.")["input_ids"], tokenizer.eos_token_id]
+
+        def generate(self, prompts, max_new_tokens, *, greedy=False):
+            calls.append("greedy" if greedy else "sample")
+            if broken:
+                raise ValueError("no server")
+            return [self.response for _ in prompts]
+
+        def sync(self):
+            calls.append("sync")
+
+        def close(self):
+            calls.append("close")
+
+    monkeypatch.setattr(trainer, "LocalSampler", Scripted)
+    config = load(
+        *GKD,
+        teacher_set,
+        "train.steps=2",
+        f"evaluation.data={tmp_path / 'test.jsonl'}",
+        'evaluation.metrics=["exact_match"]',
+        r"evaluation.answer='(\d+)'",
+    )
+    if broken:
+        with pytest.raises(ValueError, match="no server"):
+            train(config)
+        assert calls == ["sync", "greedy", "close"]
+        return
+    result = train(config)
+    assert calls == ["sync", "greedy", "sync", "sample", "sync", "sample", "sync", "greedy", "close"]
+    lines = read_metrics(result.output / "metrics.jsonl")
+    assert [line["tokens"] for line in lines[1:]] == [4 * 3, 4 * 3]
+    assert result.evaluations[2]["finished"] == 1 and 0 < result.evaluations[2]["exact_match"] < 1
