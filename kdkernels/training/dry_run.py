@@ -22,7 +22,7 @@ def plan(config: Config, resume: bool = False) -> str:
     check_output(run.root)
     refuse_if_locked(run.root)
     start = run.find_start(config, resume)
-    inputs = read_inputs(config, start.tokenizer)
+    inputs = read_inputs(config, config.objective.build(), start.tokenizer)
     models = {"student": load_student(config, inputs.tokenizer, meta=True)}
     if config.teacher is not None:
         models["teacher"] = load_teacher(config, inputs.tokenizer, meta=True)

@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from kdkernels.data import Examples, load_examples
 from kdkernels.data.tokenizers import vocabulary_size
 from kdkernels.errors import InputError
+from kdkernels.objectives import Objective
 from kdkernels.training.config import Config, DataConfig
 from kdkernels.training.evaluation import expected_answer
 from kdkernels.training.model import load_tokenizer
@@ -22,10 +23,10 @@ class Inputs:
     held_out: Examples | None
 
 
-def read_inputs(config: Config, trained: Path | None = None) -> Inputs:
+def read_inputs(config: Config, objective: Objective, trained: Path | None = None) -> Inputs:
     """Everything but the models; `trained` is where the run has the tokenizer that it trained. Raises InputError."""
     tokenizer = load_tokenizer(config, trained)
-    candidates, entries = config.objective.build().needs.candidates, vocabulary_size(tokenizer)
+    candidates, entries = objective.needs.candidates, vocabulary_size(tokenizer)
     if candidates > entries:
         raise InputError(f"[objective] k: expected at most {entries}, the tokenizer's vocabulary, got {candidates}")
     data = config.data

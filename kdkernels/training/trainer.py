@@ -72,7 +72,8 @@ def train(config: Config, resume: bool = False) -> Result:
 
 def _train(config: Config, run: RunDirectory, start: Start, termination: Termination, held: ExitStack) -> Result:
     with distributed.together():
-        inputs = read_inputs(config, start.tokenizer)
+        objective = config.objective.build()
+        inputs = read_inputs(config, objective, start.tokenizer)
         tokenizer, examples, held_out = inputs.tokenizer, inputs.examples, inputs.held_out
         _seed(config.run.seed)
         student = load_student(config, tokenizer)
@@ -81,7 +82,7 @@ def _train(config: Config, run: RunDirectory, start: Start, termination: Termina
         _refuse_nonfinite({"student": student} | ({"teacher": teacher} if teacher else {}))
     entries = vocabulary_size(tokenizer)
     scorer = LocalTeacher(teacher, entries) if teacher is not None else None
-    engine = build_engine(config, Distillation(student, config.objective.build(), entries))
+    engine = build_engine(config, Distillation(student, objective, entries))
     sampler = LocalSampler(student, tokenizer)
     held.callback(sampler.close)
     parts = Parts(engine, scorer, sampler, tokenizer.eos_token_id)

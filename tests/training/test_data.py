@@ -122,13 +122,18 @@ def test_responses_that_nobody_reads_are_not_too_long(load, teacher_set, tmp_pat
             file.write(long)
     evaluation = [f"evaluation.data={tmp_path / 'test.jsonl'}", r"evaluation.answer='(\d+)\.'"]
     matches = 'evaluation.metrics=["exact_match"]'
-    inputs = read_inputs(load(*GKD, teacher_set, *evaluation, matches))
+
+    def read(*overrides):
+        config = load(*GKD, teacher_set, *evaluation, *overrides)
+        return read_inputs(config, config.objective.build())
+
+    inputs = read(matches)
     assert len(inputs.examples.usable) == 33 and len(inputs.held_out.usable) == 9
     assert inputs.examples.long_responses == inputs.held_out.long_responses == 0
     assert all(example.response_ids == () for example in inputs.examples.usable + inputs.held_out.usable)
-    inputs = read_inputs(load(*GKD, teacher_set, *evaluation, matches, "rollout.student_fraction=0.9"))
+    inputs = read(matches, "rollout.student_fraction=0.9")
     assert len(inputs.examples.usable) == 32 and inputs.examples.long_responses == 1
-    inputs = read_inputs(load(*GKD, teacher_set, *evaluation, 'evaluation.metrics=["exact_match", "kl"]'))
+    inputs = read('evaluation.metrics=["exact_match", "kl"]')
     assert len(inputs.held_out.usable) == 8 and inputs.held_out.long_responses == 1
 
 
