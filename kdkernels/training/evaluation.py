@@ -17,6 +17,7 @@ from kdkernels.distillation import head
 from kdkernels.errors import InputError
 from kdkernels.rollouts import Sampler
 from kdkernels.rollouts.local import evaluating
+from kdkernels.teachers import Teacher
 from kdkernels.training.config import Config, EvaluationConfig
 
 
@@ -26,14 +27,14 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
     config: Config,
-    teacher: PreTrainedModel | None = None,
+    teacher: Teacher | None = None,
 ) -> list[dict[str, Any]]:
     """One record per example, in the given order, with all that the `metrics` of [evaluation] come from (`summarize`).
 
     exact_match: the `sampler` answers each prompt greedily; an answer is right if it equals that of the data's
     response. The answer of a text is what the regular expression `answer` matches last in it.
-    cross_entropy, kl: -log q(token) and KL(p || q) of teacher p and model q, in nats per token of the data's responses,
-    the end-of-sequence token included.
+    cross_entropy, kl: -log q(token) and KL(p || q) of the teacher p and the model q, in nats per token of the data's
+    responses, the end-of-sequence token included.
 
     Raises InputError for a data response in which `answer` finds nothing.
     """
@@ -119,18 +120,18 @@ def _token_means(
     tokenizer: PreTrainedTokenizerBase,
     batch: Sequence[Example],
     settings: EvaluationConfig,
-    teacher: PreTrainedModel | None,
+    teacher: Teacher | None,
 ) -> list[dict[str, Any]]:
     """Cross-entropy and KL of each example, per token of its response."""
     prompts, responses = [one.prompt_ids for one in batch], [one.response_ids for one in batch]
     inputs = collate(prompts, responses, tokenizer.eos_token_id).to(model.device)
-    entries, layout = vocabulary_size(tokenizer), inputs.layout.to(model.device)
-    student = head(model, inputs, entries)
+    layout = inputs.layout.to(model.device)
+    student = head(model, inputs, vocabulary_size(tokenizer))
     values = {}  # each [B, L], 0 where no response token is predicted
     if "cross_entropy" in settings.metrics:
         values["cross_entropy"] = kd.cross_entropy(student, inputs.target, rows=layout)
     if "kl" in settings.metrics:
-        values["kl"] = kd.divergence(student, head(teacher, inputs, entries), kd.ForwardKL(), rows=layout)
+        values["kl"] = kd.divergence(student, teacher.score(inputs), kd.ForwardKL(), rows=layout)
     lengths = torch.tensor(layout.lengths)
     means = {
         name: layout.sums(value.flatten()[layout.index].double()).cpu() / lengths for name, value in values.items()

@@ -22,7 +22,7 @@ from kdkernels.data.tokenizers import vocabulary_size
 from kdkernels.distillation import Distillation
 from kdkernels.errors import InputError
 from kdkernels.rollouts import LocalSampler, Sampler
-from kdkernels.teachers import LocalTeacher
+from kdkernels.teachers import LocalTeacher, Teacher
 from kdkernels.training import checkpoint, distributed
 from kdkernels.training.agreement import check_model
 from kdkernels.training.atomic import write_directory
@@ -110,7 +110,7 @@ def _train(config: Config, run: RunDirectory, start: Start, termination: Termina
     def evaluation(step: int) -> dict[str, float]:
         try:
             chosen = held_out.usable[: config.evaluation.limit]
-            records = _evaluate(student, sampler, tokenizer, chosen, config, teacher)
+            records = _evaluate(student, sampler, tokenizer, chosen, config, scorer)
         except FloatingPointError as error:
             raise _diverged(run, step, f"evaluation: {error}") from error
         run.write_records(step, records)
@@ -166,7 +166,7 @@ def _evaluate(
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
     config: Config,
-    teacher: PreTrainedModel | None,
+    teacher: Teacher | None,
 ) -> list[dict[str, Any]]:
     """The records of all `examples`, each process having evaluated its share."""
     share = examples[distributed.rank() :: distributed.world_size()]

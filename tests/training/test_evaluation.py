@@ -5,8 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+import kdkernels as kd
 from kdkernels.data.tokenizers import vocabulary_size
 from kdkernels.rollouts import LocalSampler
+from kdkernels.teachers import LocalTeacher
 from kdkernels.training import InputError
 from kdkernels.training.evaluation import evaluate, find_answer, summarize
 from kdkernels.training.inputs import read_examples
@@ -34,7 +36,9 @@ def load_all(load, teacher_set, settings):
         tokenizer = load_tokenizer(config)
         torch.manual_seed(0)
         examples = read_examples(config.data, config.evaluation.data, tokenizer).usable
-        return load_student(config, tokenizer), tokenizer, examples, config, load_teacher(config, tokenizer)
+        student = load_student(config, tokenizer)
+        teacher = LocalTeacher(load_teacher(config, tokenizer), vocabulary_size(tokenizer))
+        return student, tokenizer, examples, config, teacher
 
     return load_all
 
@@ -49,12 +53,12 @@ def log_probs(model, example, vocab_size):
 def test_cross_entropy_and_kl_are_those_of_dense_logits(load_all):
     student, tokenizer, examples, config, teacher = load_all()
     records = evaluate(student, LocalSampler(student, tokenizer), tokenizer, examples, config, teacher)
-    words = vocabulary_size(tokenizer)
-    assert student.config.vocab_size > words  # padding rows, which must have no probability
+    entries = vocabulary_size(tokenizer)
+    assert student.config.vocab_size > entries  # padding rows, which must have no probability
     sums = torch.zeros(3, dtype=torch.float64)
     with torch.no_grad():
         for example, record in zip(examples, records, strict=True):
-            q, p = (log_probs(model.eval(), example, words) for model in (student, teacher))
+            q, p = (log_probs(model.eval(), example, entries) for model in (student, teacher.model))
             target = torch.tensor(example.response_ids)
             cross_entropy = -q.gather(1, target[:, None])[:, 0]
             kl = (p.exp() * (p - q)).sum(1)
@@ -66,6 +70,22 @@ def test_cross_entropy_and_kl_are_those_of_dense_logits(load_all):
             sums += torch.stack([cross_entropy.sum(), kl.sum(), torch.tensor(float(len(target)))])
     assert summarize(records)["cross_entropy"] == pytest.approx((sums[0] / sums[2]).item(), rel=1e-5)
     assert summarize(records)["kl"] == pytest.approx((sums[1] / sums[2]).item(), rel=1e-5)
+
+
+def test_a_teacher_is_whatever_scores_a_batch(load_all):
+    """Its logits over the shared vocabulary instead of a model with a head: the same KL."""
+    student, tokenizer, examples, config, teacher = load_all()
+
+    class Dense:
+        def score(self, batch):
+            logits = teacher.model(batch.input_ids, attention_mask=batch.attention_mask).logits
+            return kd.Logits(logits[..., : teacher.vocab_size].contiguous())
+
+    config = replace(config, evaluation=replace(config.evaluation, metrics=("kl",)))
+    sampler = LocalSampler(student, tokenizer)
+    expected = evaluate(student, sampler, tokenizer, examples, config, teacher)
+    for record, right in zip(evaluate(student, sampler, tokenizer, examples, config, Dense()), expected, strict=True):
+        assert record["kl"] == pytest.approx(right["kl"], rel=1e-4) and right["kl"] > 0.01
 
 
 def test_responses_are_greedy(load_all):
