@@ -18,7 +18,7 @@ from transformers.modeling_outputs import ModelOutput
 
 from kdkernels.data.batch import Batch
 from kdkernels.objectives import Objective, Output
-from kdkernels.sources import Head
+from kdkernels.sources import Head, Source
 from kdkernels.sources.from_model import ask, tail, trunk
 
 ROUTER_LOSS = "router_loss"  # among the metrics
@@ -33,14 +33,21 @@ class Distillation(nn.Module):
         super().__init__()
         self.student, self.objective, self.vocab_size = student, objective, vocab_size
 
-    def forward(self, batch: Batch, teacher: Head | None) -> Output:
+    def forward(self, batch: Batch, teacher: Source | None, weights: Tensor | None = None) -> Output:
         """The objective's output (loss, count, metrics) for `batch`; the student's own router loss is part of the loss
         where its config turns that on.
+
+        Args:
+            batch: on the student's device.
+            teacher: what a teacher gave for it; None for an objective without one.
+            weights: [B, L], of each token, a factor on the objective's terms; not on the router loss.
         """
         output = states(self.student, batch)
         scored = Head.from_model(self.student, output.last_hidden_state, vocab_size=self.vocab_size)
         from_teacher = batch.from_teacher if self.objective.by_author else None
-        out = self.objective(scored, teacher, batch.layout, target=batch.target, from_teacher=from_teacher)
+        out = self.objective(
+            scored, teacher, batch.layout, target=batch.target, weights=weights, from_teacher=from_teacher
+        )
         routers = router_loss(self.student, output, batch.attention_mask)
         if routers is None:
             return out

@@ -27,6 +27,7 @@ ORDER = [
     "distillation",
     "teachers",
     "rollouts",
+    "judges",
     "training",
     "cli",
     "__main__",
@@ -110,6 +111,7 @@ def test_the_check_sees_what_is_planted():
     assert planted("kdkernels.training.trainer", "from kdkernels.demo import phases")
     assert planted("kdkernels.functional", "import transformers")
     assert planted("kdkernels.data.batch", "from kdkernels.training.config import Config")
+    assert planted("kdkernels.judges", "from kdkernels.training.step import Parts")
     assert planted("kdkernels.rollouts.local", "from kdkernels.training import distributed")
     assert planted("kdkernels.distillation", "def f():\n    from kdkernels.training import distributed")
     assert planted("kdkernels.sources", "def f():\n    from numpy import array")

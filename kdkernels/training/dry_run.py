@@ -6,7 +6,7 @@ from kdkernels.data.tokenizers import vocabulary_size
 from kdkernels.training import distributed
 from kdkernels.training.config import Config
 from kdkernels.training.engine import accumulation_steps
-from kdkernels.training.inputs import read_inputs
+from kdkernels.training.inputs import build_objective, read_inputs
 from kdkernels.training.lock import refuse_if_locked
 from kdkernels.training.model import load_student, load_teacher
 from kdkernels.training.needs import check_disk, check_output, describe, describe_dtype, needs
@@ -17,12 +17,13 @@ from kdkernels.training.schema import to_toml
 def plan(config: Config, resume: bool = False) -> str:
     """The resolved recipe and what it comes to. Raises InputError where training would."""
     distributed.start()
+    objective = build_objective(config)
     run = RunDirectory(config.run.output)
     accumulation_steps(config)
     check_output(run.root)
     refuse_if_locked(run.root)
     start = run.find_start(config, resume)
-    inputs = read_inputs(config, config.objective.build(), start.tokenizer)
+    inputs = read_inputs(config, objective, start.tokenizer)
     models = {"student": load_student(config, inputs.tokenizer, meta=True)}
     if config.teacher is not None:
         models["teacher"] = load_teacher(config, inputs.tokenizer, meta=True)

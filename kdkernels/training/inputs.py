@@ -8,10 +8,12 @@ from transformers import PreTrainedTokenizerBase
 from kdkernels.data import Examples, load_examples
 from kdkernels.data.tokenizers import vocabulary_size
 from kdkernels.errors import InputError
+from kdkernels.judges import Judge
 from kdkernels.objectives import Objective
 from kdkernels.training.config import Config, DataConfig
 from kdkernels.training.evaluation import expected_answer
 from kdkernels.training.model import load_tokenizer
+from kdkernels.training.resolve import NO_JUDGE
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,16 @@ class Inputs:
     tokenizer: PreTrainedTokenizerBase
     examples: Examples
     held_out: Examples | None
+
+
+def build_objective(config: Config, judge: Judge | None = None) -> Objective:
+    """The objective of a run, with its `judge` where it has one. Raises InputError for one that needs a judge and has
+    none.
+    """
+    objective = config.objective.build()
+    if objective.needs_weights and judge is None:
+        raise InputError(f"[objective] {config.objective.name} with these options {NO_JUDGE}")
+    return objective
 
 
 def read_inputs(config: Config, objective: Objective, trained: Path | None = None) -> Inputs:

@@ -40,8 +40,8 @@ def resolve_objective(config: Config) -> Config:
 
 
 NO_JUDGE = (  # said of an objective whose `weights` a recipe cannot give
-    "needs a judge's weight for each token, and recipes have no judge yet; "
-    'expected weighting = "likelihood_ratio" or "uniform"'
+    "needs a judge's weight for each token, which no recipe gives; expected "
+    'weighting = "likelihood_ratio" or "uniform", or from Python kdkernels.training.train(config, judge=...)'
 )
 PATHS = (  # the keys of a recipe that say where something lies
     ("run", "output"),
@@ -127,8 +127,6 @@ def _rollout(config: Config) -> RolloutConfig:
     except (ValueError, TypeError) as error:
         raise InputError(f"[objective] {error}") from error
     needs_teacher = objective.needs_teacher
-    if objective.needs_weights:
-        raise InputError(f"[objective] {config.objective.name} with these options {NO_JUDGE}")
     if needs_teacher and config.teacher is None:
         raise InputError(f"section [teacher] is missing: the objective {config.objective.name} needs one")
     if rollout.student_fraction is None:

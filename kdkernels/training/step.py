@@ -1,4 +1,4 @@
-"""One optimizer step: rollout, teacher, student, update.
+"""One optimizer step: rollout, teacher, judge, student, update.
 
 The loss of a step is the mean over all its responses (or tokens: what the objective counts), however they are spread
 over processes and micro-batches: each micro-batch's mean is weighted with its share of the step's count, and
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from kdkernels.data import Example, collate
+from kdkernels.judges import Judge
 from kdkernels.rollouts import Sampler
 from kdkernels.teachers import Teacher
 from kdkernels.training import distributed
@@ -30,6 +31,7 @@ class Parts:
     engine: Any
     teacher: Teacher | None
     sampler: Sampler
+    judge: Judge | None
     pad_id: int
 
 
@@ -79,8 +81,12 @@ def train_step(
         shares = {"count": own_count / count, "tokens": len(batch.layout) / tokens, "sum": 1}
         with clock("teacher"):
             scored = parts.teacher.score(batch) if objective.needs_teacher else None
+        weights = None
+        if parts.judge is not None:
+            with clock("judge"), torch.no_grad():
+                weights = parts.judge(batch)
         with clock("student"):
-            out = engine(batch, scored)
+            out = engine(batch, scored, weights)
             engine.backward(out.loss * shares["count"] * distributed.world_size(), scale_wrt_gas=False)
         for name, value in (out.metrics | {"loss": out.loss.detach()}).items():
             sums[name] += value.double() * shares[engine.module.reduction(name)]

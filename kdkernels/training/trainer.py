@@ -21,6 +21,8 @@ from kdkernels.data import Example, ExampleStream
 from kdkernels.data.tokenizers import vocabulary_size
 from kdkernels.distillation import Distillation
 from kdkernels.errors import InputError
+from kdkernels.judges import Judge
+from kdkernels.objectives import Objective
 from kdkernels.rollouts import LocalSampler, Sampler
 from kdkernels.teachers import LocalTeacher, Teacher
 from kdkernels.training import checkpoint, distributed
@@ -30,7 +32,7 @@ from kdkernels.training.config import Config
 from kdkernels.training.engine import accumulation_steps, build_engine, first_nonfinite, nonfinite
 from kdkernels.training.errors import DiskError, Stopped
 from kdkernels.training.evaluation import evaluate, summarize
-from kdkernels.training.inputs import read_inputs
+from kdkernels.training.inputs import build_objective, read_inputs
 from kdkernels.training.metrics import EVALUATION, MetricsLog, evaluations
 from kdkernels.training.model import load_student, load_teacher
 from kdkernels.training.needs import check_disk, describe_dtype, needs
@@ -50,8 +52,11 @@ class Result:
     evaluations: dict[int, dict[str, float | None]]
 
 
-def train(config: Config, resume: bool = False) -> Result:
+def train(config: Config, resume: bool = False, judge: Judge | None = None) -> Result:
     """Trains the recipe's student; with `resume`, from the latest checkpoint in the run's directory on.
+
+    Each micro-batch's tokens have the weights that `judge` gives them, on every process; a run that is resumed needs
+    the same judge again, which nothing can check.
 
     SIGTERM ends it after the step under way, with a checkpoint; if that step was skipped, after one that is not.
 
@@ -60,19 +65,27 @@ def train(config: Config, resume: bool = False) -> Result:
     finite, DiskError for what the disk did not take, Stopped after SIGTERM.
     """
     distributed.start(config.run.timeout_seconds)
+    objective = build_objective(config, judge)
     run = RunDirectory(config.run.output)
     accumulation_steps(config)
     with Termination() as termination, run.locked(), ExitStack() as held:
         start = run.find_start(config, resume)
         try:
-            return _train(config, run, start, termination, held)
+            return _train(config, objective, judge, run, start, termination, held)
         except DiskError as error:
             raise DiskError(f"{error}. Once that is mended, {run.way_on(config)}") from error
 
 
-def _train(config: Config, run: RunDirectory, start: Start, termination: Termination, held: ExitStack) -> Result:
+def _train(
+    config: Config,
+    objective: Objective,
+    judge: Judge | None,
+    run: RunDirectory,
+    start: Start,
+    termination: Termination,
+    held: ExitStack,
+) -> Result:
     with distributed.together():
-        objective = config.objective.build()
         inputs = read_inputs(config, objective, start.tokenizer)
         tokenizer, examples, held_out = inputs.tokenizer, inputs.examples, inputs.held_out
         _seed(config.run.seed)
@@ -85,7 +98,7 @@ def _train(config: Config, run: RunDirectory, start: Start, termination: Termina
     engine = build_engine(config, Distillation(student, objective, entries))
     sampler = LocalSampler(student, tokenizer)
     held.callback(sampler.close)
-    parts = Parts(engine, scorer, sampler, tokenizer.eos_token_id)
+    parts = Parts(engine, scorer, sampler, judge, tokenizer.eos_token_id)
     with distributed.together():
         first = examples.usable[0]
         tokens = (*first.prompt_ids, *first.response_ids, tokenizer.eos_token_id)[:2]

@@ -14,6 +14,7 @@ from kdkernels import reference
 from kdkernels.data import collate
 from kdkernels.data.tokenizers import vocabulary_size
 from kdkernels.distillation import Distillation
+from kdkernels.judges import Judge
 from kdkernels.rollouts import LocalSampler
 from kdkernels.teachers import LocalTeacher
 from kdkernels.training import distributed, load_config, step
@@ -36,13 +37,13 @@ def models(config: Config):
     return tokenizer, student, teacher, chosen
 
 
-def engine_gradients(config: Config) -> dict[str, torch.Tensor | float]:
+def engine_gradients(config: Config, judge: Judge | None = None) -> dict[str, torch.Tensor | float]:
     """name -> gradient before clipping of one step on the examples; "norm": what the trainer logs."""
     distributed.start()
     tokenizer, student, teacher, examples = models(config)
     scorer = LocalTeacher(teacher, vocabulary_size(tokenizer)) if teacher else None
     engine = build_engine(config, Distillation(student, config.objective.build(), vocabulary_size(tokenizer)))
-    parts = step.Parts(engine, scorer, LocalSampler(student, tokenizer), tokenizer.eos_token_id)
+    parts = step.Parts(engine, scorer, LocalSampler(student, tokenizer), judge, tokenizer.eos_token_id)
     found, update = {}, step.update
 
     def capturing(engine, *arguments):
@@ -59,29 +60,33 @@ def engine_gradients(config: Config) -> dict[str, torch.Tensor | float]:
     return found | {"norm": metrics["gradient_norm"]}
 
 
-def exact_gradients(config: Config) -> dict[str, torch.Tensor]:
+def exact_gradients(config: Config, judge: Judge | None = None) -> dict[str, torch.Tensor]:
     """The same from the papers' formulas on full logits, all in fp64."""
     tokenizer, student, teacher, examples = models(config)
     student = copy.deepcopy(student).double()
     entries = vocabulary_size(tokenizer)
     batch = collate([one.prompt_ids for one in examples], [one.response_ids for one in examples], 0, from_teacher=True)
 
+    def by_response(values):
+        return list(values.flatten(0, 1)[batch.layout.index].split(batch.layout.lengths))
+
     def logits(model):
         z = model.double()(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[..., :entries]
-        return list(z.flatten(0, 1)[batch.layout.index].split(batch.layout.lengths))
+        return by_response(z)
 
     z_s, name = logits(student), config.objective.name
     if name == "SFT":
-        loss = reference.sft(z_s, batch.target.flatten()[batch.layout.index].split(batch.layout.lengths))
+        loss = reference.sft(z_s, by_response(batch.target))
     else:
         with torch.no_grad():
             z_t = logits(teacher)
         objective = config.objective.build()
+        weights = by_response(judge(batch).double()) if judge else None
         loss = {
             "GKD": lambda: reference.gkd(z_s, z_t, objective.beta),
             "TSDKD": lambda: reference.tsd_kd(z_s, z_t, k=objective.k),
             "DistiLLM2": lambda: reference.distillm2(z_s, z_t, [True] * len(z_s)),
-            "VCRD": lambda: reference.vcrd(z_s, z_t, [True] * len(z_s)),
+            "VCRD": lambda: reference.vcrd(z_s, z_t, [True] * len(z_s), weights),
         }[name]()
     loss.backward()
     return {name: parameter.grad for name, parameter in student.named_parameters()}

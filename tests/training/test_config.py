@@ -110,7 +110,6 @@ def test_malformed_overrides_are_refused(assignment):
         (["objective.name=GKD", "objective.beta=2"], ["[objective]", "beta", "2"]),
         (["objective.beta=2"], ["[objective] unknown key 'beta'", "expected one of name"]),
         (["objective.name=TSDKD", "objective.opener=long"], ["[objective] opener: expected a number, got 'long'"]),
-        (["objective.name=VCRD"], ["[objective] VCRD", "judge", "likelihood_ratio"]),
         (["objective.name=VCRD", "objective.weighting=log"], ["[objective] weighting", "likelihood_ratio", "'log'"]),
         (["objective.name=GKD"], ["section [teacher] is missing"]),
         (["rollout.student_fraction=0.5"], ["[rollout] student_fraction: expected 0", "got 0.5"]),
