@@ -23,8 +23,8 @@ import torch
 from kdkernels.errors import InputError
 from kdkernels.training import distributed
 from kdkernels.training.atomic import remove, write_directory, writing
-from kdkernels.training.engine import engine_state, load_engine_state
 from kdkernels.training.hashes import HashedFile, sha256_of_all
+from kdkernels.training.strategy import Strategy
 
 PREFIX, PROGRESS = "step-", "progress.json"
 SHARED, METRICS = "shared.pt", "metrics.jsonl"
@@ -42,14 +42,16 @@ class Contents:
     sha256: dict[str, str]
 
 
-def save(engine, directory: Path, progress: dict[str, int], inputs: dict[str, Any], metrics: Path, keep: int) -> None:
+def save(
+    strategy: Strategy, directory: Path, progress: dict[str, int], inputs: dict[str, Any], metrics: Path, keep: int
+) -> None:
     """Writes the checkpoint of `progress["step"]` into `directory` and deletes all but the newest `keep` up to it; all
     processes call this together.
 
-    It holds the state of the engine, the random state of every process, a copy of the log at `metrics`, and `progress`
-    and `inputs`. Raises DiskError.
+    It holds the strategy's state, the random state of every process, a copy of the log at `metrics`, and `progress` and
+    `inputs`. Raises DiskError.
     """
-    shared, own = engine_state(engine)
+    shared, own = strategy.state()
 
     def write(path: Path) -> dict[str, str]:
         hashes = {_own_file(): _dump(own | {"random": _random_state()}, path / _own_file())}
@@ -115,14 +117,14 @@ def newest_sound(directory: Path) -> tuple[Path, Contents] | None:
     return path, contents
 
 
-def restore(engine, path: Path) -> None:
-    """Puts engine and random state back to the checkpoint at `path`. Raises InputError for files that hold something
+def restore(strategy: Strategy, path: Path) -> None:
+    """Puts strategy and random state back to the checkpoint at `path`. Raises InputError for files that hold something
     else than this run's state.
     """
     with distributed.together():
         shared, own = (_load(path / name) for name in (SHARED, _own_file()))
     try:
-        load_engine_state(engine, shared, own)
+        strategy.load_state(shared, own)
         _set_random_state(own["random"])
     except (KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
         said = " ".join(str(error).split("\n")[:2])  # torch names every weight of another shape

@@ -10,19 +10,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-if not torch.accelerator.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no accelerator
-
-import deepspeed
-from deepspeed.accelerator import get_accelerator
-
 from kdkernels.errors import InputError
 from kdkernels.training.errors import DiskError
 from kdkernels.training.launcher import LAUNCHER, launched
-
-# DeepSpeed would compile an all-reduce for CPU processes on its first use: a minute, a need for ninja, and a lock that
-# blocks every later run where that compile was killed. gloo does the same.
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 T = TypeVar("T")
 
@@ -33,20 +23,22 @@ def start(timeout_seconds: float = 1800) -> None:
     An operation of all processes that does not end within `timeout_seconds` is an error (`lost_process`). Raises
     InputError where a launcher did not say all that it has to.
     """
+    if dist.is_initialized():
+        return
     timeout = timedelta(seconds=timeout_seconds)
-    if not dist.is_initialized():
-        if launched():
-            missing = [name for name in LAUNCHER if name not in os.environ]
-            if missing:
-                raise InputError(
-                    f"the environment variable RANK is set, as a launcher does, but {', '.join(missing)} is not: start "
-                    "the processes with torchrun, or unset RANK"
-                )
-        else:
-            os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
-            backend = get_accelerator().communication_backend_name()
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-    deepspeed.init_distributed(verbose=False, timeout=timeout)
+    if not launched():
+        dist.init_process_group(_backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        return
+    missing = [name for name in LAUNCHER if name not in os.environ]
+    if missing:
+        raise InputError(
+            f"the environment variable RANK is set, as a launcher does, but {', '.join(missing)} is not: start the "
+            "processes with torchrun, or unset RANK"
+        )
+    if torch.accelerator.is_available():  # each process has a device of its own
+        torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
+    own = device() if torch.accelerator.is_available() else None
+    dist.init_process_group(_backend(), timeout=timeout, device_id=own)
 
 
 def leave() -> None:
@@ -58,7 +50,7 @@ def leave() -> None:
 
 
 def limit_waiting(timeout_seconds: float) -> None:
-    """Gives all groups of processes that there are the timeout: DeepSpeed makes its own, with half an hour or more."""
+    """Gives all groups of processes that there are the timeout: an engine makes its own, with half an hour or more."""
     for group in distributed_c10d._world.pg_map:
         distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_seconds), group)
 
@@ -75,7 +67,9 @@ def world_size() -> int:
 
 def device() -> torch.device:
     """The device of this process."""
-    return torch.device(get_accelerator().current_device_name())
+    if not torch.accelerator.is_available():
+        return torch.device("cpu")
+    return torch.device(torch.accelerator.current_accelerator().type, torch.accelerator.current_device_index())
 
 
 def barrier() -> None:
@@ -131,6 +125,11 @@ def by_first(function: Callable[[], T]) -> T:
 def lost_process(error: Exception) -> bool:
     """Whether `error` is how gloo, NCCL or the rendezvous say that another process ended or does not answer."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
+
+
+def _backend() -> str:
+    """What PyTorch's processes talk to each other by: NCCL on GPUs, gloo on CPUs."""
+    return dist.get_default_backend_for_device(device())
 
 
 def _for_others(error: Exception) -> Exception:

@@ -5,7 +5,7 @@ from pathlib import Path
 from kdkernels.data.tokenizers import vocabulary_size
 from kdkernels.training import distributed
 from kdkernels.training.config import Config
-from kdkernels.training.engine import accumulation_steps
+from kdkernels.training.deepspeed_strategy import accumulation_steps
 from kdkernels.training.inputs import build_objective, read_inputs
 from kdkernels.training.lock import refuse_if_locked
 from kdkernels.training.model import load_student, load_teacher

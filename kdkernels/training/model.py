@@ -51,7 +51,7 @@ def load_tokenizer(config: Config, trained: Path | None = None) -> PreTrainedTok
 def load_student(config: Config, tokenizer: PreTrainedTokenizerBase, *, meta: bool = False) -> PreTrainedModel:
     """The student, read from its path or with fresh weights, in training mode. Raises InputError.
 
-    Fresh weights are float32 until the engine gives them the run's dtype: a seed draws the same weights for all.
+    Fresh weights are float32 until the strategy gives them the run's dtype: a seed draws the same weights for all.
     meta: without weights, on the meta device, to check as much as can be without them.
     """
     path, key = config.student.path, "[student] path"

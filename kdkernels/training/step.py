@@ -1,8 +1,7 @@
 """One optimizer step: rollout, teacher, judge, student, update.
 
 The loss of a step is the mean over all its responses (or tokens: what the objective counts), however they are spread
-over processes and micro-batches: each micro-batch's mean is weighted with its share of the step's count, and
-DeepSpeed's own averaging is undone.
+over processes and micro-batches: each micro-batch's mean is weighted with its share of the step's count.
 """
 
 import math
@@ -11,7 +10,6 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -20,15 +18,15 @@ from kdkernels.judges import Judge
 from kdkernels.rollouts import Sampler
 from kdkernels.teachers import Teacher
 from kdkernels.training import distributed
-from kdkernels.training.config import Config
-from kdkernels.training.engine import set_rate, update
+from kdkernels.training.config import Config, OptimizerConfig
+from kdkernels.training.strategy import Strategy
 
 
 @dataclass(frozen=True)
 class Parts:
     """What a step works with. `pad_id` fills up the shorter responses of a batch."""
 
-    engine: Any
+    strategy: Strategy
     teacher: Teacher | None
     sampler: Sampler
     judge: Judge | None
@@ -47,9 +45,9 @@ def train_step(
 
     apply=False computes everything and updates nothing.
     """
-    clock, engine = Clock(), parts.engine
-    objective = engine.module.objective
-    lr = set_rate(engine, config, step)
+    clock, strategy = Clock(), parts.strategy
+    objective = strategy.module.objective
+    lr = config.optimizer.lr * rate(config.optimizer, step - 1, config.train.steps)
     share = examples[distributed.rank() :: distributed.world_size()]
     prompts = [example.prompt_ids for example in share]
     by_student = student_writes(step, config.rollout.student_fraction)
@@ -73,11 +71,11 @@ def train_step(
     ]
     counts = [objective.count(batch.layout, batch.from_teacher) for batch in batches]
     tokens = sum(len(batch.layout) for batch in batches)
-    count, tokens = distributed.total(torch.tensor([sum(counts), tokens], device=engine.device)).tolist()
+    count, tokens = distributed.total(torch.tensor([sum(counts), tokens], device=strategy.device)).tolist()
 
     sums = defaultdict(float)
     for batch, own_count in zip(batches, counts, strict=True):
-        batch = batch.to(engine.device)
+        batch = batch.to(strategy.device)
         shares = {"count": own_count / count, "tokens": len(batch.layout) / tokens, "sum": 1}
         with clock("teacher"):
             scored = parts.teacher.score(batch) if objective.needs_teacher else None
@@ -86,16 +84,13 @@ def train_step(
             with clock("judge"), torch.no_grad():
                 weights = parts.judge(batch)
         with clock("student"):
-            out = engine(batch, scored, weights)
-            engine.backward(out.loss * shares["count"] * distributed.world_size(), scale_wrt_gas=False)
+            out = strategy.forward(batch, scored, weights)
+            strategy.backward(out.loss * shares["count"])
         for name, value in (out.metrics | {"loss": out.loss.detach()}).items():
-            sums[name] += value.double() * shares[engine.module.reduction(name)]
-        with clock("step"):
-            if not engine.is_gradient_accumulation_boundary():
-                engine.step()  # of DeepSpeed's counter
-                continue
-            means = dict(zip(sums, distributed.total(torch.stack(list(sums.values()))).tolist(), strict=True))
-            gradient_norm, defect = update(engine, means["loss"], apply)
+            sums[name] += value.double() * shares[strategy.module.reduction(name)]
+    with clock("step"):
+        means = dict(zip(sums, distributed.total(torch.stack(list(sums.values()))).tolist(), strict=True))
+        gradient_norm, defect = strategy.step(means["loss"], lr, apply)
 
     return {
         **means,
@@ -104,6 +99,18 @@ def train_step(
         "tokens": tokens,
         "response_length": tokens / len(examples),
     } | clock.metrics(tokens), defect
+
+
+def rate(config: OptimizerConfig, step: int, steps: int) -> float:
+    """The learning rate of step 0 ... steps-1 as a share of the peak: a linear rise, then constant or half a cosine
+    towards 0.
+    """
+    warmup = math.ceil(config.warmup_ratio * steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    if config.schedule == "constant" or step >= steps:
+        return 1.0 if config.schedule == "constant" else 0.0
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
 def student_writes(step: int, fraction: float) -> bool:

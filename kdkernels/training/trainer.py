@@ -1,4 +1,4 @@
-"""The trainer: one loop of rollout, teacher, student and step over a DeepSpeed engine (`step.py` is one turn of it).
+"""The trainer: one loop of rollout, teacher, student and step (`step.py` is one turn of it).
 
     result = train(load_config("recipes/gsm8k-small.toml"))
 
@@ -29,9 +29,10 @@ from kdkernels.training import checkpoint, distributed
 from kdkernels.training.agreement import check_model
 from kdkernels.training.atomic import write_directory
 from kdkernels.training.config import Config
-from kdkernels.training.engine import accumulation_steps, build_engine, first_nonfinite, nonfinite
+from kdkernels.training.deepspeed_strategy import DeepSpeedStrategy, accumulation_steps
 from kdkernels.training.errors import DiskError, Stopped
 from kdkernels.training.evaluation import evaluate, summarize
+from kdkernels.training.finite import first_nonfinite, nonfinite
 from kdkernels.training.inputs import build_objective, read_inputs
 from kdkernels.training.metrics import EVALUATION, MetricsLog, evaluations
 from kdkernels.training.model import load_student, load_teacher
@@ -39,6 +40,7 @@ from kdkernels.training.needs import check_disk, describe_dtype, needs
 from kdkernels.training.report import write_report
 from kdkernels.training.run_directory import RunDirectory, Start
 from kdkernels.training.step import Parts, train_step
+from kdkernels.training.strategy import Strategy
 from kdkernels.training.termination import Termination
 
 
@@ -95,10 +97,10 @@ def _train(
         _refuse_nonfinite({"student": student} | ({"teacher": teacher} if teacher else {}))
     entries = vocabulary_size(tokenizer)
     scorer = LocalTeacher(teacher, entries) if teacher is not None else None
-    engine = build_engine(config, Distillation(student, objective, entries))
+    strategy = DeepSpeedStrategy(config, Distillation(student, objective, entries))
     sampler = LocalSampler(student, tokenizer)
     held.callback(sampler.close)
-    parts = Parts(engine, scorer, sampler, judge, tokenizer.eos_token_id)
+    parts = Parts(strategy, scorer, sampler, judge, tokenizer.eos_token_id)
     with distributed.together():
         first = examples.usable[0]
         tokens = (*first.prompt_ids, *first.response_ids, tokenizer.eos_token_id)[:2]
@@ -110,7 +112,7 @@ def _train(
     stream = ExampleStream(len(examples.usable), config.run.seed, start.progress["position"])
     run.remove_left_overs()
     if start.checkpoint is not None:
-        checkpoint.restore(engine, start.checkpoint)
+        checkpoint.restore(strategy, start.checkpoint)
         made_from = start.inputs
     else:
         _seed(config.run.seed + distributed.rank())  # every process samples rollouts of its own
@@ -130,9 +132,9 @@ def _train(
         return {EVALUATION + name: value for name, value in summarize(records).items()}
 
     def save(step: int) -> None:
-        _check_finite(run, step, engine)
+        _check_finite(run, step, strategy)
         progress = {"step": step, "position": stream.position, "skipped_steps": skipped}
-        checkpoint.save(engine, run.checkpoints, progress, made_from, run.metrics, config.checkpoint.keep)
+        checkpoint.save(strategy, run.checkpoints, progress, made_from, run.metrics, config.checkpoint.keep)
 
     termination.training = True
     step = first = start.progress["step"]
@@ -167,7 +169,7 @@ def _train(
             raise _diverged(run, step, f"{defect}, and so it is of one more batch")
     if unsaved:
         save(step)
-    _check_finite(run, step, engine)
+    _check_finite(run, step, strategy)
     write_directory(run.final, lambda directory: _save_final(student, tokenizer, directory))
     write_report(run, config, [examples, held_out] if held_out else [examples], first)
     return Result(run.root, run.final, evaluations(run.metrics))
@@ -196,9 +198,9 @@ def _refuse_nonfinite(models: Mapping[str, PreTrainedModel]) -> None:
             raise InputError(f"[{section}] path: {name} has values that are not finite")
 
 
-def _check_finite(run: RunDirectory, step: int, engine) -> None:
+def _check_finite(run: RunDirectory, step: int, strategy: Strategy) -> None:
     """Nothing that is not finite may be saved."""
-    name = nonfinite(engine)
+    name = nonfinite(strategy)
     if name is not None:
         raise _diverged(run, step, f"{name} has values that are not finite")
 

@@ -19,7 +19,7 @@ from kdkernels.rollouts import LocalSampler
 from kdkernels.teachers import LocalTeacher
 from kdkernels.training import distributed, load_config, step
 from kdkernels.training.config import Config
-from kdkernels.training.engine import build_engine
+from kdkernels.training.deepspeed_strategy import DeepSpeedStrategy
 from kdkernels.training.inputs import read_examples
 from kdkernels.training.model import load_student, load_teacher, load_tokenizer
 
@@ -42,20 +42,19 @@ def engine_gradients(config: Config, judge: Judge | None = None) -> dict[str, to
     distributed.start()
     tokenizer, student, teacher, examples = models(config)
     scorer = LocalTeacher(teacher, vocabulary_size(tokenizer)) if teacher else None
-    engine = build_engine(config, Distillation(student, config.objective.build(), vocabulary_size(tokenizer)))
-    parts = step.Parts(engine, scorer, LocalSampler(student, tokenizer), judge, tokenizer.eos_token_id)
-    found, update = {}, step.update
+    strategy = DeepSpeedStrategy(config, Distillation(student, config.objective.build(), vocabulary_size(tokenizer)))
+    parts = step.Parts(strategy, scorer, LocalSampler(student, tokenizer), judge, tokenizer.eos_token_id)
+    found, step_once = {}, strategy.step
 
-    def capturing(engine, *arguments):
+    def capturing(*arguments):
         found.update({n: safe_get_full_grad(p).double().clone() for n, p in student.named_parameters()})
-        return update(engine, *arguments)
+        return step_once(*arguments)
 
-    step.update = capturing
+    strategy.step = capturing
     try:
         metrics, defect = step.train_step(parts, examples, 1, config)
     finally:
-        step.update = update
-        engine.destroy()
+        strategy.engine.destroy()
     assert defect is None, defect
     return found | {"norm": metrics["gradient_norm"]}
 

@@ -67,12 +67,12 @@ def train_poisoned(config, kind: str, steps: Collection[int], rank: int = 0, tim
     def step_seen(parts, examples, step, *more, **options):
         now.update(step=step, micro_batch=0, calls=now["calls"] + 1 if step == now["step"] else 1)
         if not digests:
-            digests.append(digest(parts.engine))
+            digests.append(digest(parts.strategy.engine))
         if kind == "left out" and step in steps:
             result = {"loss": 0.0, "tokens": 0}, None
         else:
             result = step_once(parts, examples, step, *more, **options)
-        digests.append(digest(parts.engine))
+        digests.append(digest(parts.strategy.engine))
         return result
 
     with pytest.MonkeyPatch.context() as patch:

@@ -13,7 +13,7 @@ import kdkernels as kd
 from kdkernels.data import collate
 from kdkernels.data.tokenizers import vocabulary_size
 from kdkernels.distillation import Distillation, router_loss, states
-from kdkernels.training import InputError, distributed, train
+from kdkernels.training import InputError, deepspeed_strategy, distributed, train
 from kdkernels.training.agreement import check_model
 from kdkernels.training.dry_run import plan
 from kdkernels.training.metrics import read_metrics
@@ -168,6 +168,7 @@ def sharded(module: Distillation, how: str):
 def test_shards_are_gathered_where_the_head_is_read(how, monkeypatch):
     monkeypatch.setattr(functional, "linear", functional.linear)  # put back afterwards: ZeRO-3 leaves its own there
     distributed.start()
+    deepspeed_strategy.join()
     batch = collate([[5, 6, 7], [5, 6]], [[8, 9, 2], [3, 2]], pad_id=0)
     expected = Distillation(tiny("gemma2"), kd.SFT(), 97)(batch, None)
     module = sharded(Distillation(tiny("gemma2"), kd.SFT(), 97), how)

@@ -11,7 +11,7 @@ import torch
 from kdkernels.data.tokenizers import vocabulary_size
 from kdkernels.distillation import Distillation
 from kdkernels.training import InputError, checkpoint, distributed, train
-from kdkernels.training.engine import build_engine
+from kdkernels.training.deepspeed_strategy import DeepSpeedStrategy
 from kdkernels.training.model import load_student, load_tokenizer
 
 from .conftest import final_weights
@@ -22,18 +22,11 @@ def started():
     distributed.start()
 
 
-class Engine:
-    """What a checkpoint reads of a DeepSpeed engine, around one weight."""
+class OneWeight:
+    """What a checkpoint asks of a strategy."""
 
-    global_steps = global_samples = skipped_steps = 0
-
-    def __init__(self):
-        self.module = torch.nn.Linear(1, 1)
-        self.optimizer = torch.optim.AdamW(self.module.parameters())
-        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: 1.0)
-
-    def zero_optimization(self):
-        return False
+    def state(self):
+        return {"weight": torch.ones(1)}, {}
 
 
 INPUTS = {"[data] train": "a hash"}
@@ -43,7 +36,7 @@ def save(directory, *steps, keep=9):
     log = directory / "log"
     log.write_text("{}\n")
     for step in steps:
-        checkpoint.save(Engine(), directory, {"step": step, "position": 4 * step}, INPUTS, log, keep)
+        checkpoint.save(OneWeight(), directory, {"step": step, "position": 4 * step}, INPUTS, log, keep)
 
 
 def newest(directory):
@@ -180,7 +173,7 @@ def test_a_checkpoint_of_another_model_is_an_input_error(load):
     tokenizer = load_tokenizer(config)
     module = Distillation(load_student(config, tokenizer), config.objective.build(), vocabulary_size(tokenizer))
     with pytest.raises(InputError, match=r"step-000003 is not of this run: RuntimeError: .*size mismatch"):
-        checkpoint.restore(build_engine(config, module), result.output / "checkpoints" / "step-000003")
+        checkpoint.restore(DeepSpeedStrategy(config, module), result.output / "checkpoints" / "step-000003")
 
 
 @pytest.mark.parametrize(

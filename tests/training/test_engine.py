@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from kdkernels.training import load_config
-from kdkernels.training.engine import accumulation_steps
+from kdkernels.training.deepspeed_strategy import accumulation_steps
 from kdkernels.training.schema import InputError
 
 from .conftest import GKD

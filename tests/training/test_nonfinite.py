@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from kdkernels.rollouts import LocalSampler
 from kdkernels.training import InputError, train, trainer
 from kdkernels.training.checkpoint import complete
-from kdkernels.training.engine import first_nonfinite
+from kdkernels.training.finite import first_nonfinite
 from kdkernels.training.metrics import read_metrics
 from kdkernels.training.model import load_student, load_tokenizer
 
@@ -198,7 +198,7 @@ def test_what_is_not_finite_is_never_saved(load, monkeypatch, where):
     def overflowing(parts, examples, step, *more):
         result = step_once(parts, examples, step, *more)
         if step == 2:
-            optimizer = parts.engine.basic_optimizer
+            optimizer = parts.strategy.engine.basic_optimizer
             weight = optimizer.param_groups[0]["params"][0]
             tensor = weight.data if where == "weight" else optimizer.state[weight]["exp_avg_sq"]
             tensor.view(-1)[0] = torch.inf

@@ -10,11 +10,10 @@ from kdkernels.data import ExampleStream, collate
 from kdkernels.data.tokenizers import vocabulary_size
 from kdkernels.distillation import Distillation, head
 from kdkernels.training import InputError, train
-from kdkernels.training.engine import rate
 from kdkernels.training.inputs import read_examples
 from kdkernels.training.metrics import read_metrics
 from kdkernels.training.model import load_student, load_teacher, load_tokenizer
-from kdkernels.training.step import student_writes
+from kdkernels.training.step import rate, student_writes
 
 from .conftest import GKD
 

@@ -6,7 +6,7 @@ import os
 import sys
 from contextlib import nullcontext
 
-from kdkernels.training import distributed  # before anything else of DeepSpeed: it says which accelerator there is
+from kdkernels.training import deepspeed_strategy, distributed  # before anything else of DeepSpeed: it says on what
 
 import deepspeed  # isort: skip
 import torch
@@ -79,6 +79,7 @@ def gradients(wrapper: str, rank: int) -> dict[str, torch.Tensor]:
 
 def main(results: str) -> None:
     distributed.start()
+    deepspeed_strategy.join()
     rank = distributed.rank()
     found = {wrapper: gradients(wrapper, rank) for wrapper in WRAPPERS}
     torch.save(found, f"{results}.{rank}")

@@ -1,0 +1,174 @@
+"""The strategy of every run: a DeepSpeed engine with ZeRO 0 to 2, AdamW, precision, accumulation and clipping.
+
+Nothing else of the trainer imports DeepSpeed.
+"""
+
+import math
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+if not torch.accelerator.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no accelerator
+
+import deepspeed
+from torch import Tensor, nn
+
+from kdkernels.data import Batch
+from kdkernels.distillation import Distillation
+from kdkernels.errors import InputError
+from kdkernels.objectives import Output
+from kdkernels.sources import Source
+from kdkernels.training import distributed
+from kdkernels.training.config import Config
+
+# DeepSpeed would compile an all-reduce for CPU processes on its first use: a minute, a need for ninja, and a lock that
+# blocks every later run where that compile was killed. gloo does the same.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+# Micro-batches whose gradients bfloat16 can sum: with 32 of them the sum's rounding is .5 %, as much as one product's;
+# from 256 on, the sum's last place is as large as what is added.
+MOST_IN_BFLOAT16 = 64
+COUNTERS = ("global_steps", "global_samples", "skipped_steps")
+# What DeepSpeed and ZeRO add to their optimizer's state that is no number, tensor or text: a loss scale that is 1 for
+# float32 and bfloat16, the stage, and where each parameter lies in the flat groups. The recipe gives them again.
+DERIVED = ("loss_scaler", "zero_stage", "param_slice_mappings")
+
+
+class DeepSpeedStrategy:
+    """An engine around `module`, whose trainable parameters it optimizes; a `Strategy`.
+
+    Raises InputError if the batch cannot be shared by the processes.
+    """
+
+    def __init__(self, config: Config, module: Distillation):
+        settings = {
+            "train_batch_size": config.train.batch_size,
+            "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
+            "gradient_accumulation_steps": accumulation_steps(config),
+            "gradient_clipping": config.optimizer.max_grad_norm,
+            "bf16": {"enabled": config.run.dtype == "bfloat16"},
+            "zero_optimization": {"stage": config.deepspeed.zero_stage},
+        }
+        if config.deepspeed.zero_stage > 0:  # without ZeRO, DeepSpeed adds up in the weights' own precision
+            settings["data_types"] = {"grad_accum_dtype": "fp32"}
+        join()
+        self.engine, *_ = deepspeed.initialize(model=module, optimizer=_optimizer(config, module), config=settings)
+        distributed.limit_waiting(config.run.timeout_seconds)
+
+    @property
+    def module(self) -> Distillation:
+        return self.engine.module
+
+    @property
+    def device(self) -> torch.device:
+        return self.engine.device
+
+    def forward(self, batch: Batch, teacher: Source | None, weights: Tensor | None) -> Output:
+        return self.engine(batch, teacher, weights)
+
+    def backward(self, loss: Tensor) -> None:
+        # DeepSpeed's own averaging is undone: over processes by the factor, over micro-batches by the option
+        self.engine.backward(loss * distributed.world_size(), scale_wrt_gas=False)
+        if not self.engine.is_gradient_accumulation_boundary():
+            self.engine.step()  # of DeepSpeed's counter of micro-batches
+
+    def step(self, loss: float, lr: float, apply: bool = True) -> tuple[float, str | None]:
+        engine, optimizer, norm = self.engine, self.engine.basic_optimizer, None
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        if not (engine.bfloat16_enabled() or engine.zero_optimization()):
+            # a plain optimizer: DeepSpeed clips without keeping the norm. Its gradients are the sums over all processes
+            gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(gradients).item()
+        optimizer.skip = not (apply and math.isfinite(loss) and (norm is None or math.isfinite(norm)))
+        engine.step()  # which drops gradients that are not finite itself, but for those of a plain optimizer
+        norm = float(engine.get_global_grad_norm()) if norm is None else norm
+        defects = {"loss": loss, "gradient norm": norm}
+        defect = next((f"the {name} is {value}" for name, value in defects.items() if not math.isfinite(value)), None)
+        return norm, defect
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        optimizer = self.engine.basic_optimizer
+        yield from self.module.student.state_dict().items()
+        for group in optimizer.param_groups:
+            yield from (("the optimizer's weights", weight) for weight in group["params"])
+        for state in optimizer.state.values():
+            yield from ((f"the optimizer's {name}", one) for name, one in state.items() if torch.is_tensor(one))
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As `Strategy.state`. Not by DeepSpeed's own save_checkpoint: its files can only be read by unpickling
+        whatever is in them.
+        """
+        engine = self.engine
+        optimizer = {name: value for name, value in engine.optimizer.state_dict().items() if name not in DERIVED}
+        shared = {
+            "module": engine.module.state_dict(),
+            "counters": {name: getattr(engine, name) for name in COUNTERS},
+        }
+        if engine.zero_optimization():
+            return shared, {"optimizer": optimizer}
+        return shared | {"optimizer": optimizer}, {}
+
+    def load_state(self, shared: dict[str, Any], own: dict[str, Any]) -> None:
+        engine = self.engine
+        engine.module.load_state_dict(shared["module"])
+        if engine.zero_optimization():
+            shares = [None] * distributed.world_size()  # each process reads its own share only
+            shares[distributed.rank()] = own["optimizer"]
+            engine.optimizer.load_state_dict(shares, load_from_fp32_weights=True)
+        else:
+            engine.optimizer.load_state_dict(shared["optimizer"])
+        for name in COUNTERS:
+            setattr(engine, name, shared["counters"][name])
+
+
+def join() -> None:
+    """Tells DeepSpeed of the processes that `distributed.start` joined."""
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
+    deepspeed.init_distributed(verbose=False)
+
+
+def accumulation_steps(config: Config) -> int:
+    """Micro-batches per process and step. Raises InputError if the batch is no multiple of what the processes take at
+    once, or if there are too many to add up.
+    """
+    at_once = config.train.micro_batch_size * distributed.world_size()
+    if config.train.batch_size % at_once:
+        raise InputError(
+            f"[train] batch_size: expected a multiple of {at_once} (micro_batch_size {config.train.micro_batch_size} x "
+            f"{distributed.world_size()} processes), got {config.train.batch_size}"
+        )
+    steps = config.train.batch_size // at_once
+    in_bfloat16 = config.run.dtype == "bfloat16" and config.deepspeed.zero_stage == 0
+    if in_bfloat16 and steps > MOST_IN_BFLOAT16:
+        raise InputError(
+            f"[deepspeed] zero_stage: expected 1 or 2 for bfloat16 with {steps} micro-batches a step: without ZeRO, "
+            f"DeepSpeed adds their gradients up in bfloat16, where sums of more than {MOST_IN_BFLOAT16} lose what is "
+            "added; or raise [train] micro_batch_size"
+        )
+    return steps
+
+
+def _optimizer(config: Config, module: nn.Module) -> torch.optim.Optimizer:
+    """AdamW over the module's trainable parameters, which skips its next step where `skip` is set."""
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.optimizer.weight_decay},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},  # biases and norms
+    ]
+    groups = [group for group in groups if group["params"]]
+    optimizer = torch.optim.AdamW(groups, lr=config.optimizer.lr, betas=config.optimizer.betas)
+    optimizer.skip = False
+    optimizer.register_step_pre_hook(_drop_gradients)
+    return optimizer
+
+
+def _drop_gradients(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    """Makes a step of AdamW one of no effect: what has no gradient keeps its value and its moments. DeepSpeed's own
+    work around the step goes on as ever.
+    """
+    if optimizer.skip:
+        optimizer.zero_grad(set_to_none=True)
