@@ -29,7 +29,7 @@ def plan(config: Config, resume: bool = False) -> str:
         models["teacher"] = load_teacher(config, inputs.tokenizer, meta=True)
     needed = needs(config, models["student"], models.get("teacher"), start.progress["step"])
     check_disk(run, needed)
-    lines = [to_toml(config), "# plan", *(str(examples) for examples in (inputs.examples, inputs.held_out) if examples)]
+    lines = [to_toml(config), "# plan", *map(str, inputs.data)]
     lines += [inputs.examples.first, f"tokenizer: {vocabulary_size(inputs.tokenizer)} tokens"]
     lines += [f"{name}: {model.num_parameters():,} parameters" for name, model in models.items()]
     lines += [

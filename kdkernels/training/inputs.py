@@ -24,6 +24,11 @@ class Inputs:
     examples: Examples
     held_out: Examples | None
 
+    @property
+    def data(self) -> list[Examples]:
+        """All examples, those to train on first."""
+        return [self.examples] if self.held_out is None else [self.examples, self.held_out]
+
 
 def build_objective(config: Config, judge: Judge | None = None) -> Objective:
     """The objective of a run, with its `judge` where it has one. Raises InputError for one that needs a judge and has

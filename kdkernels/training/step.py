@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kdkernels.data import Example, collate
+from kdkernels.data import Batch, Example, collate
 from kdkernels.judges import Judge
 from kdkernels.rollouts import Sampler
 from kdkernels.teachers import Teacher
@@ -34,11 +34,7 @@ class Parts:
 
 
 def train_step(
-    parts: Parts,
-    examples: Sequence[Example],
-    step: int,
-    config: Config,
-    apply: bool = True,
+    parts: Parts, examples: Sequence[Example], step: int, config: Config, apply: bool = True
 ) -> tuple[dict[str, float], str | None]:
     """One optimizer step on `examples`, shared among the processes: its metrics, over all of them, and what in it was
     not finite. Such a step is skipped: weights and optimizer state stay as they were, on all processes alike.
@@ -61,14 +57,7 @@ def train_step(
     except FloatingPointError as error:
         return {"loss": math.nan, "lr": lr, "gradient_norm": math.nan, "tokens": 0} | clock.metrics(0), str(error)
 
-    # the loss does not depend on who shares a micro-batch: with similar lengths there is less padding
-    pairs = sorted(zip(prompts, responses, strict=True), key=lambda pair: len(pair[0]) + len(pair[1]))
-    size = config.train.micro_batch_size
-    groups = [pairs[i : i + size] for i in range(0, len(pairs), size)]
-    batches = [
-        collate([p for p, _ in group], [r for _, r in group], parts.pad_id, from_teacher=not by_student)
-        for group in groups
-    ]
+    batches = _micro_batches(prompts, responses, config.train.micro_batch_size, parts.pad_id, not by_student)
     counts = [objective.count(batch.layout, batch.from_teacher) for batch in batches]
     tokens = sum(len(batch.layout) for batch in batches)
     count, tokens = distributed.total(torch.tensor([sum(counts), tokens], device=strategy.device)).tolist()
@@ -77,16 +66,7 @@ def train_step(
     for batch, own_count in zip(batches, counts, strict=True):
         batch = batch.to(strategy.device)
         shares = {"count": own_count / count, "tokens": len(batch.layout) / tokens, "sum": 1}
-        with clock("teacher"):
-            scored = parts.teacher.score(batch) if objective.needs_teacher else None
-        weights = None
-        if parts.judge is not None:
-            with clock("judge"), torch.no_grad():
-                weights = parts.judge(batch)
-        with clock("student"):
-            out = strategy.forward(batch, scored, weights)
-            strategy.backward(out.loss * shares["count"])
-        for name, value in (out.metrics | {"loss": out.loss.detach()}).items():
+        for name, value in _forward_backward(parts, batch, shares["count"], clock).items():
             sums[name] += value.double() * shares[strategy.module.reduction(name)]
     with clock("step"):
         means = dict(zip(sums, distributed.total(torch.stack(list(sums.values()))).tolist(), strict=True))
@@ -99,6 +79,35 @@ def train_step(
         "tokens": tokens,
         "response_length": tokens / len(examples),
     } | clock.metrics(tokens), defect
+
+
+def _micro_batches(
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    size: int,
+    pad_id: int,
+    from_teacher: bool,
+) -> list[Batch]:
+    """Batches of `size` responses each. The loss does not depend on who shares one: those of similar lengths do, which
+    takes less padding.
+    """
+    pairs = sorted(zip(prompts, responses, strict=True), key=lambda pair: len(pair[0]) + len(pair[1]))
+    groups = [pairs[i : i + size] for i in range(0, len(pairs), size)]
+    return [collate([p for p, _ in group], [r for _, r in group], pad_id, from_teacher) for group in groups]
+
+
+def _forward_backward(parts: Parts, batch: Batch, share: float, clock: "Clock") -> dict[str, torch.Tensor]:
+    """Adds the gradient of the mean over `batch`, which has this share in that of the step; its loss and metrics."""
+    with clock("teacher"):
+        scored = parts.teacher.score(batch) if parts.strategy.module.objective.needs_teacher else None
+    weights = None
+    if parts.judge is not None:
+        with clock("judge"), torch.no_grad():
+            weights = parts.judge(batch)
+    with clock("student"):
+        out = parts.strategy.forward(batch, scored, weights)
+        parts.strategy.backward(out.loss * share)
+    return out.metrics | {"loss": out.loss.detach()}
 
 
 def rate(config: OptimizerConfig, step: int, steps: int) -> float:

@@ -7,11 +7,10 @@ Without a launcher it is one process; torchrun starts several, which run this to
 
 import itertools
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,8 +22,8 @@ from kdkernels.distillation import Distillation
 from kdkernels.errors import InputError
 from kdkernels.judges import Judge
 from kdkernels.objectives import Objective
-from kdkernels.rollouts import LocalSampler, Sampler
-from kdkernels.teachers import LocalTeacher, Teacher
+from kdkernels.rollouts import LocalSampler
+from kdkernels.teachers import LocalTeacher
 from kdkernels.training import checkpoint, distributed
 from kdkernels.training.agreement import check_model
 from kdkernels.training.atomic import write_directory
@@ -33,6 +32,7 @@ from kdkernels.training.deepspeed_strategy import DeepSpeedStrategy, accumulatio
 from kdkernels.training.errors import DiskError, Stopped
 from kdkernels.training.evaluation import evaluate, summarize
 from kdkernels.training.finite import first_nonfinite, nonfinite
+from kdkernels.training.identity import Identity
 from kdkernels.training.inputs import build_objective, read_inputs
 from kdkernels.training.metrics import EVALUATION, MetricsLog, evaluations
 from kdkernels.training.model import load_student, load_teacher
@@ -40,7 +40,6 @@ from kdkernels.training.needs import check_disk, describe_dtype, needs
 from kdkernels.training.report import write_report
 from kdkernels.training.run_directory import RunDirectory, Start
 from kdkernels.training.step import Parts, train_step
-from kdkernels.training.strategy import Strategy
 from kdkernels.training.termination import Termination
 
 
@@ -73,140 +72,172 @@ def train(config: Config, resume: bool = False, judge: Judge | None = None) -> R
     with Termination() as termination, run.locked(), ExitStack() as held:
         start = run.find_start(config, resume)
         try:
-            return _train(config, objective, judge, run, start, termination, held)
+            training = _Training(config, objective, judge, run, start, held)
+            training.loop(termination)
+            return training.finish()
         except DiskError as error:
             raise DiskError(f"{error}. Once that is mended, {run.way_on(config)}") from error
 
 
-def _train(
-    config: Config,
-    objective: Objective,
-    judge: Judge | None,
-    run: RunDirectory,
-    start: Start,
-    termination: Termination,
-    held: ExitStack,
-) -> Result:
-    with distributed.together():
-        inputs = read_inputs(config, objective, start.tokenizer)
-        tokenizer, examples, held_out = inputs.tokenizer, inputs.examples, inputs.held_out
-        _seed(config.run.seed)
-        student = load_student(config, tokenizer)
-        teacher = load_teacher(config, tokenizer).to(distributed.device()) if config.teacher else None
-        check_disk(run, needs(config, student, teacher, start.progress["step"]))
-        _refuse_nonfinite({"student": student} | ({"teacher": teacher} if teacher else {}))
-    entries = vocabulary_size(tokenizer)
-    scorer = LocalTeacher(teacher, entries) if teacher is not None else None
-    strategy = DeepSpeedStrategy(config, Distillation(student, objective, entries))
-    sampler = LocalSampler(student, tokenizer)
-    held.callback(sampler.close)
-    parts = Parts(strategy, scorer, sampler, judge, tokenizer.eos_token_id)
-    with distributed.together():
-        first = examples.usable[0]
-        tokens = (*first.prompt_ids, *first.response_ids, tokenizer.eos_token_id)[:2]
-        check_model(
-            "[student] path" if config.student.path else "[student] architecture", student, tokens, trained=True
+class _Training:
+    """A run from where it starts to its end, on every process alike. What it has to close is `held`.
+
+    `step`: the last one, which is `first` before the loop begins. `skipped`, `in_a_row`: how many steps were skipped in
+    all, and since the last one that was not. `unsaved`: a checkpoint is due.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        objective: Objective,
+        judge: Judge | None,
+        run: RunDirectory,
+        start: Start,
+        held: ExitStack,
+    ):
+        self.config, self.run = config, run
+        self.first = self.step = start.progress["step"]
+        self.skipped, self.in_a_row, self.unsaved = start.progress["skipped_steps"], 0, False
+        with distributed.together():
+            self.inputs = read_inputs(config, objective, start.tokenizer)
+            student, teacher = _load_models(config, run, self.inputs.tokenizer, done=self.first)
+        tokenizer, examples = self.inputs.tokenizer, self.inputs.examples.usable
+        entries = vocabulary_size(tokenizer)
+        self.parts = Parts(
+            strategy=DeepSpeedStrategy(config, Distillation(student, objective, entries)),
+            teacher=None if teacher is None else LocalTeacher(teacher, entries),
+            sampler=LocalSampler(student, tokenizer),
+            judge=judge,
+            pad_id=tokenizer.eos_token_id,
         )
-        if teacher is not None:
-            check_model("[teacher] path", teacher, tokens, trained=False)
-    stream = ExampleStream(len(examples.usable), config.run.seed, start.progress["position"])
-    run.remove_left_overs()
-    if start.checkpoint is not None:
-        checkpoint.restore(strategy, start.checkpoint)
-        made_from = start.inputs
-    else:
-        _seed(config.run.seed + distributed.rank())  # every process samples rollouts of its own
-        made_from = run.create(config, tokenizer, start.inputs)
-    run.restore_log(start.checkpoint)
+        held.callback(self.parts.sampler.close)
+        with distributed.together():
+            tokens = (*examples[0].prompt_ids, *examples[0].response_ids, tokenizer.eos_token_id)[:2]
+            _check_models(config, student, teacher, tokens)
+        self.stream = ExampleStream(len(examples), config.run.seed, start.progress["position"])
+        self.resumed = start.checkpoint is not None
+        self.made_from = self._begin(start)
 
-    def batch() -> list[Example]:
-        return [examples.usable[i] for i in stream.next(config.train.batch_size)]
+    def _begin(self, start: Start) -> dict[str, Identity]:
+        """Makes strategy, random state and directory what they were at `start`; the identities of what the run is made
+        from.
+        """
+        config, run = self.config, self.run
+        run.remove_left_overs()
+        if start.checkpoint is not None:
+            checkpoint.restore(self.parts.strategy, start.checkpoint)
+            made_from = start.inputs
+        else:
+            _seed(config.run.seed + distributed.rank())  # every process samples rollouts of its own
+            made_from = run.create(config, self.inputs.tokenizer, start.inputs)
+        run.restore_log(start.checkpoint)
+        return made_from
 
-    def evaluation(step: int) -> dict[str, float]:
+    def loop(self, termination: Termination) -> None:
+        """Takes all the steps that are left. Raises Stopped where `termination` was asked for."""
+        config, inputs, steps = self.config, self.inputs, self.config.train.steps
+        termination.training = True
+        with MetricsLog(self.run, steps, last_step=self.first) as log:
+            log.say(*inputs.data, inputs.examples.first, *describe_dtype(config))
+            if inputs.held_out and not self.resumed:
+                log.write(0, self._evaluation())
+            while self.step < steps:
+                self.step += 1
+                values, defect = train_step(self.parts, self._batch(), self.step, config)
+                self.skipped, self.in_a_row = (self.skipped + 1, self.in_a_row + 1) if defect else (self.skipped, 0)
+                last = self.step == steps
+                if inputs.held_out and (last or _due(self.step, config.evaluation.every)):
+                    values |= self._evaluation()
+                with distributed.together():
+                    log.write(self.step, values | {"skipped_steps": self.skipped})
+                if defect:
+                    log.say(f"step {self.step}: {defect}: skipped")
+                if self.in_a_row > config.train.max_skipped_steps:
+                    raise self._diverged(f"{defect}; {self.in_a_row} steps in a row ([train] max_skipped_steps)")
+                stop = termination.asked()
+                # after the last step too: final/ may not fit on the disk
+                due = _due(self.step, config.checkpoint.every) or (last and config.checkpoint.every > 0)
+                self.unsaved = self.unsaved or stop or due
+                if not self.in_a_row:  # after a skipped step, the checkpoint waits until these weights have a loss
+                    self._save_if_due()
+                    if stop and not last:  # what is trained is saved
+                        raise Stopped(f"stopped by SIGTERM after step {self.step}")
+
+    def finish(self) -> Result:
+        """Writes the trained model and the report."""
+        run, config = self.run, self.config
+        if self.in_a_row:  # nothing says yet that the weights are good for anything: one more batch, without an update
+            _, defect = train_step(self.parts, self._batch(), self.step, config, apply=False)
+            if defect:
+                raise self._diverged(f"{defect}, and so it is of one more batch")
+        self._save_if_due()
+        self._check_finite()
+        student = self.parts.strategy.module.student
+        write_directory(run.final, lambda directory: _save_final(student, self.inputs.tokenizer, directory))
+        write_report(run, config, self.inputs.data, self.first)
+        return Result(run.root, run.final, evaluations(run.metrics))
+
+    def _batch(self) -> list[Example]:
+        """The examples of the next step, of all processes."""
+        examples = self.inputs.examples.usable
+        return [examples[i] for i in self.stream.next(self.config.train.batch_size)]
+
+    def _evaluation(self) -> dict[str, float]:
+        """Evaluates the student on the held-out data, each process its share, and writes the records; the metrics."""
+        parts, tokenizer = self.parts, self.inputs.tokenizer
+        chosen = self.inputs.held_out.usable[: self.config.evaluation.limit]
+        share = chosen[distributed.rank() :: distributed.world_size()]
+        parts.sampler.sync()
         try:
-            chosen = held_out.usable[: config.evaluation.limit]
-            records = _evaluate(student, sampler, tokenizer, chosen, config, scorer)
+            with distributed.together():
+                student = parts.strategy.module.student
+                own = evaluate(student, parts.sampler, tokenizer, share, self.config, parts.teacher)
         except FloatingPointError as error:
-            raise _diverged(run, step, f"evaluation: {error}") from error
-        run.write_records(step, records)
+            raise self._diverged(f"evaluation: {error}") from error
+        records = sorted(itertools.chain(*distributed.gathered(own)), key=lambda record: record["line"])
+        self.run.write_records(self.step, records)
         return {EVALUATION + name: value for name, value in summarize(records).items()}
 
-    def save(step: int) -> None:
-        _check_finite(run, step, strategy)
-        progress = {"step": step, "position": stream.position, "skipped_steps": skipped}
-        checkpoint.save(strategy, run.checkpoints, progress, made_from, run.metrics, config.checkpoint.keep)
+    def _save_if_due(self) -> None:
+        if not self.unsaved:
+            return
+        self._check_finite()
+        progress = {"step": self.step, "position": self.stream.position, "skipped_steps": self.skipped}
+        run, keep = self.run, self.config.checkpoint.keep
+        checkpoint.save(self.parts.strategy, run.checkpoints, progress, self.made_from, run.metrics, keep)
+        self.unsaved = False
 
-    termination.training = True
-    step = first = start.progress["step"]
-    skipped, in_a_row, unsaved = start.progress["skipped_steps"], 0, False
-    with MetricsLog(run, config.train.steps, last_step=first) as log:
-        log.say(examples, *([held_out] if held_out else []), examples.first, *describe_dtype(config))
-        if held_out and start.checkpoint is None:
-            log.write(0, evaluation(0))
-        for step in range(first + 1, config.train.steps + 1):
-            values, defect = train_step(parts, batch(), step, config)
-            skipped, in_a_row = (skipped + 1, in_a_row + 1) if defect else (skipped, 0)
-            if held_out and (step == config.train.steps or _due(step, config.evaluation.every)):
-                values |= evaluation(step)
-            with distributed.together():
-                log.write(step, values | {"skipped_steps": skipped})
-            if defect:
-                log.say(f"step {step}: {defect}: skipped")
-            if in_a_row > config.train.max_skipped_steps:
-                raise _diverged(run, step, f"{defect}; {in_a_row} steps in a row ([train] max_skipped_steps)")
-            last, stop = step == config.train.steps, termination.asked()
-            # after the last step too: final/ may not fit on the disk
-            unsaved = unsaved or stop or _due(step, config.checkpoint.every) or (last and config.checkpoint.every > 0)
-            if unsaved and not in_a_row:  # after a skipped step, the checkpoint waits until these weights have a loss
-                save(step)
-                unsaved = False
-            if stop and not last and not in_a_row:  # what is trained is saved
-                raise Stopped(f"stopped by SIGTERM after step {step}")
+    def _check_finite(self) -> None:
+        """Nothing that is not finite may be saved."""
+        name = nonfinite(self.parts.strategy)
+        if name is not None:
+            raise self._diverged(f"{name} has values that are not finite")
 
-    if in_a_row:  # nothing says yet that the weights are good for anything: one more batch, without an update
-        _, defect = train_step(parts, batch(), step, config, apply=False)
-        if defect:
-            raise _diverged(run, step, f"{defect}, and so it is of one more batch")
-    if unsaved:
-        save(step)
-    _check_finite(run, step, strategy)
-    write_directory(run.final, lambda directory: _save_final(student, tokenizer, directory))
-    write_report(run, config, [examples, held_out] if held_out else [examples], first)
-    return Result(run.root, run.final, evaluations(run.metrics))
+    def _diverged(self, what: str) -> FloatingPointError:
+        return FloatingPointError(f"step {self.step}: {what}: the run diverged; see {self.run.metrics}")
 
 
-def _evaluate(
-    student: PreTrainedModel,
-    sampler: Sampler,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Example],
-    config: Config,
-    teacher: Teacher | None,
-) -> list[dict[str, Any]]:
-    """The records of all `examples`, each process having evaluated its share."""
-    share = examples[distributed.rank() :: distributed.world_size()]
-    sampler.sync()
-    with distributed.together():
-        records = evaluate(student, sampler, tokenizer, share, config, teacher)
-    return sorted(itertools.chain(*distributed.gathered(records)), key=lambda record: record["line"])
-
-
-def _refuse_nonfinite(models: Mapping[str, PreTrainedModel]) -> None:
-    for section, model in models.items():
-        name = first_nonfinite(model.state_dict().items())
+def _load_models(
+    config: Config, run: RunDirectory, tokenizer: PreTrainedTokenizerBase, done: int
+) -> tuple[PreTrainedModel, PreTrainedModel | None]:
+    """Student and teacher, of finite weights, where the disk can hold the run, of which `done` steps are trained."""
+    _seed(config.run.seed)
+    student = load_student(config, tokenizer)
+    teacher = load_teacher(config, tokenizer).to(distributed.device()) if config.teacher else None
+    check_disk(run, needs(config, student, teacher, done))
+    for section, model in (("student", student), ("teacher", teacher)):
+        name = None if model is None else first_nonfinite(model.state_dict().items())
         if name is not None:
             raise InputError(f"[{section}] path: {name} has values that are not finite")
+    return student, teacher
 
 
-def _check_finite(run: RunDirectory, step: int, strategy: Strategy) -> None:
-    """Nothing that is not finite may be saved."""
-    name = nonfinite(strategy)
-    if name is not None:
-        raise _diverged(run, step, f"{name} has values that are not finite")
-
-
-def _diverged(run: RunDirectory, step: int, what: str) -> FloatingPointError:
-    return FloatingPointError(f"step {step}: {what}: the run diverged; see {run.metrics}")
+def _check_models(
+    config: Config, student: PreTrainedModel, teacher: PreTrainedModel | None, tokens: Sequence[int]
+) -> None:
+    check_model("[student] path" if config.student.path else "[student] architecture", student, tokens, trained=True)
+    if teacher is not None:
+        check_model("[teacher] path", teacher, tokens, trained=False)
 
 
 def _due(step: int, every: int) -> bool:
