@@ -22,7 +22,7 @@ def check_positive(name: str, value: float) -> None:
 
 
 def check_temperature(value: float) -> None:
-    """Beyond these bounds masked words would get a probability in fp32, or all words but one lose theirs."""
+    """Beyond these bounds masked entries would get a probability in fp32, or all entries but one lose theirs."""
     check_number("temperature", value)
     if not 1e-3 <= value <= 1e3:
         raise ValueError(f"temperature: expected a number in [0.001, 1000], got {value!r}")

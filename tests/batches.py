@@ -1,4 +1,4 @@
-"""Random batches, and the objectives run over them. Axes: B rows, L length, V vocabulary, H hidden."""
+"""Random batches, and the objectives run over them. Axes: B responses, L length, V vocabulary, H hidden."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from kdkernels.engine import plan
 
 
 def random_head(
-    shape, hidden, words, padding=0, bias=False, softcap=None, scale=1.0, spread=2.0, grad=False
+    shape, hidden, vocabulary, padding=0, bias=False, softcap=None, scale=1.0, spread=2.0, grad=False
 ) -> kd.Head:
     """A head in fp64 whose logits have a standard deviation of about ``spread`` / scale."""
-    rows = words + padding
+    rows = vocabulary + padding
     return kd.Head(
         torch.randn(*shape, hidden, dtype=torch.float64).requires_grad_(grad),
         (torch.randn(rows, hidden, dtype=torch.float64) * spread / hidden**0.5).requires_grad_(grad),
         torch.randn(rows, dtype=torch.float64).requires_grad_(grad) if bias else None,
         softcap=softcap,
         scale=scale,
-        vocab_size=words if padding else None,
+        vocab_size=vocabulary if padding else None,
     )
 
 
@@ -38,17 +38,17 @@ def positions(mask: Tensor) -> list[list[int]]:
 
 
 def random_batch(
-    seed, mask, words=60, hidden_s=8, hidden_t=12, padding_s=0, padding_t=0, bias=False, softcap=None, scale=1.0,
+    seed, mask, vocabulary=60, hidden_s=8, hidden_t=12, padding_s=0, padding_t=0, bias=False, softcap=None, scale=1.0,
     weights=False, dtype=torch.float64, spread=2.0,
 ) -> Batch:  # fmt: skip
     """Numbers that ``dtype`` holds exactly, in fp64."""
     torch.manual_seed(seed)
     shape = tuple(mask.shape)
-    student = random_head(shape, hidden_s, words, padding_s, bias, softcap, scale, spread, grad=True)
-    teacher = random_head(shape, hidden_t, words, padding_t, bias, softcap, scale, spread)
+    student = random_head(shape, hidden_s, vocabulary, padding_s, bias, softcap, scale, spread, grad=True)
+    teacher = random_head(shape, hidden_t, vocabulary, padding_t, bias, softcap, scale, spread)
     batch = Batch(
         student, teacher, mask, positions(mask), None, positions(mask),
-        target=torch.randint(0, words, shape),
+        target=torch.randint(0, vocabulary, shape),
         weights=torch.rand(shape, dtype=torch.float64) + 0.1 if weights else None,
         from_teacher=torch.rand(len(mask), generator=torch.Generator().manual_seed(seed + 6), device="cpu") < 0.5,
     )  # fmt: skip

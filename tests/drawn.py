@@ -1,6 +1,6 @@
 """Random batches as hypothesis draws them, and objectives over them judged against dense autograd.
 
-Axes: B rows, L length, V vocabulary, H hidden.
+Axes: B responses, L length, V vocabulary, H hidden.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Shape:
     length: int
     density: float
     layout: str  # mask, segments or teacher_mask
-    words: int
+    vocabulary: int
     hidden: tuple[int, int]
     padding: tuple[int, int]
     bias: bool
@@ -42,7 +42,7 @@ class Shape:
         shape = (self.rows, self.length)
         mask = torch.rand(shape, generator=generator) < self.density
         batch = random_batch(
-            self.numbers, mask, self.words, *self.hidden, *self.padding, self.bias, self.softcap, self.scale,
+            self.numbers, mask, self.vocabulary, *self.hidden, *self.padding, self.bias, self.softcap, self.scale,
             self.weights, dtype,
         )  # fmt: skip
         if self.layout == "segments":
@@ -63,9 +63,9 @@ class Shape:
         return batch
 
 
-ROWS, LENGTH, DENSITY, WORDS = (1, 4), (1, 12), [0.2, 0.7, 1.0], (12, 150)
+ROWS, LENGTH, DENSITY, VOCABULARY = (1, 4), (1, 12), [0.2, 0.7, 1.0], (12, 150)
 if INTERPRETED:  # a few small batches, so none with hardly a token
-    ROWS, LENGTH, DENSITY, WORDS = (2, 3), (4, 6), [0.7, 1.0], (12, 40)
+    ROWS, LENGTH, DENSITY, VOCABULARY = (2, 3), (4, 6), [0.7, 1.0], (12, 40)
 SHAPES = st.builds(
     Shape,
     numbers=st.integers(0, 10**6),
@@ -73,7 +73,7 @@ SHAPES = st.builds(
     length=st.integers(*LENGTH),
     density=st.sampled_from(DENSITY),
     layout=st.sampled_from(["mask", "mask", "segments", "teacher_mask"]),
-    words=st.integers(*WORDS),
+    vocabulary=st.integers(*VOCABULARY),
     hidden=st.tuples(st.integers(1, 20), st.integers(1, 20)),
     padding=st.tuples(st.sampled_from([0, 5]), st.sampled_from([0, 64])),
     bias=st.booleans(),

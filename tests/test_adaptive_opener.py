@@ -123,7 +123,7 @@ def test_training_is_the_reference(backend):
     objective, history, used = adaptive(), torch.zeros(0, dtype=F64), set()
     for seed in range(3):
         mask = torch.rand(4, 11, generator=torch.Generator().manual_seed(seed)) < 0.7
-        batch = random_batch(seed, mask, words=40, dtype=dtype)
+        batch = random_batch(seed, mask, vocabulary=40, dtype=dtype)
         small = batch.to(dtype)
         loss = run(objective, small).loss
         expected, gaps = exact_loss(batch, history)
@@ -189,7 +189,7 @@ def test_no_grad_and_evaluation(backend):
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "told"),
     [
         ({"edges": (0.3, 0.1)}, ["edges", "increasing", "0.3"]),
         ({"edges": (math.nan,), "shares": (0.1, 0.2)}, ["edges", "finite", "nan"]),
@@ -199,7 +199,7 @@ def test_no_grad_and_evaluation(backend):
         ({"window": 2.5}, ["window", "int", "2.5"]),
     ],
 )
-def test_bad_options(options, words):
-    with pytest.raises((TypeError, ValueError), match=words[0]) as raised:
+def test_bad_options(options, told):
+    with pytest.raises((TypeError, ValueError), match=told[0]) as raised:
         kd.AdaptiveOpener(**options)
-    assert all(word in str(raised.value) for word in words), str(raised.value)
+    assert all(part in str(raised.value) for part in told), str(raised.value)

@@ -37,10 +37,10 @@ def measure(make, batch, **more) -> tuple[Products, list[torch.Tensor]]:
 def test_on_identical_logits_chunks_change_no_bit(backend, name, monkeypatch):
     """Of per-token values, statistics and the gradient of the logits: one token, a few, all tokens at a time."""
     torch.manual_seed(0)
-    lengths, words = (2, 5), 192  # whole vectors of words: PyTorch's exp of what is left over is another one
+    lengths, vocabulary = (2, 5), 192  # whole vectors of entries: PyTorch's exp of what is left over is another one
     mask = torch.arange(6) < torch.tensor(lengths)[:, None]
-    z_s, z_t = 3 * torch.randn(2, 6, words), 3 * torch.randn(2, 6, words)
-    target, teacher = torch.randint(0, words, mask.shape), kd.Logits(z_t)
+    z_s, z_t = 3 * torch.randn(2, 6, vocabulary), 3 * torch.randn(2, 6, vocabulary)
+    target, teacher = torch.randint(0, vocabulary, mask.shape), kd.Logits(z_t)
     rows, seen = backend_for(z_s.device, F32), []
     statistics = rows.statistics
     monkeypatch.setattr(rows, "statistics", lambda x, *more: seen.append(len(x)) or statistics(x, *more))
@@ -172,7 +172,7 @@ def test_a_tight_budget_warns_once(backend, caplog, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [F32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_padded_rows_change_no_bit(backend, monkeypatch, dtype):
-    """On GPUs every row of logits starts at a multiple of 64 words. Here too, narrow gradients over wide logits
+    """On GPUs every row of logits starts at a multiple of 64 entries. Here too, narrow gradients over wide logits
     included, all numbers are those of rows without padding."""
     torch.manual_seed(0)
     leaves = [torch.randn(*shape).to(dtype).requires_grad_() for shape in ((7, 16), (101, 16), (101,))]

@@ -39,7 +39,7 @@ TARGET = torch.tensor([[0, 1, 2], [-100, 9, 3]])
 CALLS = {
     "divergence of heads": lambda: arguments("Head", "Head", "divergence"),
     "divergence of some": lambda: arguments("Head", "Logits", "divergence", (True, False, True), rows=TARGET > 0),
-    "divergence from stored words": lambda: arguments("Logits", "TopK", "divergence"),
+    "divergence from stored entries": lambda: arguments("Logits", "TopK", "divergence"),
     "cross-entropy": lambda: arguments("Head", None, "cross_entropy", (False, True, False), target=TARGET),
     "Plackett-Luce": lambda: arguments("Logits", "Head", "plackett_luce", rows=torch.tensor([5, 0])),
 }
@@ -145,7 +145,7 @@ CHANGING = {
     "softcap": (lambda b, h, x: kd.entropy(_head(b, h, softcap=x)), (3.0, 5.0, 7)),
     "vocab_size": (lambda b, h, x: kd.entropy(_head(b, h, vocab_size=x)), (60, 50, 40)),
     "k": (lambda b, h, x: kd.plackett_luce(_head(b, h), _teacher(b, h), x), (2, 3, 5)),
-    "stored words": (
+    "stored entries": (
         lambda b, h, x: kd.divergence(_head(b, h), _stored(b, h, x), kd.JSD(0.3), 1 / x),
         (2, 3, 5),
     ),

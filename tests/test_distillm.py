@@ -77,8 +77,8 @@ def test_a_detached_mixture_of_single_tokens(backend):
     assert truth.relative(d_hidden, expected[0]) < 1e-6 and truth.relative(d_weight, expected[1]) < 1e-6
 
 
-def test_a_teacher_known_at_all_its_words_is_the_teacher(backend):
-    """kd.TopK with K = V: both authors, whose border cuts the stored words too."""
+def test_a_teacher_known_at_all_its_entries_is_the_teacher(backend):
+    """kd.TopK with K = V: both authors, whose border cuts the stored entries too."""
     batch = fixed()
     expected = run(kd.DistiLLM2(), batch)
     log_p = truth.dense_logits(batch.teacher, 60).detach().log_softmax(-1)

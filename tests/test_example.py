@@ -102,12 +102,12 @@ def test_gkd_and_sft(backend):
     close(student.hidden.grad[0, 0], q - torch.eye(4)[1])
 
 
-def logits_of_entropy(h: float, words: int = 20) -> list[float]:
+def logits_of_entropy(h: float, vocabulary: int = 20) -> list[float]:
     """(s, 0, 0, ...) with the s >= 0 that gives the entropy."""
     low, high = 0.0, 50.0
     for _ in range(60):
         s = (low + high) / 2
-        z = torch.zeros(words, dtype=torch.float64)
+        z = torch.zeros(vocabulary, dtype=torch.float64)
         z[0] = s
         low, high = (s, high) if truth.entropy(z) > h else (low, s)
     return z.tolist()

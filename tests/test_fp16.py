@@ -39,8 +39,8 @@ def autocast_yardstick(monkeypatch):
     """Dense fp16 logits are widened before a softmax, as autocast does."""
     dense = truth.dense_logits
 
-    def widened(head, words):
-        z = dense(head, words)
+    def widened(head, vocabulary):
+        z = dense(head, vocabulary)
         return z.float() if z.dtype == F16 else z
 
     monkeypatch.setattr(truth, "dense_logits", widened)
@@ -73,8 +73,9 @@ def check(name: str, batch: truth.Batch, loss_scale: float, **more) -> None:
         truth.assert_accurate(g, e, x, f"{name} {what}")
 
 
-def of(lengths, words, spread=2.0, **more) -> truth.Batch:
-    return fixed(F16, lengths, max(lengths), words=words, hidden_s=16, hidden_t=24, spread=spread, **more).to(F64)
+def of(lengths, vocabulary, spread=2.0, **more) -> truth.Batch:
+    sizes = {"vocabulary": vocabulary, "hidden_s": 16, "hidden_t": 24}
+    return fixed(F16, lengths, max(lengths), spread=spread, **sizes, **more).to(F64)
 
 
 def weighted(batch: truth.Batch, *factors: float) -> truth.Batch:
@@ -106,16 +107,16 @@ def test_a_vocabulary_of_32000(backend):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("length", "words"), [(512, 32000), (256, 151936)])
+@pytest.mark.parametrize(("length", "vocabulary"), [(512, 32000), (256, 151936)])
 @pytest.mark.parametrize("spread", [0.5, 2.0])
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_large_vocabularies(backend, name, spread, length, words):
-    check(name, of((length,), words, spread), 2.0**28 if name == "VCRD" else 2.0**16)
+def test_large_vocabularies(backend, name, spread, length, vocabulary):
+    check(name, of((length,), vocabulary, spread), 2.0**28 if name == "VCRD" else 2.0**16)
 
 
 @pytest.mark.parametrize("teacher", ["TopK", "Logits"])
-def test_stored_words_and_logits(backend, teacher):
-    """Each token's gradient of logits has a factor of its own, so has that of stored words."""
+def test_stored_entries_and_logits(backend, teacher):
+    """Each token's gradient of logits has a factor of its own, and so does that of stored entries."""
     batch = of((60, 30), 400)
     narrow = batch.to(F16)
     weights = weighted(batch, 1e-5, 1e-7).weights
@@ -192,9 +193,9 @@ def test_per_token_functions_under_any_weighting(backend, name):
 
 @pytest.mark.parametrize("mean", ["objective", "per token"])
 def test_a_mean_over_a_thousand_tokens(backend, mean):
-    """A mean over 1000 tokens of 3000 words: q / 1000 has no fp16 value."""
-    batch = fixed(F16, (1000,), longest=1000, words=3000, spread=0.5)
-    batch.target %= 10  # the gradient of all other words is nothing but q
+    """A mean over 1000 tokens with 3000 entries each: q / 1000 has no fp16 value."""
+    batch = fixed(F16, (1000,), longest=1000, vocabulary=3000, spread=0.5)
+    batch.target %= 10  # the gradient of all other entries is nothing but q
     exact = batch.to(F64)
 
     def loss(b):
@@ -210,7 +211,7 @@ def test_a_mean_over_a_thousand_tokens(backend, mean):
 
 @pytest.mark.parametrize("chunks", ["one chunk", "chunks"])
 def test_sums_over_tokens_stay_in_range(backend, chunks):
-    """4000 tokens push one word the same way: 120000 before the mean is taken, beyond fp16's largest number."""
+    """4000 tokens push one entry the same way: 120000 before the mean is taken, beyond fp16's largest number."""
     hidden = torch.full((1, 4000, 4), 30.0, dtype=F16, requires_grad=True)
     weight, bias = torch.zeros(50, 4, dtype=F16, requires_grad=True), torch.zeros(50, dtype=F16, requires_grad=True)
     target = torch.full((1, 4000), 7)

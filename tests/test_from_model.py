@@ -1,4 +1,4 @@
-"""``Head.from_model`` is the model's own distribution over the next word, or a refusal that names the model."""
+"""``Head.from_model`` is the model's own distribution over the next token, or a refusal that names the model."""
 
 from __future__ import annotations
 
@@ -231,16 +231,16 @@ def test_a_parametrized_head_is_what_multiplies():
 class Masked(transformers.LlamaForCausalLM):
     def forward(self, *arguments, **options):
         out = super().forward(*arguments, **options)
-        out.logits[..., self.config.hidden_words] = float("-inf")
+        out.logits[..., self.config.hidden_entries] = float("-inf")
         return out
 
 
 @pytest.mark.parametrize(
-    ("hidden_words", "vocabulary"), [(slice(90, None), 90), ([96], 96), (slice(3, 5), None), (slice(None), None)]
+    ("hidden_entries", "vocabulary"), [(slice(90, None), 90), ([96], 96), (slice(3, 5), None), (slice(None), None)]
 )
-def test_masked_words(hidden_words, vocabulary):
+def test_masked_entries(hidden_entries, vocabulary):
     model = tiny("llama")
-    model.__class__, model.config.hidden_words = Masked, hidden_words
+    model.__class__, model.config.hidden_entries = Masked, hidden_entries
     if vocabulary is None:
         assert "Masked (model_type llama): it masks entries in the middle of the vocabulary" in wrong(model)
     else:
@@ -264,7 +264,7 @@ class Late(transformers.LlamaForCausalLM):
             logits = logits * torch.arange(1, logits.shape[1] + 1)[:, None]
         if kind == "squared":
             logits = logits * logits.abs()
-        if kind == "one word":
+        if kind == "one entry":
             logits = logits + nn.functional.one_hot(torch.tensor(7), VOCABULARY)
         if kind == "functional":
             logits = nn.functional.linear(hidden, self.lm_head.weight)
@@ -279,7 +279,7 @@ class Late(transformers.LlamaForCausalLM):
         ("skip", "followed"),
         ("temperature of a token", "no scale and no soft-cap"),
         ("squared", "no scale and no soft-cap"),
-        ("one word", "adds something"),
+        ("one entry", "adds something"),
         ("functional", "followed"),
     ],
 )
@@ -350,8 +350,8 @@ def test_a_model_is_not_kept_alive():
     assert gone() is None
 
 
-def test_words_without_a_logit():
-    """Rows of the weight that the model's forward cuts off are no words, whatever the tokenizer has."""
+def test_entries_without_a_logit():
+    """Rows of the weight that the model's forward cuts off are no entries, whatever the tokenizer has."""
     model, hidden = tiny("inkling_text"), torch.zeros(1, 16)
     assert kd.Head.from_model(model, hidden, vocab_size=80).vocabulary == 80
     with pytest.raises(ValueError, match="vocab_size: expected an int of 1 to 90, got 95"):

@@ -12,7 +12,7 @@ import kdkernels as kd
 from kdkernels.engine import plan
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
-SHAPE, WORDS = (3, 7), 130
+SHAPE, ENTRIES = (3, 7), 130
 
 
 @pytest.fixture(params=[F32, BF16], ids=["fp32", "bf16"])
@@ -22,13 +22,13 @@ def dtype(request) -> torch.dtype:
 
 def heads(dtype, shape=SHAPE, **more) -> tuple[kd.Head, kd.Head]:
     torch.manual_seed(5)
-    student = random_head(shape, 10, WORDS, padding=6, bias=True, scale=0.5, grad=True, **more)
-    teacher = random_head(shape, 14, WORDS, padding=70, bias=True, **more)
+    student = random_head(shape, 10, ENTRIES, padding=6, bias=True, scale=0.5, grad=True, **more)
+    teacher = random_head(shape, 14, ENTRIES, padding=70, bias=True, **more)
     return truth.to(student, dtype), truth.to(teacher, dtype)
 
 
 def flat(head: kd.Head) -> torch.Tensor:
-    return truth.dense_logits(head, WORDS).flatten(0, -2)
+    return truth.dense_logits(head, ENTRIES).flatten(0, -2)
 
 
 def check(function, dense, dtype, heads):
@@ -70,7 +70,7 @@ def test_entropy(backend, dtype, softcap):
 
 
 def test_cross_entropy(backend, dtype):
-    target = torch.randint(0, WORDS, SHAPE)
+    target = torch.randint(0, ENTRIES, SHAPE)
     check(
         lambda s, t: kd.cross_entropy(s, target),
         lambda s, t: truth.cross_entropy(s, target.flatten()),
@@ -80,7 +80,7 @@ def test_cross_entropy(backend, dtype):
 
 
 def test_plackett_luce(backend):
-    """In fp32; which words are ranked how is the objective tests' matter."""
+    """In fp32; which entries are ranked how is the objective tests' matter."""
 
     def dense(z_s, z_t):
         chosen = z_s.detach().topk(6).indices
@@ -105,7 +105,7 @@ def test_small_budgets_change_nothing(backend):
     for whole, pieces in zip(*results, strict=True):
         assert truth.relative(pieces, whole) < 1e-6
     if backend != "eager":
-        assert len([shape for shape in products.shapes if shape[1:] == (10, WORDS)]) > 2
+        assert len([shape for shape in products.shapes if shape[1:] == (10, ENTRIES)]) > 2
 
 
 @pytest.mark.parametrize("ignore_index", [-100, 0, 7])
@@ -120,7 +120,8 @@ def test_ignored_targets(backend, ignore_index):
     with Products() as products:
         value = kd.cross_entropy(student, target, ignore_index=ignore_index)
         value.sum().backward()
-    assert products.between(int((~ignored).sum()), 10, WORDS) == 4  # logits, again for the gradient, d_hidden, d_weight
+    # logits, the same again for the gradient, d_hidden, d_weight
+    assert products.between(int((~ignored).sum()), 10, ENTRIES) == 4
     assert (value[ignored] == 0).all()
     torch.testing.assert_close(value[~ignored].detach(), expected[~ignored])
     assert (student.hidden.grad[ignored] == 0).all() and student.weight.grad.isfinite().all()
@@ -138,8 +139,8 @@ def test_everything_ignored(backend):
 @pytest.mark.parametrize("shape", [(), (4,), (2, 3, 2)], ids=str)
 def test_any_leading_shape(backend, shape):
     student, teacher = heads(F32, shape=shape)
-    target = torch.randint(0, WORDS, shape)
-    z_s, z_t = (truth.dense_logits(h, WORDS) for h in (student, teacher))
+    target = torch.randint(0, ENTRIES, shape)
+    z_s, z_t = (truth.dense_logits(h, ENTRIES) for h in (student, teacher))
     for value, expected in (
         (kd.entropy(student), truth.entropy(z_s)),
         (kd.cross_entropy(student, target), -z_s.log_softmax(-1).gather(-1, target[..., None])[..., 0]),
@@ -158,13 +159,13 @@ def test_no_tokens(backend):
     assert student.hidden.grad.shape == (0, 4, 10) and (student.weight.grad == 0).all()
 
 
-def test_words_of_probability_zero(backend):
-    """A bias of -inf removes a word: nothing of it is in any number, and its own likelihood is 0."""
+def test_entries_of_probability_zero(backend):
+    """A bias of -inf removes an entry: nothing of it is in any number, and its own likelihood is 0."""
     student, teacher = heads(F32)
     gone = torch.tensor([3, 50, 129])
     with torch.no_grad():
         student.bias[gone] = teacher.bias[gone] = -float("inf")
-    rest = [v for v in range(WORDS) if v not in gone.tolist()]
+    rest = [v for v in range(ENTRIES) if v not in gone.tolist()]
     z_s, z_t = flat(student)[:, rest].view(*SHAPE, -1), flat(teacher)[:, rest].view(*SHAPE, -1)
     torch.testing.assert_close(kd.entropy(student), truth.entropy(z_s), rtol=1e-5, atol=1e-6)
     for kind, name in ((kd.ForwardKL(), "forward"), (kd.JSD(0.9), "jsd.9")):
@@ -172,16 +173,16 @@ def test_words_of_probability_zero(backend):
             kd.divergence(student, teacher, kind), truth.divergence(z_s, z_t, name), rtol=1e-5, atol=1e-6
         )
     assert (kd.cross_entropy(student, torch.full(SHAPE, 50)) == float("inf")).all()
-    statistics = kd.statistics(student, topk=WORDS, target=torch.full(SHAPE, 3))
+    statistics = kd.statistics(student, topk=ENTRIES, target=torch.full(SHAPE, 3))
     assert (statistics.target_log_prob == -float("inf")).all()
     assert statistics.topk_indices[..., -3:].tolist() == gone.expand(*SHAPE, 3).tolist()
 
 
 def test_statistics(backend, dtype):
     student, teacher = heads(dtype)
-    target = torch.randint(0, WORDS, SHAPE)
+    target = torch.randint(0, ENTRIES, SHAPE)
     got = kd.statistics(student, teacher, topk=5, target=target)
-    z_s, z_t = (truth.dense_logits(truth.to(h, F64), WORDS).detach() for h in (student, teacher))
+    z_s, z_t = (truth.dense_logits(truth.to(h, F64), ENTRIES).detach() for h in (student, teacher))
     tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == F32 else {"rtol": 0.02, "atol": 0.05}
     for side, z in ((got, z_s), (got.teacher, z_t)):
         log_q = z.log_softmax(-1)
@@ -215,7 +216,7 @@ def test_statistics_do_the_forward_only(backend):
 def test_held_out_numbers_under_no_grad(backend):
     """What an evaluation needs: cross-entropy and KL per token, without a graph."""
     student, teacher = heads(F32)
-    target = torch.randint(0, WORDS, SHAPE)
+    target = torch.randint(0, ENTRIES, SHAPE)
     with torch.no_grad(), Products() as products:
         values = kd.cross_entropy(student, target), kd.divergence(student, teacher, kd.ForwardKL())
     assert len(products.shapes) == 3 and not any(v.requires_grad for v in values)
@@ -226,7 +227,8 @@ def test_the_same_tensor_on_both_sides(backend):
     student, _ = heads(F32)
     value = kd.divergence(student, replace(student, scale=1.0), kd.ForwardKL())
     (got,) = torch.autograd.grad(value.sum(), student.hidden)
-    z_s, z_t = truth.dense_logits(student, WORDS), truth.dense_logits(replace(student, scale=1.0), WORDS).detach()
+    z_s, z_t = (truth.dense_logits(head, ENTRIES) for head in (student, replace(student, scale=1.0)))
+    z_t = z_t.detach()
     (expected,) = torch.autograd.grad(truth.divergence(z_s, z_t, "forward").sum(), student.hidden)
     assert truth.relative(got, expected) < 1e-6
 
@@ -287,13 +289,13 @@ def test_a_single_token_and_a_single_number(backend, dtype):
     assert torch.equal(kd.statistics(head).lse, bias.float().expand(3))
 
 
-def test_all_words_are_candidates(backend):
+def test_all_entries_are_candidates(backend):
     student, teacher = heads(F32)
-    value = kd.plackett_luce(student, teacher, k=WORDS)
+    value = kd.plackett_luce(student, teacher, k=ENTRIES)
     z_s, z_t = flat(student), flat(teacher)
     expected = truth.plackett_luce(z_s.gather(-1, z_t.argsort(-1, descending=True)))
     torch.testing.assert_close(value.flatten(), expected, rtol=1e-4, atol=1e-4)
-    statistics = kd.statistics(student, topk=WORDS, collision=128)
-    assert torch.equal(statistics.topk_indices.sort(-1).values, torch.arange(WORDS).expand(*SHAPE, WORDS))
+    statistics = kd.statistics(student, topk=ENTRIES, collision=128)
+    assert torch.equal(statistics.topk_indices.sort(-1).values, torch.arange(ENTRIES).expand(*SHAPE, ENTRIES))
     squares = statistics.topk_log_probs.double().exp().square()[..., :128].sum(-1)
     torch.testing.assert_close(statistics.collision.double(), squares, rtol=1e-5, atol=0)

@@ -59,7 +59,7 @@ def test_from_model(backend, model_type):
 
 
 def test_real_vocabulary(backend):
-    """A padded embedding: the words beyond ``vocab_size`` have probability 0."""
+    """A padded embedding: the entries beyond ``vocab_size`` have probability 0."""
     model = tiny("qwen2")
     hidden = torch.randn(3, 16)
     head = kd.Head.from_model(model, hidden, vocab_size=90)
@@ -92,7 +92,7 @@ HIDDEN, WEIGHT = torch.zeros(2, 3), torch.zeros(7, 3)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "error", "words"),
+    ("arguments", "error", "told"),
     [
         (dict(hidden=[1.0]), TypeError, ["hidden", "floating-point tensor", "list"]),
         (dict(hidden=HIDDEN.long()), TypeError, ["hidden", "int64"]),
@@ -123,10 +123,10 @@ HIDDEN, WEIGHT = torch.zeros(2, 3), torch.zeros(7, 3)
     ],
     ids=lambda x: "-".join(x) if isinstance(x, dict) else None,
 )
-def test_bad_input(arguments, error, words):
+def test_bad_input(arguments, error, told):
     with pytest.raises(error) as raised:
         kd.Head(**{"hidden": HIDDEN, "weight": WEIGHT, **arguments})
-    assert all(word in str(raised.value) for word in words), str(raised.value)
+    assert all(part in str(raised.value) for part in told), str(raised.value)
 
 
 class Packed(torch.Tensor):
@@ -183,10 +183,10 @@ ELSEWHERE = {
 @pytest.mark.parametrize("case", ELSEWHERE)
 def test_weights_that_are_elsewhere(case):
     """The refusal comes at the head, with a way out; a product over what is here would be another one, or a riddle."""
-    make, words = ELSEWHERE[case]
+    make, told = ELSEWHERE[case]
     with pytest.raises(TypeError) as raised:
         kd.Head(HIDDEN, make())
-    assert all(word in str(raised.value) for word in words), str(raised.value)
+    assert all(part in str(raised.value) for part in told), str(raised.value)
 
 
 def test_a_head_without_values_is_named():
@@ -194,7 +194,7 @@ def test_a_head_without_values_is_named():
         kd.Head(HIDDEN, WEIGHT.to("meta"))
 
 
-def test_hidden_states_logits_and_stored_words_are_looked_at_too():
+def test_hidden_states_logits_and_stored_entries_are_looked_at_too():
     for make in (lambda: kd.Head(Packed(HIDDEN), WEIGHT), lambda: kd.Head(HIDDEN, WEIGHT, Packed(WEIGHT[:, 0]))):
         with pytest.raises(TypeError, match=r"(hidden|bias): .*\.dequantize\(\)"):
             make()

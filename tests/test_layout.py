@@ -96,7 +96,7 @@ def test_packed_labels_are_as_many_responses_as_were_packed():
     [kd.TSDKD(k=4, opener=0.3, entropy_ratio=0.4), kd.GKD(0.5), kd.SFT(), kd.DistiLLM2()],
     ids=lambda one: type(one).__name__,
 )
-def test_a_packed_row_is_scored_as_its_texts_in_rows_of_their_own(objective):
+def test_a_packed_sequence_is_scored_as_its_texts_in_sequences_of_their_own(objective):
     """The hidden states of every text are the same in both batches; loss, count, metrics and gradients must be too."""
     generator = torch.Generator().manual_seed(5)
     weight = torch.randn(12, 6, generator=generator, dtype=torch.float64)
@@ -128,10 +128,10 @@ def test_a_packed_row_is_scored_as_its_texts_in_rows_of_their_own(objective):
     torch.testing.assert_close(packed.metrics, apart.metrics)
 
 
-def scores(seed=0, rows=2, length=7, words=11):
+def scores(seed=0, rows=2, length=7, vocabulary=11):
     generator = torch.Generator().manual_seed(seed)
-    logits = torch.randn(rows, length, words, generator=generator) * 2
-    ids = torch.randint(0, words, (rows, length), generator=generator)
+    logits = torch.randn(rows, length, vocabulary, generator=generator) * 2
+    ids = torch.randint(0, vocabulary, (rows, length), generator=generator)
     return kd.Logits(logits), logits, ids
 
 
@@ -236,7 +236,7 @@ def test_taking_responses_in_another_order():
     assert responses(taken) == [[11], [0, 1]] and taken.shape == (4, 3)
     assert responses(layout.take([])) == [] and len(layout.take([])) == 0
     written = layout.written_by(torch.tensor([True, False, False, True]))
-    assert written == [True, False, True], "rows 0, 2 and 3 have responses"
+    assert written == [True, False, True], "sequences 0, 2 and 3 have responses"
 
 
 def test_to_another_device():
@@ -245,7 +245,7 @@ def test_to_another_device():
 
 
 @pytest.mark.parametrize(
-    ("build", "error", "words"),
+    ("build", "error", "told"),
     [
         (lambda: kd.Layout.from_mask(torch.ones(2, 3)), TypeError, ["mask", "bool", "float32"]),
         (lambda: kd.Layout.from_spans([0, 1], [2], 4), ValueError, ["lengths", "2", "got 1"]),
@@ -266,10 +266,10 @@ def test_to_another_device():
         (lambda: kd.Layout.from_segments(torch.ones(2, 3, 1).int()), ValueError, ["ids", "[B, L]", "[2, 3, 1]"]),
     ],
 )  # fmt: skip
-def test_bad_input(build, error, words):
+def test_bad_input(build, error, told):
     with pytest.raises(error) as raised:
         build()
-    assert all(word in str(raised.value) for word in words), str(raised.value)
+    assert all(part in str(raised.value) for part in told), str(raised.value)
 
 
 class Untouched(TorchDispatchMode):

@@ -36,9 +36,9 @@ def dense(name: str, z_s: torch.Tensor, z_t: torch.Tensor, target: torch.Tensor)
     return truth.divergence(z_s, z_t, name, 0.7)
 
 
-def distinct(shape, words) -> torch.Tensor:
-    """Logits [*shape, words] that differ within a row in every dtype: no ties in what is ranked."""
-    return torch.rand(*shape, words).argsort(-1).float() / 8 - words / 16
+def distinct(shape, vocabulary) -> torch.Tensor:
+    """Logits [*shape, vocabulary] that differ within a row in every dtype: no ties in what is ranked."""
+    return torch.rand(*shape, vocabulary).argsort(-1).float() / 8 - vocabulary / 16
 
 
 @DRAWN
@@ -46,15 +46,15 @@ def distinct(shape, words) -> torch.Tensor:
     name=st.sampled_from(list(FUNCTIONS)),
     seed=st.integers(0, 10**6),
     shape=st.sampled_from([(5,), (2, 3), (3, 1, 2), ()]),
-    words=st.integers(3, 100),
+    vocabulary=st.integers(3, 100),
     padding=st.sampled_from([0, 5]),
     teacher_dtype=st.sampled_from([F16, BF16, F32]),
     layout=st.sampled_from(["contiguous", "transposed", "strided"]),
 )
-def test_every_function(dtype, name, seed, shape, words, padding, teacher_dtype, layout):
+def test_every_function(dtype, name, seed, shape, vocabulary, padding, teacher_dtype, layout):
     torch.manual_seed(seed)
-    z_s, z_t = (distinct(shape, words + padding) for _ in range(2))
-    target = torch.randint(0, words, shape)
+    z_s, z_t = (distinct(shape, vocabulary + padding) for _ in range(2))
+    target = torch.randint(0, vocabulary, shape)
     z_s, z_t = z_s.to(dtype), z_t.to(teacher_dtype)
     if layout == "transposed":
         z_s, z_t = (z.transpose(0, -1).contiguous().transpose(0, -1) for z in (z_s, z_t))
@@ -62,21 +62,26 @@ def test_every_function(dtype, name, seed, shape, words, padding, teacher_dtype,
         z_s, z_t = (torch.stack([z, z], -1)[..., 0] for z in (z_s, z_t))
     z_s.requires_grad_()
     before = z_s.detach().clone()
-    student, teacher = kd.Logits(z_s, words), kd.Logits(z_t, words)
+    student, teacher = kd.Logits(z_s, vocabulary), kd.Logits(z_t, vocabulary)
     value = FUNCTIONS[name](student, teacher, target)
     assert value.shape == shape
     incoming = torch.randn(shape, dtype=value.dtype)
     (got,) = torch.autograd.grad(value, z_s, incoming)
-    assert torch.equal(z_s, before) and got.dtype == dtype and (got[..., words:] == 0).all()
+    assert torch.equal(z_s, before) and got.dtype == dtype and (got[..., vocabulary:] == 0).all()
 
     def expected(dtype):
-        leaf = before[..., :words].to(dtype).requires_grad_()
-        out = dense(name, leaf.reshape(-1, words), z_t[..., :words].reshape(-1, words).to(dtype), target.flatten())
+        leaf = before[..., :vocabulary].to(dtype).requires_grad_()
+        out = dense(
+            name,
+            leaf.reshape(-1, vocabulary),
+            z_t[..., :vocabulary].reshape(-1, vocabulary).to(dtype),
+            target.flatten(),
+        )
         return out.detach(), torch.autograd.grad(out, leaf, incoming.to(out.dtype).flatten())[0]
 
     (yardstick, d_yardstick), (exact, d_exact) = expected(dtype), expected(F64)
-    flat, got = value.detach().flatten(), got[..., :words]
-    if exact.norm() < 1e-12:  # one word, or two of one order
+    flat, got = value.detach().flatten(), got[..., :vocabulary]
+    if exact.norm() < 1e-12:  # one entry, or two of one order
         assert (flat.abs() < 1e-6).all()
         return
     if dtype == F64:
@@ -151,7 +156,7 @@ BAD = {
     "a list": (lambda: kd.Logits([1.0]), TypeError, ["logits", "floating-point", "list"]),
     "integers": (lambda: kd.Logits(Z.long()), TypeError, ["logits", "int64"]),
     "a scalar": (lambda: kd.Logits(Z.sum()), ValueError, ["logits", "[..., V]", "[]"]),
-    "no words": (lambda: kd.Logits(Z[:, :0]), ValueError, ["logits", "[2, 0]"]),
+    "no entries": (lambda: kd.Logits(Z[:, :0]), ValueError, ["logits", "[2, 0]"]),
     "vocab_size above": (lambda: kd.Logits(Z, 11), ValueError, ["vocab_size", "10", "11"]),
     "vocab_size of nothing": (lambda: kd.Logits(Z, 0), ValueError, ["vocab_size", "0"]),
     "vocab_size of true": (lambda: kd.Logits(Z, True), TypeError, ["vocab_size", "int", "True"]),
@@ -172,9 +177,9 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_errors_name_argument_expected_and_actual(name):
-    call, error, words = BAD[name]
+    call, error, told = BAD[name]
     with pytest.raises(error) as raised:
         call()
-    missing = [word for word in words if word not in str(raised.value)]
+    missing = [part for part in told if part not in str(raised.value)]
     assert not missing, f"{missing} not in: {raised.value}"
-    assert str(raised.value).startswith(words[0])
+    assert str(raised.value).startswith(told[0])

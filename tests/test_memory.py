@@ -95,7 +95,7 @@ def linux():
 
 @NARROW
 def test_the_default_budget_at_a_real_vocabulary(linux, dtype):
-    """600 tokens of 151936 words, one chunk: no fp32 sums of dW but in fp16."""
+    """600 tokens with 151936 entries each, one chunk: no fp32 sums of dW but in fp16."""
     result = measure(dtype, 4, 150, 151936, 128, 192, None)
     outside = result["accumulator"] if dtype == "float16" else 0
     assert 340 <= result["beyond"] - outside <= LIMIT
@@ -108,7 +108,7 @@ def test_the_default_budget_at_real_sizes(linux):
 
 
 def test_several_chunks(linux):
-    """2048 tokens of 100003 words: beyond the budget only the one fp32 accumulator of dW."""
+    """2048 tokens with 100003 entries each: beyond the budget only the one fp32 accumulator of dW."""
     result = measure("bfloat16", 8, 256, 100003, 64, 96, None)
     assert result["beyond"] - result["accumulator"] <= LIMIT
 
@@ -122,7 +122,7 @@ def test_a_smaller_budget_is_kept(linux, dtype):
 
 
 def test_row_kernels_take_what_they_say(linux):
-    """The group maxima of 2^26 words: 8 MiB for the thread that has the row. In a process of its own: in this one the
+    """The group maxima of 2^26 entries: 8 MiB for the thread that has the row. In a process of its own: in this one the
     allocator may have as much in memory already."""
     pytest.importorskip("kdkernels.kernels.native", exc_type=ImportError)
     command = [sys.executable, "-c", STATISTICS, str(Path(__file__).parent), str(1 << 26)]
@@ -151,7 +151,7 @@ def test_matrices_do_not_overlap_and_are_aligned(gradients):
     assert len(memory._logits.blocks) == 1
 
 
-def test_rows_on_a_gpu_start_at_multiples_of_64_words():
+def test_rows_on_a_gpu_start_at_multiples_of_64_entries():
     wide, narrow = memory.matrices([((3, 151665), torch.float32), ((3, 64), torch.bfloat16)], torch.device("meta"))
     assert wide.shape == (3, 151665) and wide.stride() == (151680, 1) and narrow.stride() == (64, 1)
     assert wide.view(torch.bfloat16)[:, :151665].stride() == (2 * 151680, 1)  # where narrow gradients lie

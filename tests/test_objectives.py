@@ -152,7 +152,7 @@ def test_positions_outside_the_mask_do_not_exist(backend, make):
         batch.student.hidden[~batch.mask] = float("nan")
         batch.teacher.hidden[~batch.mask] = float("nan")
         batch.target[~batch.mask] = -100
-        for head in (batch.student, batch.teacher):  # padded words
+        for head in (batch.student, batch.teacher):  # padded entries
             head.weight[head.vocabulary :] = float("nan")
             head.bias[head.vocabulary :] = float("nan")
     got = truth.gradients(loss_of(make, batch), batch.student)
@@ -239,7 +239,7 @@ def test_float16_operands_with_float32_logits():
         assert (ours.grad.double() - truth_.grad).norm() < 2e-3 * truth_.grad.norm()
 
 
-def test_teacher_mask_pairs_rows():
+def test_teacher_mask_pairs_sequences():
     """Responses of equal length in other rows are other responses."""
     student, teacher = (kd.Head(torch.randn(2, 5, 4), torch.randn(7, 4)) for _ in range(2))
     first, second = torch.zeros(2, 2, 5, dtype=torch.bool)

@@ -15,7 +15,7 @@ from kdkernels.kernels import backend_for
 F16 = torch.float16
 UNIT = st.one_of(st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]), st.floats(0.001, 0.999))
 KINDS = st.one_of(UNIT.map(kd.JSD), UNIT.map(kd.SkewKL), UNIT.map(kd.SkewReverseKL))
-WORDS = st.one_of(st.sampled_from([2, 127, 128, 129, 251, 1021, 2047, 2049, 4099]), st.integers(2, 700))
+VOCABULARY = st.one_of(st.sampled_from([2, 127, 128, 129, 251, 1021, 2047, 2049, 4099]), st.integers(2, 700))
 ROWS = st.integers(1, 2) if INTERPRETED else st.integers(1, 9)
 DRAWN = settings(
     max_examples=15 if "triton" in BACKENDS else 160,  # an example there is interpreted, or five kernels to compile
@@ -29,7 +29,7 @@ DRAWN = settings(
 def pairs(draw, dtypes=(F32, F32, BF16, F16)):
     """Logits [C, V] of student and teacher."""
     name, dtype = draw(st.sampled_from(DISTRIBUTIONS)), draw(st.sampled_from(dtypes))
-    x_s, x_t = distribution(name, draw(ROWS), draw(WORDS), F32, draw(st.integers(0, 10**6)))
+    x_s, x_t = distribution(name, draw(ROWS), draw(VOCABULARY), F32, draw(st.integers(0, 10**6)))
     return x_s.to(dtype), x_t.to(dtype)
 
 
@@ -65,7 +65,7 @@ def test_statistics(backend, x, k, temperature, transform):
     ids = torch.randint(0, x.shape[1], (len(x), 2))
     rows = backend_for(x.device, x.dtype).statistics(x, scale, softcap, temperature, k, ids)
     z = z_of(x.double(), scale, softcap)
-    if softcap is None:  # with one, words that only rounding tells apart may change places
+    if softcap is None:  # with one, entries that only rounding tells apart may change places
         assert torch.equal(rows.top_indices, reference.candidates(x.float(), k))
     torch.testing.assert_close(rows.top_values.double(), z.gather(-1, rows.top_indices), rtol=2e-6, atol=1e-6)
     torch.testing.assert_close(rows.gathered.double(), z.gather(-1, ids), rtol=2e-6, atol=1e-6)

@@ -74,9 +74,9 @@ def test_example_opener(share, m):
 # ---- gradients -------------------------------------------------------------------------------------------------------
 
 
-def logits(rows=3, words=7, seed=0):
+def logits(rows=3, vocabulary=7, seed=0):
     torch.manual_seed(seed)
-    return 2 * torch.randn(rows, words, dtype=F64), 2 * torch.randn(rows, words, dtype=F64)
+    return 2 * torch.randn(rows, vocabulary, dtype=F64), 2 * torch.randn(rows, vocabulary, dtype=F64)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -161,8 +161,8 @@ def test_divergence_against_the_formulas(name, temperature):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_masked_words_are_as_if_absent(kind):
-    """-inf on both sides: value and gradient of the other words stay, the gradient of the masked ones is 0."""
+def test_masked_entries_are_as_if_absent(kind):
+    """-inf on both sides: value and gradient of the other entries stay, the gradient of the masked ones is 0."""
     z_s, z_t = logits()
     masked_s, masked_t = z_s.clone(), z_t.clone()
     masked_s[:, [1, 4]] = masked_t[:, [1, 4]] = -INF
@@ -173,7 +173,7 @@ def test_masked_words_are_as_if_absent(kind):
     assert (gradient[:, [1, 4]] == 0).all()
 
 
-def test_masked_words_in_the_entropy():
+def test_masked_entries_in_the_entropy():
     z, _ = logits()
     masked = z.clone()
     masked[:, 2] = -INF
@@ -185,7 +185,7 @@ def test_masked_words_in_the_entropy():
 
 
 @pytest.mark.parametrize("kind", [kd.JSD(0.3), kd.SkewKL(0.1), kd.SkewReverseKL(0.1)], ids=lambda k: k.name)
-def test_interior_mixtures_survive_words_only_one_side_masks(kind):
+def test_interior_mixtures_survive_entries_only_one_side_masks(kind):
     z_s, z_t = logits()
     z_s[0, 1] = z_t[1, 2] = z_s[2, 3] = z_t[2, 3] = -INF
     value, gradient = reference.divergence(z_s, z_t, kind), reference.divergence_gradient(z_s, z_t, kind)
@@ -194,7 +194,7 @@ def test_interior_mixtures_survive_words_only_one_side_masks(kind):
     close(gradient.sum(-1), torch.zeros(3))
 
 
-def test_the_kl_of_a_word_the_other_side_masks_is_infinite():
+def test_the_kl_of_an_entry_the_other_side_masks_is_infinite():
     z_s, z_t = logits(rows=1)
     z_t[0, 2] = -INF
     assert reference.divergence(z_s, z_t, kd.ReverseKL()).item() == INF
@@ -220,7 +220,7 @@ def test_vanishing_probabilities_in_float32():
         assert reference.divergence_gradient(z_s, z_t, kind).isfinite().all(), kind.name
 
 
-def test_a_word_whose_probability_underflows_keeps_its_gradient():
+def test_an_entry_whose_probability_underflows_keeps_its_gradient():
     """exp(-300) is 0 in fp32, but the forward KL still pulls with -p, and the reverse KL with nothing."""
     z_s, z_t = torch.tensor([[0.0, -300.0]]), torch.tensor([[-300.0, 0.0]])
     assert reference.divergence_gradient(z_s, z_t, kd.ForwardKL()).tolist() == [[1.0, -1.0]]
@@ -261,8 +261,8 @@ def test_teacher_ties_go_to_the_students_rank():
 @pytest.mark.parametrize(
     "masks", [(-math.inf, -math.inf), (-3.4e38, -3.3e38), (-65504.0, -65472.0), (-1e30, -math.inf)]
 )
-def test_words_that_the_teacher_masks_rank_last_by_the_students_rank(masks):
-    """A mask's own value says nothing: -65504 plus a logit is another number for each word."""
+def test_entries_that_the_teacher_masks_rank_last_by_the_students_rank(masks):
+    """A mask's own value says nothing: -65504 plus a logit is another number for each entry."""
     first, second = masks
     assert order_of([1.0, first, 3.0, second, 2.0]).tolist() == [[2, 4, 0, 1, 3]]
     assert order_of([1.0, second, 3.0, first, 2.0]).tolist() == [[2, 4, 0, 1, 3]]
@@ -276,25 +276,25 @@ def order_of(teacher, top=None):
 
 @pytest.mark.parametrize("mask", [-math.inf, -3.4e38, -65504.0])
 @pytest.mark.parametrize("places", [(0,), (2,), (4,), (0, 1, 3), (0, 1, 2, 3, 4)])
-def test_plackett_luce_ranks_the_words_that_exist(mask, places):
+def test_plackett_luce_ranks_the_entries_that_exist(mask, places):
     """Masked candidates change nothing, wherever the teacher ranks them."""
     torch.manual_seed(5)
-    words = torch.randn(3, 4, dtype=F64, requires_grad=True)
-    ranked, left = [], list(words.unbind(-1))
+    entries = torch.randn(3, 4, dtype=F64, requires_grad=True)
+    ranked, left = [], list(entries.unbind(-1))
     for place in range(4 + len(places)):
         ranked.append(torch.full((3,), mask, dtype=F64) if place in places else left.pop(0))
     value = reference.plackett_luce(torch.stack(ranked, -1))
-    expected = truth.plackett_luce(words)
+    expected = truth.plackett_luce(entries)
     close(value, expected.tolist(), 1e-12)
-    (gradient,) = torch.autograd.grad(expected.sum(), words)
+    (gradient,) = torch.autograd.grad(expected.sum(), entries)
     got = reference.plackett_luce_gradient(torch.stack(ranked, -1))
     masked = torch.tensor([place in places for place in range(4 + len(places))])
     assert (got[:, masked] == 0).all() and (got[:, ~masked] - gradient).abs().max() < 1e-12
-    (through,) = torch.autograd.grad(value.sum(), words)
+    (through,) = torch.autograd.grad(value.sum(), entries)
     assert (through - gradient).abs().max() < 1e-12 and gradient.norm() > 0
 
 
-def test_plackett_luce_of_no_word_or_of_nan_is_nan():
+def test_plackett_luce_of_no_entry_or_of_nan_is_nan():
     for row in ([-math.inf] * 3, [1.0, math.nan, 0.0]):
         z = torch.tensor([row])
         assert reference.plackett_luce(z).isnan().all() and reference.plackett_luce_gradient(z).isnan().any()
@@ -331,7 +331,7 @@ def test_objectives_against_the_formulas():
     """reference.tsd_kd, gkd and sft on ragged batches against an independent, token-by-token selection."""
     for seed in range(5):
         mask = torch.rand(4, 11, generator=torch.Generator().manual_seed(seed)) < 0.7
-        batch = random_batch(seed, mask, words=20)
+        batch = random_batch(seed, mask, vocabulary=20)
         z_s, z_t = truth.token_logits(batch)
         parts = truth.slices(batch)
         s, t = [z_s[r] for r in parts], [z_t[r] for r in parts]

@@ -141,9 +141,9 @@ class CooledProducer(LogitsProducer):
         super().add(tokens, d_logits / self.cooling, powers)
 
 
-def blend(words: int = 11, share: float = 0.3) -> tuple[Blend, Tensor]:
+def blend(vocabulary: int = 11, share: float = 0.3) -> tuple[Blend, Tensor]:
     """A teacher and its full logits."""
-    first, second = torch.randn(2, 2, 5, words, dtype=F64)
+    first, second = torch.randn(2, 2, 5, vocabulary, dtype=F64)
     return Blend(first, second, share), share * first + (1 - share) * second
 
 
@@ -188,7 +188,7 @@ def test_a_new_teacher_in_an_objective_chunk_by_chunk():
 
 
 def test_a_new_teacher_is_checked_like_the_others():
-    teacher, _ = blend(words=9)
+    teacher, _ = blend(vocabulary=9)
     with pytest.raises(ValueError, match="teacher: expected a vocabulary of at least the student's 11"):
         kd.GKD()(head(), teacher, torch.ones(2, 5, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"teacher: expected first of shape \[2, 5, 'V'\]"):

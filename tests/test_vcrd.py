@@ -96,7 +96,7 @@ def test_example_loss(backend):
         torch.testing.assert_close(student.hidden.grad[row].double(), expected, rtol=0, atol=1e-6)
 
 
-def test_collision_of_more_words_than_128():
+def test_collision_of_more_entries_than_128():
     z = torch.randn(3, 200, dtype=F64)
     expected = z.softmax(-1).sort(-1, descending=True).values[:, :128].square().sum(-1)
     torch.testing.assert_close(reference.collision(z, 128), expected)

@@ -34,8 +34,8 @@ def assert_accurate(got: Tensor, eager: Tensor, truth: Tensor, what: str, dtype:
 # ---- per token -------------------------------------------------------------------------------------------------------
 
 
-def dense_logits(head: kd.Head, words: int) -> Tensor:
-    z = torch.nn.functional.linear(head.hidden, head.weight, head.bias)[..., :words] * head.scale
+def dense_logits(head: kd.Head, vocabulary: int) -> Tensor:
+    z = torch.nn.functional.linear(head.hidden, head.weight, head.bias)[..., :vocabulary] * head.scale
     return z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
 
 
@@ -118,7 +118,7 @@ class Batch:
         return replace(self, student=to(self.student, dtype), teacher=to(self.teacher, dtype), weights=weights)
 
     @property
-    def words(self) -> int:
+    def vocabulary(self) -> int:
         return min(self.student.vocabulary, self.teacher.vocabulary)
 
     @property
@@ -155,7 +155,7 @@ def token_logits(batch: Batch) -> tuple[Tensor, Tensor]:
     teacher_index = torch.tensor([i for r in batch.teacher_responses for i in r], dtype=torch.int64)
     student = replace(batch.student, hidden=batch.student.hidden.flatten(0, -2)[index])
     teacher = replace(batch.teacher, hidden=batch.teacher.hidden.detach().flatten(0, -2)[teacher_index])
-    return dense_logits(student, batch.words), dense_logits(teacher, batch.words).detach()
+    return dense_logits(student, batch.vocabulary), dense_logits(teacher, batch.vocabulary).detach()
 
 
 def token_weights(batch: Batch, z: Tensor) -> Tensor:
@@ -171,7 +171,7 @@ def slices(batch: Batch) -> list[slice]:
 
 
 def select(batch: Batch, k: int, opener: float, ratio: float) -> Selection:
-    """The selection by the rules as the paper words them, one token at a time."""
+    """The selection by the rules as the paper states them, one token at a time."""
     with torch.no_grad():
         z_s, z_t = token_logits(batch)
         h = entropy(z_s).tolist()
@@ -245,7 +245,7 @@ def distillm2(batch: Batch, alpha_teacher=0.1, alpha_student=0.1, detach=False) 
 
 
 def vcrd_weight(z_t: Tensor, proposal: Tensor) -> Tensor:
-    """w [N] of the student's proposals [N], token by token as the paper words it."""
+    """w [N] of the student's proposals [N], token by token as the paper states it."""
     out = []
     for p, a in zip(z_t.softmax(-1), proposal.tolist(), strict=True):
         collision = sum(x * x for x in sorted(p.tolist(), reverse=True)[:128])
