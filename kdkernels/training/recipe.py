@@ -12,7 +12,7 @@ makes the objective, which imports torch, checks the values of its options and f
 
 import inspect
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -25,18 +25,19 @@ from kdkernels.training.schema import override, parse_table, read_toml, refuse_u
 from kdkernels.training.signatures import known_objectives, objective_options
 
 
-def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+def load_config(path: str | Path, overrides: Iterable[str] = (), coming: Collection[Path] = ()) -> Config:
     """The recipe at `path` with each override `section.key=value` laid over it, checked, every default filled in.
 
-    An override's value is read as TOML; what is no TOML value is taken as a string.
+    An override's value is read as TOML; what is no TOML value is taken as a string. `coming`: directories of models
+    that may be missing, as they are made before the recipe runs.
 
     Raises:
         InputError: the recipe cannot be used.
     """
-    return complete(read_recipe(path, overrides), str(path))
+    return complete(read_recipe(path, overrides, coming), str(path))
 
 
-def read_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+def read_recipe(path: str | Path, overrides: Iterable[str] = (), coming: Collection[Path] = ()) -> Config:
     """As `load_config`, but for the values of the objective's options and the defaults that follow from it.
 
     Raises:
@@ -59,7 +60,7 @@ def read_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Config:
         elif section.default is MISSING:
             raise InputError(f"{source}: section [{name}] is missing")
     with _naming(source):
-        return resolve(Config(**sections))
+        return resolve(Config(**sections), coming)
 
 
 def complete(config: Config, source: str) -> Config:

@@ -4,7 +4,7 @@ Raises InputError naming the section and key; the caller adds the recipe's name.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,8 +12,10 @@ from kdkernels.errors import InputError
 from kdkernels.training.config import Config, EvaluationConfig, RolloutConfig, TokenizerConfig
 
 
-def resolve(config: Config) -> Config:
-    """The recipe checked, and its defaults filled in, but for what follows from the objective."""
+def resolve(config: Config, coming: Collection[Path] = ()) -> Config:
+    """The recipe checked, and its defaults filled in, but for what follows from the objective. `coming`: directories of
+    models that may be missing.
+    """
     config = _expand_home(config)
     _check_student(config)
     _check_train(config)
@@ -24,7 +26,7 @@ def resolve(config: Config) -> Config:
     if config.deepspeed.zero_stage is None:
         stage = 1 if config.run.dtype == "bfloat16" else 0
         config = replace(config, deepspeed=replace(config.deepspeed, zero_stage=stage))
-    _check_paths(config)
+    _check_paths(config, coming)
     return config
 
 
@@ -172,7 +174,7 @@ def _evaluation(config: Config) -> EvaluationConfig | None:
     return evaluation
 
 
-def _check_paths(config: Config) -> None:
+def _check_paths(config: Config, coming: Collection[Path]) -> None:
     _is("[run] output", Path(config.run.output) / "config.toml", Path.exists)  # whether there is such a path at all
     files = {"[data] train": config.data.train, "[evaluation] data": config.evaluation and config.evaluation.data}
     for key, path in files.items():
@@ -184,7 +186,7 @@ def _check_paths(config: Config) -> None:
         "[tokenizer] path": config.tokenizer.path,
     }
     for key, path in models.items():
-        if path is not None:
+        if path is not None and Path(path) not in coming:
             _check_model(key, path)
 
 

@@ -86,6 +86,21 @@ class RunDirectory:
         found = checkpoint.newest_sound(self.checkpoints) if resume else None
         return distributed.by_first(lambda: self._start(config, resume, found))
 
+    def is_finished(self, config: Config) -> bool:
+        """Whether the run has come to its end; all processes call this together.
+
+        Raises InputError where it has, but was one of another recipe or made from anything else than there is now.
+        """
+
+        def check() -> bool:
+            if not (self.config.is_file() and self.final.is_dir()):
+                return False
+            self._check(config, resume=True)
+            self._identities(config, _read_json(self.inputs))
+            return True
+
+        return distributed.by_first(check)
+
     def remove_left_overs(self) -> None:
         """Deletes what a killed run did not write or delete to its end; all processes call this together."""
 
@@ -191,6 +206,15 @@ class RunDirectory:
                 f"--resume: no checkpoint yet in {self.root}: the run starts from its beginning", stacklevel=2
             )
             began_with = _read_json(self.inputs) if self.inputs.is_file() else None
+        inputs, tokenizer = self._identities(config, began_with)
+        return Start(found and found[0], progress, inputs, tokenizer)
+
+    def _identities(
+        self, config: Config, began_with: dict[str, Identity] | None
+    ) -> tuple[dict[str, Identity], Path | None]:
+        """The identities of what the run is made from, which must be those that it `began_with`, and the directory of
+        the tokenizer that it trained earlier, if it did. Raises InputError.
+        """
         kept = config.tokenizer.kind is not None and began_with is not None
         if kept and not self.tokenizer.is_dir():
             raise InputError(
@@ -205,7 +229,7 @@ class RunDirectory:
                 f"--resume: the run in {self.root} was made from something else: {'; '.join(changes)}. Put back what "
                 "it began with, or start a new run in another directory"
             )
-        return Start(found and found[0], progress, inputs, self.tokenizer if kept else None)
+        return inputs, self.tokenizer if kept else None
 
 
 def _left_over(path: Path) -> bool:

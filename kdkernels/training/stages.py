@@ -1,0 +1,44 @@
+"""Training in stages: recipes one after another, of which a later one starts from what an earlier one trained."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from kdkernels.training import distributed
+from kdkernels.training.config import Config
+from kdkernels.training.metrics import evaluations
+from kdkernels.training.recipe import load_config
+from kdkernels.training.run_directory import RunDirectory
+from kdkernels.training.trainer import Result, train
+
+
+def run_stages(recipes: Sequence[str | Path], overrides: Sequence[str] = ()) -> list[Result]:
+    """Trains each of the `recipes`, with the `overrides`, in their order. Their paths may name the final/ of an earlier
+    one, such as `[student] path` of a stage that goes on where the one before it ended.
+
+    A stage that is finished already is skipped, one that was begun is resumed: whatever interrupts the stages, they are
+    called again in the same way.
+
+    Returns:
+        The result of each stage.
+
+    Raises:
+        InputError: a recipe cannot be used, which is found before anything is trained; or a stage is there that another
+            recipe or other data and models made.
+        FloatingPointError, DiskError, Stopped: as `train`.
+    """
+    distributed.start()
+    configs, coming = [], set()
+    with distributed.together():
+        for recipe in recipes:
+            config = load_config(recipe, overrides, coming)
+            configs.append(config)
+            coming.add(RunDirectory(config.run.output).final)
+    return [_run(config) for config in configs]
+
+
+def _run(config: Config) -> Result:
+    distributed.limit_waiting(config.run.timeout_seconds)
+    run = RunDirectory(config.run.output)
+    if run.is_finished(config):
+        return Result(run.root, run.final, evaluations(run.metrics))
+    return train(config, resume=run.config.is_file())
