@@ -189,7 +189,7 @@ def entropy(
 def divergence(
     student: Source,
     teacher: Source,
-    kind: Divergence,
+    divergence: Divergence,
     temperature: float = 1.0,
     *,
     rows: Tensor | Layout | None = None,
@@ -201,7 +201,7 @@ def divergence(
     Args:
         student: kd.Head, kd.Logits or another trainable source.
         teacher: any source. With a kd.TopK both distributions are coarsened to its entries and a bucket of all others.
-        kind: kd.ForwardKL(), kd.ReverseKL(), kd.JSD(beta), kd.SkewKL(alpha) or kd.SkewReverseKL(alpha).
+        divergence: kd.ForwardKL(), kd.ReverseKL(), kd.JSD(beta), kd.SkewKL(alpha) or kd.SkewReverseKL(alpha).
         temperature: divides both models' logits; there is no T^2 factor.
         rows, memory_budget, logits_dtype: see above.
 
@@ -214,11 +214,11 @@ def divergence(
     """
     check_student(student)
     check_teacher(student, teacher)
-    if not isinstance(kind, Divergence):
-        raise TypeError(f"kind: expected a divergence such as kd.JSD(0.9), got {kind!r}")
+    if not isinstance(divergence, Divergence):
+        raise TypeError(f"divergence: expected one such as kd.JSD(0.9), got {divergence!r}")
     check_temperature(temperature)
     options = {"rows": rows, "memory_budget": memory_budget, "logits_dtype": logits_dtype}
-    return _term("divergence", student, teacher, divergence=kind, temperature=temperature, **options)
+    return _term("divergence", student, teacher, divergence=divergence, temperature=temperature, **options)
 
 
 def plackett_luce(

@@ -16,7 +16,7 @@ from kdkernels.engine import autograd, operators
 from kdkernels.kernels import registry
 from kdkernels.objectives import Needs
 
-N, HS, HT, V = 18, 8, 12, 60  # of fixed(): response tokens of 60 positions, hidden sizes, words
+N, HS, HT, V = 18, 8, 12, 60  # of fixed(): response tokens of 60 positions, hidden sizes, vocabulary
 
 
 def frozen(batch: truth.Batch, *names: str) -> truth.Batch:

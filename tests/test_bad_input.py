@@ -16,9 +16,9 @@ TARGET = torch.zeros(2, 5, dtype=torch.int64)
 VCRD = kd.VCRD(weighting="uniform")
 
 
-def head(shape=(2, 5), hidden=4, words=20, dtype=torch.float32, device="cpu", **more) -> kd.Head:
+def head(shape=(2, 5), hidden=4, vocabulary=20, dtype=torch.float32, device="cpu", **more) -> kd.Head:
     return kd.Head(
-        torch.randn(*shape, hidden).to(device, dtype), torch.randn(words, hidden).to(device, dtype), **more
+        torch.randn(*shape, hidden).to(device, dtype), torch.randn(vocabulary, hidden).to(device, dtype), **more
     )  # fmt: skip
 
 
@@ -40,9 +40,11 @@ BAD_CALLS = {
     "teacher's dtype": (lambda: tsd(teacher=head(dtype=torch.bfloat16)), TypeError, ["teacher", "float32", "bfloat16"]),
     "teacher's device": (lambda: tsd(teacher=head(device="meta")), ValueError, ["teacher", "cpu", "meta"]),
     "teacher's shape": (lambda: tsd(teacher=head((2, 6))), ValueError, ["teacher", "[2, 5, 'H']", "[2, 6, 4]"]),
-    "teacher's vocabulary": (lambda: tsd(teacher=head(words=19)), ValueError, ["teacher", "20", "19", "vocab_size"]),
+    "teacher's vocabulary": (
+        lambda: tsd(teacher=head(vocabulary=19)), ValueError, ["teacher", "20", "19", "vocab_size"],
+    ),
     "teacher's real vocabulary": (
-        lambda: tsd(head(vocab_size=18), head(words=30, vocab_size=17)), ValueError, ["teacher", "18", "17"],
+        lambda: tsd(head(vocab_size=18), head(vocabulary=30, vocab_size=17)), ValueError, ["teacher", "18", "17"],
     ),
     # masks
     "mask of floats": (lambda: tsd(mask=torch.ones(2, 5)), TypeError, ["mask", "bool", "float32"]),
@@ -93,7 +95,7 @@ BAD_CALLS = {
         lambda: tsd(objective=kd.TSDKD(k=21), mask=~MASK), ValueError, ["k", "20", "21"],
     ),
     "teacher's vocabulary, no token": (
-        lambda: tsd(teacher=head(words=19), mask=~MASK), ValueError, ["teacher", "20", "19", "vocab_size"],
+        lambda: tsd(teacher=head(vocabulary=19), mask=~MASK), ValueError, ["teacher", "20", "19", "vocab_size"],
     ),
     "memory_budget too small, no token": (
         lambda: tsd(memory_budget=100, mask=~MASK), ValueError, ["memory_budget", "bytes", "100"],
@@ -132,8 +134,8 @@ BAD_CALLS = {
     "direct_weight": (lambda: kd.TSDKD(direct_weight=math.nan), ValueError, ["direct_weight", "finite", "nan"]),
     "entropy_weight": (lambda: kd.TSDKD(entropy_weight=True), TypeError, ["entropy_weight", "True"]),
     "lambda of infinity": (lambda: kd.VCRD(lambda_teacher=INF), ValueError, ["lambda_teacher", "finite", "inf"]),
-    "detach in words": (lambda: kd.SkewReverseKL(0.1, "no"), TypeError, ["detach", "True or False", "'no'"]),
-    "detach_mixture in words": (lambda: kd.DistiLLM2(detach_mixture="no"), TypeError, ["detach_mixture", "'no'"]),
+    "detach as text": (lambda: kd.SkewReverseKL(0.1, "no"), TypeError, ["detach", "True or False", "'no'"]),
+    "detach_mixture as text": (lambda: kd.DistiLLM2(detach_mixture="no"), TypeError, ["detach_mixture", "'no'"]),
     "alpha_teacher": (lambda: kd.DistiLLM2(alpha_teacher=2), ValueError, ["alpha_teacher", "[0, 1]", "2"]),
     "a layout's position twice": (
         lambda: kd.Layout(torch.tensor([1, 1]), (2,), (1, 3)), ValueError, ["index", "distinct", "[1, 1]"],
@@ -155,7 +157,7 @@ BAD_CALLS = {
     ),
     "memory_budget too small": (lambda: tsd(memory_budget=100), ValueError, ["memory_budget", "bytes", "100"]),
     "memory_budget negative": (lambda: sft(memory_budget=-1), ValueError, ["memory_budget", "-1"]),
-    "memory_budget in words": (lambda: sft(memory_budget="1G"), TypeError, ["memory_budget", "int", "1G"]),
+    "memory_budget as text": (lambda: sft(memory_budget="1G"), TypeError, ["memory_budget", "int", "1G"]),
     "logits_dtype of integers": (lambda: sft(logits_dtype=torch.int64), ValueError, ["logits_dtype", "int64"]),
     "logits_dtype narrower than the operands": (
         lambda: sft(logits_dtype=torch.bfloat16), ValueError, ["logits_dtype", "float32", "bfloat16"],
@@ -165,17 +167,17 @@ BAD_CALLS = {
     ),
     "temperature of infinity": (lambda: kd.GKD(temperature=INF), ValueError, ["temperature", "finite", "inf"]),
     "temperature of nan": (lambda: kd.GKD(temperature=math.nan), ValueError, ["temperature", "nan"]),
-    "temperature in words": (lambda: kd.GKD(temperature="1"), TypeError, ["temperature", "number", "'1'"]),
+    "temperature as text": (lambda: kd.GKD(temperature="1"), TypeError, ["temperature", "number", "'1'"]),
     "temperature of true": (lambda: kd.GKD(temperature=True), TypeError, ["temperature", "number", "True"]),
     "tau of infinity": (lambda: kd.TSDKD(tau=INF), ValueError, ["tau", "finite", "inf"]),
     "opener of true": (lambda: kd.TSDKD(opener=True), TypeError, ["opener", "number", "True"]),
     "k of true": (lambda: kd.TSDKD(k=True), TypeError, ["k", "int", "True"]),
-    "beta in words": (lambda: kd.GKD(beta="x"), TypeError, ["beta", "number", "'x'"]),
+    "beta as text": (lambda: kd.GKD(beta="x"), TypeError, ["beta", "number", "'x'"]),
     "beta of nothing": (lambda: kd.JSD(None), TypeError, ["beta", "number", "None"]),
     "alpha of a tensor": (lambda: kd.SkewKL(torch.ones(())), TypeError, ["alpha", "number", "tensor"]),
     "memory_budget of true": (lambda: sft(memory_budget=True), TypeError, ["memory_budget", "int", "True"]),
     "memory_budget of a float": (lambda: sft(memory_budget=1e9), TypeError, ["memory_budget", "int", "1000000000.0"]),
-    "logits_dtype in words": (lambda: sft(logits_dtype="fp32"), TypeError, ["logits_dtype", "torch.dtype", "fp32"]),
+    "logits_dtype as text": (lambda: sft(logits_dtype="fp32"), TypeError, ["logits_dtype", "torch.dtype", "fp32"]),
     "an unknown teacher": (lambda: tsd(teacher=torch.ones(2, 5, 20)), TypeError, ["teacher", "kd.Logits", "Tensor"]),
     "a layout that does not add up": (
         lambda: kd.Layout(torch.arange(5), (2, 2), (2, 5)), ValueError, ["lengths", "5", "[2, 2]"],
@@ -225,13 +227,13 @@ BAD_CALLS = {
     "plackett_luce's k of nothing": (lambda: kd.plackett_luce(head(), head(), k=0), ValueError, ["k", "1", "0"]),
     "statistics' topk of true": (lambda: kd.statistics(head(), topk=True), TypeError, ["topk", "int", "True"]),
     "statistics' collision": (
-        lambda: kd.statistics(head(words=300), collision=129), ValueError, ["collision", "128", "129"],
+        lambda: kd.statistics(head(vocabulary=300), collision=129), ValueError, ["collision", "128", "129"],
     ),
     "collision of all": (lambda: kd.statistics(head(), collision=21), ValueError, ["collision", "20", "21"]),
     "divergence without its number": (
-        lambda: kd.divergence(head(), head(), kd.JSD), TypeError, ["kind", "kd.JSD(0.9)"],
+        lambda: kd.divergence(head(), head(), kd.JSD), TypeError, ["divergence", "kd.JSD(0.9)"],
     ),
-    "divergence by name": (lambda: kd.divergence(head(), head(), "jsd"), TypeError, ["kind", "jsd"]),
+    "divergence by name": (lambda: kd.divergence(head(), head(), "jsd"), TypeError, ["divergence", "jsd"]),
     "temperature of a divergence": (
         lambda: kd.divergence(head(), head(), kd.ForwardKL(), temperature=-1.0), ValueError, ["temperature", "-1.0"],
     ),
@@ -253,12 +255,12 @@ BAD_CALLS = {
 
 @pytest.mark.parametrize("name", BAD_CALLS)
 def test_errors_name_argument_expected_and_actual(backend, name):
-    call, error, words = BAD_CALLS[name]
+    call, error, told = BAD_CALLS[name]
     with pytest.raises(error) as raised:
         call()
-    missing = [word for word in words if word not in str(raised.value)]
+    missing = [part for part in told if part not in str(raised.value)]
     assert not missing, f"{missing} not in: {raised.value}"
-    assert str(raised.value).startswith(words[0]), f"does not begin with the argument's name: {raised.value}"
+    assert str(raised.value).startswith(told[0]), f"does not begin with the argument's name: {raised.value}"
 
 
 def test_targets_outside_the_mask_are_free(backend):
@@ -270,13 +272,13 @@ def test_targets_outside_the_mask_are_free(backend):
 
 
 def test_a_teacher_padded_less_than_the_student(backend):
-    """The real vocabulary decides, not the rows: 20 words padded to 32, a teacher of 24 rows."""
-    out = tsd(head(words=32, vocab_size=20), head(words=24))
+    """The real vocabulary decides, not the rows: 20 entries padded to 32, a teacher of 24 rows."""
+    out = tsd(head(vocabulary=32, vocab_size=20), head(vocabulary=24))
     assert out.loss.isfinite()
 
 
 def test_ids_of_a_gpu_are_masked_and_reported(backend, monkeypatch):
-    """Asking a GPU whether ids are words would be a sync: what is none gives NaN, reads nothing and is counted."""
+    """Asking a GPU whether ids are entries would be a sync: what is none gives NaN, reads nothing and is counted."""
     monkeypatch.setattr(operators, "check_range", lambda *_, **__: None)
     monkeypatch.setattr(base, "check_range", lambda *_, **__: None)
     batch = fixed()

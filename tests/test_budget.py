@@ -1,7 +1,7 @@
-"""No call allocates more than its memory budget, whatever is large: tokens, words, candidates, stored words, hidden
+"""No call allocates more than its memory budget, whatever is large: tokens, entries, candidates, stored entries, hidden
 sizes, the length of one response. What native code takes beside torch is in test_gemm.py and test_memory.py.
 
-Axes: N tokens, V vocabulary, H hidden, K candidates or stored words.
+Axes: N tokens, V vocabulary, H hidden, K candidates or stored entries.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ class Problem:
 
     objective: object
     length: int
-    words: int
+    vocabulary: int
     dtype: torch.dtype = F32
     student: str = "head"
     teacher: str = "head"
@@ -34,17 +34,17 @@ class Problem:
 
     def head(self, how: str, shape: tuple[int, ...], grad: bool) -> kd.Head:
         hidden = torch.randn(*shape, self.hidden).to(self.dtype)
-        weight = torch.randn(self.words, self.hidden).to(self.dtype)
+        weight = torch.randn(self.vocabulary, self.hidden).to(self.dtype)
         trained = grad
         if how == "hidden states of another order":  # frozen: autograd would copy a leaf's gradient into its order
             hidden, trained = hidden.transpose(0, 1).contiguous().transpose(0, 1), False
-        if how == "words apart":
+        if how == "entries apart":
             weight = weight.repeat_interleave(2, dim=1)[:, ::2]
-        bias = torch.randn(self.words).to(self.dtype).requires_grad_(grad) if how == "bias" else None
+        bias = torch.randn(self.vocabulary).to(self.dtype).requires_grad_(grad) if how == "bias" else None
         return kd.Head(hidden.requires_grad_(trained), weight.requires_grad_(grad), bias)
 
     def source(self, how: str, shape: tuple[int, ...], grad: bool) -> kd.Head | kd.Logits | kd.TopK:
-        logits = (*shape, self.words)
+        logits = (*shape, self.vocabulary)
         if how == "logits":
             return kd.Logits(torch.randn(logits).to(self.dtype).requires_grad_(grad))
         if how == "logits of another order":
@@ -62,7 +62,7 @@ class Problem:
         layout = kd.Layout(torch.arange(sum(lengths)), lengths, shape)
         student = self.source(self.student, shape, True)
         teacher = self.source(self.teacher, shape, False) if self.objective.needs_teacher else None
-        more = {"target": torch.randint(0, self.words, shape)} if self.teacher != "stored" else {}
+        more = {"target": torch.randint(0, self.vocabulary, shape)} if self.teacher != "stored" else {}
         if self.objective.by_author:
             more["from_teacher"] = torch.arange(shape[0]) % 2 == 0
         return lambda budget: self.objective(student, teacher, layout, memory_budget=budget, **more).loss, student
@@ -87,31 +87,31 @@ def tsdkd(**more) -> kd.TSDKD:
 
 VCRD = kd.VCRD(weighting="likelihood_ratio")
 PROBLEMS = {
-    "TSDKD of few words": Problem(tsdkd(), 500, 16),
-    "adaptive TSDKD of few words": Problem(tsdkd(opener=kd.AdaptiveOpener()), 500, 16),
-    "GKD of few words": Problem(kd.GKD(), 500, 16),
-    "SFT of few words": Problem(kd.SFT(), 500, 16),
-    "DistiLLM2 of few words": Problem(kd.DistiLLM2(), 500, 16),
-    "VCRD of few words": Problem(VCRD, 500, 16),
+    "TSDKD of few entries": Problem(tsdkd(), 500, 16),
+    "adaptive TSDKD of few entries": Problem(tsdkd(opener=kd.AdaptiveOpener()), 500, 16),
+    "GKD of few entries": Problem(kd.GKD(), 500, 16),
+    "SFT of few entries": Problem(kd.SFT(), 500, 16),
+    "DistiLLM2 of few entries": Problem(kd.DistiLLM2(), 500, 16),
+    "VCRD of few entries": Problem(VCRD, 500, 16),
     "one long response": Problem(tsdkd(), 0, 59, lengths=(4,) * 300 + (4000,) + (4,) * 300),
     "many candidates": Problem(tsdkd(k=64), 100, 64),
     "collisions": Problem(VCRD, 200, 259),
-    "TSDKD of many words": Problem(tsdkd(), 12, 20000),
-    "GKD of many words": Problem(kd.GKD(), 12, 20000),
-    "DistiLLM2 of many words": Problem(kd.DistiLLM2(), 12, 20000),
+    "TSDKD of many entries": Problem(tsdkd(), 12, 20000),
+    "GKD of many entries": Problem(kd.GKD(), 12, 20000),
+    "DistiLLM2 of many entries": Problem(kd.DistiLLM2(), 12, 20000),
     "two divergences": Problem(Jeffreys(), 12, 20000),
     "two divergences in fp16": Problem(Jeffreys(), 12, 20000, dtype=F16),
-    "two divergences and stored words": Problem(Jeffreys(), 12, 20000, teacher="stored", stored=8),
-    "VCRD of many words in fp16": Problem(VCRD, 12, 20000, dtype=F16),
-    "few stored words": Problem(kd.GKD(), 500, 16, teacher="stored", stored=8),
-    "stored words in bf16": Problem(kd.GKD(), 30, 9000, teacher="stored", stored=40, dtype=BF16),
-    "many stored words": Problem(kd.DistiLLM2(), 30, 1000, teacher="stored", stored=700),
+    "two divergences and stored entries": Problem(Jeffreys(), 12, 20000, teacher="stored", stored=8),
+    "VCRD of many entries in fp16": Problem(VCRD, 12, 20000, dtype=F16),
+    "few stored entries": Problem(kd.GKD(), 500, 16, teacher="stored", stored=8),
+    "stored entries in bf16": Problem(kd.GKD(), 30, 9000, teacher="stored", stored=40, dtype=BF16),
+    "many stored entries": Problem(kd.DistiLLM2(), 30, 1000, teacher="stored", stored=700),
     "logits": Problem(kd.GKD(), 30, 3000, student="logits", teacher="logits", dtype=BF16),
     "logits of another order": Problem(kd.GKD(), 30, 3000, teacher="logits of another order"),
     "hidden states of another order": Problem(
         tsdkd(), 40, 50, student="hidden states of another order", teacher="hidden states of another order", hidden=2000
     ),
-    "words apart": Problem(kd.GKD(), 2, 3000, student="words apart", teacher="words apart", hidden=200),
+    "entries apart": Problem(kd.GKD(), 2, 3000, student="entries apart", teacher="entries apart", hidden=200),
     "a bias": Problem(kd.GKD(), 100, 512, student="bias", dtype=BF16),
     "wide hidden states": Problem(kd.GKD(), 20, 300, hidden=4000, dtype=BF16),
 }  # fmt: skip
@@ -143,12 +143,12 @@ def check(problem: Problem, chunk: float) -> None:
     if isinstance(student, kd.Head) and (student.dtype == F16 or (student.dtype == BF16 and chunk < 1)):
         outside += 4 * student.weight.numel()  # the fp32 sums of dW
     assert seen.peak - outside <= budget + SLACK
-    logits = problem.words * student.dtype.itemsize
+    logits = problem.vocabulary * student.dtype.itemsize
     assert seen.peak > int(chunk * count) * logits, "nothing was measured"
 
 
 def test_many_tokens_fit_the_default_budget():
-    """Of what is kept of each: 400000 tokens of ten words."""
+    """Of what is kept of each: 400000 tokens with ten entries each."""
     fixed, row, teacher_row = costs(Problem(kd.GKD(), 40000, 10, hidden=2).run()[0])
     assert fixed + 4096 * (row + teacher_row) < plan.DEFAULT_BUDGET
 

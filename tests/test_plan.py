@@ -89,7 +89,7 @@ def test_rows_fit_the_budget(free, fixed, student, teacher, tokens, wanted):
 
 
 def test_the_default_budget_at_a_real_size():
-    """151936 words in bf16: 1000 student rows or more a chunk; below, reading the weights dominates."""
+    """151936 entries in bf16: 1000 student rows or more a chunk; below, reading the weights dominates."""
     row = 2 * 151936
     rows, teacher_rows = plan.chunk_rows(plan.DEFAULT_BUDGET, 0, row, row, 16384)
     assert 1000 <= rows <= 1200 and 128 <= teacher_rows <= 256
@@ -166,7 +166,7 @@ def test_the_default_on_a_gpu():
     assert default(16384, allowance=0)[0] == plan.DEFAULT_BUDGET == default(100)[0]
     assert plan.default_budget(None, pytest.fail, 0, 1, 1, 1, 0) == plan.DEFAULT_BUDGET
     rows, _ = default(16384, row=4 * 32000)[1]
-    assert rows > 1500, "no less than before where a word's logits are cheap"
+    assert rows > 1500, "no less than before where an entry's logits are cheap"
 
 
 def test_one_chunk_where_it_takes_no_more_than_the_sums_of_several():

@@ -1,4 +1,4 @@
-"""Teachers known at K words, against reference.topk_divergence in fp64; the bucket; what is refused."""
+"""Teachers known at K entries, against reference.topk_divergence in fp64; the bucket; what is refused."""
 
 import math
 from dataclasses import replace
@@ -15,33 +15,33 @@ import kdkernels as kd
 from kdkernels import reference
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
-KINDS = {name: kind for name, (kind, _) in truth.DIVERGENCES.items() if name not in ("jsd0", "jsd1")}
+DIVERGENCES = {name: divergence for name, (divergence, _) in truth.DIVERGENCES.items() if name not in ("jsd0", "jsd1")}
 
 
 def stored(z_t: torch.Tensor, k: int, renormalize: bool = False, dtype=F64, padded=0) -> kd.TopK:
-    """k words of a teacher with logits z_t [..., V], in random order; ``padded`` of them say probability 0."""
+    """k entries of a teacher with logits z_t [..., V], in random order; ``padded`` of them say probability 0."""
     ids = z_t.topk(k).indices[..., torch.randperm(k)]
     log_p = z_t.log_softmax(-1).gather(-1, ids)
     log_p[..., k - padded :] = -math.inf
     return kd.TopK(ids, log_p.to(dtype), renormalize)
 
 
-def reference_divergence(head: kd.Head, teacher: kd.TopK, kind, temperature: float) -> torch.Tensor:
+def reference_divergence(head: kd.Head, teacher: kd.TopK, divergence, temperature: float) -> torch.Tensor:
     z = truth.dense_logits(head, head.vocabulary).flatten(0, -2)
     ids, log_p = teacher.indices.flatten(0, -2), teacher.log_probs.flatten(0, -2).to(z.dtype)
-    return reference.topk_divergence(z, ids, log_p, kind, temperature, teacher.renormalize)
+    return reference.topk_divergence(z, ids, log_p, divergence, temperature, teacher.renormalize)
 
 
-def check(student: kd.Head, teacher: kd.TopK, kind, temperature=1.0, **more):
+def check(student: kd.Head, teacher: kd.TopK, divergence, temperature=1.0, **more):
     """Value and gradients of a random weighting within the error rule. ``student`` holds what its dtype can hold."""
     dtype = student.dtype
-    value = kd.divergence(student, teacher, kind, temperature, **more)
+    value = kd.divergence(student, teacher, divergence, temperature, **more)
     incoming = torch.randn(value.shape)
     got = [value.detach().flatten(), *torch.autograd.grad(value, truth.leaves(student), incoming.to(value.dtype))]
 
     def expected(dtype):
         head = truth.to(student, dtype)
-        value = reference_divergence(head, teacher, kind, temperature)
+        value = reference_divergence(head, teacher, divergence, temperature)
         incoming_here = incoming.flatten().to(value.dtype)
         return [value.detach(), *torch.autograd.grad(value, truth.leaves(head), incoming_here)]
 
@@ -52,8 +52,8 @@ def check(student: kd.Head, teacher: kd.TopK, kind, temperature=1.0, **more):
             truth.assert_accurate(g, yardstick, exact, "value or gradient", dtype, slack=4 if g.numel() < 64 else 1)
 
 
-def random_student(dtype, rows=9, words=130, hidden=10, softcap=None, scale=1.0, spread=2.0, bias=True) -> kd.Head:
-    numbers = torch.randn(rows, hidden), spread * torch.randn(words, hidden) / hidden**0.5, torch.randn(words)
+def random_student(dtype, rows=9, vocabulary=130, hidden=10, softcap=None, scale=1.0, spread=2.0, bias=True) -> kd.Head:
+    numbers = torch.randn(rows, hidden), spread * torch.randn(vocabulary, hidden) / hidden**0.5, torch.randn(vocabulary)
     hidden, weight, bias_of = (t.to(dtype).requires_grad_() for t in numbers)
     return kd.Head(hidden, weight, bias_of if bias else None, softcap=softcap, scale=scale)
 
@@ -61,47 +61,47 @@ def random_student(dtype, rows=9, words=130, hidden=10, softcap=None, scale=1.0,
 @DRAWN
 @given(
     seed=st.integers(0, 10**6),
-    words=st.integers(2, 150),
+    vocabulary=st.integers(2, 150),
     share=st.sampled_from([0.0, 0.05, 0.3, 0.9, 1.0]),
-    kind=st.sampled_from(list(KINDS.values())),
+    divergence=st.sampled_from(list(DIVERGENCES.values())),
     renormalized=st.sampled_from([None, 1.0, 0.7]),
     softcap=st.sampled_from([None, 3.0]),
     scale=st.sampled_from([1.0, 0.5]),
     bias=st.booleans(),
 )
-def test_topk_is_the_reference(dtype, seed, words, share, kind, renormalized, softcap, scale, bias):
+def test_topk_is_the_reference(dtype, seed, vocabulary, share, divergence, renormalized, softcap, scale, bias):
     torch.manual_seed(seed)
-    student = random_student(dtype, words=words, softcap=softcap, scale=scale, bias=bias)
-    k = min(words, max(2, int(share * words)))
-    z_t = 2 * torch.randn(9, words, dtype=F64)
+    student = random_student(dtype, vocabulary=vocabulary, softcap=softcap, scale=scale, bias=bias)
+    k = min(vocabulary, max(2, int(share * vocabulary)))
+    z_t = 2 * torch.randn(9, vocabulary, dtype=F64)
     teacher = stored(z_t, k, renormalized is not None, F64 if dtype == F64 else F32)
-    check(student, teacher, kind, renormalized or 1.0)
+    check(student, teacher, divergence, renormalized or 1.0)
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", DIVERGENCES)
 @pytest.mark.parametrize("mass", [20.0, 60.0, 2000.0])
 def test_a_tiny_bucket_keeps_its_digits(dtype, name, mass):
-    """The student's other words have e^-mass of its probability: 1 - sum q would be 0 or noise."""
+    """The student's other entries have e^-mass of its probability: 1 - sum q would be 0 or noise."""
     torch.manual_seed(0)
     student = random_student(dtype)
     with torch.no_grad():
         student.bias[:10] += mass
     z_t = torch.randn(9, 130, dtype=F64)
     z_t[:, :10] += 5
-    check(student, stored(z_t, 10, dtype=F32), KINDS[name])
+    check(student, stored(z_t, 10, dtype=F32), DIVERGENCES[name])
     z_t[:, :10] += 100  # both: the teacher's bucket is what reference.missing_mass leaves it
-    check(student, stored(z_t, 10, dtype=F32), KINDS[name])
+    check(student, stored(z_t, 10, dtype=F32), DIVERGENCES[name])
 
 
 @pytest.mark.parametrize("name", ["forward", "jsd.5", "skl"])
 def test_padded_lists(dtype, name):
     torch.manual_seed(0)
-    check(random_student(dtype), stored(torch.randn(9, 130, dtype=F64), 12, padded=4), KINDS[name])
+    check(random_student(dtype), stored(torch.randn(9, 130, dtype=F64), 12, padded=4), DIVERGENCES[name])
 
 
 @pytest.mark.parametrize("masked", [slice(None), slice(2, 5)], ids=["all rows", "some rows"])
 def test_a_masked_bucket(backend, masked):
-    """A student with none but the list's words: its bucket is empty, its gradient is finite."""
+    """A student with none but the list's entries: its bucket is empty, its gradient is finite."""
     torch.manual_seed(0)
     logits = torch.randn(9, 130)
     logits[masked, 20:] = -math.inf
@@ -114,12 +114,12 @@ def test_a_masked_bucket(backend, masked):
     torch.testing.assert_close(
         value.double(), reference.topk_divergence(exact, ids, log_p, kd.ReverseKL()), rtol=1e-5, atol=1e-6
     )
-    words = exact[masked, :20]  # what is left of the masked rows
-    certain = torch.cat([words, torch.full((len(words), 1), -math.inf)], -1).log_softmax(-1)
+    listed = exact[masked, :20]  # what is left of the masked rows
+    certain = torch.cat([listed, torch.full((len(listed), 1), -math.inf)], -1).log_softmax(-1)
     listed = reference.divergence_gradient(
         certain,
         torch.cat([log_p[masked], reference.missing_mass(log_p[masked])], -1).gather(
-            -1, torch.cat([ids[masked].argsort(-1), torch.full((len(words), 1), 20)], -1)
+            -1, torch.cat([ids[masked].argsort(-1), torch.full((len(listed), 1), 20)], -1)
         ),
         kd.ReverseKL(),
     )
@@ -160,7 +160,7 @@ def test_logits_as_the_student(backend):
 
 @pytest.mark.parametrize("renormalize", [False, True])
 def test_an_objective(backend, renormalize):
-    """GKD from stored words of every position: prompts and padding may hold anything."""
+    """GKD from stored entries of every position: prompts and padding may hold anything."""
     batch = fixed(F32)
     z_t = truth.dense_logits(truth.to(batch.teacher, F64), 60)
     teacher = stored(z_t, 8, renormalize, F32)
@@ -169,8 +169,8 @@ def test_an_objective(backend, renormalize):
     out = kd.GKD(0.5)(batch.student, teacher, batch.mask, target=batch.target)
     got = truth.gradients(out.loss, batch.student)
     exact = truth.to(batch.student, F64)
-    words = kd.TopK(teacher.indices.masked_fill(outside[..., None], 0), teacher.log_probs, renormalize)
-    d = reference_divergence(exact, words, kd.JSD(0.5), 1.0).view(batch.mask.shape)
+    entries = kd.TopK(teacher.indices.masked_fill(outside[..., None], 0), teacher.log_probs, renormalize)
+    d = reference_divergence(exact, entries, kd.JSD(0.5), 1.0).view(batch.mask.shape)
     expected = torch.stack([row[m].mean() for row, m in zip(d, batch.mask, strict=True) if m.any()]).mean()
     assert truth.relative(out.loss.detach()[None], expected.detach()[None]) < 1e-5
     for g, e in zip(got, truth.gradients(expected, exact), strict=True):
@@ -188,8 +188,8 @@ def test_two_divergences(backend, make, renormalize):
     out = make()(batch.student, teacher, batch.mask, from_teacher=by_teacher)
     exact = truth.to(batch.student, F64)
     skl, srkl = (
-        reference_divergence(exact, teacher, kind, 1.0).view(batch.mask.shape)
-        for kind in (kd.SkewKL(0.1), kd.SkewReverseKL(0.1))
+        reference_divergence(exact, teacher, divergence, 1.0).view(batch.mask.shape)
+        for divergence in (kd.SkewKL(0.1), kd.SkewReverseKL(0.1))
     )
     d = torch.where(by_teacher[:, None], skl, srkl)
     expected = torch.stack([row[m].mean() for row, m in zip(d, batch.mask, strict=True) if m.any()]).mean()
@@ -219,7 +219,7 @@ BAD = {
     "ids in a list": (lambda: kd.TopK([1], LOG_P), TypeError, ["indices", "int64", "list"]),
     "integer log-probs": (lambda: kd.TopK(IDS, IDS), TypeError, ["log_probs", "int64"]),
     "shapes": (lambda: kd.TopK(IDS[:, :2], LOG_P), ValueError, ["indices", "[2, 3]", "[2, 2]"]),
-    "no words": (lambda: kd.TopK(IDS[:, :0], LOG_P[:, :0]), ValueError, ["log_probs", "[..., K]", "[2, 0]"]),
+    "no entries": (lambda: kd.TopK(IDS[:, :0], LOG_P[:, :0]), ValueError, ["log_probs", "[..., K]", "[2, 0]"]),
     "devices": (lambda: kd.TopK(IDS.to("meta"), LOG_P), ValueError, ["indices", "cpu", "meta"]),
     "renormalize": (lambda: kd.TopK(IDS, LOG_P, 1), TypeError, ["renormalize", "bool", "1"]),
     "as the student": (lambda: kd.entropy(kd.TopK(IDS, LOG_P)), TypeError, ["student", "kd.Head", "TopK"]),
@@ -253,12 +253,12 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_errors_name_argument_expected_and_actual(name):
-    call, error, words = BAD[name]
+    call, error, told = BAD[name]
     with pytest.raises(error) as raised:
         call()
-    missing = [word for word in words if word not in str(raised.value)]
+    missing = [part for part in told if part not in str(raised.value)]
     assert not missing, f"{missing} not in: {raised.value}"
-    assert str(raised.value).startswith(words[0]), f"does not begin with the argument's name: {raised.value}"
+    assert str(raised.value).startswith(told[0]), f"does not begin with the argument's name: {raised.value}"
 
 
 def test_rounded_lists_may_sum_to_a_little_more(backend):

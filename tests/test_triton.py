@@ -56,7 +56,7 @@ SUITES = {
         test_topk.py and (is_the_reference or small_budgets or masked_bucket or 20.0 and (jsd.1 or skl))
         test_autograd.py and TSDKD and (frozen or detached or second or no_grad)
         bias_alone
-        test_masked_words.py and objectives and TSDKD and finfo
+        test_masked_entries.py and objectives and TSDKD and finfo
         test_chunks.py and (padded_rows or longer_than)
         on_identical_logits and (jsd.9 or srkl or statistics or TSDKD)
         test_bad_input.py

@@ -1,4 +1,4 @@
-"""Words that a model masks, by -inf or its dtype's lowest number: everything is as if they were not there."""
+"""Entries that a model masks, by -inf or its dtype's lowest number: everything is as if they were not there."""
 
 import math
 from dataclasses import replace
@@ -11,12 +11,12 @@ from batches import fixed, run
 import kdkernels as kd
 
 F64 = torch.float64
-REAL = [3, 7, 8, 21, 30, 44]  # of 60 words
+REAL = [3, 7, 8, 21, 30, 44]  # of 60 entries
 MASKS = ["-inf", "finfo.min"]
 
 
 def masked(batch: truth.Batch, mask: str, sides=("student", "teacher")) -> truth.Batch:
-    """The batch with a bias that leaves the real words alone."""
+    """The batch with a bias that leaves the real entries alone."""
 
     def side(name):
         head = getattr(batch, name)
@@ -32,7 +32,7 @@ def masked(batch: truth.Batch, mask: str, sides=("student", "teacher")) -> truth
 
 
 def real(batch: truth.Batch, dtype: torch.dtype) -> truth.Batch:
-    """The same batch of the real words alone."""
+    """The same batch of the real entries alone."""
 
     def side(head):
         head = truth.to(head, dtype)
@@ -64,8 +64,8 @@ OBJECTIVES = {
 
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_objectives_see_the_words_that_exist(dtype, name, mask):
-    """Both models mask all but six words; TSD-KD asks for ten."""
+def test_objectives_see_the_entries_that_exist(dtype, name, mask):
+    """Both models mask all but six entries; TSD-KD asks for ten."""
     make, formula = OBJECTIVES[name]
     plain = fixed(dtype, bias=True)
     batch, exact, narrow = masked(plain, mask), real(plain, F64), real(plain, dtype)
@@ -76,8 +76,8 @@ def test_objectives_see_the_words_that_exist(dtype, name, mask):
     assert truth.relative(out.loss.detach(), expected.detach()) < (1e-12 if dtype == F64 else 0.02)
     hidden = truth.leaves(batch.student)[0]
     assert got[0].isfinite().all() and got[0].shape == hidden.shape
-    others = [word for word in range(60) if word not in REAL]
-    assert (got[1][others] == 0).all() and (got[2][others] == 0).all(), "nothing moves a masked word"
+    others = [entry for entry in range(60) if entry not in REAL]
+    assert (got[1][others] == 0).all() and (got[2][others] == 0).all(), "nothing moves a masked entry"
     got[1], got[2] = got[1][REAL], got[2][REAL]
     eager = truth.gradients(yardstick, narrow.student)
     for g, e, x in zip(got, eager, truth.gradients(expected, exact.student), strict=True):
@@ -90,7 +90,7 @@ def test_objectives_see_the_words_that_exist(dtype, name, mask):
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("sides", [("student",), ("teacher",), ("student", "teacher")], ids="-".join)
 def test_plackett_luce(dtype, mask, sides):
-    """The teacher's masked words come last, by the student's rank; the student's are no candidates."""
+    """The teacher's masked entries come last, by the student's rank; the student's are no candidates."""
     batch = masked(fixed(dtype, bias=True), mask, sides)
     wide = batch.to(F64)
     z_s, z_t = truth.token_logits(wide)
@@ -111,7 +111,7 @@ def test_plackett_luce(dtype, mask, sides):
         assert truth.relative(g, x) < {F64: 1e-12, torch.float32: 1e-5}.get(dtype, 0.03) and g.norm() > 0
 
 
-def test_the_largest_of_fewer_words(backend):
+def test_the_largest_of_fewer_entries(backend):
     """statistics: what does not exist has probability 0."""
     batch = masked(fixed(bias=True), "-inf")
     found = kd.statistics(batch.student, topk=10, collision=10, rows=kd.Layout.from_mask(batch.mask))
@@ -124,7 +124,7 @@ def test_the_largest_of_fewer_words(backend):
     assert truth.relative(found.collision[batch.mask], (2 * exact).exp().sum(-1)[batch.mask]) < 1e-6
 
 
-def test_a_teacher_of_no_word_has_no_order(backend):
+def test_a_teacher_of_no_entry_has_no_order(backend):
     batch = fixed(bias=True)
     hidden = batch.teacher.hidden.detach().clone()
     hidden[0, 3] = math.nan
