@@ -26,7 +26,7 @@ struct Stats {
   float entropy;           // nats
   float tempered;          // log sum exp((z - max) / temperature)
   // For the gradient: a rounded log-sum of 10 would err by 4 ulp of every probability, a rounded entropy likewise.
-  float sum, tempered_sum; // what the log-sums are the logarithms of
+  float sum, tempered_sum; // what the log-sums are the logarithms of; 0 where all entries are masked
   float mean;              // E_q[z - max]
 };
 
@@ -39,6 +39,17 @@ struct Divergence {
   double temperature;
 };
 
+// Sums over the entries of a row, at the divergence's temperature. They are those of a whole vocabulary or of a part of
+// it, with the statistics of the whole in either case: the sums of all parts, added, are the sums of the whole. A row
+// that has no distribution, or meets a NaN, has NaN in all of them.
+struct Sums {
+  double value;            // of a p log(p/m) + b q log(q/m): D. Infinite where one model masks what the other does not
+  double log_ratio;        // of b q log(q/m)
+  double skew;             // of q (q - p)/m
+  double shared;           // of q p/m
+  double mass;             // of q: 1 but for rounding. The three above over it are means, with which D's gradient is centred
+};
+
 struct RowKernels {
   const char* name;
 
@@ -47,15 +58,14 @@ struct RowKernels {
                      int64_t k, float* top_values, int64_t* top_indices,
                      int64_t n_gather, const int64_t* gather_ids, float* gathered);
 
-  // value[r] = D and center[3 r ..] = E_q of b log(q/m), (q - p)/m and p/m, with which the gradient is centred.
   void (*divergence)(Matrix student, Matrix teacher, int64_t vocab, int64_t begin, int64_t end,
-                     const Stats* s, const Stats* t, Divergence kind, float* value, double* center);
+                     const Stats* s, const Stats* t, Divergence kind, Sums* sums);
 
   // Overwrites the student's x with d loss / d x, in `out` precision (rows keep their byte stride):
   //   divergence[r] * dD/dz + entropy[r] * dH/dz + softmax[r] * q, plus `scatter` [C, n_scatter] added at `ids`.
-  // kind == nullptr: no divergence; teacher, t, center and c_divergence are then unused.
+  // `sums` [C] are of the whole vocabulary. kind == nullptr: no divergence; teacher, t, sums and c_divergence are unused.
   void (*gradient)(Matrix student, Matrix teacher, int64_t vocab, int64_t begin, int64_t end,
-                   const Stats* s, const Stats* t, const Divergence* kind, const double* center, Dtype out,
+                   const Stats* s, const Stats* t, const Divergence* kind, const Sums* sums, Dtype out,
                    const float* c_divergence, const float* c_entropy, const float* c_softmax,
                    int64_t n_scatter, const int64_t* ids, const float* scatter);
 };

@@ -12,6 +12,7 @@ using kd::Divergence;
 using kd::Dtype;
 using kd::Matrix;
 using kd::Stats;
+using kd::Sums;
 
 constexpr int64_t kBlock = 32 * kStep;  // a lane adds 32 words in fp32 before fp64 takes over, however narrow the vectors
 // -inf logits become this: finite, so that log-ratios of two masked words are 0 instead of NaN; exp of it is 0.
@@ -179,7 +180,10 @@ Stats row_statistics(const Row& row, int64_t vocab, double temperature, float* m
     weighted += sum(w_sum);
     if constexpr (Tempered) tempered += sum(t_sum);
   }
-  if (top <= kMasked) top = total = tempered = NAN;    // a row without any word has no distribution
+  if (top <= kMasked) {                                // no entry, so no distribution: the sums alone are those of nothing
+    float nothing = std::isnan(total) ? NAN : 0;       // of a NaN among masked entries, they show it
+    return {NAN, NAN, NAN, NAN, nothing, nothing, NAN};
+  }
   if (!Tempered) tempered = total;
   double logsum = std::log(total);
   return {top, float(logsum), float(logsum - weighted / total), float(std::log(tempered)),
@@ -304,7 +308,7 @@ struct Pair {
 
 template <Mixture M, bool Tempered>
 void row_divergence(const Row& student, const Row& teacher, int64_t vocab, const Stats& s, const Stats& t,
-                    const Divergence& kind, float& value, double* center) {
+                    const Divergence& kind, Sums& sums) {
   const Pair<Tempered> pair(s, t, kind);
   double kl_p = 0, kl_q = 0, skew = 0, shared = 0, mass = 0;  // sums of p log(p/m), q log(q/m), q (q - p)/m, q p/m, q
   Block zs, zt;
@@ -334,12 +338,12 @@ void row_divergence(const Row& student, const Row& teacher, int64_t vocab, const
     }
   }
   double total = kind.a * kl_p + kind.b * kl_q;
-  value = total > kInfinite ? INFINITY : float(total);
-  // Over the mass, and with sum q - sum p at m = q not taken for 0: what is rounded leaves a gradient that sums to 0.
-  center[0] = kind.b * kl_q / mass;
-  center[1] = skew / mass;
-  center[2] = shared / mass;
-  if (std::isnan(total)) center[0] = center[1] = center[2] = NAN;   // nor has such a row a gradient
+  if (std::isnan(total)) {
+    sums = {NAN, NAN, NAN, NAN, NAN};                  // nor has such a row a gradient
+    return;
+  }
+  // At m = q, sum q - sum p is not taken for 0: what is rounded leaves a gradient that sums to 0.
+  sums = {total > kInfinite ? INFINITY : total, kind.b * kl_q, skew, shared, mass};
 }
 
 template <Mixture M>
@@ -348,7 +352,7 @@ auto select_divergence(double temperature) {
 }
 
 void divergence(Matrix student, Matrix teacher, int64_t vocab, int64_t begin, int64_t end, const Stats* s,
-                const Stats* t, Divergence kind, float* value, double* center) {
+                const Stats* t, Divergence kind, Sums* sums) {
   auto row = select_divergence<kInterior>(kind.temperature);
   switch (mixture_of(&kind)) {
     case kStudent: row = select_divergence<kStudent>(kind.temperature); break;
@@ -357,7 +361,7 @@ void divergence(Matrix student, Matrix teacher, int64_t vocab, int64_t begin, in
     default: break;
   }
   for (int64_t r = begin; r < end; ++r)
-    row(Row(student, r), Row(teacher, r), vocab, s[r], t[r], kind, value[r], center + 3 * r);
+    row(Row(student, r), Row(teacher, r), vocab, s[r], t[r], kind, sums[r]);
 }
 
 struct Coefficients {
@@ -366,12 +370,15 @@ struct Coefficients {
 
 template <Mixture M, bool Tempered>
 void row_gradient(const Row& student, const Row& teacher, int64_t vocab, const Stats& s, const Stats& t,
-                  const Divergence& kind, const double* center, Coefficients c, Dtype out, int64_t n_scatter,
+                  const Divergence& kind, const Sums& sums, Coefficients c, Dtype out, int64_t n_scatter,
                   const int64_t* ids, const float* scatter) {
   const Softmax<false> softmax(s, 1);
   const Pair<Tempered> pair(s, t, kind);
   const float c_div = c.divergence / kind.temperature, c_skew = c_div * kind.skew;
-  const float center_high = center[0], center_low = center[0] - center_high, skew = center[1], shared = center[2];
+  // Means over the mass: divided by 1, which it is but for rounding, they would leave a gradient that does not sum to 0.
+  const double center = sums.log_ratio / sums.mass;
+  const float center_high = center, center_low = center - center_high;
+  const float skew = sums.skew / sums.mass, shared = sums.shared / sums.mass;
   const float scale = student.m.scale, softcap = student.m.softcap;
   Block zs, zt;
   Ratios ratios;
@@ -419,11 +426,11 @@ auto select_gradient(float temperature) {
 }
 
 void gradient(Matrix student, Matrix teacher, int64_t vocab, int64_t begin, int64_t end, const Stats* s, const Stats* t,
-              const Divergence* kind, const double* center, Dtype out, const float* c_divergence,
+              const Divergence* kind, const Sums* sums, Dtype out, const float* c_divergence,
               const float* c_entropy, const float* c_softmax, int64_t n_scatter, const int64_t* ids,
               const float* scatter) {
   const Divergence none{0, 0, 0, 0, 1};
-  const double nothing[3] = {};
+  const Sums nothing{0, 0, 0, 0, 1};
   auto row = row_gradient<kNone, false>;
   switch (mixture_of(kind)) {
     case kStudent: row = select_gradient<kStudent>(kind->temperature); break;
@@ -434,7 +441,7 @@ void gradient(Matrix student, Matrix teacher, int64_t vocab, int64_t begin, int6
   }
   for (int64_t r = begin; r < end; ++r)
     row(Row(student, r), Row(kind ? teacher : student, r), vocab, s[r], kind ? t[r] : s[r], kind ? *kind : none,
-        kind ? center + 3 * r : nothing, {kind ? c_divergence[r] : 0, c_entropy[r], c_softmax[r]}, out, n_scatter,
+        kind ? sums[r] : nothing, {kind ? c_divergence[r] : 0, c_entropy[r], c_softmax[r]}, out, n_scatter,
         ids + r * n_scatter, scatter + r * n_scatter);
 }
 

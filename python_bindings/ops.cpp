@@ -41,10 +41,8 @@ std::string shape(const Tensor& t) {
 void check(const char* name, const Tensor& t, ScalarType dtype, int64_t rows, int64_t columns) {
   STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == dtype && t.is_contiguous(), name,
                   ": expected a contiguous CPU tensor of the documented dtype");
-  bool fits = columns < 0 ? t.dim() == 1 && t.size(0) == rows
-                          : t.dim() == 2 && t.size(0) == rows && t.size(1) == columns;
-  STD_TORCH_CHECK(fits, name, ": expected ", rows, " rows",
-                  columns < 0 ? std::string() : " of " + std::to_string(columns), ", got shape ", shape(t));
+  STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == columns, name, ": expected ", rows, " rows of ",
+                  columns, ", got shape ", shape(t));
 }
 
 kd::Dtype dtype_of(const char* name, ScalarType dtype) {
@@ -65,6 +63,11 @@ kd::Matrix matrix(const char* name, const Tensor& t, double scale, double softca
 const kd::Stats* stats(const char* name, const Tensor& t, int64_t rows) {
   check(name, t, ScalarType::Float, rows, sizeof(kd::Stats) / sizeof(float));
   return static_cast<const kd::Stats*>(t.data_ptr());
+}
+
+kd::Sums* sums_of(const Tensor& t, int64_t rows) {
+  check("sums", t, ScalarType::Double, rows, sizeof(kd::Sums) / sizeof(double));
+  return static_cast<kd::Sums*>(t.data_ptr());
 }
 
 template <class T>
@@ -110,28 +113,28 @@ kd::Divergence divergence_kind(double a, double b, double mix, double skew, doub
 
 void row_divergence(Tensor student, double s_scale, double s_softcap, Tensor s_stats, Tensor teacher, double t_scale,
                     double t_softcap, Tensor t_stats, double a, double b, double mix, double skew, double temperature,
-                    Tensor value, Tensor center) {
+                    Tensor sums) {
   kd::Matrix s = matrix("student", student, s_scale, s_softcap), t = matrix("teacher", teacher, t_scale, t_softcap);
   int64_t rows = student.size(0), vocab = student.size(1);
   STD_TORCH_CHECK(teacher.size(0) == rows && teacher.size(1) == vocab, "teacher: expected shape ", shape(student),
                   ", got ", shape(teacher));
   const kd::Stats *ss = stats("s_stats", s_stats, rows), *ts = stats("t_stats", t_stats, rows);
-  check("value", value, ScalarType::Float, rows, -1);
-  check("center", center, ScalarType::Double, rows, 3);
+  kd::Sums* written = sums_of(sums, rows);
   kd::Divergence kind = divergence_kind(a, b, mix, skew, temperature);
   const kd::RowKernels& isa = kernels();
   torch::stable::parallel_for(0, rows, grain(vocab), [&](int64_t begin, int64_t end) {
-    isa.divergence(s, t, vocab, begin, end, ss, ts, kind, data<float>(value), data<double>(center));
+    isa.divergence(s, t, vocab, begin, end, ss, ts, kind, written);
   });
 }
 
 void row_gradient(Tensor student, double s_scale, double s_softcap, Tensor s_stats, std::optional<Tensor> teacher,
                   double t_scale, double t_softcap, std::optional<Tensor> t_stats, double a, double b, double mix,
-                  double skew, double temperature, std::optional<Tensor> center, Tensor coefficients, Tensor ids,
+                  double skew, double temperature, std::optional<Tensor> sums, Tensor coefficients, Tensor ids,
                   Tensor scatter, ScalarType out_dtype) {
   kd::Matrix s = matrix("student", student, s_scale, s_softcap), t = s;
   int64_t rows = student.size(0), vocab = student.size(1);
   const kd::Stats *ss = stats("s_stats", s_stats, rows), *ts = nullptr;
+  const kd::Sums* of_divergence = nullptr;
   check("coefficients", coefficients, ScalarType::Float, 3, rows);
   int64_t n_scatter = ids.size(1);
   check("ids", ids, ScalarType::Long, rows, n_scatter);
@@ -144,16 +147,16 @@ void row_gradient(Tensor student, double s_scale, double s_softcap, Tensor s_sta
     t = matrix("teacher", *teacher, t_scale, t_softcap);
     STD_TORCH_CHECK(teacher->size(0) == rows && teacher->size(1) == vocab, "teacher: expected shape ", shape(student),
                     ", got ", shape(*teacher));
-    STD_TORCH_CHECK(t_stats && center, "t_stats, center: expected with a teacher");
+    STD_TORCH_CHECK(t_stats && sums, "t_stats, sums: expected with a teacher");
     ts = stats("t_stats", *t_stats, rows);
-    check("center", *center, ScalarType::Double, rows, 3);
+    of_divergence = sums_of(*sums, rows);
   }
   const float* c = data<float>(coefficients);
   const kd::RowKernels& isa = kernels();
   torch::stable::parallel_for(0, rows, grain(vocab), [&](int64_t begin, int64_t end) {
-    isa.gradient(s, t, vocab, begin, end, ss, ts, teacher ? &kind : nullptr,
-                 center ? data<double>(*center) : nullptr, dtype_of("out_dtype", out_dtype), c,
-                 c + rows, c + 2 * rows, n_scatter, data<int64_t>(ids), data<float>(scatter));
+    isa.gradient(s, t, vocab, begin, end, ss, ts, teacher ? &kind : nullptr, of_divergence,
+                 dtype_of("out_dtype", out_dtype), c, c + rows, c + 2 * rows, n_scatter, data<int64_t>(ids),
+                 data<float>(scatter));
   });
 }
 
@@ -227,10 +230,10 @@ STABLE_TORCH_LIBRARY(kdkernels, m) {
         "Tensor(b!) top_values, Tensor(c!) top_indices, Tensor? gather_ids, Tensor(d!)? gathered) -> ()");
   m.def("row_divergence(Tensor student, float s_scale, float s_softcap, Tensor s_stats, Tensor teacher, float t_scale, "
         "float t_softcap, Tensor t_stats, float a, float b, float mix, float skew, float temperature, "
-        "Tensor(a!) value, Tensor(b!) center) -> ()");
+        "Tensor(a!) sums) -> ()");
   m.def("row_gradient_(Tensor(a!) student, float s_scale, float s_softcap, Tensor s_stats, Tensor? teacher, "
         "float t_scale, float t_softcap, Tensor? t_stats, float a, float b, float mix, float skew, float temperature, "
-        "Tensor? center, Tensor coefficients, Tensor ids, Tensor scatter, ScalarType out_dtype) -> ()");
+        "Tensor? sums, Tensor coefficients, Tensor ids, Tensor scatter, ScalarType out_dtype) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kdkernels, CompositeExplicitAutograd, m) {

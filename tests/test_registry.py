@@ -129,7 +129,7 @@ class Sampled(Backend):
     """A backend of a device that has none, which computes with bf16 alone."""
 
     name = "sampled"
-    workspace = statistics = divergence = gradient_ = None
+    workspace = statistics = divergence_sums = gradient_ = None
 
     def refusal(self, request: Request) -> str:
         return refused_dtype(request, lambda dtype: dtype == torch.bfloat16)

@@ -39,6 +39,10 @@ SUITES = {
         transformed_logits
         large_logits
         triton_rows.py
+        test_vocabulary_parts.py and those_of_the_whole and 0.7
+        only_one_model_masks and teacher and skl
+        among_masked_entries and student
+        statistics_are_merged and 0.7 and 1000 and masked
         test_example.py
         test_properties.py
         test_operators.py and not agree

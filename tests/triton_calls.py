@@ -43,7 +43,7 @@ CAPABILITY = 90
 B, L, H = 2, 3, 8
 KINDS = [kd.ForwardKL(), kd.ReverseKL(), kd.JSD(0.9), kd.SkewKL(0.1)]
 KINDS += [kd.SkewReverseKL(0.1, detach) for detach in (False, True)]
-WRITTEN = ("stats_ptr", "values_ptr", "indices_ptr", "gathered_ptr", "value_ptr", "center_ptr", "at_ids_ptr")
+WRITTEN = ("stats_ptr", "values_ptr", "indices_ptr", "gathered_ptr", "sums_ptr", "at_ids_ptr")
 
 # ---- options and their values ----------------------------------------------------------------------------------------
 

@@ -7,8 +7,18 @@ of adapters (torch_ops.py).
 
 from __future__ import annotations
 
-from .interface import Backend, Coefficients, Request, Rows, Summary, merged
+from .interface import Backend, Coefficients, Request, Rows, Summary, finished, merged
 from .ranking import plackett_luce
 from .registry import backend_for
 
-__all__ = ["Backend", "Coefficients", "Request", "Rows", "Summary", "backend_for", "merged", "plackett_luce"]
+__all__ = [
+    "Backend",
+    "Coefficients",
+    "Request",
+    "Rows",
+    "Summary",
+    "backend_for",
+    "finished",
+    "merged",
+    "plackett_luce",
+]

@@ -1,4 +1,4 @@
-"""Row kernels in plain PyTorch, from reference.py: any device and dtype, and the yardstick of the other backends.
+"""Row kernels in plain PyTorch, after reference.py: any device and dtype, and the yardstick of the other backends.
 
 Works through a few tokens at a time, because the formulas hold a dozen full-vocabulary tensors.
 """
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import reference
 from ..divergences import Divergence
-from .interface import Backend, Coefficients, Request, Rows, refused_dtype
+from .interface import SUMS, Backend, Coefficients, Request, Rows, refused_dtype
 
 _BLOCK = 1 << 23  # bytes of the logits of a step, in at least fp32; 14 tensors of that are the workspace
 
@@ -26,6 +26,43 @@ def _z(rows: Rows) -> Tensor:
     x = rows.logits
     z = rows.scale * (x if x.dtype == torch.float64 else x.float())
     return z if rows.softcap is None else rows.softcap * torch.tanh(z / rows.softcap)
+
+
+def _summands(student: Rows, teacher: Rows, divergence: Divergence, temperature: float) -> tuple[Tensor, ...]:
+    """What ``Backend.divergence_sums`` sums up, of each entry; reference.py has the formulas.
+
+    From both models' statistics, because the logits may be a part of the vocabulary. ``log_q``, ``log_p`` and ``log_m``
+    lack the same number, the log of the teacher's sum: their differences do not need it, and it would be rounded.
+    """
+    t_sum = teacher.stats[:, 5:6]
+    gap = (student.stats[:, 5:6].double() / t_sum.double()).log().to(student.stats.dtype)
+    log_q = (_z(student) - student.stats[:, :1]) / temperature - gap
+    log_p = (_z(teacher) - teacher.stats[:, :1]) / temperature
+    log_m = reference.log_mixture(log_p, log_q, divergence.mix)
+    log_q_m, q = log_q - log_m, log_q.exp() / t_sum
+    value = log_ratio = skew = shared = torch.zeros_like(q)
+    if divergence.a:
+        value = divergence.a * reference.xlogy(log_p.exp() / t_sum, log_p - log_m)
+    if divergence.b:
+        log_ratio = divergence.b * reference.xlogy(q, log_q_m)
+        value = value + log_ratio
+    if divergence.skew:
+        masked = log_q.isneginf()
+        shared = torch.where(masked, 0, (log_p + log_q_m).exp() / t_sum)
+        skew = torch.where(masked, 0, (log_q + log_q_m).exp() / t_sum) - shared
+    return value, log_ratio, skew, shared, q
+
+
+def _divergence_gradient(
+    student: Rows, teacher: Rows, divergence: Divergence, temperature: float, sums: Tensor
+) -> Tensor:
+    """dD/dz, the student's, from the divergence's sums over the whole vocabulary."""
+    _, log_ratio, skew, shared, q = _summands(student, teacher, divergence, temperature)
+    mean_log, mean_skew, mean_shared = (sums[:, 1:4] / sums[:, 4:]).to(q.dtype).split(1, dim=1)
+    gradient = log_ratio - q * mean_log
+    if divergence.skew:
+        gradient += divergence.skew * (skew * mean_shared - shared * mean_skew)
+    return gradient / temperature
 
 
 class Eager(Backend):
@@ -45,25 +82,26 @@ class Eager(Backend):
             z = _z(out[step])
             top = z.max(-1).values
             shifted = z - top[:, None]
-            out.stats[step, 0] = top
+            masked = top.isneginf()  # every entry of the row
+            out.stats[step, 0] = top.masked_fill(masked, torch.nan)
             out.stats[step, 1] = shifted.logsumexp(-1)
             out.stats[step, 2] = reference.entropy(shifted)
             out.stats[step, 3] = (shifted / temperature).logsumexp(-1)
-            out.stats[step, 4:6] = out.stats[step, 1:4:2].exp()
-            out.stats[step, 6] = out.stats[step, 1] - out.stats[step, 2]
+            out.stats[step, 4] = shifted.exp().sum(-1).masked_fill(masked, 0)
+            out.stats[step, 5] = (shifted / temperature).exp().sum(-1).masked_fill(masked, 0)
+            out.stats[step, 6] = reference.xlogy(shifted.softmax(-1), shifted).sum(-1)
             out.top_indices[step] = reference.candidates(z, topk) if topk > 1 else z.argmax(-1, keepdim=True)
             out.top_values[step] = z.gather(-1, out.top_indices[step])
             if gather is not None:
                 out.gathered[step] = z.gather(-1, gather[step])
         return out
 
-    def divergence(
-        self, student: Rows, teacher: Rows, divergence: Divergence, temperature: float
-    ) -> tuple[Tensor, Tensor]:
-        value = student.stats.new_empty(student.stats.shape[0])
+    def divergence_sums(self, student: Rows, teacher: Rows, divergence: Divergence, temperature: float) -> Tensor:
+        sums = student.stats.new_empty((student.stats.shape[0], SUMS), dtype=torch.float64)
         for step in _steps(student.logits):
-            value[step] = reference.divergence(_z(student[step]), _z(teacher[step]), divergence, temperature)
-        return value, value  # reference.divergence_gradient finds the centre itself
+            for column, each in enumerate(_summands(student[step], teacher[step], divergence, temperature)):
+                sums[step, column] = each.sum(-1, dtype=torch.float64)
+        return sums
 
     def gradient_(
         self,
@@ -71,18 +109,21 @@ class Eager(Backend):
         teacher: Rows | None,
         divergence: Divergence | None,
         temperature: float,
-        center: Tensor | None,
+        sums: Tensor | None,
         coefficients: Coefficients,
         out: Tensor,
     ) -> None:
         for step in _steps(student.logits):
             rows, c = student[step], coefficients
             c_divergence, c_entropy, c_softmax = (part[step, None] for part in c.dense)
-            z = _z(rows)
-            gradient = c_entropy * reference.entropy_gradient(z) + c_softmax * z.softmax(-1)
+            gradient = 0.0
             if divergence is not None:
-                z_t = _z(teacher[step])
-                gradient += c_divergence * reference.divergence_gradient(z, z_t, divergence, temperature)
+                of_divergence = _divergence_gradient(rows, teacher[step], divergence, temperature, sums[step])
+                gradient = c_divergence * of_divergence
+            z = _z(rows)
+            x = z - rows.stats[:, :1]
+            q = x.exp() / rows.stats[:, 4:5]
+            gradient = gradient + c_entropy * (q * rows.stats[:, 6:7] - reference.xlogy(q, x)) + c_softmax * q
             gradient.scatter_add_(-1, c.ids[step], c.scatter[step])
             if rows.softcap is not None:
                 gradient *= 1 - (z / rows.softcap).square()

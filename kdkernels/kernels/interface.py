@@ -5,6 +5,7 @@ Axes: C tokens of a chunk, V vocabulary, H hidden, K candidates, J ids per token
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from ..compute import gemm
 from ..divergences import Divergence
 
 STATS = 7  # numbers of a row, see Rows
+SUMS = 5  # likewise, see Backend.divergence_sums
 
 
 class Summary:
@@ -65,7 +67,9 @@ class Rows(Summary):
         5  what column 3 is the logarithm of
         6  E_q[z - max]
 
-    Columns 0, 4, 5 and 6 of the parts of a vocabulary give those of the whole (``merged``).
+    A row whose entries are all masked (-inf) has no distribution: its columns are NaN, except that the sums 4 and 5
+    are 0. A row with a NaN has NaN there too. Columns 0, 4, 5 and 6 of the parts of a vocabulary give those of the
+    whole (``merged``).
     """
 
     logits: Tensor
@@ -97,17 +101,31 @@ class Rows(Summary):
 def merged(parts: Sequence[Rows], temperature: float) -> Tensor:
     """``stats`` [C, STATS] of the whole vocabulary, from the statistics of its parts at this temperature.
 
-    A part that masks every entry of a row has no distribution: its statistics are NaN, and so are those of the whole.
+    A part in which every entry of a row is masked contributes nothing. A row that is masked in all parts has the
+    statistics of such a row.
     """
     stats = torch.stack([part.stats for part in parts]).double()  # [parts, C, STATS]
-    highest = stats[..., 0].amax(0)
-    behind = stats[..., 0] - highest
+    masked = stats[..., 4] == 0
+    maxima = stats[..., 0].masked_fill(masked, -torch.inf)
+    highest = maxima.amax(0)
+    behind = maxima - highest
     totals = stats[..., 4] * behind.exp()
     total, tempered = totals.sum(0), (stats[..., 5] * (behind / temperature).exp()).sum(0)
-    mean = ((stats[..., 6] + behind) * totals).sum(0) / total
+    mean = (stats[..., 6] + behind).masked_fill(masked, 0).mul(totals).sum(0) / total
     log_sum = total.log()
     out = torch.stack([highest, log_sum, log_sum - mean, tempered.log(), total, tempered, mean], dim=1)
-    return out.to(parts[0].stats.dtype)
+    return torch.where(masked.all(0)[:, None], stats[0], out).to(parts[0].stats.dtype)
+
+
+def finished(parts: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The divergence [C] of each token in ``dtype``, and its sums [C, SUMS] over the whole vocabulary, which
+    ``Backend.gradient_`` takes.
+
+    ``parts`` are the sums over each part of the vocabulary (``Backend.divergence_sums``): one, where it is not divided.
+    """
+    sums = functools.reduce(torch.add, parts)
+    value = sums.select(1, 0)
+    return value.float() if dtype == torch.float32 else value.clone(), sums  # a view would keep all of the sums
 
 
 @dataclass(eq=False)
@@ -184,10 +202,27 @@ class Backend(ABC):
         return self.statistics(logits, scale, softcap, temperature, topk, gather)
 
     @abstractmethod
+    def divergence_sums(self, student: Rows, teacher: Rows, divergence: Divergence, temperature: float) -> Tensor:
+        """Sweep 2: sums [C, SUMS] over the entries of each row, in float64, with p and q at the temperature:
+
+            0  the divergence: a p log(p/m) + b q log(q/m)
+            1  b q log(q/m)
+            2  q (q - p) / m
+            3  q p / m
+            4  q
+
+        Columns 1 to 3 divided by column 4 are the means with which the gradient is centred. A backend may leave out
+        those that its ``gradient_`` does not need, and multiply columns 1 to 4 by one factor, which cancels there.
+
+        Where the logits are a part of the vocabulary, the statistics of both rows are those of the whole (``merged``).
+        The sums of all parts, added, are then those of the whole: see ``finished``.
+        """
+
     def divergence(
         self, student: Rows, teacher: Rows, divergence: Divergence, temperature: float
     ) -> tuple[Tensor, Tensor]:
-        """Sweep 2: the divergence [C] of each token, and what ``gradient_`` wants of it (``center`` [C, ...])."""
+        """Sweep 2 of a whole vocabulary: the divergence [C] of each token, and its sums, for ``gradient_``."""
+        return finished([self.divergence_sums(student, teacher, divergence, temperature)], student.stats.dtype)
 
     @abstractmethod
     def gradient_(
@@ -196,12 +231,13 @@ class Backend(ABC):
         teacher: Rows | None,
         divergence: Divergence | None,
         temperature: float,
-        center: Tensor | None,
+        sums: Tensor | None,
         coefficients: Coefficients,
         out: Tensor,
     ) -> None:
         """Sweep 3: the gradient of all terms with respect to the student's logits.
 
+        ``sums`` are those of the divergence over the whole vocabulary; statistics too, where the logits are a part.
         ``out`` [C, V] has the operands' dtype and lies over the student's logits, each row where that of the logits
         begins, so that these are overwritten.
         """

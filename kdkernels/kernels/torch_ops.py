@@ -4,9 +4,8 @@ Each such backend has the same three operators (native: python_bindings/ops.cpp;
 what they write, return nothing and know no autograd (the chunk loop does):
 
     row_statistics(logits, scale, softcap, temperature, stats!, top_values!, top_indices!, gather_ids, gathered!)
-    row_divergence(student, scale, softcap, stats, teacher, scale, softcap, stats, a, b, mix, skew, temperature,
-                   value!, center!)
-    row_gradient_(student!, ... temperature, center, coefficients, ids, scatter, out_dtype)
+    row_divergence(student, scale, softcap, stats, teacher, scale, softcap, stats, a, b, mix, skew, temperature, sums!)
+    row_gradient_(student!, ... temperature, sums, coefficients, ids, scatter, out_dtype)
 
 where softcap 0 means none and ``row_gradient_`` writes numbers of ``out_dtype`` over the student's logits.
 """
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..divergences import Divergence
-from .interface import Backend, Coefficients, Request, Rows, refused_dtype
+from .interface import SUMS, Backend, Coefficients, Request, Rows, refused_dtype
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -58,16 +57,12 @@ class OperatorBackend(Backend):
         )
         return out
 
-    def divergence(
-        self, student: Rows, teacher: Rows, divergence: Divergence, temperature: float
-    ) -> tuple[Tensor, Tensor]:
-        count = student.stats.shape[0]
-        value = student.stats.new_empty(count)
-        center = value.new_empty((count, 3), dtype=torch.float64)  # rounded, the gradient would not sum to 0
+    def divergence_sums(self, student: Rows, teacher: Rows, divergence: Divergence, temperature: float) -> Tensor:
+        sums = student.stats.new_empty((student.stats.shape[0], SUMS), dtype=torch.float64)
         self.operators.row_divergence(
-            *_operands(student), *_operands(teacher), *_scalars(divergence), temperature, value, center
+            *_operands(student), *_operands(teacher), *_scalars(divergence), temperature, sums
         )
-        return value, center
+        return sums
 
     def gradient_(
         self,
@@ -75,7 +70,7 @@ class OperatorBackend(Backend):
         teacher: Rows | None,
         divergence: Divergence | None,
         temperature: float,
-        center: Tensor | None,
+        sums: Tensor | None,
         coefficients: Coefficients,
         out: Tensor,
     ) -> None:
@@ -83,7 +78,7 @@ class OperatorBackend(Backend):
         other = _operands(teacher) if divergence else (None, 1.0, 0.0, None)
         c = coefficients
         self.operators.row_gradient_(
-            *_operands(student), *other, *scalars, temperature, center, c.dense, c.ids, c.scatter, out.dtype
+            *_operands(student), *other, *scalars, temperature, sums, c.dense, c.ids, c.scatter, out.dtype
         )
 
 

@@ -61,21 +61,21 @@ def row_statistics(
 def row_divergence(
     student: Tensor, s_scale: float, s_softcap: float, s_stats: Tensor,
     teacher: Tensor, t_scale: float, t_softcap: float, t_stats: Tensor,
-    a: float, b: float, mix: float, skew: float, temperature: float, value: Tensor, center: Tensor,
+    a: float, b: float, mix: float, skew: float, temperature: float, sums: Tensor,
 ) -> None:  # fmt: skip
     count, vocabulary = student.shape
     block, warps = _block(_DIVERGENCE, vocabulary)
     _launch(
         kernels.divergence_kernel, count, warps, vocabulary=vocabulary,
         **_side("s", student, s_scale, s_softcap, s_stats), **_side("t", teacher, t_scale, t_softcap, t_stats),
-        a=a, **_mixture(a, b, mix, skew), **_inverse(temperature), value_ptr=value, center_ptr=center, BLOCK=block,
+        a=a, **_mixture(a, b, mix, skew), **_inverse(temperature), sums_ptr=sums, BLOCK=block,
     )  # fmt: skip
 
 
 def row_gradient_(
     student: Tensor, s_scale: float, s_softcap: float, s_stats: Tensor,
     teacher: Tensor | None, t_scale: float, t_softcap: float, t_stats: Tensor | None,
-    a: float, b: float, mix: float, skew: float, temperature: float, center: Tensor | None,
+    a: float, b: float, mix: float, skew: float, temperature: float, sums: Tensor | None,
     coefficients: Tensor, ids: Tensor, scatter: Tensor, out_dtype: torch.dtype,
 ) -> None:  # fmt: skip
     count, vocabulary = student.shape
@@ -89,7 +89,7 @@ def row_gradient_(
     else:
         common |= {**_side("t", teacher, t_scale, t_softcap, t_stats), **_inverse(temperature)}
         common |= {**_mixture(a, b, mix, skew), "skew": skew}
-    common |= {"center_ptr": center, "dense_ptr": coefficients, "dense_stride": count, "ids_ptr": ids, **_sizes(ids)}
+    common |= {"sums_ptr": sums, "dense_ptr": coefficients, "dense_stride": count, "ids_ptr": ids, **_sizes(ids)}
     at_ids = torch.empty_like(scatter)
     if ids.shape[1]:
         _launch(kernels.scatter_kernel, count, _SCATTER_WARPS, **common, scatter_ptr=scatter, at_ids_ptr=at_ids)
@@ -171,7 +171,7 @@ def _launch(kernel, programs: int, warps: int, **arguments) -> None:
 def _register() -> Operators:
     written = {
         row_statistics: ("stats", "top_values", "top_indices", "gathered"),
-        row_divergence: ("value", "center"),
+        row_divergence: ("sums",),
         row_gradient_: ("student",),
     }
     for function, mutated in written.items():

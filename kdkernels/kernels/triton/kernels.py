@@ -14,6 +14,7 @@ import triton.language as tl
 from .maths import INFINITE, MASKED, exp, exp_rough, finite, load_logits, load_z, log, log1p, over_temperature
 
 STATS = tl.constexpr(7)  # numbers per row, in the order of interface.Rows
+SUMS = tl.constexpr(5)  # likewise, of interface.Backend.divergence_sums
 
 # Where the mixture m = mix p + (1 - mix) q lies; JSD is the interior one of a JSD, without a skew term (no division).
 NONE, STUDENT, TEACHER, JSD, INTERIOR = (tl.constexpr(i) for i in range(5))
@@ -24,7 +25,7 @@ NONE, STUDENT, TEACHER, JSD, INTERIOR = (tl.constexpr(i) for i in range(5))
 _SIZES = ["groups", "k", "n_ids", "dense_stride"]
 _SMALL = [
     "stats_ptr", "s_stats_ptr", "t_stats_ptr", "maxima_ptr", "values_ptr", "indices_ptr", "ids_ptr", "gathered_ptr",
-    "value_ptr", "center_ptr", "dense_ptr", "scatter_ptr", "at_ids_ptr",
+    "sums_ptr", "dense_ptr", "scatter_ptr", "at_ids_ptr",
 ]  # fmt: skip
 _kernel = triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_SMALL)
 
@@ -107,7 +108,7 @@ def statistics_kernel(
 ):  # fmt: skip
     """Max, log-sum, entropy, log-sum at a temperature; and the maximum of each group of GROUP consecutive words.
 
-    A row without any word (all -inf) has no distribution: NaN.
+    A row without any word (all -inf) has no distribution: NaN, but for the sums, which are 0.
 
     Every 16 words of a block (those of a thread, VECTOR of them side by side) have a running maximum of their own, so
     that no step waits for one over the block. With x = z - maximum, ``rest`` sums e^x over all words but the
@@ -133,7 +134,8 @@ def statistics_kernel(
             )  # fmt: skip
 
     highest = tl.max(top)
-    highest = tl.where(highest > MASKED, highest, float("nan"))
+    exists = highest > MASKED
+    undefined = tl.where(exists, 0.0, float("nan"))
     x = top - highest
     e = exp(x)
     ties = tl.sum(tl.where(x == 0, 1.0, 0.0)) - 1.0
@@ -141,17 +143,17 @@ def statistics_kernel(
     log_sum = log1p(total)
     mean = tl.sum(e * (weighted + x * (rest + 1.0))) / (1.0 + total)
     stats_ptr += row * STATS
-    tl.store(stats_ptr, highest)
-    tl.store(stats_ptr + 1, log_sum)
-    tl.store(stats_ptr + 2, log_sum - mean)
-    tl.store(stats_ptr + 4, 1.0 + total)
-    tl.store(stats_ptr + 6, mean)
+    tl.store(stats_ptr, highest + undefined)
+    tl.store(stats_ptr + 1, log_sum + undefined)
+    tl.store(stats_ptr + 2, log_sum - mean + undefined)
+    tl.store(stats_ptr + 4, tl.where(exists, 1.0 + total, total * 0.0))  # NaN where one is among the masked
+    tl.store(stats_ptr + 6, mean + undefined)
     if TEMPERED:
         e = exp_rough(over_temperature(x, inverse, inverse_rest))
         total = tl.sum(e * tempered + tl.where(x == 0, 0.0, e)) + ties
         log_sum = log1p(total)
-    tl.store(stats_ptr + 3, log_sum)
-    tl.store(stats_ptr + 5, 1.0 + total)
+    tl.store(stats_ptr + 3, log_sum + undefined)
+    tl.store(stats_ptr + 5, tl.where(exists, 1.0 + total, total * 0.0))
 
 
 @_kernel
@@ -273,11 +275,11 @@ def _pair(s_stats_ptr, t_stats_ptr, row, MIXTURE: tl.constexpr, TEMPERED: tl.con
 @_kernel
 def divergence_kernel(
     s_ptr, s_stride, s_scale, s_softcap, s_stats_ptr, t_ptr, t_stride, t_scale, t_softcap, t_stats_ptr, vocabulary,
-    a, b, mix, rest, inverse, inverse_rest, value_ptr, center_ptr,
+    a, b, mix, rest, inverse, inverse_rest, sums_ptr,
     BLOCK: tl.constexpr, MIXTURE: tl.constexpr, TEMPERED: tl.constexpr,
     S_SOFTCAP: tl.constexpr, T_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """a KL(p || m) + b KL(q || m), and E_q of b log(q/m), (q - p)/m and p/m, with which the gradient is centred."""
+    """The row's sums (interface.Backend.divergence_sums); all but the first times the s of _ratio."""
     row = tl.program_id(0).to(tl.int64)
     s_ptr += row * s_stride
     t_ptr += row * t_stride
@@ -308,19 +310,21 @@ def divergence_kernel(
             if (MIXTURE == INTERIOR) | (MIXTURE == STUDENT):
                 shared += q_p
             mass += q
-    # Over the mass, and with sum q - sum p at m = q not taken for 0: what is rounded leaves a gradient that sums to 0.
+    sums_ptr += row * SUMS
     kl_q_sum = tl.sum(kl_q.to(tl.float64), axis=0)
+    value = (a * tl.sum(kl_p.to(tl.float64), axis=0) + b * kl_q_sum) * norm
+    tl.store(sums_ptr, tl.where(value > INFINITE, float("inf"), value))
+    tl.store(sums_ptr + 1, b * kl_q_sum)
     total = tl.sum(mass.to(tl.float64), axis=0)
-    tl.store(center_ptr + row * 3, b * kl_q_sum / total)
+    tl.store(sums_ptr + 4, total)
     shared_sum = tl.sum(shared.to(tl.float64), axis=0)
+    tl.store(sums_ptr + 3, shared_sum)
+    # At m = q, sum q - sum p is not taken for 0: what is rounded leaves a gradient that sums to 0.
     if MIXTURE == STUDENT:  # noqa: SIM108 - decided when compiled
         skew_sum = total - shared_sum  # sum q - sum p: one accumulator less
     else:
         skew_sum = tl.sum(skewed.to(tl.float64), axis=0)
-    tl.store(center_ptr + row * 3 + 1, skew_sum / total)
-    tl.store(center_ptr + row * 3 + 2, shared_sum / total)
-    value = ((a * tl.sum(kl_p.to(tl.float64), axis=0) + b * kl_q_sum) * norm).to(tl.float32)
-    tl.store(value_ptr + row, tl.where(value > INFINITE, float("inf"), value))
+    tl.store(sums_ptr + 2, skew_sum)
 
 
 @triton.jit
@@ -369,7 +373,7 @@ def _gradient(
 
 @triton.jit
 def _row_scalars(
-    row, s_scale, s_stats_ptr, t_stats_ptr, center_ptr, dense_ptr, dense_stride, skew, inverse,
+    row, s_scale, s_stats_ptr, t_stats_ptr, sums_ptr, dense_ptr, dense_stride, skew, inverse,
     MIXTURE: tl.constexpr, TEMPERED: tl.constexpr,
 ):  # fmt: skip
     """Statistics and coefficients of a row, in the order in which _gradient takes them.
@@ -391,13 +395,15 @@ def _row_scalars(
     shared = 0.0
     c_divergence = 0.0
     if MIXTURE != NONE:
-        exact = tl.load(center_ptr + row * 3)
+        # Means over the mass: over 1, which it is but for rounding, they would leave a gradient that does not sum to 0.
+        mass = tl.load(sums_ptr + row * SUMS + 4)
+        exact = tl.load(sums_ptr + row * SUMS + 1) / mass
         center = exact.to(tl.float32)
         c_divergence = tl.load(dense_ptr + row) * inverse * norm_p
         if s_scale is not None:
             c_divergence *= s_scale
-        skewed = c_divergence * skew * tl.load(center_ptr + row * 3 + 1).to(tl.float32)
-        shared = c_divergence * skew * tl.load(center_ptr + row * 3 + 2).to(tl.float32)
+        skewed = c_divergence * skew * (tl.load(sums_ptr + row * SUMS + 2) / mass).to(tl.float32)
+        shared = c_divergence * skew * (tl.load(sums_ptr + row * SUMS + 3) / mass).to(tl.float32)
         c_rest = c_divergence * (center.to(tl.float64) - exact).to(tl.float32)
         if not TEMPERED:  # the same q
             c_x *= norm_p
@@ -409,7 +415,7 @@ def _row_scalars(
 @_kernel
 def scatter_kernel(
     s_ptr, s_stride, s_scale, s_softcap, s_stats_ptr, t_ptr, t_stride, t_scale, t_softcap, t_stats_ptr, vocabulary,
-    b, mix, rest, skew, inverse, inverse_rest, center_ptr, dense_ptr, dense_stride,
+    b, mix, rest, skew, inverse, inverse_rest, sums_ptr, dense_ptr, dense_stride,
     ids_ptr, scatter_ptr, at_ids_ptr, n_ids,
     IDS: tl.constexpr, MIXTURE: tl.constexpr, TEMPERED: tl.constexpr, S_SOFTCAP: tl.constexpr, T_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
@@ -426,7 +432,7 @@ def scatter_kernel(
     if s_scale is not None:
         added *= s_scale
     scalars = _row_scalars(
-        row, s_scale, s_stats_ptr, t_stats_ptr, center_ptr, dense_ptr, dense_stride, skew, inverse, MIXTURE, TEMPERED
+        row, s_scale, s_stats_ptr, t_stats_ptr, sums_ptr, dense_ptr, dense_stride, skew, inverse, MIXTURE, TEMPERED
     )
     gradient = _gradient(
         ids, inside, added, s_ptr + row * s_stride, s_scale, s_softcap, t_ptr + row * t_stride, t_scale, t_softcap,
@@ -438,7 +444,7 @@ def scatter_kernel(
 @_kernel
 def gradient_kernel(
     s_ptr, s_stride, s_scale, s_softcap, s_stats_ptr, t_ptr, t_stride, t_scale, t_softcap, t_stats_ptr, vocabulary,
-    b, mix, rest, skew, inverse, inverse_rest, center_ptr, dense_ptr, dense_stride, ids_ptr, at_ids_ptr, n_ids,
+    b, mix, rest, skew, inverse, inverse_rest, sums_ptr, dense_ptr, dense_stride, ids_ptr, at_ids_ptr, n_ids,
     out_ptr, out_stride, BLOCK: tl.constexpr, IDS: tl.constexpr, MIXTURE: tl.constexpr, TEMPERED: tl.constexpr,
     S_SOFTCAP: tl.constexpr, T_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
@@ -452,7 +458,7 @@ def gradient_kernel(
     row = tl.program_id(0).to(tl.int64)
     out_ptr += row * out_stride
     scalars = _row_scalars(
-        row, s_scale, s_stats_ptr, t_stats_ptr, center_ptr, dense_ptr, dense_stride, skew, inverse, MIXTURE, TEMPERED
+        row, s_scale, s_stats_ptr, t_stats_ptr, sums_ptr, dense_ptr, dense_stride, skew, inverse, MIXTURE, TEMPERED
     )
     s_ptr += row * s_stride
     t_ptr += row * t_stride
