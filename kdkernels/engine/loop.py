@@ -28,7 +28,7 @@ from ..sources import Known, autocasts, check_complete, shared_vocabulary
 from . import plan
 from .gradient import LogitGradient, side_by_side
 from .spec import Call, Result
-from .terms import DivergenceTerm, View
+from .terms import View
 from .tokens import Tokens, concatenated
 
 
@@ -40,7 +40,7 @@ class _Loop:
         device, self.operand = student.device, student.dtype
         dtype = student.logits_dtype(call.logits_dtype)
         teacher_dtype = torch.promote_types(dtype, teacher.dtype) if teacher else dtype
-        self.call, self.needs, self.differentiates = call, call.needs, any(needs)
+        self.call, self.needs, self.differentiates = call, call.terms.needs, any(needs)
         self.backend = backend_for(device, dtype, self.operand)
         self.vocabulary = vocabulary = shared_vocabulary(student, teacher)
         if self.needs.candidates > vocabulary:
@@ -49,11 +49,12 @@ class _Loop:
         self.borders = list(accumulate(count for _, count in call.groups))
 
         sizes = [((self.plan.rows, vocabulary), dtype)]
-        sizes += [((self.plan.teacher_rows, vocabulary), dtype)] * call.most_copies
+        copies = self.plan.copies
+        sizes += [((self.plan.teacher_rows, vocabulary), dtype)] * copies
         if teacher and teacher.complete:
             sizes.append(((self.plan.teacher_rows, vocabulary), teacher_dtype))
         buffer, *others = memory.matrices(sizes, device)
-        self.copies, others = others[: call.most_copies], others[call.most_copies :]
+        self.copies, others = others[:copies], others[copies:]
         pieces = sum(len(chunk.pieces) for chunk in self.plan.chunks)
         self.student = student.producer(self.backend, layout.index, vocabulary, buffer, needs, pieces)
         other_buffer = others[0] if others else None
@@ -83,7 +84,7 @@ class _Loop:
         asked, target = self.needs, self._targets(tokens)
         gather = side_by_side(entries, target)
         largest = max(1, asked.candidates, asked.collision)
-        rows = self.student.rows(tokens, self.call.temperature, largest, gather)
+        rows = self.student.rows(tokens, self.call.terms.temperature, largest, gather)
         known = _summary(rows, target is not None, asked.collision)
         if target is not None:
             known.cross_entropy.masked_fill_(target[:, 0] != self.call.target[tokens], torch.nan)
@@ -100,7 +101,7 @@ class _Loop:
         asked, target = self.needs, self._targets(tokens)
         gather = side_by_side(student.top_indices if asked.candidates else None, target)
         largest = max(asked.collision, min(asked.teacher_collision, self.vocabulary))
-        rows = self.teacher.rows(tokens, self.call.temperature, max(1, largest), gather)
+        rows = self.teacher.rows(tokens, self.call.terms.temperature, max(1, largest), gather)
         known = _summary(rows, target is not None, largest)
         if asked.candidates:
             known.at_student_argmax = rows.log_prob(rows.gathered[:, :1])[:, 0]
@@ -153,13 +154,14 @@ class _Loop:
         call, group = self.call, self._group(tokens.start)
         if self.teacher and teacher is None:
             teacher, known.teacher = self._teacher(tokens, known)
-        copies = self.copies[: call.copies(group)]
+        copies = self.copies and self.copies[: call.terms.copies(group, call.teacher)]
         view = View(known, student, teacher, self.teacher, self._targets(tokens), copies)
-        evaluated = {name: term.evaluated(view) for name, term in call.terms_of(group).items()}
-        elsewhere = student.stats.new_zeros(len(student.stats)) if len(evaluated) < len(call.terms) else None
-        known.values = {name: evaluated[name].value if name in evaluated else elsewhere for name in call.terms}
+        evaluated = {name: term.evaluated(view) for name, term in call.terms.of(group).items()}
+        absent = [name for name in call.terms.by_name if name not in evaluated]
+        known.values = {name: term.value for name, term in evaluated.items()}
+        known.values |= {name: torch.zeros_like(known.entropy) for name in absent}
         coefficients = self._coefficients(tokens, known)
-        coefficients |= {name: torch.zeros_like(c) for name, c in coefficients.items() if name not in evaluated}
+        coefficients |= {name: torch.zeros_like(coefficients[name]) for name in absent if name in coefficients}
         self.values.append(known)
         self.coefficients.append(coefficients)
         if d_logits is None:
@@ -168,7 +170,7 @@ class _Loop:
         for name, term in evaluated.items():
             if name in coefficients:
                 term.add(gradient, coefficients[name])
-        return gradient.write(self.backend, call.temperature, d_logits)
+        return gradient.write(self.backend, call.terms.temperature, d_logits)
 
     def _group(self, token: int) -> str | None:
         """The name of the group that a token is in."""
@@ -178,13 +180,14 @@ class _Loop:
         return None
 
     def _coefficients(self, tokens: slice, known: Tokens) -> dict[str, Tensor]:
+        """What each term counts at these tokens."""
         call = self.call
         if call.coefficients is not None:
             return {name: each[tokens] for name, each in call.coefficients.items()}
         given = call.program.coefficients(known)
-        if given.keys() != call.terms.keys():
+        if given.keys() != call.terms.by_name.keys():
             raise ValueError(
-                f"coefficients: expected one for each of the terms {[*call.terms]}, got some for {[*given]}"
+                f"coefficients: expected one for each of the terms {[*call.terms.by_name]}, got some for {[*given]}"
             )
         return {name: call.scale * each for name, each in given.items()}
 
@@ -205,9 +208,9 @@ def run(call: Call, needs: tuple[bool, ...] = ()) -> Result | None:
         TypeError: the program needs more of the teacher than its K entries.
     """
     if call.teacher:
-        if call.needs.all_entries or not any(isinstance(term, DivergenceTerm) for term in call.terms.values()):
+        if call.terms.needs.all_entries or not call.terms.has_divergence:
             check_complete(call.teacher, "this needs the teacher's distribution over all entries")
-        call.teacher.check_temperature(call.temperature)
+        call.teacher.check_temperature(call.terms.temperature)
     device = call.student.device
     with torch.autocast(device.type, enabled=False) if autocasts(device) else nullcontext():
         loop = _Loop(call, needs)

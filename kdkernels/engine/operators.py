@@ -21,7 +21,7 @@ from ..sources import unpacked
 from .autograd import save, saved, scale_
 from .loop import run
 from .spec import Call, Program
-from .terms import CrossEntropyTerm, DivergenceTerm, EntropyTerm, Needs, PlackettLuceTerm, Term
+from .terms import CrossEntropyTerm, DivergenceTerm, EntropyTerm, Needs, PlackettLuceTerm, Term, Terms
 
 # ---- sources as arguments -------------------------------------------------------------------------------------------
 
@@ -66,7 +66,7 @@ class Sources(NamedTuple):
         (count,) = index.shape
         return Call(
             program,
-            program.terms,
+            Terms(program.terms, program.reads),
             student,
             teacher,
             Layout.trusted(index, (count,) if count else (), (1, self.shape.numel())),

@@ -44,6 +44,7 @@ class Plan(NamedTuple):
     rows: int  # tokens of a chunk at most
     teacher_rows: int  # ... of a sub-chunk of the teacher
     step: int  # of what the tokens of all but the last slice are a multiple, where they can be
+    copies: int  # of a sub-chunk's student logits (Terms.copies)
 
     def split(self, start: int, stop: int, borders: Sequence[int] = ()) -> list[slice]:
         """Tokens [start, stop) in sub-chunks of the teacher, none on both sides of a border."""
@@ -55,7 +56,7 @@ def planned(
     needs: tuple[bool, ...],
 ) -> Plan:  # fmt: skip
     """The chunks of a call with such logits, and with gradients of those of the student's tensors in ``needs``."""
-    student, teacher, asked, device = call.student, call.teacher, call.needs, call.student.device
+    student, teacher, asked, device = call.student, call.teacher, call.terms.needs, call.student.device
     largest = max(1, asked.candidates, asked.collision)
     mine, other = student.costs(backend, vocabulary, dtype, largest, True), Costs(0, 0, 0)
     if teacher:
@@ -64,8 +65,8 @@ def planned(
     count = max(1, len(call.layout))
     fixed = backend.workspace(count, vocabulary) + max(mine.fixed, other.fixed) + mine.kept + other.kept
     fixed += count * (TOKEN_BYTES + CANDIDATE_BYTES * asked.candidates)
-    copies = call.most_copies * memory.padded(vocabulary, device) * dtype.itemsize
-    row, teacher_row = mine.row, other.row + copies
+    copies = max([call.terms.copies(group, teacher) for group, _ in call.groups or ((None, 0),)])
+    row, teacher_row = mine.row, other.row + copies * memory.padded(vocabulary, device) * dtype.itemsize
     if teacher and not teacher.complete:  # it has no logits and so no sub-chunks
         row, teacher_row = row + teacher_row, 0
     products, budget = _products(call, dtype, needs), call.memory_budget
@@ -76,7 +77,7 @@ def planned(
     rows, teacher_rows = chunk_rows(budget, fixed, row, teacher_row, count, wanted)
     lengths = call.layout.lengths if call.program.selects else (len(call.layout),)
     step = gpu.TILE if wanted else 1
-    return Plan(chunks(lengths, rows, step), rows, teacher_rows, step)
+    return Plan(chunks(lengths, rows, step), rows, teacher_rows, step, copies)
 
 
 def _products(call: Call, dtype: torch.dtype, needs: tuple[bool, ...]) -> gpu.Products:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..layout import Layout
 from ..sources import Source
-from .terms import DivergenceTerm, Needs, Term
+from .terms import Needs, Term, Terms
 from .tokens import Tokens
 
 
@@ -34,7 +34,7 @@ class Program:
     @property
     def needs(self) -> Needs:
         """What is to be known of each token."""
-        return Needs.of(self.terms, self.reads)
+        return Terms(self.terms, self.reads).needs
 
     def select(self, tokens: Tokens, layout: Layout) -> dict[str, Tensor]:
         """Constants [n] that depend on whole responses, from the statistics of the tokens in ``layout``; once per
@@ -51,7 +51,7 @@ class Call:
     """One evaluation of a program. ``student`` and ``teacher`` hold detached tensors; [N] tensors follow ``layout``."""
 
     program: Program
-    terms: Mapping[str, Term]  # the program's, at the time of the call
+    terms: Terms  # the program's, at the time of the call
     student: Source
     teacher: Source | None
     layout: Layout
@@ -63,40 +63,6 @@ class Call:
     scale: float = 1.0  # on the loss: one over what it is a mean of
     memory_budget: int | None = None
     logits_dtype: torch.dtype | None = None
-
-    @cached_property
-    def needs(self) -> Needs:
-        """What is to be known of each token."""
-        return Needs.of(self.terms, self.program.reads)
-
-    @cached_property
-    def temperature(self) -> float:
-        """That of all divergences, 1 without any.
-
-        Raises:
-            ValueError: they have several: the statistics of a token hold one.
-        """
-        found = {term.temperature for term in self.terms.values() if isinstance(term, DivergenceTerm)}
-        if len(found) > 1:
-            raise ValueError(f"temperature: expected the same for all divergences of a loss, got {sorted(found)}")
-        return found.pop() if found else 1.0
-
-    def terms_of(self, group: str | None) -> dict[str, Term]:
-        """Those of the tokens of a group."""
-        return {name: term for name, term in self.terms.items() if term.group in (None, group)}
-
-    def copies(self, group: str | None) -> int:
-        """Copies of the student's logits that the divergences of a group's tokens use up. One may use up the logits
-        themselves, unless other terms share these with a teacher that knows K entries (sources.Comparison)."""
-        terms = self.terms_of(group).values()
-        divergences = sum(isinstance(term, DivergenceTerm) for term in terms)
-        free = self.teacher is not None and (self.teacher.complete or divergences == len(terms))
-        return max(0, divergences - free)
-
-    @cached_property
-    def most_copies(self) -> int:
-        """The same of whichever group takes most."""
-        return max(self.copies(group) for group in {name for name, _ in self.groups} or {None})
 
 
 @dataclass(eq=False)
@@ -121,7 +87,7 @@ class Result:
         for known in (self.tokens, self.tokens.teacher):
             if known is not None:
                 seen += [known.entropy, known.cross_entropy]
-        return sum(~each.isfinite() for each in seen if each is not None).count_nonzero()
+        return (~torch.stack([each for each in seen if each is not None]).isfinite().all(0)).sum()
 
     def loss(self) -> Tensor:
         """The sum of all terms."""

@@ -28,7 +28,7 @@ from torch import Tensor
 from ..checks import check_count, check_temperature
 from ..divergences import Divergence
 from ..kernels import Rows, plackett_luce
-from ..sources import Known, Producer
+from ..sources import Known, Producer, Source
 from .gradient import LogitGradient
 from .tokens import Tokens
 
@@ -46,11 +46,6 @@ class Needs:
 
     def __or__(self, other: Needs) -> Needs:
         return Needs(*map(max, vars(self).values(), vars(other).values()))
-
-    @classmethod
-    def of(cls, terms: Mapping[str, Term], reads: Needs) -> Needs:
-        """What these terms and ``reads`` need together."""
-        return reduce(or_, (term.needs for term in terms.values()), reads)
 
 
 @dataclass(eq=False)
@@ -154,3 +149,35 @@ class PlackettLuceTerm(Term):
         value, slope = plackett_luce(student.top_values[:, : self.k], teacher.gathered[:, : self.k], teacher.max)
         ids = view.tokens.top_indices[:, : self.k]
         return Evaluated(value, lambda gradient, c: gradient.add_entries(ids, c[:, None].to(slope.dtype) * slope))
+
+
+class Terms:
+    """The terms of a loss by name, and what they need together with what else ``reads`` asks for.
+
+    Raises:
+        ValueError: divergences of several temperatures: the statistics of a token hold one.
+    """
+
+    def __init__(self, terms: Mapping[str, Term], reads: Needs):
+        self.by_name = dict(terms)
+        self.needs = reduce(or_, [term.needs for term in terms.values()], reads)
+        temperatures = {term.temperature for term in terms.values() if isinstance(term, DivergenceTerm)}
+        if len(temperatures) > 1:
+            raise ValueError(
+                f"temperature: expected the same for all divergences of a loss, got {sorted(temperatures)}"
+            )
+        self.has_divergence = bool(temperatures)
+        self.temperature = temperatures.pop() if temperatures else 1.0
+
+    def of(self, group: str | None) -> dict[str, Term]:
+        """Those of the tokens of a group."""
+        return {name: term for name, term in self.by_name.items() if term.group is None or term.group == group}
+
+    def copies(self, group: str | None, teacher: Source | None) -> int:
+        """Copies of the student's logits that the divergences of a group's tokens use up. One may use up the logits
+        themselves, unless other terms share these with a teacher that knows K entries (sources.Comparison)."""
+        if not self.has_divergence:
+            return 0
+        terms = self.of(group).values()
+        divergences = len([term for term in terms if isinstance(term, DivergenceTerm)])
+        return max(0, divergences - (teacher.complete or divergences == len(terms)))

@@ -31,6 +31,8 @@ class Tokens(Summary):
     values: dict[str, Tensor] = field(default_factory=dict)  # of the program's terms, by their names
 
     def __getitem__(self, tokens: slice) -> Tokens:
+        if tokens == slice(0, len(self.stats)):
+            return self
         return _mapped(lambda tensor: tensor[tokens], self)
 
 

@@ -5,6 +5,7 @@ Axes: B rows of the batch, L positions, N response tokens, H hidden, V vocabular
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from ..engine.autograd import evaluate
 from ..engine.operators import check_range
 from ..engine.spec import Call, Program
-from ..engine.terms import Needs
+from ..engine.terms import Term, Terms
 from ..engine.tokens import Tokens
 from ..functional import check_ids, check_limits
 from ..layout import SHIFT, Layout
@@ -89,10 +90,9 @@ class Objective(Program, nn.Module):
         """
         check_student(student)
         check_limits(memory_budget, logits_dtype)
-        terms = dict(self.terms)
-        needs = Needs.of(terms, self.reads)
+        terms = Terms(self.terms, self.reads)
         layout = _layout("mask", mask, student)
-        self._check_arguments(needs, student, teacher, layout, target, weights, from_teacher, teacher_mask)
+        self._check_arguments(terms, student, teacher, layout, target, weights, from_teacher, teacher_mask)
         count = self.count(layout, from_teacher)
         teacher_layout = _teacher_layout(layout, teacher, teacher_mask)
         groups = ()
@@ -103,7 +103,7 @@ class Objective(Program, nn.Module):
         if target is not None:
             check_ids("target", target, shape, device)
             target = layout.at(target)
-        elif needs.target:
+        elif terms.needs.target:
             target = layout.token
         if target is not None:
             check_range("target", target, student.vocabulary, hint=SHIFT)
@@ -134,7 +134,7 @@ class Objective(Program, nn.Module):
 
     def _check_arguments(
         self,
-        needs: Needs,
+        terms: Terms,
         student: Source,
         teacher: Source | None,
         layout: Layout,
@@ -144,14 +144,14 @@ class Objective(Program, nn.Module):
         teacher_mask: Tensor | Layout | None,
     ) -> None:
         """What is missing or superfluous."""
-        name = type(self).__name__
+        name, needs = type(self).__name__, terms.needs
         if needs.teacher:
             check_teacher(student, teacher, same_positions=teacher_mask is None)
         elif teacher is not None:
             raise TypeError(f"teacher: {name} has none; expected None, got {type(teacher).__name__}")
         elif teacher_mask is not None:
             raise TypeError(f"teacher_mask: {name} has no teacher; expected None")
-        if self.by_author:
+        if _by_author(terms.by_name):
             _check_from_teacher(name, from_teacher, layout.shape[0])
         elif from_teacher is not None:
             raise TypeError(f"from_teacher: {name} treats all responses alike; expected None")
@@ -173,16 +173,8 @@ class Objective(Program, nn.Module):
 
     @property
     def by_author(self) -> bool:
-        """Whether some terms count in responses of one author only: then ``from_teacher`` is required.
-
-        Raises:
-            ValueError: a term has a group of another name.
-        """
-        groups = {name: term.group for name, term in self.terms.items() if term.group is not None}
-        for name, group in groups.items():
-            if group not in AUTHORS:
-                raise ValueError(f"{name}: expected a term of the group {' or '.join(AUTHORS)}, got {group!r}")
-        return bool(groups)
+        """Whether some terms count in responses of one author only: then ``from_teacher`` is required."""
+        return _by_author(self.terms)
 
     def count(self, layout: Layout, from_teacher: Tensor | None = None) -> int:
         """The denominator of the loss, known before the forward pass: responses, tokens or prompts of ``layout``.
@@ -229,6 +221,15 @@ def _layout(name: str, mask: Tensor | Layout, source: Source) -> Layout:
             f"{list(layout.shape)}"
         )
     return layout
+
+
+def _by_author(terms: Mapping[str, Term]) -> bool:
+    """Whether some terms have a group, which is an author."""
+    groups = {name: term.group for name, term in terms.items() if term.group is not None}
+    for name, group in groups.items():
+        if group not in AUTHORS:
+            raise ValueError(f"{name}: expected a term of the group {' or '.join(AUTHORS)}, got {group!r}")
+    return bool(groups)
 
 
 def _grouped(layout: Layout, teacher_layout: Layout, from_teacher: Tensor) -> tuple[Layout, Layout, tuple]:
