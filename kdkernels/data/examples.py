@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from kdkernels.data.encoding import Encoder
+from kdkernels.data.encoding import Encoded, Encoder
 from kdkernels.data.texts import render
 from kdkernels.errors import InputError
 
@@ -85,46 +85,64 @@ def load_examples(
     special = () if special_tokens_in_fields else encoder.special_tokens()
     lines = list(render(path, prompt, response, special))
     usable, counts, firsts = [], Counter(), {}
-    for part in _in_parts(lines, path):
-        texts = [text if tokenize_responses else "" for *_, text in part]
-        encoded = encoder.encode([text for _, text, _ in part], texts)
-        for (number, prompt_text, response_text), ids in zip(part, encoded, strict=True):
-            place = f"{path}, line {number}"
-            if not ids.prompt:
-                raise InputError(f"{place}: the prompt {prompt_text!r} has no tokens")
-            if len(ids.prompt) > max_prompt_tokens:
-                counts["long_prompts"] += 1
-                continue
-            if ids.response is None:
-                counts["joined"] += 1
-                firsts.setdefault("joined", f"line {number}")
-                continue
-            response_ids = _ended(ids.response, tokenizer.eos_token_id, place) if tokenize_responses else ()
-            if len(response_ids) > max_response_tokens:
-                counts["long_responses"] += 1
-                continue
-            if ids.changed:
-                counts["changed"] += 1
-                firsts.setdefault("changed", f"line {number}, {_difference(*ids.changed)}")
+    for number, prompt_text, response_text, ids in _encoded(encoder, lines, path, tokenize_responses):
+        reason, response_ids = None, ()
+        if len(ids.prompt) > max_prompt_tokens:
+            reason = "long_prompts"
+        elif ids.response is None:
+            reason = "joined"
+        elif tokenize_responses:
+            response_ids = _ended(ids.response, tokenizer.eos_token_id, f"{path}, line {number}")
+            reason = "long_responses" if len(response_ids) > max_response_tokens else None
+        if reason is None:
             usable.append(Example(number, prompt_text, response_text, tuple(ids.prompt), tuple(response_ids)))
+            reason = "changed" if ids.changed else None
+        if reason is not None:
+            counts[reason] += 1
+            firsts.setdefault(reason, (number, ids))
+    long = counts["long_prompts"], counts["long_responses"]
+    examples = Examples(path, tuple(usable), *long, _notes(counts, firsts), _first(encoder, usable, path))
+    if not usable:
+        raise InputError(f"{examples}: none is left")
+    return examples
+
+
+def _encoded(
+    encoder: Encoder, lines: Sequence[tuple[int, str, str]], path: str, with_responses: bool
+) -> Iterator[tuple[int, str, str, Encoded]]:
+    """The rendered `lines` (number, prompt, response), each with its ids, of which the prompt must have some."""
+    for part in _in_parts(lines, path):
+        texts = [text if with_responses else "" for *_, text in part]
+        for line, ids in zip(part, encoder.encode([text for _, text, _ in part], texts), strict=True):
+            if not ids.prompt:
+                raise InputError(f"{path}, line {line[0]}: the prompt {line[1]!r} has no tokens")
+            yield *line, ids
+
+
+def _notes(counts: Counter, firsts: dict[str, tuple[int, Encoded]]) -> tuple[str, ...]:
+    """What is to be said beside the numbers of `Examples`; `firsts`: the line and the ids that were counted first."""
     notes = []
     if counts["joined"]:
         notes.append(
             f"left out {counts['joined']} whose response has no tokens of its own behind the prompt's (the first: "
-            f"{firsts['joined']}): the tokenizer would join the two; let the prompt end, or the response begin, with "
-            "a space or a line break"
+            f"line {firsts['joined'][0]}): the tokenizer would join the two; let the prompt end, or the response begin, "
+            "with a space or a line break"
         )
     if counts["changed"]:
-        notes.append(f"the tokenizer changes the text of {counts['changed']} (the first: {firsts['changed']})")
-    first = ""
-    if usable:
-        shown = encoder.show(usable[0].prompt_ids, usable[0].response_ids)
-        first = f"first example, line {usable[0].line} of {path}:\n{shown}"
-    long = counts["long_prompts"], counts["long_responses"]
-    examples = Examples(path, tuple(usable), *long, tuple(notes), first)
+        number, ids = firsts["changed"]
+        notes.append(
+            f"the tokenizer changes the text of {counts['changed']} (the first: line {number}, "
+            f"{_difference(*ids.changed)})"
+        )
+    return tuple(notes)
+
+
+def _first(encoder: Encoder, usable: Sequence[Example], path: str) -> str:
+    """The first example as a model sees it, for people."""
     if not usable:
-        raise InputError(f"{examples}: none is left")
-    return examples
+        return ""
+    shown = encoder.show(usable[0].prompt_ids, usable[0].response_ids)
+    return f"first example, line {usable[0].line} of {path}:\n{shown}"
 
 
 def _in_parts(lines: Sequence, path: str) -> Iterator[Sequence]:

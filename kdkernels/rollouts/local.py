@@ -38,7 +38,8 @@ class LocalSampler:
         """The model's response to each prompt, as in `Sampler.generate`.
 
         Every token is drawn from softmax(logits) over the tokenizer's vocabulary, whatever the checkpoint's own
-        generation_config asks for. Padding rows of the vocabulary have probability 0, as they have in the objectives.
+        generation_config asks for. Ids without a token, which pad a vocabulary, have probability 0, as they have in
+        the objectives.
 
         Raises:
             FloatingPointError: for logits that are no distribution: with a NaN or +inf among them, or none above -inf.

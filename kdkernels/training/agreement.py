@@ -34,14 +34,14 @@ def check_model(key: str, model: PreTrainedModel, tokens: Sequence[int], trained
                 states(model, batch)
         except Exception as error:  # of any kind: the model's code ran
             raise InputError(f"{name}: the logits behind two tokens could not be computed: {error!r}") from error
-    words = ours.shape[-1]
-    difference = (own[..., :words] - ours).abs().max().item()
+    entries = ours.shape[-1]
+    difference = (own[..., :entries] - ours).abs().max().item()
     # both come from the same operations, each of which may round
-    limit = max(1e-4, 4 * torch.finfo(model.dtype).eps) * own[..., :words].abs().max().item()
+    limit = max(1e-4, 4 * torch.finfo(model.dtype).eps) * own[..., :entries].abs().max().item()
     if not difference <= limit:
         raise InputError(
             f"{name}: the logits of its own forward differ from those of its last hidden states and its head by up to "
-            f"{difference:.3g} (of {own[..., :words].abs().max().item():.3g}); such a model cannot be trained here"
+            f"{difference:.3g} (of {own[..., :entries].abs().max().item():.3g}); such a model cannot be trained here"
         )
     if beyond is not None and not has_router_loss(output) and abs(beyond.item()) > 1e-4:
         raise InputError(

@@ -102,12 +102,12 @@ def _read_model(path: str, key: str, config: Config, tokenizer: PreTrainedTokeni
             missing = sorted(report["missing_keys"])
             raise InputError(f"{key}: {len(missing)} weights are missing in {path}, for instance {missing[0]}")
     with _named(key):  # without weights, this is all that can be known of its head
-        rows = tail(model).entries
+        entries = tail(model).entries
         trunk(model)
-    words = vocabulary_size(tokenizer)
-    if rows < words:
+    needed = vocabulary_size(tokenizer)
+    if entries < needed:
         raise InputError(
-            f"{key}: expected a vocabulary of at least {words}, that of the tokenizer, got {rows} in {path}"
+            f"{key}: expected a vocabulary of at least {needed}, that of the tokenizer, got {entries} in {path}"
         )
     return model
 

@@ -54,16 +54,22 @@ class Result:
 
 
 def train(config: Config, resume: bool = False, judge: Judge | None = None) -> Result:
-    """Trains the recipe's student; with `resume`, from the latest checkpoint in the run's directory on.
-
-    Each micro-batch's tokens have the weights that `judge` gives them, on every process; a run that is resumed needs
-    the same judge again, which nothing can check.
+    """Trains the recipe's student.
 
     SIGTERM ends it after the step under way, with a checkpoint; if that step was skipped, after one that is not.
 
-    Raises InputError for data, models or a run directory that cannot be used, FloatingPointError for a run that
-    diverged: too many steps in a row had to be skipped ([train] max_skipped_steps), or what would be saved is not
-    finite, DiskError for what the disk did not take, Stopped after SIGTERM.
+    Args:
+        config: a recipe, as `load_config` gives it.
+        resume: goes on from the latest checkpoint in the run's directory.
+        judge: gives the tokens of each micro-batch their weights, on every process. A run that is resumed needs the
+            same one again, which nothing can check.
+
+    Raises:
+        InputError: data, models or a run directory that cannot be used, or an objective that needs a judge without one.
+        FloatingPointError: the run diverged: too many steps in a row had to be skipped ([train] max_skipped_steps), or
+            what would be saved is not finite.
+        DiskError: what the disk did not take.
+        Stopped: after SIGTERM.
     """
     distributed.start(config.run.timeout_seconds)
     objective = build_objective(config, judge)

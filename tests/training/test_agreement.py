@@ -74,8 +74,8 @@ def test_every_router_loss(kind):
     inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
     labels = batch.input_ids.masked_fill(batch.attention_mask == 0, -100)
     own = model(**inputs, labels=labels, use_cache=False)
-    words = own.logits[:, :-1].flatten(0, 1).float()
-    expected = own.loss - functional.cross_entropy(words, labels[:, 1:].flatten(), ignore_index=-100)
+    logits = own.logits[:, :-1].flatten(0, 1).float()
+    expected = own.loss - functional.cross_entropy(logits, labels[:, 1:].flatten(), ignore_index=-100)
     routers = router_loss(model, states(model, batch), batch.attention_mask)
     torch.testing.assert_close(torch.zeros(()) if routers is None else routers, expected, rtol=1e-4, atol=1e-5)
     parameters = [p for p in model.parameters() if p.requires_grad]

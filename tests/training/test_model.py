@@ -30,22 +30,22 @@ def models(load, teacher_set):
 
 def test_the_vocabulary_is_the_tokenizers_padded_differently(models):
     student, teacher, tokenizer = models
-    words = vocabulary_size(tokenizer)
-    assert words == len(tokenizer) == 3 + 3 + 10  # <pad> <eos> <unk>; + . =; digits
+    entries = vocabulary_size(tokenizer)
+    assert entries == len(tokenizer) == 3 + 3 + 10  # <pad> <eos> <unk>; + . =; digits
     assert student.get_output_embeddings().weight.shape[0] == 21
     assert teacher.get_output_embeddings().weight.shape[0] == 20
 
 
 def test_the_loss_is_that_of_the_full_logits(models):
     student, teacher, tokenizer = models
-    words = vocabulary_size(tokenizer)
+    entries = vocabulary_size(tokenizer)
     prompts = [tokenizer(text)["input_ids"] for text in ("1+2=", "7=")]
     batch = collate(prompts, [tokenizer("3.")["input_ids"], [4, 5, 6, tokenizer.eos_token_id]], tokenizer.eos_token_id)
-    module = Distillation(student, kd.GKD(beta=0.5), words)
+    module = Distillation(student, kd.GKD(beta=0.5), entries)
     with torch.no_grad():
-        out = module(batch, head(teacher, batch, words))
+        out = module(batch, head(teacher, batch, entries))
         logits = [
-            model(batch.input_ids, attention_mask=batch.attention_mask).logits[..., :words]
+            model(batch.input_ids, attention_mask=batch.attention_mask).logits[..., :entries]
             for model in (student, teacher)
         ]
     log_q, log_p = (each.double().log_softmax(-1) for each in logits)

@@ -77,9 +77,9 @@ def test_a_run_is_what_plain_pytorch_computes(run, load, teacher_set, objective)
     tokenizer = load_tokenizer(config)
     examples = read_examples(config.data, config.data.train, tokenizer).usable
     torch.manual_seed(config.run.seed)
-    student, words = load_student(config, tokenizer), vocabulary_size(tokenizer)
+    student, entries = load_student(config, tokenizer), vocabulary_size(tokenizer)
     teacher = load_teacher(config, tokenizer) if objective else None
-    module = Distillation(student, config.objective.build(), words)
+    module = Distillation(student, config.objective.build(), entries)
     groups = [
         {"params": [p for p in student.parameters() if p.dim() == 2], "weight_decay": 0.1},
         {"params": [p for p in student.parameters() if p.dim() == 1], "weight_decay": 0.0},
@@ -91,7 +91,7 @@ def test_a_run_is_what_plain_pytorch_computes(run, load, teacher_set, objective)
         picked = [examples[i] for i in stream.next(4)]
         batch = collate([one.prompt_ids for one in picked], [one.response_ids for one in picked], 0)
         with torch.no_grad():
-            scored = head(teacher, batch, words) if teacher else None
+            scored = head(teacher, batch, entries) if teacher else None
         out = module(batch, scored)
         optimizer.zero_grad()
         out.loss.backward()
