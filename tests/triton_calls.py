@@ -64,7 +64,7 @@ DISTILLS = OBJECTIVE | TEACHER | {"teacher_mask": [None, "all"]}
 CALLS = {
     "cross_entropy": FUNCTION | {"target": ["ids"], "ignore_index": [-100]},
     "entropy": FUNCTION,
-    "divergence": FUNCTION | TEACHER | {"kind": KINDS, "temperature": [1, 2.0]},
+    "divergence": FUNCTION | TEACHER | {"divergence": KINDS, "temperature": [1, 2.0]},
     "plackett_luce": FUNCTION | TEACHER | {"k": [1, 10, 16]},
     "statistics": FUNCTION
     | TEACHER
