@@ -21,7 +21,12 @@ def reference() -> str:
         if kind is ObjectiveConfig:
             for name in known_objectives():
                 options = objective_options(name)
-                lines += ["", f'### name = "{name}"', "", *(_table(options) if options else ["No options."])]
+                lines += ["", f'### name = "{name}"', ""]
+                lines += (
+                    [f"`help(kdkernels.{name})` says what they mean.", "", *_table(options)]
+                    if options
+                    else ["No options."]
+                )
                 required = any(default is MISSING for _, default in options.values())
                 if not required and ObjectiveConfig(name=name).build().needs_weights:
                     lines += ["", f"With these defaults {name} {NO_JUDGE}."]
