@@ -124,8 +124,8 @@ def _notes(counts: Counter, firsts: dict[str, tuple[int, Encoded]]) -> tuple[str
     notes = []
     if counts["joined"]:
         notes.append(
-            f"left out {counts['joined']} whose response has no tokens of its own behind the prompt's (the first: "
-            f"line {firsts['joined'][0]}): the tokenizer would join the two; let the prompt end, or the response begin, "
+            f"left out {counts['joined']} whose response has no tokens of its own behind the prompt's (the first: line "
+            f"{firsts['joined'][0]}): the tokenizer would join the two; let the prompt end, or the response begin, "
             "with a space or a line break"
         )
     if counts["changed"]:
