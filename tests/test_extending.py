@@ -35,7 +35,7 @@ def names(tmp_path_factory):
             if name:
                 (folder / name).write_text(block, encoding="utf-8")
             else:
-                exec(compile(block, "docs/EXTENDING.md", "exec"), names)
+                exec(compile(block, "docs/EXTENDING.md", "exec", dont_inherit=True), names)
         yield names
     for name in set(sys.modules) - before:
         if Path(getattr(sys.modules[name], "__file__", None) or "").parent == folder:
@@ -85,6 +85,57 @@ def test_the_teacher(names):
     both = names["both"]
     z_t = (0.3 * both.first + 0.7 * both.second).double()
     compare(names["BlendedKL"](), names["student"], both, z_t, names["mask"])
+
+
+def test_the_teacher_of_a_trainer(names):
+    """Its source is the two models' logits."""
+
+    class Model:
+        def __init__(self, seed: int):
+            self.logits = torch.randn(2, 6, 100, generator=torch.Generator().manual_seed(seed))
+
+        def __call__(self, input_ids, attention_mask):
+            assert input_ids.shape == attention_mask.shape == (2, 6)
+            return self
+
+    first, second = Model(1), Model(2)
+    source = names["EnsembleTeacher"](first, second, 0.3).score(names["batch"])
+    assert torch.equal(source.first, first.logits) and torch.equal(source.second, second.logits)
+
+
+def test_the_judge(names):
+    batch, student, teacher = names["batch"], names["student"], names["teacher"]
+    weights = names["early_tokens"](batch)
+    assert weights[0].tolist() == pytest.approx([0, 1, 3 / 4, 1 / 2, 1 / 4, 0])
+    assert weights[1].tolist() == pytest.approx([1, 2 / 3, 1 / 3, 0, 0, 0])
+    q, p = dense(student).log_softmax(-1), dense(teacher).log_softmax(-1)
+    m = (0.9 * p.exp() + 0.1 * q.exp()).log()
+    expected = (weights * kl(q, m)).flatten()[batch.layout.index].sum() / 2  # both responses are the student's
+    torch.testing.assert_close(names["judged"].loss.double(), expected, rtol=1e-5, atol=0)
+    by_teacher = names["collate"]([[5, 6]], [[8, 9, 0]], pad_id=0, from_teacher=True)
+    assert names["early_tokens"](by_teacher)[0, 1:4].tolist() == [1, 1, 1]
+
+
+def test_the_sampler(names):
+    from kdkernels.rollouts import Sampler
+
+    public = {name for name in vars(Sampler) if not name.startswith("_")}
+    assert public <= set(dir(names["sampler"]))
+    responses = names["responses"]
+    assert all(len(each) == 8 and each[-1] == 0 for each in responses)
+    torch.manual_seed(0)
+    drawn = [names["Dice"]().generate([[5]], 8) for _ in range(4)]
+    torch.manual_seed(0)
+    assert names["sampler"].generate([[5]], 8)[0] == max((each[0] for each in drawn), key=sum)
+    assert names["own"].layout.lengths == (8, 8)
+
+
+def test_the_recipe_key(names):
+    from kdkernels.errors import InputError
+
+    assert names["train"].noise == 0.1 and names["train"].steps == 10
+    with pytest.raises(InputError, match=r"\[train\] noise: expected a finite number >= 0, got -1"):
+        names["parse_table"](names["table"] | {"noise": -1}, names["keys"], "recipe.toml: [train]")
 
 
 def test_the_backend(names):
