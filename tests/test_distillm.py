@@ -56,24 +56,24 @@ def test_the_gradient_of_a_detached_mixture():
     torch.manual_seed(0)
     z_s, z_t = (2 * torch.randn(3, 7, dtype=F64) for _ in range(2))
     z_s.requires_grad_()
-    kind = kd.SkewReverseKL(0.1, detach=True)
+    divergence = kd.SkewReverseKL(0.1, detach=True)
     q, p = z_s.softmax(-1), z_t.softmax(-1)
     log_ratio = (q / (0.9 * p + 0.1 * q)).log().detach()
     expected = (q * (log_ratio - (q * log_ratio).sum(-1, keepdim=True))).detach()
-    (by_autograd,) = torch.autograd.grad(reference.divergence(z_s, z_t, kind).sum(), z_s)
+    (by_autograd,) = torch.autograd.grad(reference.divergence(z_s, z_t, divergence).sum(), z_s)
     torch.testing.assert_close(by_autograd, expected)
-    torch.testing.assert_close(reference.divergence_gradient(z_s.detach(), z_t, kind), expected)
-    assert kind.skew == 0 and kd.SkewReverseKL(0.1).skew != 0
+    torch.testing.assert_close(reference.divergence_gradient(z_s.detach(), z_t, divergence), expected)
+    assert divergence.skew == 0 and kd.SkewReverseKL(0.1).skew != 0
 
 
 def test_a_detached_mixture_of_single_tokens(backend):
     """kd.divergence knows it too."""
     batch = fixed()
-    kind = kd.SkewReverseKL(0.1, detach=True)
-    d_hidden, d_weight = truth.gradients(kd.divergence(batch.student, batch.teacher, kind).sum(), batch.student)
+    divergence = kd.SkewReverseKL(0.1, detach=True)
+    d_hidden, d_weight = truth.gradients(kd.divergence(batch.student, batch.teacher, divergence).sum(), batch.student)
     exact = batch.to(F64)
     z_s, z_t = (truth.dense_logits(head, 60).flatten(0, 1) for head in (exact.student, exact.teacher))
-    expected = truth.gradients(reference.divergence(z_s, z_t, kind).sum(), exact.student)
+    expected = truth.gradients(reference.divergence(z_s, z_t, divergence).sum(), exact.student)
     assert truth.relative(d_hidden, expected[0]) < 1e-6 and truth.relative(d_weight, expected[1]) < 1e-6
 
 
@@ -95,8 +95,8 @@ def test_one_author_alone(backend, written):
     batch = fixed()
     batch.from_teacher = torch.full((5,), written)
     out = run(kd.DistiLLM2(), batch)
-    kind, present, absent = (kd.SkewKL(0.1), "skl", "srkl") if written else (kd.SkewReverseKL(0.1), "srkl", "skl")
-    values = kd.divergence(batch.student, batch.teacher, kind).flatten()
+    divergence, present, absent = (kd.SkewKL(0.1), "skl", "srkl") if written else (kd.SkewReverseKL(0.1), "srkl", "skl")
+    values = kd.divergence(batch.student, batch.teacher, divergence).flatten()
     expected = torch.stack([values[r].mean() for r in batch.responses]).mean()
     torch.testing.assert_close(out.loss, expected)
     assert out.metrics[absent] == 0 and out.metrics[present] == out.loss

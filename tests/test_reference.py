@@ -14,7 +14,7 @@ F64 = torch.float64
 Z_S = torch.tensor([[2.0, 1.0, 0.0, -1.0]], dtype=F64)
 Z_T = torch.tensor([[0.0, 3.0, 1.0, -1.0]], dtype=F64)
 INF = float("inf")
-KINDS = [pytest.param(kind, id=name) for name, (kind, _) in truth.DIVERGENCES.items()]
+DIVERGENCES = [pytest.param(divergence, id=name) for name, (divergence, _) in truth.DIVERGENCES.items()]
 
 
 def close(got, expected, tolerance=1e-12):
@@ -34,7 +34,7 @@ def test_example_entropies_and_gate():
 
 
 @pytest.mark.parametrize(
-    ("kind", "expected"),
+    ("divergence", "expected"),
     [
         (kd.ForwardKL(), 0.946628),
         (kd.ReverseKL(), 1.471911),
@@ -47,8 +47,8 @@ def test_example_entropies_and_gate():
         (kd.JSD(1.0), 1.471911),
     ],
 )
-def test_example_divergences(kind, expected):
-    close(reference.divergence(Z_S, Z_T, kind), [expected], 1e-6)
+def test_example_divergences(divergence, expected):
+    close(reference.divergence(Z_S, Z_T, divergence), [expected], 1e-6)
 
 
 @pytest.mark.parametrize(("k", "expected"), [(3, 3.534534), (2, 1.313262)])
@@ -80,11 +80,11 @@ def logits(rows=3, vocabulary=7, seed=0):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("kind", KINDS)
-def test_divergence_gradcheck(kind, temperature):
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_divergence_gradcheck(divergence, temperature):
     z_s, z_t = logits()
     assert torch.autograd.gradcheck(
-        lambda z: reference.divergence(z, z_t, kind, temperature), z_s.requires_grad_(), atol=1e-8
+        lambda z: reference.divergence(z, z_t, divergence, temperature), z_s.requires_grad_(), atol=1e-8
     )
 
 
@@ -128,12 +128,12 @@ def test_the_gate_is_a_constant():
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("kind", KINDS)
-def test_divergence_closed_form(kind, temperature):
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_divergence_closed_form(divergence, temperature):
     z_s, z_t = logits(seed=2)
     z_s.requires_grad_()
-    (expected,) = torch.autograd.grad(reference.divergence(z_s, z_t, kind, temperature).sum(), z_s)
-    close(reference.divergence_gradient(z_s.detach(), z_t, kind, temperature), expected)
+    (expected,) = torch.autograd.grad(reference.divergence(z_s, z_t, divergence, temperature).sum(), z_s)
+    close(reference.divergence_gradient(z_s.detach(), z_t, divergence, temperature), expected)
 
 
 def test_entropy_and_plackett_luce_closed_form():
@@ -160,16 +160,19 @@ def test_divergence_against_the_formulas(name, temperature):
 # ---- corners ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_masked_entries_are_as_if_absent(kind):
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_masked_entries_are_as_if_absent(divergence):
     """-inf on both sides: value and gradient of the other entries stay, the gradient of the masked ones is 0."""
     z_s, z_t = logits()
     masked_s, masked_t = z_s.clone(), z_t.clone()
     masked_s[:, [1, 4]] = masked_t[:, [1, 4]] = -INF
     rest = [0, 2, 3, 5, 6]
-    close(reference.divergence(masked_s, masked_t, kind), reference.divergence(z_s[:, rest], z_t[:, rest], kind))
-    gradient = reference.divergence_gradient(masked_s, masked_t, kind)
-    close(gradient[:, rest], reference.divergence_gradient(z_s[:, rest], z_t[:, rest], kind))
+    close(
+        reference.divergence(masked_s, masked_t, divergence),
+        reference.divergence(z_s[:, rest], z_t[:, rest], divergence),
+    )
+    gradient = reference.divergence_gradient(masked_s, masked_t, divergence)
+    close(gradient[:, rest], reference.divergence_gradient(z_s[:, rest], z_t[:, rest], divergence))
     assert (gradient[:, [1, 4]] == 0).all()
 
 
@@ -184,11 +187,11 @@ def test_masked_entries_in_the_entropy():
     assert (gradient[:, 2] == 0).all()
 
 
-@pytest.mark.parametrize("kind", [kd.JSD(0.3), kd.SkewKL(0.1), kd.SkewReverseKL(0.1)], ids=lambda k: k.name)
-def test_interior_mixtures_survive_entries_only_one_side_masks(kind):
+@pytest.mark.parametrize("divergence", [kd.JSD(0.3), kd.SkewKL(0.1), kd.SkewReverseKL(0.1)], ids=lambda k: k.name)
+def test_interior_mixtures_survive_entries_only_one_side_masks(divergence):
     z_s, z_t = logits()
     z_s[0, 1] = z_t[1, 2] = z_s[2, 3] = z_t[2, 3] = -INF
-    value, gradient = reference.divergence(z_s, z_t, kind), reference.divergence_gradient(z_s, z_t, kind)
+    value, gradient = reference.divergence(z_s, z_t, divergence), reference.divergence_gradient(z_s, z_t, divergence)
     assert value.isfinite().all() and (value > 0).all()
     assert gradient.isfinite().all() and gradient[0, 1] == gradient[2, 3] == 0
     close(gradient.sum(-1), torch.zeros(3))
@@ -215,9 +218,9 @@ def test_log_mixture_of_vanishing_probabilities():
 def test_vanishing_probabilities_in_float32():
     """A probability-space mixture is NaN below exp(-104)."""
     z_s, z_t = torch.tensor([[0.0, -200.0, -300.0]]), torch.tensor([[0.0, -300.0, -200.0]])
-    for kind, _ in truth.DIVERGENCES.values():
-        assert reference.divergence(z_s, z_t, kind).isfinite().all(), kind.name
-        assert reference.divergence_gradient(z_s, z_t, kind).isfinite().all(), kind.name
+    for divergence, _ in truth.DIVERGENCES.values():
+        assert reference.divergence(z_s, z_t, divergence).isfinite().all(), divergence.name
+        assert reference.divergence_gradient(z_s, z_t, divergence).isfinite().all(), divergence.name
 
 
 def test_an_entry_whose_probability_underflows_keeps_its_gradient():
@@ -226,8 +229,8 @@ def test_an_entry_whose_probability_underflows_keeps_its_gradient():
     assert reference.divergence_gradient(z_s, z_t, kd.ForwardKL()).tolist() == [[1.0, -1.0]]
     assert reference.divergence_gradient(z_s, z_t, kd.ReverseKL()).tolist() == [[0.0, 0.0]]
     z_s, z_t = torch.tensor([[1e4, 0.0]], dtype=F64), torch.tensor([[0.0, 1e4]], dtype=F64)
-    for kind, _ in truth.DIVERGENCES.values():
-        assert reference.divergence_gradient(z_s, z_t, kind).isfinite().all(), kind.name
+    for divergence, _ in truth.DIVERGENCES.values():
+        assert reference.divergence_gradient(z_s, z_t, divergence).isfinite().all(), divergence.name
 
 
 @pytest.mark.parametrize("alpha", [0.0, 1.0])
@@ -239,8 +242,8 @@ def test_ends_of_the_skew_divergences(alpha):
     close(reference.divergence(z_s, z_t, kd.SkewKL(alpha)), zero if alpha else forward)
     close(reference.divergence(z_s, z_t, kd.SkewReverseKL(alpha)), zero if alpha else reverse)
     if alpha:
-        for kind in (kd.SkewKL(alpha), kd.SkewReverseKL(alpha)):
-            assert (reference.divergence_gradient(z_s, z_t, kind) == 0).all()
+        for divergence in (kd.SkewKL(alpha), kd.SkewReverseKL(alpha)):
+            assert (reference.divergence_gradient(z_s, z_t, divergence) == 0).all()
 
 
 @pytest.mark.parametrize("beta", [0.1, 0.5, 0.9])

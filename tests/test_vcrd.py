@@ -91,8 +91,8 @@ def test_example_loss(backend):
         torch.testing.assert_close(out.metrics[name], torch.tensor(value), rtol=0, atol=2e-6)
     out.loss.backward()
     z_s, z_t = torch.tensor([Z_S], dtype=F64), torch.tensor([Z_T], dtype=F64)
-    for row, factor, kind in ((0, 1.5, kd.SkewReverseKL(0.1)), (1, 1.0, kd.SkewKL(0.1))):
-        expected = factor * reference.divergence_gradient(z_s, z_t, kind)
+    for row, factor, divergence in ((0, 1.5, kd.SkewReverseKL(0.1)), (1, 1.0, kd.SkewKL(0.1))):
+        expected = factor * reference.divergence_gradient(z_s, z_t, divergence)
         torch.testing.assert_close(student.hidden.grad[row].double(), expected, rtol=0, atol=1e-6)
 
 
@@ -232,8 +232,8 @@ def test_validity_weights():
         "student": [0.6, 0.2, 0.5, 0.0],
         "uniform": [1.0, 1.0, 1.0, 1.0],
     }
-    for kind, w in expected.items():
-        torch.testing.assert_close(validity_weights(r_s, r_t, kind), torch.tensor(w), rtol=1e-6, atol=1e-6)
+    for divergence, w in expected.items():
+        torch.testing.assert_close(validity_weights(r_s, r_t, divergence), torch.tensor(w), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(validity_weights(r_s, r_t), torch.tensor(expected["ratio"]))
     assert not validity_weights(r_s.requires_grad_(), r_t).requires_grad
 
