@@ -98,18 +98,7 @@ class Objective(Program, nn.Module):
         groups = ()
         if from_teacher is not None:
             layout, teacher_layout, groups = _grouped(layout, teacher_layout, from_teacher)
-        shape, device = student.shape, student.device
-        layout, teacher_layout = layout.to(device), teacher_layout.to(device)
-        if target is not None:
-            check_ids("target", target, shape, device)
-            target = layout.at(target)
-        elif terms.needs.target:
-            target = layout.token
-        if target is not None:
-            check_range("target", target, student.vocabulary, hint=SHIFT)
-        if weights is not None:
-            _check_weights(weights, shape, device)
-            weights = weights.flatten()[layout.index]
+        layout, teacher_layout = layout.to(student.device), teacher_layout.to(student.device)
         call = Call(
             program=self,
             terms=terms,
@@ -117,8 +106,8 @@ class Objective(Program, nn.Module):
             teacher=teacher,
             layout=layout,
             teacher_index=teacher_layout.index,
-            target=target,
-            weight=weights,
+            target=_targets(target, terms, layout, student),
+            weight=_weights(weights, layout, student),
             groups=groups,
             scale=1.0 / max(1, count),
             memory_budget=memory_budget,
@@ -130,7 +119,7 @@ class Objective(Program, nn.Module):
             metrics = {"loss": loss.detach(), **self.metrics(result.tokens), "nonfinite_tokens": result.nonfinite()}
             for name, value in result.terms.items():
                 metrics[name] = value.to(loss.dtype)
-        return Output(loss, torch.full((), count, device=device), metrics)
+        return Output(loss, torch.full((), count, device=student.device), metrics)
 
     def _check_arguments(
         self,
@@ -250,16 +239,32 @@ def _check_from_teacher(objective: str, from_teacher: object, rows: int) -> None
         raise ValueError(f"from_teacher: expected shape [{rows}] (the rows of mask), got {list(from_teacher.shape)}")
 
 
-def _check_weights(weights: object, shape: torch.Size, device: torch.device) -> None:
+def _targets(target: Tensor | None, terms: Terms, layout: Layout, student: Source) -> Tensor | None:
+    """[N] the token that each position predicts, where somebody says so: the caller or, if a term asks, the layout."""
+    if target is not None:
+        check_ids("target", target, student.shape, student.device)
+        target = layout.at(target)
+    elif terms.needs.target:
+        target = layout.token
+    if target is not None:
+        check_range("target", target, student.vocabulary, hint=SHIFT)
+    return target
+
+
+def _weights(weights: object, layout: Layout, student: Source) -> Tensor | None:
+    """[N] the caller's weight of each token."""
+    if weights is None:
+        return None
     if not isinstance(weights, Tensor) or not weights.is_floating_point():
         got = getattr(weights, "dtype", type(weights).__name__)
         raise TypeError(f"weights: expected a floating-point tensor, got {got}")
     if weights.requires_grad:
         raise ValueError("weights: expected a tensor that requires no gradient (it would get none); detach it")
-    if weights.shape != shape:
-        raise ValueError(f"weights: expected shape {list(shape)}, got {list(weights.shape)}")
-    if weights.device != device:
-        raise ValueError(f"weights: expected device {device}, got {weights.device}")
+    if weights.shape != student.shape:
+        raise ValueError(f"weights: expected shape {list(student.shape)}, got {list(weights.shape)}")
+    if weights.device != student.device:
+        raise ValueError(f"weights: expected device {student.device}, got {weights.device}")
+    return weights.flatten()[layout.index]
 
 
 def _teacher_layout(layout: Layout, teacher: Source | None, teacher_mask: Tensor | Layout | None) -> Layout:
