@@ -34,6 +34,9 @@ class AdaptiveOpener(nn.Module):
 
     Raises:
         TypeError, ValueError: naming the argument.
+
+    Source:
+        TSD-KD (arXiv 2603.13260), appendix A.7.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""DistiLLM-2: A Contrastive Approach Boosts the Distillation of LLMs (Ko et al., ICML 2025)."""
+"""DistiLLM-2: a divergence for the teacher's responses and another for the student's."""
 
 from __future__ import annotations
 
@@ -22,6 +22,12 @@ class DistiLLM2(Objective):
         alpha_teacher: the teacher's share of the mixture on teacher-written responses.
         alpha_student: the student's share of the mixture on student-written ones.
         detach_mixture: the mixture of the SRKL is a constant to the gradient, as in the released code.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+
+    Source:
+        "DistiLLM-2: A Contrastive Approach Boosts the Distillation of LLMs" (Ko et al., ICML 2025, arXiv 2503.07067).
     """
 
     def __init__(self, alpha_teacher: float = 0.1, alpha_student: float = 0.1, detach_mixture: bool = False):

@@ -1,4 +1,4 @@
-"""GKD: On-Policy Distillation of Language Models (Agarwal et al., ICLR 2024)."""
+"""GKD: divergences on the student's own responses."""
 
 from __future__ import annotations
 
@@ -17,6 +17,13 @@ class GKD(Objective):
     Args:
         beta: 0 is the forward, 1 the reverse KL, between them the generalized JSD.
         temperature: divides both models' logits inside the divergence; no T^2 factor.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+
+    Source:
+        "On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes" (Agarwal et al., ICLR 2024,
+        arXiv 2306.13649), eq. 2.
     """
 
     def __init__(self, beta: float = 0.9, temperature: float = 1.0):

@@ -1,4 +1,4 @@
-"""TSD-KD: Explain in Your Own Words: Improving Reasoning via Token-Selective Dual Knowledge Distillation."""
+"""TSD-KD: selected tokens are distilled by the teacher's ranking, gated divergences and an entropy."""
 
 from __future__ import annotations
 
@@ -33,6 +33,13 @@ class TSDKD(Objective):
         entropy_ratio: share of tokens whose entropy is minimised, in [0, 1].
         indirect_weight, direct_weight, entropy_weight: weights of the terms.
         temperature: of the JSD only; gate, opener, ranking and entropy are at 1.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+
+    Source:
+        "Explain in Your Own Words: Improving Reasoning via Token-Selective Dual Knowledge Distillation"
+        (arXiv 2603.13260), eqs. 4, 5, 11 - 13.
     """
 
     selects = True

@@ -1,4 +1,4 @@
-"""VCRD: Validity-Calibrated Reasoning Distillation (Saadi and Wang)."""
+"""VCRD: how valid a student's next step is decides how strongly it is distilled."""
 
 from __future__ import annotations
 
@@ -36,6 +36,12 @@ class VCRD(Objective):
             w_raw = p(argmax q) / (sum of the teacher's 128 largest p_i^2 + 1e-8). "uniform": 1. With the latter two,
             ``weights`` multiply what is there.
         aggregation: "prompts" as above; "tokens": mean over a response's tokens, then over the responses (DistiLLM-2).
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+
+    Source:
+        "Validity-Calibrated Reasoning Distillation" (Saadi and Wang, arXiv 2605.04078), eqs. 2 - 4, Algorithm 1.
     """
 
     def __init__(
@@ -98,6 +104,9 @@ def validity_weights(student: Tensor, teacher: Tensor, rule: str = "ratio") -> T
 
     Raises:
         TypeError, ValueError: naming the argument.
+
+    Source:
+        VCRD (arXiv 2605.04078), eq. 1, sections 4.4 and 4.5, table 10.
     """
     for name, scores in (("student", student), ("teacher", teacher)):
         if not isinstance(scores, Tensor) or not scores.is_floating_point():
