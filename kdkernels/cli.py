@@ -13,8 +13,8 @@ from kdkernels.errors import MissingPackage
 from kdkernels.training import Config, InputError, read_recipe, with_reason
 from kdkernels.training.exits import DONE, STATUSES, UNFORESEEN, UNUSABLE, end
 from kdkernels.training.launcher import first, launched
-from kdkernels.training.new_recipe import write_recipe
-from kdkernels.training.recipe import section_class
+from kdkernels.training.recipe.new import write_recipe
+from kdkernels.training.recipe.read import section_class
 
 EXAMPLES = """\
 examples:

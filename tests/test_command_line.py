@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 import kdkernels as kd
-from kdkernels.training import signatures
-from kdkernels.training.config import Config
-from kdkernels.training.recipe import read_recipe, section_class
-from kdkernels.training.schema import describe
-from kdkernels.training.signatures import known_objectives, objective_options
+from kdkernels.training.recipe import signatures
+from kdkernels.training.recipe.config import Config
+from kdkernels.training.recipe.read import read_recipe, section_class
+from kdkernels.training.recipe.schema import describe
+from kdkernels.training.recipe.signatures import known_objectives, objective_options
 
 ROOT = Path(__file__).parent.parent
 HEAVY = ("torch", "deepspeed", "transformers", "numpy")
@@ -137,7 +137,7 @@ def test_the_first_commands_of_the_readme(tmp_path):
 
 
 def test_the_reference_of_recipes_is_current():
-    from kdkernels.training.recipe_reference import reference
+    from kdkernels.training.recipe.reference import reference
 
     assert (ROOT / "docs" / "RECIPES.md").read_text(encoding="utf-8") == reference()
     assert "| `betas` | an array of 2 values" in reference() and '### name = "TSDKD"' in reference()

@@ -110,7 +110,7 @@ def test_the_check_sees_what_is_planted():
     assert planted("kdkernels.sources.head", "from ..engine import loop")
     assert planted("kdkernels.training.trainer", "from kdkernels.demo import phases")
     assert planted("kdkernels.functional", "import transformers")
-    assert planted("kdkernels.data.batch", "from kdkernels.training.config import Config")
+    assert planted("kdkernels.data.batch", "from kdkernels.training.recipe.config import Config")
     assert planted("kdkernels.judges", "from kdkernels.training.step import Parts")
     assert planted("kdkernels.rollouts.local", "from kdkernels.training import distributed")
     assert planted("kdkernels.distillation", "def f():\n    from kdkernels.training import distributed")

@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from kdkernels.training.schema import read_toml
+from kdkernels.training.recipe.schema import read_toml
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "demo"
 ROOT, SEED = "runs/demo/", "seed-0/"  # the demo's directory and the seed's in it, as the recipes spell them

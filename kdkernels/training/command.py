@@ -9,12 +9,12 @@ from transformers.utils.logging import disable_progress_bar
 from kdkernels.errors import InputError
 from kdkernels.training import distributed
 from kdkernels.training.atomic import writing
-from kdkernels.training.config import Config
 from kdkernels.training.dry_run import plan
 from kdkernels.training.errors import DiskError, Stopped
 from kdkernels.training.exits import DISK, DIVERGED, DONE, INTERRUPTED, LOST, UNFORESEEN, UNUSABLE, end
 from kdkernels.training.launcher import first
-from kdkernels.training.recipe import complete
+from kdkernels.training.recipe.config import Config
+from kdkernels.training.recipe.read import complete
 from kdkernels.training.run_directory import RunDirectory
 from kdkernels.training.trainer import train
 

@@ -22,7 +22,7 @@ from kdkernels.errors import InputError
 from kdkernels.objectives import Output
 from kdkernels.sources import Source
 from kdkernels.training import distributed
-from kdkernels.training.config import Config
+from kdkernels.training.recipe.config import Config
 
 # DeepSpeed would compile an all-reduce for CPU processes on its first use: a minute, a need for ninja, and a lock that
 # blocks every later run where that compile was killed. gloo does the same.

@@ -18,7 +18,7 @@ from kdkernels.errors import InputError
 from kdkernels.rollouts import Sampler
 from kdkernels.rollouts.local import evaluating
 from kdkernels.teachers import Teacher
-from kdkernels.training.config import Config, EvaluationConfig
+from kdkernels.training.recipe.config import Config, EvaluationConfig
 
 
 def evaluate(

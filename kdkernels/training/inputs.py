@@ -10,10 +10,10 @@ from kdkernels.data.tokenizers import vocabulary_size
 from kdkernels.errors import InputError
 from kdkernels.judges import Judge
 from kdkernels.objectives import Objective
-from kdkernels.training.config import Config, DataConfig
 from kdkernels.training.evaluation import expected_answer
 from kdkernels.training.model import load_tokenizer
-from kdkernels.training.resolve import NO_JUDGE
+from kdkernels.training.recipe.config import Config, DataConfig
+from kdkernels.training.recipe.resolve import NO_JUDGE
 
 
 @dataclass(frozen=True)

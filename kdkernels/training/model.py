@@ -24,8 +24,8 @@ from kdkernels.data.tokenizers import train_tokenizer, vocabulary_size
 from kdkernels.distillation import head
 from kdkernels.errors import InputError
 from kdkernels.sources.from_model import tail, trunk
-from kdkernels.training.config import Config
-from kdkernels.training.schema import refuse_unknown
+from kdkernels.training.recipe.config import Config
+from kdkernels.training.recipe.schema import refuse_unknown
 from kdkernels.training.weights import check_weights
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from kdkernels.compute import gemm
 from kdkernels.errors import InputError
 from kdkernels.training import distributed
-from kdkernels.training.config import Config
+from kdkernels.training.recipe.config import Config
 from kdkernels.training.run_directory import RunDirectory
 
 

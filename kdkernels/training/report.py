@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from kdkernels.data import Examples
 from kdkernels.training import distributed
 from kdkernels.training.atomic import write_text
-from kdkernels.training.config import Config
 from kdkernels.training.metrics import evaluations, read_metrics
+from kdkernels.training.recipe.config import Config
 from kdkernels.training.run_directory import RunDirectory
 
 

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kdkernels.training import distributed
-from kdkernels.training.config import Config
 from kdkernels.training.metrics import evaluations
-from kdkernels.training.recipe import load_config
+from kdkernels.training.recipe.config import Config
+from kdkernels.training.recipe.read import load_config
 from kdkernels.training.run_directory import RunDirectory
 from kdkernels.training.trainer import Result, train
 

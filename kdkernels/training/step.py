@@ -18,7 +18,7 @@ from kdkernels.judges import Judge
 from kdkernels.rollouts import Sampler
 from kdkernels.teachers import Teacher
 from kdkernels.training import distributed
-from kdkernels.training.config import Config, OptimizerConfig
+from kdkernels.training.recipe.config import Config, OptimizerConfig
 from kdkernels.training.strategy import Strategy
 
 

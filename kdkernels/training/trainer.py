@@ -27,7 +27,6 @@ from kdkernels.teachers import LocalTeacher
 from kdkernels.training import checkpoint, distributed
 from kdkernels.training.agreement import check_model
 from kdkernels.training.atomic import write_directory
-from kdkernels.training.config import Config
 from kdkernels.training.deepspeed_strategy import DeepSpeedStrategy, accumulation_steps
 from kdkernels.training.errors import DiskError, Stopped
 from kdkernels.training.evaluation import evaluate, summarize
@@ -37,6 +36,7 @@ from kdkernels.training.inputs import build_objective, read_inputs
 from kdkernels.training.metrics import EVALUATION, MetricsLog, evaluations
 from kdkernels.training.model import load_student, load_teacher
 from kdkernels.training.needs import check_disk, describe_dtype, needs
+from kdkernels.training.recipe.config import Config
 from kdkernels.training.report import write_report
 from kdkernels.training.run_directory import RunDirectory, Start
 from kdkernels.training.step import Parts, train_step

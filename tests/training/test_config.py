@@ -3,7 +3,7 @@
 import pytest
 
 from kdkernels.training import InputError, load_config
-from kdkernels.training.schema import override, read_toml, to_toml
+from kdkernels.training.recipe.schema import override, read_toml, to_toml
 
 from .conftest import GKD
 

@@ -12,7 +12,7 @@ import torch
 
 from kdkernels.training import load_config
 from kdkernels.training.deepspeed_strategy import accumulation_steps
-from kdkernels.training.schema import InputError
+from kdkernels.training.recipe.schema import InputError
 
 from .conftest import GKD
 from .engine_steps import EXAMPLES, engine_gradients, exact_gradients

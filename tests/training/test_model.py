@@ -14,8 +14,8 @@ from kdkernels.data import collate
 from kdkernels.data.tokenizers import vocabulary_size
 from kdkernels.distillation import Distillation, head
 from kdkernels.training import InputError
-from kdkernels.training.config import StudentConfig, TokenizerConfig
 from kdkernels.training.model import load_student, load_teacher, load_tokenizer
+from kdkernels.training.recipe.config import StudentConfig, TokenizerConfig
 
 from .conftest import GKD
 

@@ -77,7 +77,7 @@ def test_another_strategy_trains_the_same(load, teacher_set, tmp_path, request):
 
 
 def test_only_its_strategy_knows_deepspeed():
-    files = list(Path(kdkernels.training.__file__).parent.glob("*.py"))
+    files = list(Path(kdkernels.training.__file__).parent.rglob("*.py"))
     assert len(files) > 20
     imported = [path.name for path in files if "import deepspeed\n" in path.read_text()]
     assert imported == ["deepspeed_strategy.py"]

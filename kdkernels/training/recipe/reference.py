@@ -1,18 +1,18 @@
-"""docs/RECIPES.md from the dataclasses: python -m kdkernels.training.recipe_reference > docs/RECIPES.md"""
+"""docs/RECIPES.md from the dataclasses: python -m kdkernels.training.recipe.reference > docs/RECIPES.md"""
 
 import inspect
 from dataclasses import MISSING, fields
 
-from kdkernels.training.config import Config, ObjectiveConfig
-from kdkernels.training.recipe import section_class
-from kdkernels.training.resolve import NO_JUDGE
-from kdkernels.training.schema import describe, toml_value
-from kdkernels.training.signatures import known_objectives, objective_options
+from kdkernels.training.recipe.config import Config, ObjectiveConfig
+from kdkernels.training.recipe.read import section_class
+from kdkernels.training.recipe.resolve import NO_JUDGE
+from kdkernels.training.recipe.schema import describe, toml_value
+from kdkernels.training.recipe.signatures import known_objectives, objective_options
 
 
 def reference() -> str:
     """Every section, key, type and default of a recipe, as Markdown."""
-    lines = ["# Recipes", "", "Every section and key. Written by `python -m kdkernels.training.recipe_reference`."]
+    lines = ["# Recipes", "", "Every section and key. Written by `python -m kdkernels.training.recipe.reference`."]
     for section in fields(Config):
         kind = section_class(section.type)
         lines += ["", f"## [{section.name}]", "", inspect.getdoc(kind), ""]

@@ -6,7 +6,7 @@ Every class below is a TOML table, every field of it a key. `recipe.py` reads th
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from kdkernels.training.schema import Rule
+from kdkernels.training.recipe.schema import Rule
 
 Count = Annotated[int, Rule(lambda value: value >= 1, "an integer >= 1")]
 CountOrZero = Annotated[int, Rule(lambda value: value >= 0, "an integer >= 0")]

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from kdkernels.errors import InputError
-from kdkernels.training.config import Config, EvaluationConfig, RolloutConfig, TokenizerConfig
+from kdkernels.training.recipe.config import Config, EvaluationConfig, RolloutConfig, TokenizerConfig
 
 
 def resolve(config: Config, coming: Collection[Path] = ()) -> Config:

@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-FOLDER = Path(__file__).parent.parent / "objectives"
+FOLDER = Path(__file__).parents[2] / "objectives"
 
 
 def known_objectives() -> tuple[str, ...]:

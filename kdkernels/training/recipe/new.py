@@ -5,9 +5,9 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 
 from kdkernels.errors import InputError
-from kdkernels.training.config import Config
-from kdkernels.training.recipe import section_class
-from kdkernels.training.schema import describe, toml_value
+from kdkernels.training.recipe.config import Config
+from kdkernels.training.recipe.read import section_class
+from kdkernels.training.recipe.schema import describe, toml_value
 
 START = """\
 # Distils a teacher into a student. Change the paths and numbers below; lines in comments show the defaults.

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kdkernels.errors import InputError
-from kdkernels.training.config import Config, ObjectiveConfig
-from kdkernels.training.resolve import resolve, resolve_objective
-from kdkernels.training.schema import override, parse_table, read_toml, refuse_unknown, show
-from kdkernels.training.signatures import known_objectives, objective_options
+from kdkernels.training.recipe.config import Config, ObjectiveConfig
+from kdkernels.training.recipe.resolve import resolve, resolve_objective
+from kdkernels.training.recipe.schema import override, parse_table, read_toml, refuse_unknown, show
+from kdkernels.training.recipe.signatures import known_objectives, objective_options
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = (), coming: Collection[Path] = ()) -> Config:
