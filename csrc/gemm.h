@@ -1,8 +1,8 @@
 // Matrix products around the row kernels, on raw pointers: out = add + a @ b, summed in fp32 whatever the operands.
 //
-// Vendor libraries round the sum of 16-bit operands to 16 bits on CPUs, not all use the widest vectors of every CPU, and
-// 16-bit operands take them 8 to 100 times as long where there are no units for them. These write any of the dtypes, and
-// add to fp32 sums, at the speed of the plain product. Which products kdkernels takes is decided in kdkernels/compute/gemm.py.
+// Vendor libraries round sums of 16-bit operands to 16 bits on CPUs, some do not use the widest vectors of every CPU, and
+// all need 8 to 100 times as long for 16-bit operands where a CPU has no units for them. These products write any dtype, and
+// add to fp32 sums, at the speed of the plain product. kdkernels/compute/gemm.py decides which ones are used.
 #pragma once
 #include <cstdint>
 #include <string>
@@ -45,7 +45,7 @@ struct GemmKernels {
 // The fastest for such operands; `isa` as in row_kernels. nullptr: this CPU or build lacks it.
 const GemmKernels* gemm_kernels(const char* isa, Dtype operands);
 
-// What decides whose products are faster, in words: avx512_bf16, avx512, avx2 or portable (or nothing, as above), then
+// What decides whose products are faster, as names: avx512_bf16, avx512, avx2 or portable (or nothing, as above), then
 // any of intel, arm, amx_bf16, amx_fp16.
 std::string cpu_traits(const char* isa);
 

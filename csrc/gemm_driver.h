@@ -1,8 +1,8 @@
-// Products in registers of kRows x kPanel sums, written once for every instruction set; see gemm.h for what they are.
+// Matrix products (gemm.h), written once for every instruction set. The registers hold kRows x kPanel sums.
 //
-// What is multiplied is 32-bit words: one fp32 number, or two bf16 numbers that follow each other along k where a CPU
-// has units for them. Elsewhere 16-bit operands are widened to fp32 where they are packed. A panel of b, kPanel columns
-// and kDepth words deep, is packed to lie in L1 while all rows of a pass by.
+// What is multiplied is 32-bit machine words: one fp32 number, or two bf16 numbers that follow each other along k where a
+// CPU has units for them. Elsewhere 16-bit operands are widened to fp32 when they are packed. A panel of b, kPanel columns
+// and kDepth words deep, is packed so that it stays in L1 while it is multiplied with all rows of a.
 //
 // Included once per translation unit, which sets the target, KD_LANES (lanes.h), KD_ROWS, KD_VECTORS and KD_DEPTH.
 #pragma once
@@ -138,8 +138,8 @@ struct View {
   int64_t row, column;
 };
 
-// sums [R, kPanel] (+)= a [R, words] @ b [words, kPanel]. The products are summed before they are added to `sums`: along
-// a k of 151936 words, one running sum would lose two more digits.
+// sums [R, kPanel] (+)= a [R, words] @ b [words, kPanel]. The products of a panel are summed before they are added to
+// `sums`: along a k of 151936, one running sum would lose two more digits.
 template <class T, int R>
 inline __attribute__((always_inline)) void multiply_rows(int64_t words, View a, const float* b, float* sums,
                                                          bool fresh) {
@@ -257,10 +257,12 @@ Floats floats(int64_t n) {
   return Floats(static_cast<float*>(p));
 }
 
-// Three shapes occur. Logits: few rows, many columns, a shallow k; narrow blocks, for which all rows of `a` stay in the
-// cache, widened once if they have to be. The gradient of hidden states: few rows and columns, a deep k; `a` streams by
-// once per block, so these are as wide as leaves one to each thread. The gradient of weights: many rows, and `a` is
-// transposed; blocks of kTall rows share a packed b.
+// Three shapes of products occur:
+// - Logits have few rows, many columns and a shallow k. Blocks are narrow; all rows of `a` stay in the cache, and are
+//   widened once if they have to be.
+// - The gradient of hidden states has few rows and columns and a deep k. Every block reads all of `a` from memory, so blocks
+//   are as wide as they can be with one for each thread.
+// - The gradient of weights has many rows, and `a` is transposed. Blocks of kTall rows share a packed b.
 bool tall(const Product& p) { return p.a_column != 1; }
 bool deep(const Product& p) { return !tall(p) && p.k > p.n; }
 

@@ -1,5 +1,5 @@
-// Two vectors side by side, what the row kernels compute with: the steps of exp or log wait for one another, and a CPU that
-// finds a second, independent chain close by fills the gaps with it.
+// What the row kernels compute with: two vectors at a time. The steps of an exp or log wait for one another; those of a
+// second, independent vector fill the gaps.
 #pragma once
 #include "lanes.h"
 
@@ -13,7 +13,7 @@ struct vf2 {
 struct mask2 {
   vi a, b;                                             // all bits of a lane or none; of negative(), perhaps its sign alone
 };
-constexpr int64_t kStep = 2 * kLanes;                  // words at a time
+constexpr int64_t kStep = 2 * kLanes;                  // entries at a time
 
 inline vf2 operator+(vf2 x, vf2 y) { return {x.a + y.a, x.b + y.b}; }
 inline vf2 operator-(vf2 x, vf2 y) { return {x.a - y.a, x.b - y.b}; }

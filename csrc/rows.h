@@ -1,6 +1,6 @@
-// Row kernels over a chunk of vocabulary logits, on raw pointers; one thread per call, rows [begin, end) of the chunk.
+// Row kernels over a chunk of logits, on raw pointers; a call is one thread's share, rows [begin, end) of the chunk.
 //
-// A "row" is the logits of one token over the vocabulary. x is what the lm_head GEMM wrote, z what the model means:
+// A row is the logits of one token over the vocabulary. x is what the lm_head GEMM wrote, z the model's logit:
 //     z = softcap * tanh(scale * x / softcap)          (z = scale * x without soft-cap)
 // Everything below is computed in fp32 from z, block by block, in registers and L1; sums over the vocabulary end in fp64.
 // kdkernels/reference.py states the mathematics.
@@ -19,13 +19,13 @@ struct Matrix {            // logits of C tokens: row r starts at data + r * str
   float softcap;           // 0: none
 };
 
-// Per row, kept apart because max + logsum rounds the entropy away at |z| ~ 1e4.
+// Statistics of a row. max and logsum are kept apart, because their rounded sum loses the entropy at |z| ~ 1e4.
 struct Stats {
   float max;               // max z
   float logsum;            // log sum exp(z - max)
   float entropy;           // nats
   float tempered;          // log sum exp((z - max) / temperature)
-  // For the gradient: a rounded log-sum of 10 would err by 4 ulp of every probability, a rounded entropy likewise.
+  // For the gradient: from a rounded log-sum of 10, every probability would be off by 4 ulp; from the entropy likewise.
   float sum, tempered_sum; // what the log-sums are the logarithms of; 0 where all entries are masked
   float mean;              // E_q[z - max]
 };
@@ -59,13 +59,14 @@ struct RowKernels {
                      int64_t n_gather, const int64_t* gather_ids, float* gathered);
 
   void (*divergence)(Matrix student, Matrix teacher, int64_t vocab, int64_t begin, int64_t end,
-                     const Stats* s, const Stats* t, Divergence kind, Sums* sums);
+                     const Stats* s, const Stats* t, Divergence divergence, Sums* sums);
 
   // Overwrites the student's x with d loss / d x, in `out` precision (rows keep their byte stride):
   //   divergence[r] * dD/dz + entropy[r] * dH/dz + softmax[r] * q, plus `scatter` [C, n_scatter] added at `ids`.
-  // `sums` [C] are of the whole vocabulary. kind == nullptr: no divergence; teacher, t, sums and c_divergence are unused.
+  // `sums` [C] are those of the whole vocabulary. divergence == nullptr: there is none, and teacher, t, sums and
+  // c_divergence are unused.
   void (*gradient)(Matrix student, Matrix teacher, int64_t vocab, int64_t begin, int64_t end,
-                   const Stats* s, const Stats* t, const Divergence* kind, const Sums* sums, Dtype out,
+                   const Stats* s, const Stats* t, const Divergence* divergence, const Sums* sums, Dtype out,
                    const float* c_divergence, const float* c_entropy, const float* c_softmax,
                    int64_t n_scatter, const int64_t* ids, const float* scatter);
 };

@@ -1,5 +1,5 @@
-// The three sweeps over the logits of a chunk, written once; see rows.h for what each computes.
-// A row is taken in blocks of kBlock words that stay in L1: load (to fp32, scale, soft-cap), compute, store.
+// The three sweeps over the logits of a chunk, written once for every instruction set; rows.h says what each computes.
+// A row is taken in blocks of kBlock entries that stay in L1: load (to fp32, scale, soft-cap), compute, store.
 #pragma once
 #include <cmath>
 
@@ -14,13 +14,14 @@ using kd::Matrix;
 using kd::Stats;
 using kd::Sums;
 
-constexpr int64_t kBlock = 32 * kStep;  // a lane adds 32 words in fp32 before fp64 takes over, however narrow the vectors
-// -inf logits become this: finite, so that log-ratios of two masked words are 0 instead of NaN; exp of it is 0.
+constexpr int64_t kBlock = 32 * kStep;  // each lane adds up 32 entries in fp32, then fp64 takes over: on any vector width
+// A masked entry (logit -inf) becomes this: finite, so that the log-ratio of two masked entries is 0 instead of NaN. Its
+// exp is 0.
 constexpr float kMasked = -1e30f;
-// A divergence beyond this met a word that one side masks and the other does not: infinite.
+// A divergence beyond this met an entry that one model masks and the other does not: it is infinite.
 constexpr float kInfinite = 1e12f;
 
-// A word's z as callers see it.
+// The z of an entry as callers see it.
 inline float unmasked(float z) { return z <= kMasked ? -INFINITY : z; }
 
 inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -40,7 +41,7 @@ template <bool Capped, class T>
 void load_block(const T* x, int64_t n, float scale, float softcap, Block& out) {
   int64_t i = 0;
   for (; i + kStep <= n; i += kStep) store(out.v + i, transform<Capped>(load2(x + i), scale, softcap));
-  if (i < n) {                                         // the vocabulary's last words; the rest of the vector is masked
+  if (i < n) {                                         // the vocabulary's last entries; the rest of the vector is masked
     T tail[kStep] = {};
     std::memcpy(tail, x + i, (n - i) * sizeof(T));
     store(out.v + i, transform<Capped>(load2(tail), scale, softcap));
@@ -56,7 +57,7 @@ struct Row {
       : m(matrix), base(static_cast<char*>(m.data) + r * m.stride * (m.dtype == Dtype::f32 ? 4 : 2)) {}
 
   template <class T>
-  T* words(int64_t first) const { return reinterpret_cast<T*>(base) + first; }
+  T* entries(int64_t first) const { return reinterpret_cast<T*>(base) + first; }
 
   void read(int64_t first, int64_t n, Block& out) const {
     switch (m.dtype) {
@@ -67,20 +68,21 @@ struct Row {
   }
   template <class T>
   void read_as(int64_t first, int64_t n, Block& out) const {
-    m.softcap == 0 ? load_block<false>(words<T>(first), n, m.scale, 0, out)
-                   : load_block<true>(words<T>(first), n, m.scale, m.softcap, out);
+    m.softcap == 0 ? load_block<false>(entries<T>(first), n, m.scale, 0, out)
+                   : load_block<true>(entries<T>(first), n, m.scale, m.softcap, out);
   }
-  float at(int64_t i) const {                          // z of one word
+  float at(int64_t i) const {                          // z of one entry
     Block one;
     read(i, 1, one);
     return one.v[0];
   }
-  // Ascending blocks may overwrite fp32 logits with a narrow gradient: byte 2i is behind every word still to be read.
+  // Blocks are written in ascending order, so a 16-bit gradient may overwrite fp32 logits: entry i lies at byte 2 i, and
+  // the logits still to be read lie behind it.
   void write(int64_t first, int64_t n, const Block& v, Dtype out) const {
     switch (out) {
-      case Dtype::f32: return store_block(words<float>(first), n, v);
-      case Dtype::bf16: return store_block(words<bf16>(first), n, v);
-      case Dtype::f16: return store_block(words<f16>(first), n, v);
+      case Dtype::f32: return store_block(entries<float>(first), n, v);
+      case Dtype::bf16: return store_block(entries<bf16>(first), n, v);
+      case Dtype::f16: return store_block(entries<f16>(first), n, v);
     }
   }
   template <class T>
@@ -97,7 +99,8 @@ struct Row {
 
 // ---- sweep 1: statistics and exact top-k ----------------------------------------------------------------------
 
-// The k best (value, index) pairs seen so far, best first. Offers come in ascending index, so an equal value never displaces.
+// The k best (value, index) pairs seen so far, best first. They are offered by ascending index: of equal values, the
+// first stays ahead.
 struct TopK {
   int64_t k, size = 0;
   float* values;
@@ -116,7 +119,7 @@ struct TopK {
   }
 };
 
-// Offers the words that are at least `floor`; v is padded to whole vectors with values that cannot win.
+// Offers the entries that are at least `floor`; v is padded to whole vectors with values that cannot win.
 inline void offer_all(TopK& top, const float* v, int64_t n, int64_t first, float floor) {
   for (int64_t i = 0; i < n; i += kStep) {
     if (!any(load2(v + i) >= floor)) continue;
@@ -125,11 +128,11 @@ inline void offer_all(TopK& top, const float* v, int64_t n, int64_t first, float
   }
 }
 
-// The top k of a row from the maxima of its lane groups (the words of a block that share a lane). The k-th largest group
-// maximum bounds the k-th largest word from below, so only blocks with a group at or above it are read again.
+// The k largest entries of a row. A group is the entries of a block that share a lane; `maxima` has the maximum of each.
+// The k-th largest entry is at least the k-th largest of these, so only blocks with a group at or above it are read again.
 void top_of_row(const Row& row, int64_t vocab, const float* maxima, TopK top) {
   int64_t blocks = (vocab + kBlock - 1) / kBlock;
-  TopK bound{top.k, 0, top.values, top.indices};       // the output doubles as scratch: only its threshold is kept
+  TopK bound{top.k, 0, top.values, top.indices};       // of the groups; written over by the entries
   for (int64_t b = 0; b < blocks; ++b) offer_all(bound, maxima + b * kStep, kStep, 0, bound.threshold());
   const float floor = bound.threshold();
   Block z;
@@ -140,7 +143,7 @@ void top_of_row(const Row& row, int64_t vocab, const float* maxima, TopK top) {
     offer_all(top, z.v, n, first, floor);
   }
   for (int64_t i = 0; i < top.size; ++i) top.values[i] = unmasked(top.values[i]);
-  for (int64_t i = top.size; i < top.k; ++i) {         // fewer than k comparable words: a row with NaN
+  for (int64_t i = top.size; i < top.k; ++i) {         // fewer than k comparable entries: a row with NaN
     top.values[i] = NAN;
     top.indices[i] = i;
   }
@@ -205,7 +208,8 @@ void statistics(Matrix x, int64_t vocab, int64_t begin, int64_t end, double temp
 
 // ---- sweeps 2 and 3: divergence and gradient ------------------------------------------------------------------
 
-// Where the mixture m = mix p + (1 - mix) q lies. kJsd is the interior one of a JSD: its skew coefficient is 0 (no division).
+// Which mixture m = mix p + (1 - mix) q is: kStudent m = q, kTeacher m = p, kInterior between them. kJsd is that of a JSD,
+// whose skew coefficient is 0: this saves a division.
 enum Mixture { kNone, kStudent, kTeacher, kJsd, kInterior };
 
 inline Mixture mixture_of(const Divergence* d) {
@@ -220,15 +224,15 @@ struct Ratios {
   Block d, r, larger;
 };
 
-// What the divergence needs of one vector of words.
-struct Words {
+// What the divergence needs of one vector of entries.
+struct Compared {
   vf2 q, p;
   vf2 log_m_p, log_q_m;     // log(m / p), log(q / m)
   vf2 q_skew, q_p;          // q * (q - p) / m, q * p / m
 };
 
-// One side's softmax at a temperature: x = (z - max) / T, probability = exp(x) / sum. 1 / T comes in two parts: rounded, it
-// would err by more than all the rest where |x| is large.
+// The softmax of one model at a temperature: x = (z - max) / T, probability = exp(x) / sum. 1 / T is the sum of two floats,
+// because the rounding of one would be the largest error where |x| is large.
 template <bool Tempered>
 struct Softmax {
   float max, inverse, rest, norm;
@@ -246,41 +250,42 @@ struct Softmax {
   }
 };
 
-// Both sides and the mixture's weight of p.
+// The softmaxes of both models and the mixture's weights.
 template <bool Tempered>
 struct Pair {
   Softmax<Tempered> q, p;
   float gap;               // log-sum of q minus that of p
   float mix, rest, least;  // rest: the weight of q; least: the smaller of the two
-  Pair(const Stats& s, const Stats& t, const Divergence& kind)
-      : q(s, kind.temperature), p(t, kind.temperature), gap(float(q.logsum - p.logsum)), mix(kind.mix),
-        rest(1 - kind.mix), least(mix < rest ? mix : rest) {}
+  Pair(const Stats& s, const Stats& t, const Divergence& divergence)
+      : q(s, divergence.temperature), p(t, divergence.temperature), gap(float(q.logsum - p.logsum)), mix(divergence.mix),
+        rest(1 - divergence.mix), least(mix < rest ? mix : rest) {}
 
-  // Both softmaxes in a pass of their own: with compare(), words would wait longer for one another than a CPU looks ahead.
+  // Both softmaxes, in a pass of their own. In one pass with compare(), the steps that wait for one another would be more
+  // than a CPU looks ahead.
   void ratios(const Block& z_q, const Block& z_p, int64_t n, Ratios& out) const {
     for (int64_t i = 0; i < n; i += kStep) {
       vf2 x_q = q(load2(z_q.v + i)), x_p = p(load2(z_p.v + i));
       vf2 d = (x_q - x_p) - gap;
-      mask2 teacher = negative(d);                     // the teacher's is the larger one
+      mask2 teacher = negative(d);                     // the teacher's probability is the larger one
       store(out.d.v + i, d);
       store(out.r.v + i, exp(minus_abs(d)));
       store(out.larger.v + i, exp(select(teacher, x_p, x_q)) * select(teacher, p.norm, q.norm));
     }
   }
 
-  // m over the larger of p and q is w = 1 + c (r - 1), where c weighs the smaller one: nothing overflows, and w is exactly 1
-  // where p = q. It is never less than 1 - c, which is rounded on its own: no log of 0 at an interior mixture, however
-  // close to its ends.
+  // With m as w times the larger of p and q, w = 1 + c (r - 1), where c is the mixture's weight of the smaller one: nothing
+  // overflows, and w is exactly 1 where p = q. It is never less than 1 - c (`least`), which is no difference of rounded
+  // numbers: so an interior mixture never meets the log of 0, however close to an end it is.
   template <Mixture M>
-  Words compare(const Ratios& in, int64_t i) const {
-    Words o;
+  Compared compare(const Ratios& in, int64_t i) const {
+    Compared o;
     vf2 d = load2(in.d.v + i), r = load2(in.r.v + i), big = load2(in.larger.v + i), small = big * r;
     mask2 teacher = negative(d);
     o.q = select(teacher, small, big);
     o.p = select(teacher, big, small);
     if constexpr (M == kStudent) {
       o.log_m_p = d;
-      mask2 masked = d < -kInfinite;                   // nothing moves a word that the student masks
+      mask2 masked = d < -kInfinite;                   // an entry that the student masks gets no gradient
       o.q_skew = select(masked, 0, o.q - o.p);
       o.q_p = select(masked, 0, o.p);
     } else if constexpr (M == kTeacher) {
@@ -290,7 +295,7 @@ struct Pair {
       if constexpr (M == kInterior) {
         vf2 c = select(teacher, rest, mix), least = select(teacher, mix, rest);
         w = select(r < 0.5f, least + c * r, 1.0f + c * fall);
-      } else {                                         // weights that sum to 1, if not quite p's and q's: JSD is stationary in m
+      } else {   // 1 - mix instead of rest: the sum of 1 matters, the weights' rounding does not, as JSD is stationary in m
         w = max(least, 1.0f + select(teacher, 1.0f - mix, mix) * fall);
       }
       vf2 log_w = log(w);
@@ -308,8 +313,8 @@ struct Pair {
 
 template <Mixture M, bool Tempered>
 void row_divergence(const Row& student, const Row& teacher, int64_t vocab, const Stats& s, const Stats& t,
-                    const Divergence& kind, Sums& sums) {
-  const Pair<Tempered> pair(s, t, kind);
+                    const Divergence& divergence, Sums& sums) {
+  const Pair<Tempered> pair(s, t, divergence);
   double kl_p = 0, kl_q = 0, skew = 0, shared = 0, mass = 0;  // sums of p log(p/m), q log(q/m), q (q - p)/m, q p/m, q
   Block zs, zt;
   Ratios ratios;
@@ -320,7 +325,7 @@ void row_divergence(const Row& student, const Row& teacher, int64_t vocab, const
     pair.ratios(zs, zt, n, ratios);
     vf2 p_sum, q_sum, s_sum, shared_sum, mass_sum;
     for (int64_t i = 0; i < n; i += kStep) {
-      Words w = pair.template compare<M>(ratios, i);
+      Compared w = pair.template compare<M>(ratios, i);
       p_sum += w.p * w.log_m_p;
       q_sum += w.q * w.log_q_m;
       mass_sum += w.q;
@@ -337,13 +342,13 @@ void row_divergence(const Row& student, const Row& teacher, int64_t vocab, const
       shared += sum(shared_sum);
     }
   }
-  double total = kind.a * kl_p + kind.b * kl_q;
+  double total = divergence.a * kl_p + divergence.b * kl_q;
   if (std::isnan(total)) {
     sums = {NAN, NAN, NAN, NAN, NAN};                  // nor has such a row a gradient
     return;
   }
   // At m = q, sum q - sum p is not taken for 0: what is rounded leaves a gradient that sums to 0.
-  sums = {total > kInfinite ? INFINITY : total, kind.b * kl_q, skew, shared, mass};
+  sums = {total > kInfinite ? INFINITY : total, divergence.b * kl_q, skew, shared, mass};
 }
 
 template <Mixture M>
@@ -352,16 +357,16 @@ auto select_divergence(double temperature) {
 }
 
 void divergence(Matrix student, Matrix teacher, int64_t vocab, int64_t begin, int64_t end, const Stats* s,
-                const Stats* t, Divergence kind, Sums* sums) {
-  auto row = select_divergence<kInterior>(kind.temperature);
-  switch (mixture_of(&kind)) {
-    case kStudent: row = select_divergence<kStudent>(kind.temperature); break;
-    case kTeacher: row = select_divergence<kTeacher>(kind.temperature); break;
-    case kJsd: row = select_divergence<kJsd>(kind.temperature); break;
+                const Stats* t, Divergence divergence, Sums* sums) {
+  auto row = select_divergence<kInterior>(divergence.temperature);
+  switch (mixture_of(&divergence)) {
+    case kStudent: row = select_divergence<kStudent>(divergence.temperature); break;
+    case kTeacher: row = select_divergence<kTeacher>(divergence.temperature); break;
+    case kJsd: row = select_divergence<kJsd>(divergence.temperature); break;
     default: break;
   }
   for (int64_t r = begin; r < end; ++r)
-    row(Row(student, r), Row(teacher, r), vocab, s[r], t[r], kind, sums[r]);
+    row(Row(student, r), Row(teacher, r), vocab, s[r], t[r], divergence, sums[r]);
 }
 
 struct Coefficients {
@@ -370,11 +375,11 @@ struct Coefficients {
 
 template <Mixture M, bool Tempered>
 void row_gradient(const Row& student, const Row& teacher, int64_t vocab, const Stats& s, const Stats& t,
-                  const Divergence& kind, const Sums& sums, Coefficients c, Dtype out, int64_t n_scatter,
+                  const Divergence& divergence, const Sums& sums, Coefficients c, Dtype out, int64_t n_scatter,
                   const int64_t* ids, const float* scatter) {
   const Softmax<false> softmax(s, 1);
-  const Pair<Tempered> pair(s, t, kind);
-  const float c_div = c.divergence / kind.temperature, c_skew = c_div * kind.skew;
+  const Pair<Tempered> pair(s, t, divergence);
+  const float c_div = c.divergence / divergence.temperature, c_skew = c_div * divergence.skew;
   // Means over the mass: divided by 1, which it is but for rounding, they would leave a gradient that does not sum to 0.
   const double center = sums.log_ratio / sums.mass;
   const float center_high = center, center_low = center - center_high;
@@ -389,18 +394,18 @@ void row_gradient(const Row& student, const Row& teacher, int64_t vocab, const S
       teacher.read(first, n, zt);
       pair.ratios(zs, zt, n, ratios);
     }
-    Block& dz = zt;                                    // the teacher's words are used up as the gradient appears
+    Block& dz = zt;                                    // the gradient takes the place of the teacher's block
     for (int64_t i = 0; i < n; i += kStep) {
       vf2 x = softmax(load2(zs.v + i));
       vf2 g = c.softmax - c.entropy * (x - s.mean);
       if constexpr (M == kNone) {
         g = exp(x) * softmax.norm * g;
       } else {
-        Words w = pair.template compare<M>(ratios, i);
+        Compared w = pair.template compare<M>(ratios, i);
         vf2 of_q;                                       // the divergence's gradient: c_div * q * of_q + q_skew's
-        if constexpr (M != kStudent) of_q = c_div * (kind.b * w.log_q_m - center_high - center_low);
+        if constexpr (M != kStudent) of_q = c_div * (divergence.b * w.log_q_m - center_high - center_low);
         g = Tempered ? exp(x) * softmax.norm * g + w.q * of_q : w.q * (g + of_q);
-        // As q = (1 - mix) q_skew + q_p, this is q_skew less q times its mean; here nothing large cancels where p/m is small.
+        // q_skew less q times its mean, with q = (1 - mix) q_skew + q_p put in: nothing large cancels where p/m is small.
         if constexpr (M == kInterior || M == kStudent) g += c_skew * (shared * w.q_skew - skew * w.q_p);
       }
       store(dz.v + i, g);
@@ -426,23 +431,24 @@ auto select_gradient(float temperature) {
 }
 
 void gradient(Matrix student, Matrix teacher, int64_t vocab, int64_t begin, int64_t end, const Stats* s, const Stats* t,
-              const Divergence* kind, const Sums* sums, Dtype out, const float* c_divergence,
+              const Divergence* divergence, const Sums* sums, Dtype out, const float* c_divergence,
               const float* c_entropy, const float* c_softmax, int64_t n_scatter, const int64_t* ids,
               const float* scatter) {
   const Divergence none{0, 0, 0, 0, 1};
   const Sums nothing{0, 0, 0, 0, 1};
   auto row = row_gradient<kNone, false>;
-  switch (mixture_of(kind)) {
-    case kStudent: row = select_gradient<kStudent>(kind->temperature); break;
-    case kTeacher: row = select_gradient<kTeacher>(kind->temperature); break;
-    case kJsd: row = select_gradient<kJsd>(kind->temperature); break;
-    case kInterior: row = select_gradient<kInterior>(kind->temperature); break;
+  switch (mixture_of(divergence)) {
+    case kStudent: row = select_gradient<kStudent>(divergence->temperature); break;
+    case kTeacher: row = select_gradient<kTeacher>(divergence->temperature); break;
+    case kJsd: row = select_gradient<kJsd>(divergence->temperature); break;
+    case kInterior: row = select_gradient<kInterior>(divergence->temperature); break;
     default: break;
   }
   for (int64_t r = begin; r < end; ++r)
-    row(Row(student, r), Row(kind ? teacher : student, r), vocab, s[r], kind ? t[r] : s[r], kind ? *kind : none,
-        kind ? sums[r] : nothing, {kind ? c_divergence[r] : 0, c_entropy[r], c_softmax[r]}, out, n_scatter,
-        ids + r * n_scatter, scatter + r * n_scatter);
+    row(Row(student, r), Row(divergence ? teacher : student, r), vocab, s[r], divergence ? t[r] : s[r],
+        divergence ? *divergence : none, divergence ? sums[r] : nothing,
+        {divergence ? c_divergence[r] : 0, c_entropy[r], c_softmax[r]}, out, n_scatter, ids + r * n_scatter,
+        scatter + r * n_scatter);
 }
 
 }  // namespace

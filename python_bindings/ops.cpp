@@ -1,4 +1,5 @@
-// The torch operators over csrc/, for CPU tensors. LibTorch stable ABI only, so one binary serves every torch from 2.10 on. The operators mutate their outputs and know nothing of autograd (kdkernels/engine does).
+// The torch operators over csrc/, for CPU tensors. They use the LibTorch stable ABI alone, so one binary serves every torch
+// from 2.10 on. They write into tensors that they are given and know nothing of autograd (kdkernels/engine does).
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -79,7 +80,7 @@ void check_ids(const char* name, const Tensor& ids, int64_t vocab) {
     STD_TORCH_CHECK(p[i] >= 0 && p[i] < vocab, name, ": expected ids in [0, ", vocab, "), got ", p[i]);
 }
 
-// Rows that a thread takes at least: waking another one costs what 32768 words do.
+// Rows that a thread takes at least: waking another one takes as long as 32768 entries.
 int64_t grain(int64_t vocab) { return 1 + 32768 / vocab; }
 
 void row_statistics(Tensor logits, double scale, double softcap, double temperature, Tensor out_stats,
@@ -107,7 +108,7 @@ void row_statistics(Tensor logits, double scale, double softcap, double temperat
   });
 }
 
-kd::Divergence divergence_kind(double a, double b, double mix, double skew, double temperature) {
+kd::Divergence divergence_of(double a, double b, double mix, double skew, double temperature) {
   return {float(a), float(b), mix, float(skew), temperature};
 }
 
@@ -120,10 +121,10 @@ void row_divergence(Tensor student, double s_scale, double s_softcap, Tensor s_s
                   ", got ", shape(teacher));
   const kd::Stats *ss = stats("s_stats", s_stats, rows), *ts = stats("t_stats", t_stats, rows);
   kd::Sums* written = sums_of(sums, rows);
-  kd::Divergence kind = divergence_kind(a, b, mix, skew, temperature);
+  kd::Divergence divergence = divergence_of(a, b, mix, skew, temperature);
   const kd::RowKernels& isa = kernels();
   torch::stable::parallel_for(0, rows, grain(vocab), [&](int64_t begin, int64_t end) {
-    isa.divergence(s, t, vocab, begin, end, ss, ts, kind, written);
+    isa.divergence(s, t, vocab, begin, end, ss, ts, divergence, written);
   });
 }
 
@@ -142,7 +143,7 @@ void row_gradient(Tensor student, double s_scale, double s_softcap, Tensor s_sta
   check_ids("ids", ids, vocab);
   STD_TORCH_CHECK(out_dtype != ScalarType::Float || s.dtype == kd::Dtype::f32,
                   "out_dtype: 16-bit logits have no room for a float32 gradient");
-  kd::Divergence kind = divergence_kind(a, b, mix, skew, temperature);
+  kd::Divergence divergence = divergence_of(a, b, mix, skew, temperature);
   if (teacher) {
     t = matrix("teacher", *teacher, t_scale, t_softcap);
     STD_TORCH_CHECK(teacher->size(0) == rows && teacher->size(1) == vocab, "teacher: expected shape ", shape(student),
@@ -154,7 +155,7 @@ void row_gradient(Tensor student, double s_scale, double s_softcap, Tensor s_sta
   const float* c = data<float>(coefficients);
   const kd::RowKernels& isa = kernels();
   torch::stable::parallel_for(0, rows, grain(vocab), [&](int64_t begin, int64_t end) {
-    isa.gradient(s, t, vocab, begin, end, ss, ts, teacher ? &kind : nullptr, of_divergence,
+    isa.gradient(s, t, vocab, begin, end, ss, ts, teacher ? &divergence : nullptr, of_divergence,
                  dtype_of("out_dtype", out_dtype), c, c + rows, c + 2 * rows, n_scatter, data<int64_t>(ids),
                  data<float>(scatter));
   });

@@ -6,7 +6,7 @@ import torch
 
 BACKENDS = os.environ.get("KDKERNELS_TEST_BACKENDS", "eager,native").split(",")
 COMPILED = [name for name in BACKENDS if name != "eager"]  # those with operators
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # milliseconds per block of words: few examples
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # milliseconds per block of entries: few examples
 EXAMPLES = 2 if INTERPRETED else 40
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16

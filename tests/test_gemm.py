@@ -114,7 +114,7 @@ def test_the_first_chunk_is_not_added_to_zeros(tensor_cores, monkeypatch):
 
 
 def test_the_gradient_of_hidden_states_is_summed_in_fp32(tensor_cores):
-    """Parts of a sum over many words must not be rounded before they are added: cuBLAS may where it writes bf16."""
+    """Parts of a sum over many entries must not be rounded before they are added: cuBLAS may where it writes bf16."""
     products, seen = tensor_cores
     dz, weight = torch.randn(C, V).to(BF16), torch.randn(V, H).to(BF16)
     got, exact = products.multiply(dz, weight), dz.double() @ weight.double()
@@ -196,10 +196,11 @@ def test_products_take_what_they_say(dtype, wide, who, monkeypatch):
     elif who == "widened" and dtype == F32:
         pytest.skip("nothing to widen")
     products = {"widened": gemm.Widened(), "chosen": products_of(dtype)}.get(who, gemm.Native())
-    rows, words, width = 16, 20000, 512
-    hidden, weight, bias = (torch.randn(shape).to(dtype) for shape in ((rows, width), (words, width), (words,)))
-    dz, logits = torch.randn(rows, words).to(dtype), F32 if wide else dtype
-    out, sums, d_weight = torch.zeros(rows, words, dtype=logits), torch.zeros(words, width), torch.zeros_like(weight)
+    tokens, entries, width = 16, 20000, 512
+    hidden, weight, bias = (torch.randn(shape).to(dtype) for shape in ((tokens, width), (entries, width), (entries,)))
+    dz, logits = torch.randn(tokens, entries).to(dtype), F32 if wide else dtype
+    out, sums = torch.zeros(tokens, entries, dtype=logits), torch.zeros(entries, width)
+    d_weight = torch.zeros_like(weight)
     calls = {
         "logits": lambda: products.project(hidden, weight, bias, out),
         "dX": lambda: products.multiply(dz, weight),
@@ -212,7 +213,7 @@ def test_products_take_what_they_say(dtype, wide, who, monkeypatch):
         call()  # libraries are up
         with Allocations() as allocated:
             result = call()
-        said = fixed + rows * row + (0 if result is None else result.nbytes)
+        said = fixed + tokens * row + (0 if result is None else result.nbytes)
         assert allocated.peak <= said + (1 << 16), (type(products).__name__, name)
         if Resident.measurable:
             with Resident() as resident:
@@ -224,8 +225,8 @@ def test_products_take_what_they_say(dtype, wide, who, monkeypatch):
 @pytest.mark.parametrize("logits", [None, F32], ids=str)
 @pytest.mark.parametrize("biased", [True, False])
 def test_widened_products(dtype, logits, biased, monkeypatch):
-    """Of a few words at a time, the last fewer: as exact as one rounding allows; nothing around them is read."""
-    monkeypatch.setattr(gemm, "_WIDENED_WORDS", 16)
+    """Some entries at a time, the last time fewer: as exact as one rounding allows; nothing around them is read."""
+    monkeypatch.setattr(gemm, "_WIDENED_ENTRIES", 16)
     products, eps = gemm.Widened(), torch.finfo(logits or dtype).eps
     hidden, weight, bias = matrix(C, H, dtype, 1), matrix(V, H, dtype, 2, transposed=biased), torch.randn(V).to(dtype)
     out = torch.full((C, V + 3), 7.0, dtype=logits or dtype)[:, :V]

@@ -56,13 +56,13 @@ def sweep(plain, dtype, out_dtype, scale, softcap, temperature, backend) -> torc
     x_s, x_t = torch.randn(2, 40).to(dtype), torch.randn(2, 40).to(dtype)
     ids = torch.tensor([[1, 39], [7, 7]])
     coefficients = Coefficients(torch.randn(3, 2), ids, torch.randn(2, 2))
-    for kind in (None, kd.SkewReverseKL(0.1)):
+    for divergence in (None, kd.SkewReverseKL(0.1)):
         buffer = x_s.clone()
         s = backend.statistics(buffer, scale, softcap, temperature, 3, ids)
         t = plain.statistics(x_t, scale, softcap, temperature, 1, None)
-        center = backend.divergence(s, t, kind, temperature)[1] if kind else None
+        sums = backend.divergence(s, t, divergence, temperature)[1] if divergence else None
         out = buffer.view(out_dtype)[:, :40] if out_dtype.itemsize <= dtype.itemsize else torch.empty(2, 40)
-        backend.gradient_(s, t if kind else None, kind, temperature, center, coefficients, out)
+        backend.gradient_(s, t if divergence else None, divergence, temperature, sums, coefficients, out)
     return out.float()
 
 

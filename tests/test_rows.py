@@ -16,19 +16,19 @@ DTYPES = {F32: "fp32", BF16: "bf16", F16: "fp16"}
 FAMILY = [name for name in truth.DIVERGENCES if name not in ("jsd0", "jsd1")]
 DISTRIBUTIONS = ["normal", "peaked", "flat", "close", "huge", "masked"]
 TRANSFORMS = [(1.0, None), (0.25, None), (1.0, 3.0), (0.5, 30.0)]
-MASKED = slice(None, None, 7)  # the words "masked" sets to -inf
+MASKED = slice(None, None, 7)  # the entries "masked" sets to -inf
 
 
-def distribution(name: str, rows: int, words: int, dtype=F32, seed=0) -> tuple[torch.Tensor, torch.Tensor]:
+def distribution(name: str, rows: int, entries: int, dtype=F32, seed=0) -> tuple[torch.Tensor, torch.Tensor]:
     torch.manual_seed(seed)
-    s, t = 3 * torch.randn(rows, words), 3 * torch.randn(rows, words)
+    s, t = 3 * torch.randn(rows, entries), 3 * torch.randn(rows, entries)
     if name == "peaked":
-        s[:, words // 3] += 25
-        t[:, words // 2] += 25
+        s[:, entries // 3] += 25
+        t[:, entries // 2] += 25
     elif name == "flat":
         s, t = s / 300, t / 300
     elif name == "close":
-        t = s + torch.randn(rows, words) / 30
+        t = s + torch.randn(rows, entries) / 30
     elif name == "huge":
         s, t = s * 3e3, t * 3e3
     elif name == "masked":
@@ -50,14 +50,14 @@ class Weights:
     scatter: torch.Tensor
 
     @classmethod
-    def random(cls, rows: int, words: int, seed=1):
+    def random(cls, rows: int, entries: int, seed=1):
         torch.manual_seed(seed)
-        ids = torch.randint(0, words, (rows, 5))
-        ids[:, 3], ids[:, 4] = ids[:, 1], words - 1
+        ids = torch.randint(0, entries, (rows, 5))
+        ids[:, 3], ids[:, 4] = ids[:, 1], entries - 1
         return cls(torch.randn(3, rows) / rows, ids, torch.randn(rows, 5) / rows)
 
     def loss(self, x_s, x_t, name, temperature, scale=1.0, softcap=None):
-        """What ``gradient_`` is the gradient of, in the dtype of x_s. Masked words take part in nothing."""
+        """What ``gradient_`` is the gradient of, in the dtype of x_s. Masked entries take part in nothing."""
         z, z_t = z_of(x_s, scale, softcap), z_of(x_t, scale, softcap)
         seen = ~torch.isinf(x_s[0].detach())
         added = torch.where(torch.isinf(z.gather(-1, self.ids)), 0, self.scatter.to(z.dtype) * z.gather(-1, self.ids))
@@ -75,24 +75,24 @@ def dense_gradient(weights: Weights, x_s, x_t, dtype, *options) -> torch.Tensor:
 
 def engine_gradient(weights: Weights, x_s, x_t, name, temperature, scale=1.0, softcap=None, out_dtype=None):
     """Value and gradient of the backend in force; the gradient lies over (a copy of) the student's logits."""
-    backend, kind = backend_for(x_s.device, x_s.dtype), truth.DIVERGENCES[name][0]
+    backend, divergence = backend_for(x_s.device, x_s.dtype), truth.DIVERGENCES[name][0]
     buffer = x_s.clone()
     s = backend.statistics(buffer, scale, softcap, temperature, 1, None)
     t = backend.statistics(x_t, scale, softcap, temperature, 1, None)
-    value, center = backend.divergence(s, t, kind, temperature)
+    value, sums = backend.divergence(s, t, divergence, temperature)
     out = buffer.view(out_dtype or buffer.dtype)[:, : buffer.shape[1]]
     ids = weights.ids
-    if torch.isinf(x_s).any():  # what is added at a masked word is not this test's matter
+    if torch.isinf(x_s).any():  # what is added at a masked entry is not this test's matter
         ids = weights.ids.masked_fill(torch.isinf(x_s.gather(-1, weights.ids)), 1)
     scatter = torch.where(ids == weights.ids, weights.scatter, 0)
-    backend.gradient_(s, t, kind, temperature, center, Coefficients(weights.dense, ids, scatter), out)
+    backend.gradient_(s, t, divergence, temperature, sums, Coefficients(weights.dense, ids, scatter), out)
     return value, out
 
 
 @pytest.mark.parametrize("make", [kd.SkewKL, kd.SkewReverseKL, kd.JSD])
 @pytest.mark.parametrize("share", [1e-3, 1e-6, 1e-9])
 def test_mixtures_close_to_an_end(backend, make, share):
-    """Next to a KL, the share decides over the words that only one side has; log(share) must not come from 1 - 1."""
+    """Next to a KL, the share decides over the entries that only one model has; log(share) must not come from 1 - 1."""
     s, t = distribution("peaked", 7, 2047)
     if make is kd.JSD:  # of the size of the share, so of its own rounding
         for beta in (share, 1 - share):
@@ -142,23 +142,23 @@ def test_statistics(backend, name, transform, temperature, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPES.get)
-@pytest.mark.parametrize("words", [1, 2, 15, 16, 17, 97, 1023, 1024, 1025, 3001])
+@pytest.mark.parametrize("entries", [1, 2, 15, 16, 17, 97, 1023, 1024, 1025, 3001])
 @pytest.mark.parametrize("values", ["random", "ties", "equal", "ascending", "descending", "masked"])
-def test_top_k_is_exact(backend, words, values, dtype):
+def test_top_k_is_exact(backend, entries, values, dtype):
     """The order of a stable descending sort: ties to the smaller index; gathered logits are the logits."""
-    torch.manual_seed(words)
+    torch.manual_seed(entries)
     x = {
-        "random": torch.randn(4, words),
-        "ties": torch.randint(0, 5, (4, words)).float(),
-        "equal": torch.full((4, words), 1.5),
-        "ascending": torch.arange(4 * words).view(4, words).float(),
-        "descending": -torch.arange(4 * words).view(4, words).float(),
-        "masked": torch.randn(4, words).masked_fill(torch.rand(4, words) < 0.5, -INF),
+        "random": torch.randn(4, entries),
+        "ties": torch.randint(0, 5, (4, entries)).float(),
+        "equal": torch.full((4, entries), 1.5),
+        "ascending": torch.arange(4 * entries).view(4, entries).float(),
+        "descending": -torch.arange(4 * entries).view(4, entries).float(),
+        "masked": torch.randn(4, entries).masked_fill(torch.rand(4, entries) < 0.5, -INF),
     }[values].to(dtype)
     if values == "masked":
         x[:, 0] = 0.0
-    gather = torch.randint(0, words, (4, 3))
-    for k in {1, min(10, words), min(words, 300)}:
+    gather = torch.randint(0, entries, (4, 3))
+    for k in {1, min(10, entries), min(entries, 300)}:
         rows = backend_for(x.device, dtype).statistics(x, 1.0, None, 1.0, k, gather)
         expected = x.float().sort(dim=-1, descending=True, stable=True)
         assert torch.equal(rows.top_indices, expected.indices[:, :k])
@@ -168,7 +168,7 @@ def test_top_k_is_exact(backend, words, values, dtype):
 
 
 def test_top_k_of_transformed_logits(backend):
-    """A soft-cap makes near-ties: no word left out may lie above one taken by more than rounding."""
+    """A soft-cap makes near-ties: no entry left out may lie above one taken by more than rounding."""
     x, _ = distribution("normal", 5, 1500)
     rows = backend_for(x.device, F32).statistics(x, 2.0, 5.0, 1.0, 20, None)
     z = z_of(x.double(), 2.0, 5.0)
@@ -210,10 +210,10 @@ def test_scale_and_softcap(backend, name, transform):
     check_gradient(x_s, x_t, name, 1.0, *transform)
 
 
-@pytest.mark.parametrize("words", [2, 15, 97, 1023, 1024, 1025, 2048])
+@pytest.mark.parametrize("entries", [2, 15, 97, 1023, 1024, 1025, 2048])
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPES.get)
-def test_sizes(backend, words, dtype):
-    x_s, x_t = distribution("normal", 5, words, dtype)
+def test_sizes(backend, entries, dtype):
+    x_s, x_t = distribution("normal", 5, entries, dtype)
     check_gradient(x_s, x_t, "skl", 1.0)
 
 
@@ -238,7 +238,7 @@ def check_gradient(x_s, x_t, name, temperature, scale=1.0, softcap=None):
     assert_accurate(value, values(F32), values(F64), "value")
 
 
-def test_one_word(backend):
+def test_one_entry(backend):
     """V = 1: nothing to choose, everything 0."""
     x_s, x_t = torch.tensor([[3.0], [-2.0]]), torch.tensor([[0.5], [7.0]])
     weights = Weights(torch.ones(3, 2), torch.zeros(2, 1, dtype=torch.int64), -torch.ones(2, 1))
@@ -281,17 +281,17 @@ def test_jsd_is_symmetric_under_exchange(backend, beta):
 
 
 @pytest.mark.parametrize("name", ["jsd.1", "jsd.9", "skl", "srkl"])
-def test_words_only_one_side_masks(backend, name):
+def test_entries_that_one_model_masks(backend, name):
     """Interior mixtures are finite there, with the reference's numbers."""
     x_s, x_t = distribution("normal", 6, 300)
     x_s[:, 3], x_t[:, 4], x_s[:, 9], x_t[:, 9] = -INF, -INF, -INF, -INF
     weights = Weights.random(6, 300)
     weights.dense[1:], weights.scatter[:] = 0, 0
     value, gradient = engine_gradient(weights, x_s, x_t, name, 1.0)
-    kind = truth.DIVERGENCES[name][0]
-    expected = kd.reference.divergence(x_s.double(), x_t.double(), kind)
+    divergence = truth.DIVERGENCES[name][0]
+    expected = kd.reference.divergence(x_s.double(), x_t.double(), divergence)
     torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=0)
-    expected = weights.dense[0, :, None] * kd.reference.divergence_gradient(x_s.double(), x_t.double(), kind)
+    expected = weights.dense[0, :, None] * kd.reference.divergence_gradient(x_s.double(), x_t.double(), divergence)
     assert truth.relative(gradient, expected) < 1e-5
     assert (gradient[:, [3, 9]] == 0).all()
 
@@ -312,7 +312,7 @@ def test_a_skewed_kl_where_the_models_hardly_overlap(backend, shape, temperature
     assert_accurate(*divergence_gradient(x_s, x_t, "skl", temperature), "gradient", slack=2)
 
 
-def test_nothing_moves_a_word_that_the_student_masks(backend):
+def test_nothing_moves_an_entry_that_the_student_masks(backend):
     """Though the teacher gives it probability, so that the forward KL is infinite."""
     x_s, x_t = distribution("normal", 6, 300)
     x_s[::2, 7] = -INF
@@ -324,7 +324,7 @@ def test_nothing_moves_a_word_that_the_student_masks(backend):
     assert truth.relative(got, expected) < 1e-6 and (got[::2, 7] == 0).all() and (got[1::2, 7] != 0).all()
 
 
-def test_a_row_without_words_is_nothing(backend):
+def test_a_row_without_entries_is_nothing(backend):
     x, _ = distribution("normal", 3, 300)
     x[1] = -INF
     stats = backend_for(x.device, F32).statistics(x, 1.0, None, 0.7, 1, None)
@@ -337,7 +337,7 @@ def test_a_kl_that_is_infinite_says_so(backend):
     x_t[0, 4] = x_s[1, 4] = -INF
     rows = backend_for(x_s.device, F32)
     s, t = (rows.statistics(each, 1.0, None, 1.0, 1, None) for each in (x_s, x_t))
-    forward, reverse = (rows.divergence(s, t, kind, 1.0)[0].tolist() for kind in (kd.ForwardKL(), kd.ReverseKL()))
+    forward, reverse = (rows.divergence(s, t, each, 1.0)[0].tolist() for each in (kd.ForwardKL(), kd.ReverseKL()))
     assert reverse[0] == INF and 0 < reverse[1] < INF
     assert forward[1] == INF and 0 < forward[0] < INF
 
@@ -346,15 +346,15 @@ def test_a_kl_that_is_infinite_says_so(backend):
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=DTYPES.get)
-@pytest.mark.parametrize("words", [1, 97, 1023, 2049])
-def test_narrow_gradient_over_fp32_logits(backend, words, dtype):
+@pytest.mark.parametrize("entries", [1, 97, 1023, 2049])
+def test_narrow_gradient_over_fp32_logits(backend, entries, dtype):
     """The narrow gradient in place is bitwise the wide one, rounded."""
-    x_s, x_t = distribution("normal", 5, words)
-    weights = Weights.random(5, words)
+    x_s, x_t = distribution("normal", 5, entries)
+    weights = Weights.random(5, entries)
     _, wide = engine_gradient(weights, x_s, x_t, "jsd.9", 1.0)
     _, narrow = engine_gradient(weights, x_s, x_t, "jsd.9", 1.0, out_dtype=dtype)
     assert narrow.dtype == dtype and torch.equal(narrow, wide.to(dtype))
-    assert words == 1 or wide.norm() > 0
+    assert entries == 1 or wide.norm() > 0
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=DTYPES.get)
@@ -380,30 +380,30 @@ def test_rows_with_room_between_them(backend, dtype):
     x_s, x_t = distribution("normal", 5, 1023, dtype)
     weights = Weights.random(5, 1023)
     value, gradient = engine_gradient(weights, x_s, x_t, "jsd.9", 0.7)
-    rows, kind = backend_for(x_s.device, dtype), kd.JSD(0.9)
+    rows, divergence = backend_for(x_s.device, dtype), kd.JSD(0.9)
     wide_s, wide_t = (torch.full((5, 1100), NAN, dtype=dtype) for _ in range(2))
     wide_s[:, :1023], wide_t[:, :1023] = x_s, x_t
     view = wide_s[:, :1023]
     s, t = (rows.statistics(each[:, :1023], 1.0, None, 0.7, 1, None) for each in (wide_s, wide_t))
-    got, center = rows.divergence(s, t, kind, 0.7)
-    rows.gradient_(s, t, kind, 0.7, center, Coefficients(weights.dense, weights.ids, weights.scatter), view)
+    got, sums = rows.divergence(s, t, divergence, 0.7)
+    rows.gradient_(s, t, divergence, 0.7, sums, Coefficients(weights.dense, weights.ids, weights.scatter), view)
     assert torch.equal(got, value) and torch.equal(view, gradient)
     assert wide_s[:, 1023:].isnan().all()
 
 
 @pytest.mark.parametrize("bad", [NAN, -NAN, "payload", INF], ids=["nan", "-nan", "all bits set", "inf"])
-@pytest.mark.parametrize("word", [0, 21, 1024, 1499], ids=lambda w: f"word{w}")
-@pytest.mark.parametrize("side", ["student", "teacher"])
-def test_a_bad_row_is_seen_and_stays_alone(backend, side, word, bad):
+@pytest.mark.parametrize("entry", [0, 21, 1024, 1499], ids=lambda w: f"entry{w}")
+@pytest.mark.parametrize("who", ["student", "teacher"])
+def test_a_bad_row_is_seen_and_stays_alone(backend, who, entry, bad):
     x_s, x_t = distribution("normal", 3, 1500)
     weights = Weights.random(3, 1500)
     weights.ids[1], weights.ids[1, 0] = 7, 8
     good = {name: engine_gradient(weights, x_s, x_t, name, 1.0) for name in FAMILY}
-    spoilt = x_s if side == "student" else x_t
+    spoilt = x_s if who == "student" else x_t
     if bad == "payload":
-        spoilt.view(torch.int32)[1, word] = -1
+        spoilt.view(torch.int32)[1, entry] = -1
     else:
-        spoilt[1, word] = bad
+        spoilt[1, entry] = bad
     rows = backend_for(x_s.device, F32).statistics(spoilt.clone(), 1.0, None, 1.0, 3, None)
     assert not rows.entropy[1].isfinite()
     for name, (value, gradient) in good.items():

@@ -1,8 +1,8 @@
 """The Triton backend under the suites of the other backends, and its own (triton_rows.py).
 
 Where there is no GPU the kernels run in Triton's interpreter, which has to be chosen before they are imported, so the
-suites get processes of their own. It takes milliseconds for a block of words, hence a choice of tests. On a GPU all of
-it: ``make gpu-check``.
+suites get processes of their own. It takes milliseconds for a block of entries, hence a choice of tests. On a GPU
+``make gpu-check`` runs all of them.
 """
 
 import os
@@ -25,17 +25,17 @@ SUITES = {
         divergence_and_gradient and fp32 and 0.7 and (skl or jsd.9) and (peaked or flat or close)
         scale_and_softcap and 30.0 and (reverse or srkl)
         test_rows.py and sizes and fp32
-        bad_row and word1024
+        bad_row and entry1024
         test_rows.py and identical and 0.7
         test_rows.py and symmetric and 0.1
         mixtures_close
         real_vocabulary
-        one_word
-        only_one_side
+        one_entry
+        entries_that_one_model
         infinite_says
         hardly_overlap
         student_masks
-        without_words
+        without_entries
         transformed_logits
         large_logits
         triton_rows.py

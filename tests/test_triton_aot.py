@@ -50,16 +50,16 @@ def test_sweeps_take_as_few_instructions_as_documented(capsys):
     if f"triton {triton.__version__}." in documented[2]:
         assert [line for line in table.splitlines() if line not in documented] == []
     assert {dtype for dtype, _ in loops} == {"fp32", "bf16"} and len(loops) == 8
-    for (dtype, kind), sweeps in loops.items():
-        statistics, value, gradient = (loop.per_word for loop in sweeps)
+    for (dtype, divergence), sweeps in loops.items():
+        statistics, value, gradient = (loop.per_entry for loop in sweeps)
         assert 10 < statistics < 18 and min(value, gradient) > 10
-        if kind == "JSD(0.9)":
+        if divergence == "JSD(0.9)":
             assert 2 * statistics + value + gradient <= 120
-        bytes_a_word, reads = 4 if dtype == "fp32" else 2, (1, 2, 2)
+        itemsize, reads = 4 if dtype == "fp32" else 2, (1, 2, 2)
         for loop, read in zip(sweeps, reads, strict=True):
             moved = [text for text in loop.instructions if re.search(r"\b(LDG|STG)\b", text)]
             loads = [text for text in moved if text.startswith("LDG.E.128 ")]  # none is masked
-            assert len(loads) * 16 == read * bytes_a_word * loop.words
+            assert len(loads) * 16 == read * itemsize * loop.entries
             assert loads == [text for text in moved if "LDG" in text]
         stores = [text for text in sweeps[2].instructions if "STG" in text]
         assert stores and all(text.startswith("STG.E.128 ") for text in stores)

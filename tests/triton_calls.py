@@ -41,30 +41,30 @@ from kdkernels.objectives.base import Objective
 
 CAPABILITY = 90
 B, L, H = 2, 3, 8
-KINDS = [kd.ForwardKL(), kd.ReverseKL(), kd.JSD(0.9), kd.SkewKL(0.1)]
-KINDS += [kd.SkewReverseKL(0.1, detach) for detach in (False, True)]
+DIVERGENCES = [kd.ForwardKL(), kd.ReverseKL(), kd.JSD(0.9), kd.SkewKL(0.1)]
+DIVERGENCES += [kd.SkewReverseKL(0.1, detach) for detach in (False, True)]
 WRITTEN = ("stats_ptr", "values_ptr", "indices_ptr", "gathered_ptr", "sums_ptr", "at_ids_ptr")
 
 # ---- options and their values ----------------------------------------------------------------------------------------
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 STUDENT = {
-    "student": [(kind, dtype) for kind in ("head", "logits") for dtype in DTYPES],
-    "vocabulary": [1, 33, 5003, 16400],  # one word, less than a block, whole ones and a part, rows at 16 bytes
+    "student": [(form, dtype) for form in ("head", "logits") for dtype in DTYPES],
+    "vocabulary": [1, 33, 5003, 16400],  # one entry, less than a block, whole ones and a part, rows at 16 bytes
     "padding": [0, 5],
     "softcap": [None, 30.0],
     "scale": [1, 0.25],
     "logits_dtype": [None, torch.float32],
     "memory_budget": [None, 1],  # the least that the error for 1 byte names: a row a chunk
 }
-TEACHER = {"teacher": ["alike", "head", "logits", "words", "bucket"], "teacher_softcap": [None, 30.0]}
+TEACHER = {"teacher": ["alike", "head", "logits", "entries", "bucket"], "teacher_softcap": [None, 30.0]}
 FUNCTION = STUDENT | {"rows": [None, "mask"]}
 OBJECTIVE = STUDENT | {"target": [None, "ids"], "weights": [None, "ones"], "mask": ["all", "some"]}
 DISTILLS = OBJECTIVE | TEACHER | {"teacher_mask": [None, "all"]}
 CALLS = {
     "cross_entropy": FUNCTION | {"target": ["ids"], "ignore_index": [-100]},
     "entropy": FUNCTION,
-    "divergence": FUNCTION | TEACHER | {"divergence": KINDS, "temperature": [1, 2.0]},
+    "divergence": FUNCTION | TEACHER | {"divergence": DIVERGENCES, "temperature": [1, 2.0]},
     "plackett_luce": FUNCTION | TEACHER | {"k": [1, 10, 16]},
     "statistics": FUNCTION
     | TEACHER
@@ -81,7 +81,7 @@ CALLS = {
     "DistiLLM2": DISTILLS
     | {"alpha_teacher": [0.1], "alpha_student": [0.1, 1.0], "detach_mixture": [False, True], "from_teacher": ["both"]},
 }
-SIDES = ("vocabulary", "padding", "softcap", "scale", "teacher_softcap")  # say what student and teacher are
+OF_SOURCES = ("vocabulary", "padding", "softcap", "scale", "teacher_softcap")  # say what student and teacher are
 
 
 def arguments_of(function) -> set[str]:
@@ -98,24 +98,24 @@ def check_complete() -> None:
     for name, options in CALLS.items():
         made = getattr(kd, name)
         asked = arguments_of(made) if name in functions else arguments_of(made.__init__) | arguments_of(made.forward)
-        assert asked == set(options) - set(SIDES), (name, asked ^ (set(options) - set(SIDES)))
+        assert asked == set(options) - set(OF_SOURCES), (name, asked ^ (set(options) - set(OF_SOURCES)))
 
 
 # ---- a call ----------------------------------------------------------------------------------------------------------
 
 
-def source(kind: str, dtype: torch.dtype, options: dict, softcap: float | None):
-    words = options["vocabulary"] + options["padding"]
+def source(form: str, dtype: torch.dtype, options: dict, softcap: float | None):
+    entries = options["vocabulary"] + options["padding"]
     size = options["vocabulary"] if options["padding"] else None
-    if kind == "head":
-        hidden, weight = torch.zeros(B, L, H, dtype=dtype), torch.zeros(words, H, dtype=dtype)
+    if form == "head":
+        hidden, weight = torch.zeros(B, L, H, dtype=dtype), torch.zeros(entries, H, dtype=dtype)
         leaves = hidden.requires_grad_(), weight.requires_grad_()
         return kd.Head(*leaves, softcap=softcap, scale=options["scale"], vocab_size=size)
-    if kind == "logits":
-        return kd.Logits(torch.zeros(B, L, words, dtype=dtype, requires_grad=True), size)
+    if form == "logits":
+        return kd.Logits(torch.zeros(B, L, entries, dtype=dtype, requires_grad=True), size)
     count = min(3, options["vocabulary"])
     ids = torch.arange(count).expand(B, L, count)
-    return kd.TopK(ids, torch.full(ids.shape, 0.2).log(), renormalize=kind == "words")
+    return kd.TopK(ids, torch.full(ids.shape, 0.2).log(), renormalize=form == "entries")
 
 
 GIVEN = {
@@ -130,22 +130,22 @@ GIVEN = {
 
 def call(name: str, options: dict) -> None:
     """Forward and backward."""
-    kind, dtype = options["student"]
-    sides = [source(kind, dtype, options, options["softcap"])]
+    form, dtype = options["student"]
+    sources = [source(form, dtype, options, options["softcap"])]
     if "teacher" in options:
         asked = options["teacher"]
-        teacher = asked and source(kind if asked == "alike" else asked, dtype, options, options.get("teacher_softcap"))
-        sides.append(teacher)
-    rest = {k: v for k, v in options.items() if k not in ("student", "teacher", *SIDES)}
+        teacher = asked and source(form if asked == "alike" else asked, dtype, options, options.get("teacher_softcap"))
+        sources.append(teacher)
+    rest = {k: v for k, v in options.items() if k not in ("student", "teacher", *OF_SOURCES)}
     rest = {k: GIVEN.get(v, v) if isinstance(v, str) else v for k, v in rest.items()}
     if name in functional.__all__:
-        out = getattr(kd, name)(*sides, **rest)
+        out = getattr(kd, name)(*sources, **rest)
         if name != "statistics":
             out.sum().backward()
         return
     own = arguments_of(getattr(kd, name).__init__)
     objective = getattr(kd, name)(**{k: v for k, v in rest.items() if k in own})
-    objective(*sides, **{k: v for k, v in rest.items() if k not in own}).loss.backward()
+    objective(*sources, **{k: v for k, v in rest.items() if k not in own}).loss.backward()
 
 
 REFUSALS = ("teacher:", "k:", "topk:", "collision:", "temperature:", "teacher_mask:", "weights:", "logits_dtype:")

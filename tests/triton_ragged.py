@@ -28,15 +28,15 @@ from kdkernels.kernels.triton import ahead as triton_ahead
 H, CHUNK = 8, 20  # hidden size; tokens of the smaller budget's chunk, about
 FIRST = (16, 40, 8)  # tokens of the responses of a step
 THEN = ((1,), (5, 3, 9), (17,), (64, 2), (33, 1, 40), (128,))
-MANY = {torch.bfloat16: (5003, 16400), torch.float32: (5003, 16400)}  # words: rows at odd places, at 16 bytes
+MANY = {torch.bfloat16: (5003, 16400), torch.float32: (5003, 16400)}  # entries: rows at odd places, at 16 bytes
 
 
-def step(objective, dtype: torch.dtype, words: int, lengths: tuple[int, ...], budget: int | None) -> None:
+def step(objective, dtype: torch.dtype, entries: int, lengths: tuple[int, ...], budget: int | None) -> None:
     count = sum(lengths)
     student, teacher = (
         kd.Head(
             torch.zeros(1, count, H, dtype=dtype, requires_grad=trained),
-            torch.zeros(words, H, dtype=dtype, requires_grad=trained),
+            torch.zeros(entries, H, dtype=dtype, requires_grad=trained),
         )
         for trained in (True, False)
     )
@@ -45,16 +45,16 @@ def step(objective, dtype: torch.dtype, words: int, lengths: tuple[int, ...], bu
     objective(student, teacher, layout, target=target, memory_budget=budget).loss.backward()
 
 
-def compiled(objective, dtype: torch.dtype, words: int, lengths: tuple[int, ...]) -> set:
+def compiled(objective, dtype: torch.dtype, entries: int, lengths: tuple[int, ...]) -> set:
     """In one chunk and in several."""
 
     def both() -> None:
-        step(objective, dtype, words, lengths, None)
+        step(objective, dtype, entries, lengths, None)
         try:
-            step(objective, dtype, words, lengths, 1)
+            step(objective, dtype, entries, lengths, 1)
         except ValueError as error:
             least = int(re.search(r"at least (\d+) bytes", str(error))[1])
-            step(objective, dtype, words, lengths, least + CHUNK * words * dtype.itemsize)
+            step(objective, dtype, entries, lengths, least + CHUNK * entries * dtype.itemsize)
 
     return set(triton_ahead.noted(both))
 
@@ -65,11 +65,11 @@ def main() -> None:
     report = {}
     with triton_ahead.stand_in(90):
         for dtype, vocabularies in MANY.items():
-            for words in vocabularies:
+            for entries in vocabularies:
                 for objective in (kd.GKD(), kd.TSDKD(k=3)):
-                    first = compiled(objective, dtype, words, FIRST)
-                    later = set().union(*(compiled(objective, dtype, words, lengths) for lengths in THEN)) - first
-                    name = f"{type(objective).__name__} {dtype} {words}"
+                    first = compiled(objective, dtype, entries, FIRST)
+                    later = set().union(*(compiled(objective, dtype, entries, lengths) for lengths in THEN)) - first
+                    name = f"{type(objective).__name__} {dtype} {entries}"
                     report[name] = len(first), [one.kernel for one in later]
     print(json.dumps(report))
 

@@ -20,14 +20,14 @@ def _backend(backend):
     """All tests here run on it."""
 
 
-def set_blocks(monkeypatch, words):
+def set_blocks(monkeypatch, entries):
     for kernel in ("_STATISTICS", "_DIVERGENCE", "_GRADIENT"):
-        monkeypatch.setattr(f"kdkernels.kernels.triton.backend.{kernel}", (words, 4))
+        monkeypatch.setattr(f"kdkernels.kernels.triton.backend.{kernel}", (entries, 4))
 
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """Several blocks a row, with few words."""
+    """Several blocks a row, with few entries."""
     set_blocks(monkeypatch, 128)
 
 
@@ -35,15 +35,15 @@ def rows_of(x):
     return backend_for(x.device, x.dtype)
 
 
-@pytest.mark.parametrize(("name", "words"), [("jsd.9", 1), ("jsd.9", 129), ("skl", 127), ("skl", 1021)])
-def test_a_narrow_gradient_over_wide_logits(small_blocks, name, words):
+@pytest.mark.parametrize(("name", "entries"), [("jsd.9", 1), ("jsd.9", 129), ("skl", 127), ("skl", 1021)])
+def test_a_narrow_gradient_over_wide_logits(small_blocks, name, entries):
     """In place it is bitwise the wide one, rounded (fp16: the interpreter truncates bf16)."""
-    x_s, x_t = distribution("normal", 3, words)
-    weights = Weights.random(3, words)
+    x_s, x_t = distribution("normal", 3, entries)
+    weights = Weights.random(3, entries)
     _, wide = engine_gradient(weights, x_s, x_t, name, 0.7)
     _, narrow = engine_gradient(weights, x_s, x_t, name, 0.7, out_dtype=F16)
     assert narrow.dtype == F16 and torch.equal(narrow, wide.to(F16))
-    assert words == 1 or wide.norm() > 0
+    assert entries == 1 or wide.norm() > 0
     _, brain = engine_gradient(weights, x_s, x_t, name, 0.7, out_dtype=BF16)
     torch.testing.assert_close(brain.float(), wide, rtol=2**-7, atol=1e-30)
 
@@ -60,7 +60,7 @@ def test_a_hundred_runs_are_bitwise_equal():
 
 @pytest.mark.parametrize("name", ["forward", "jsd.1", "srkl"])
 def test_several_blocks(small_blocks, name):
-    """One word short of three blocks, with every term, temperature, scale and soft-cap."""
+    """One entry short of three blocks, with every term, temperature, scale and soft-cap."""
     x_s, x_t = distribution("normal", 4, 3 * 128 - 1)
     check_gradient(x_s, x_t, name, 0.7, 0.5, 30.0)
 
@@ -93,13 +93,13 @@ def test_16_bit_logits(dtype):
 
 
 @pytest.mark.parametrize(("s_cap", "t_cap"), [(10.0, None), (None, 10.0)])
-def test_a_softcap_of_one_side_and_16_bit_logits_beside_fp32(small_blocks, s_cap, t_cap):
+def test_a_softcap_of_one_model_and_16_bit_logits_beside_fp32(small_blocks, s_cap, t_cap):
     x_s, x_t = distribution("normal", 3, 301)
-    x_s, kind = x_s.to(F16), truth.DIVERGENCES["jsd.9"][0]
+    x_s, divergence = x_s.to(F16), truth.DIVERGENCES["jsd.9"][0]
     s, t = (rows_of(x).statistics(x.clone(), 0.5, cap, 0.7, 1, None) for x, cap in ((x_s, s_cap), (x_t, t_cap)))
-    value, center = rows_of(x_s).divergence(s, t, kind, 0.7)
+    value, sums = rows_of(x_s).divergence(s, t, divergence, 0.7)
     alone = Coefficients(torch.eye(3)[0][:, None].repeat(1, 3), torch.zeros(3, 0, dtype=torch.int64), torch.zeros(3, 0))
-    rows_of(x_s).gradient_(s, t, kind, 0.7, center, alone, s.logits)
+    rows_of(x_s).gradient_(s, t, divergence, 0.7, sums, alone, s.logits)
     leaf = x_s.double().requires_grad_()
     exact = truth.divergence(z_of(leaf, 0.5, s_cap), z_of(x_t.double(), 0.5, t_cap), "jsd.9", 0.7)
     assert truth.relative(value, exact.detach()) < 1e-6
@@ -107,17 +107,17 @@ def test_a_softcap_of_one_side_and_16_bit_logits_beside_fp32(small_blocks, s_cap
 
 
 def test_the_reverse_kl_of_a_student_that_is_sure():
-    """Its word's log-ratio of 60 nats cancels to a gradient a millionth as large; each row counts alone."""
+    """Its entry's log-ratio of 60 nats cancels to a gradient a millionth as large; each row counts alone."""
     torch.manual_seed(0)
     x_s, x_t = torch.randn(4, 301), torch.randn(4, 301)
     x_s[:, 7] += torch.arange(16.0, 24.0, 2)
     x_t[:, 250] += 60
     alone = Coefficients(torch.eye(3)[0][:, None].repeat(1, 4), torch.zeros(4, 0, dtype=torch.int64), torch.zeros(4, 0))
     for temperature in (1.0, 0.7):
-        kind, buffer = truth.DIVERGENCES["reverse"][0], x_s.clone()
+        divergence, buffer = truth.DIVERGENCES["reverse"][0], x_s.clone()
         s, t = (rows_of(x).statistics(x, 1.0, None, temperature, 1, None) for x in (buffer, x_t))
-        _, center = rows_of(x_s).divergence(s, t, kind, temperature)
-        rows_of(x_s).gradient_(s, t, kind, temperature, center, alone, buffer)
+        _, sums = rows_of(x_s).divergence(s, t, divergence, temperature)
+        rows_of(x_s).gradient_(s, t, divergence, temperature, sums, alone, buffer)
         leaf = x_s.double().requires_grad_()
         exact = torch.autograd.grad(truth.divergence(leaf, x_t.double(), "reverse", temperature).sum(), leaf)[0]
         for got, row in zip(buffer, exact, strict=True):
@@ -125,7 +125,7 @@ def test_the_reverse_kl_of_a_student_that_is_sure():
 
 
 def test_many_ids_with_duplicates(small_blocks):
-    """129 ids (128 candidates and the target), each word up to ten times: all are added in fp32."""
+    """129 ids (128 candidates and the target), each entry up to ten times: all are added in fp32."""
     x, _ = distribution("normal", 2, 301)
     ids = torch.randint(0, 301, (2, 129)) // 10 * 10
     scatter = torch.randn(2, 129)
@@ -158,7 +158,7 @@ def test_ids_outside_the_vocabulary_are_masked(small_blocks):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="untouched memory costs nothing on a CPU only")
-def test_rows_more_than_2_to_the_31_words_apart():
+def test_rows_more_than_2_to_the_31_entries_apart():
     stride = 2**31 + 64
     memory = torch.frombuffer(mmap.mmap(-1, 2 * (stride + 64)), dtype=F16)
     far = memory.as_strided((2, 50), (stride, 1))
@@ -168,9 +168,9 @@ def test_rows_more_than_2_to_the_31_words_apart():
     results = []
     for x in (near.clone(), far):
         s, t = (rows_of(x).statistics(each, 1.0, None, 1.0, 3, None) for each in (x, teacher))
-        value, center = rows_of(x).divergence(s, t, truth.DIVERGENCES["skl"][0], 1.0)
+        value, sums = rows_of(x).divergence(s, t, truth.DIVERGENCES["skl"][0], 1.0)
         coefficients = Coefficients(weights.dense, weights.ids, weights.scatter)
-        rows_of(x).gradient_(s, t, truth.DIVERGENCES["skl"][0], 1.0, center, coefficients, x)
+        rows_of(x).gradient_(s, t, truth.DIVERGENCES["skl"][0], 1.0, sums, coefficients, x)
         results.append((s.stats, s.top_indices, value, x))
     for expected, got in zip(*results, strict=True):
         assert torch.equal(got, expected)
@@ -180,8 +180,8 @@ def test_rows_more_than_2_to_the_31_words_apart():
 def test_no_rows():
     x = torch.empty(0, 9)
     stats = rows_of(x).statistics(x, 1.0, None, 1.0, 2, None)
-    value, center = rows_of(x).divergence(stats, stats, truth.DIVERGENCES["skl"][0], 1.0)
-    assert stats.top_indices.shape == (0, 2) and value.shape == (0,) and len(center) == 0
+    value, sums = rows_of(x).divergence(stats, stats, truth.DIVERGENCES["skl"][0], 1.0)
+    assert stats.top_indices.shape == (0, 2) and value.shape == (0,) and len(sums) == 0
 
 
 def test_errors_name_the_argument():

@@ -1,1 +1,1 @@
-"""What row kernels and sources stand on: matrix products, fp16 without underflow, buffers."""
+"""What kernels and sources build on: matrix products (gemm), the range of fp16 (fp16), CPU memory (memory)."""

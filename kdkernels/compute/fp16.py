@@ -1,13 +1,18 @@
-"""What the range of fp16 asks for: a power of two leaves each token's coefficients and returns behind the products.
+"""How gradients of fp16 logits keep within fp16's range: each token has a power of two of its own.
 
-A coefficient may be as small as one over the tokens of a batch, a probability one over the words; their product,
-written in the logits' place, would be 0 in fp16 (its least number is 2^-24) long before a loss scale multiplies it.
-With the power taken out, the largest coefficient of a token is about 2^6: the probability of one word of a million is
-still a normal number, and a thousandfold of the coefficient (log-ratios) still fits below 2^16.
+The gradient of a logit is about a coefficient times a probability. The coefficient may be as small as one over the
+tokens of a batch, the probability as small as one over the vocabulary. Their product would be 0 in fp16, whose smallest
+number is 2^-24, before any loss scale multiplies it. So a token's coefficients are divided by a power of two first
+(``power``) that makes the largest of them about 2^6. A probability of 2^-20 then still gives a normal number, and a
+thousand times the coefficient (log-ratios) still stays below 2^16.
 
-Put back: with the rows of d hidden, which multiply one token each; for d weight and d bias, which are sums over tokens,
-on the fp16 hidden states, relative to the largest, and then on the fp32 sums. The gradients handed to autograd are
-fp16: what is left of the powers is multiplied in with the incoming gradient, which holds the loss scale.
+The powers are multiplied in again after the products:
+- d hidden: each row belongs to one token, and is multiplied with its power.
+- d weight and d bias: they are sums over tokens. The fp16 hidden states are multiplied with the powers divided by the
+  largest power, and the fp32 sums with that one (compute/gemm.py, WeightGradient).
+
+The gradients for autograd are fp16 again. What does not fit there of the powers is multiplied in together with the
+incoming gradient, which holds the loss scale.
 
 Axes: n tokens, m coefficients of a token.
 """
@@ -18,13 +23,13 @@ import torch
 from torch import Tensor
 
 _HEADROOM = 6
-_SMALLEST, _LARGEST = -100, 100  # exponents whose powers, and what they are multiplied with, fp32 still holds
+_SMALLEST, _LARGEST = -100, 100  # exponents: fp32 holds these powers, and what they are multiplied with
 
 
 def power(coefficients: Tensor) -> Tensor:
-    """[n] powers of two by which ``coefficients`` [m, n] of each token are to be divided, without rounding.
+    """Powers of two [n] by which the ``coefficients`` [m, n] of each token are to be divided; this rounds nothing.
 
-    From the largest finite one; the smallest power where there is none, so that the token does not count.
+    The largest finite coefficient of a token decides. A token without one that is not 0 gets the smallest power.
     """
     largest = coefficients.float().abs().nan_to_num(0, 0, 0).amax(0)
     exponent = (largest.frexp().exponent - _HEADROOM).clamp(_SMALLEST, _LARGEST)
@@ -32,7 +37,7 @@ def power(coefficients: Tensor) -> Tensor:
 
 
 def normalized(sums: Tensor) -> Tensor:
-    """Divides fp32 sums, in place, by the power of two with which fp16 holds them best; that power []."""
+    """Divides fp32 sums in place by a power of two so that the largest just fits fp16; returns that power []."""
     low, high = sums.aminmax()
     largest = torch.maximum(-low, high)
     exponent = torch.where(largest.isfinite() & (largest > 0), largest, 1).frexp().exponent - 15

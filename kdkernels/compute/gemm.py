@@ -1,7 +1,11 @@
-"""The matrix products around the row kernels, with the dtypes and buffers that a chunk loop needs.
+"""The matrix products around the row kernels, and who computes them.
 
-Logits = hidden @ weight.T, d hidden = d logits @ weight, d weight = sum over chunks of d logits.T @ hidden. For 16-bit
-operands the logits may be wanted in fp32 and the sum has to be. Who multiplies is decided by the table ``_WHO``.
+    logits   = hidden @ weight.T
+    d hidden = d logits @ weight
+    d weight = sum over chunks of d logits.T @ hidden
+
+With 16-bit operands, logits may be asked for in fp32, and the sum over chunks is always in fp32. On CPUs the table
+``_WHO`` decides whose products are used: torch's or those of csrc/.
 
 Axes: C tokens of a chunk, V vocabulary, H hidden.
 """
@@ -17,27 +21,29 @@ from torch import Tensor
 
 from . import fp16, memory
 
-_WIDENED_WORDS = 1024  # words per step where operands have to be widened
-_ADDED_WORDS = 512  # words per step of adding 16-bit products to fp32 sums: they stay in the cache
+_WIDENED_ENTRIES = 1024  # vocabulary entries that are widened to fp32 at a time
+_ADDED_ENTRIES = 512  # entries whose 16-bit products are added to fp32 sums at a time, so that these stay in the cache
 
 
 class Torch:
-    """torch's products, which round to the operands' dtype."""
+    """torch's products. They round to the operands' dtype."""
 
     name = "torch"  # in kd.info()
 
     def workspace(self, width: int, operand: torch.dtype, logits: torch.dtype, trained: bool) -> tuple[int, int]:
-        """Bytes whatever the chunk, and bytes a token, that products with [V, width] weights take beside their outputs:
-        those for logits, and if ``trained`` those for gradients."""
+        """Bytes that products with weights [V, width] take beside their outputs: fixed ones, and those for each token.
+
+        They cover the products for logits and, if ``trained``, those for gradients.
+        """
         if operand != logits or (trained and operand == torch.float16):
             return _WIDENED.workspace(width, operand, logits, trained)
-        return _ADDED_WORDS * width * 4 if trained and operand.itemsize < 4 else 0, 0
+        return _ADDED_ENTRIES * width * 4 if trained and operand.itemsize < 4 else 0, 0
 
     def project(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
         """out [C, V] = hidden [C, H] @ weight [V, H].T + bias [V], in out's dtype: the operands' or wider.
 
-        A wider ``out`` is for accuracy (bf16 logits cost 4-23 % of a JSD's gradient). torch's CPU products have no fp32
-        output for 16-bit operands, so these are widened: about twice the time.
+        A wider ``out`` is for accuracy: with bf16 logits the gradient of a JSD is off by 4 to 23 %. torch's CPU
+        products have no fp32 output for 16-bit operands. So the operands are widened, which takes about twice the time.
         """
         if out.dtype != hidden.dtype:
             _WIDENED.project(hidden, weight, bias, out)
@@ -47,69 +53,72 @@ class Torch:
             torch.addmm(bias, hidden, weight.t(), out=out)
 
     def multiply(self, a: Tensor, b: Tensor) -> Tensor:
+        """a @ b, in their dtype."""
         return torch.mm(a, b)
 
     def add(self, a: Tensor, b: Tensor, out: Tensor, first: bool) -> None:
-        """out += a @ b, out = a @ b where it is the ``first``; all of one dtype."""
+        """out += a @ b, or out = a @ b if it is the ``first``; all of one dtype."""
         torch.mm(a, b, out=out) if first else out.addmm_(a, b)
 
     def add_column_sums(self, dz: Tensor, powers: Tensor | None, out: Tensor) -> None:
-        """out [V] += the sums of dz [C, V] over its rows, each times its power (fp16.py) if any, in out's dtype.
+        """out [V] += the sum of the rows of dz [C, V], each times its power (fp16.py) if there are any; in out's dtype.
 
-        On CPUs a few words at a time, because they widen dz.
+        On CPUs some entries at a time, because torch makes a wide copy of dz there.
         """
-        step = _ADDED_WORDS if out.device.type == "cpu" else len(out)
+        step = _ADDED_ENTRIES if out.device.type == "cpu" else len(out)
         for first in range(0, len(out), step):
-            words = slice(first, first + step)
-            part = dz[:, words]
-            out[words] += part.sum(0, dtype=out.dtype) if powers is None else powers @ part.to(out.dtype)
+            entries = slice(first, first + step)
+            part = dz[:, entries]
+            out[entries] += part.sum(0, dtype=out.dtype) if powers is None else powers @ part.to(out.dtype)
 
     def accumulate(self, a: Tensor, b: Tensor, sums: Tensor, out: Tensor, first: bool, last: bool) -> None:
-        """sums += a @ b in fp32, starting from nothing with the ``first``; with the ``last``, rounded to ``out``.
+        """sums += a @ b in fp32, or sums = a @ b if it is the ``first``; if it is the ``last``, out = sums, rounded.
 
-        The product goes to ``out`` first, and from there a few rows at a time: adding it at once would widen all of it.
-        One of fp16 would not fit there, where many tokens push a word the same way: these are widened.
+        The product is written to ``out`` and added from there, some entries at a time: adding all at once would make an
+        fp32 copy of it. Products of fp16 operands may be too large for fp16, where many tokens push an entry the same
+        way. So these operands are widened.
         """
         if out.dtype == torch.float16:
             _WIDENED.accumulate(a, b, sums, out, first, last)
             return
         torch.mm(a, b, out=out)
-        for start in range(0, len(out), _ADDED_WORDS):
-            rows = slice(start, start + _ADDED_WORDS)
+        for start in range(0, len(out), _ADDED_ENTRIES):
+            entries = slice(start, start + _ADDED_ENTRIES)
             if first:
-                sums[rows] = out[rows]
+                sums[entries] = out[entries]
             else:
-                sums[rows] += out[rows]
+                sums[entries] += out[entries]
         if last:
             out.copy_(sums)
 
 
 class Widened(Torch):
-    """Products of 16-bit operands where torch's CPU products are slow: in fp32, operands widened a few words at a time.
+    """Products of 16-bit operands in fp32, for CPUs on which torch's 16-bit products are slow.
 
-    torch's own run at 0.8 (dX), 5 (dW) and 12 GFLOP/s (logits) there, its fp32 products at 60 to 90, and they widen
-    whole operands of their own accord: 816 MiB beside a budget of 384.
+    The operands are widened some entries at a time. There, torch's own products run at 0.8 (dX), 5 (dW) and 12 GFLOP/s
+    (logits), and its fp32 products at 60 to 90. torch also widens whole operands: 816 MiB beside a budget of 384.
     """
 
     name = "torch in fp32"
 
     def workspace(self, width: int, operand: torch.dtype, logits: torch.dtype, trained: bool) -> tuple[int, int]:
-        # The weights of a step, and their gradient; each token's hidden state or dX, and its logits or dz of a step.
+        # Fixed: the widened weights of a step, and their gradient. Each token: its hidden state or dX, and its logits
+        # or dz of a step.
         itemsize = max(4, logits.itemsize)
-        return (1 + trained) * _WIDENED_WORDS * width * itemsize, (width + _WIDENED_WORDS) * itemsize
+        return (1 + trained) * _WIDENED_ENTRIES * width * itemsize, (width + _WIDENED_ENTRIES) * itemsize
 
     def project(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
         dtype = torch.promote_types(out.dtype, torch.float32)
         hidden, narrow = hidden.to(dtype), out.dtype != dtype
-        some = hidden.new_empty(len(out) if narrow else 0, _WIDENED_WORDS)
-        for words, wide in _widened(weight, dtype):
-            z = some[:, : len(wide)] if narrow else out[:, words]
+        some = hidden.new_empty(len(out) if narrow else 0, _WIDENED_ENTRIES)
+        for entries, wide in _widened(weight, dtype):
+            z = some[:, : len(wide)] if narrow else out[:, entries]
             if bias is None:
                 torch.mm(hidden, wide.t(), out=z)
             else:
-                torch.addmm(bias[words].to(dtype), hidden, wide.t(), out=z)
+                torch.addmm(bias[entries].to(dtype), hidden, wide.t(), out=z)
             if narrow:
-                out[:, words] = z
+                out[:, entries] = z
 
     def multiply(self, a: Tensor, b: Tensor) -> Tensor:
         sums = torch.zeros(len(a), b.shape[1], device=a.device)
@@ -118,36 +127,36 @@ class Widened(Torch):
         return sums.to(a.dtype)
 
     def add(self, a: Tensor, b: Tensor, out: Tensor, first: bool) -> None:
-        b, some = b.float(), torch.empty(_WIDENED_WORDS, b.shape[1], device=a.device)
-        for words, wide in _widened(a):
+        b, some = b.float(), torch.empty(_WIDENED_ENTRIES, b.shape[1], device=a.device)
+        for entries, wide in _widened(a):
             product = torch.mm(wide, b, out=some[: len(wide)])
-            out[words] = product if first else product.add_(out[words])
+            out[entries] = product if first else product.add_(out[entries])
 
     def accumulate(self, a: Tensor, b: Tensor, sums: Tensor, out: Tensor, first: bool, last: bool) -> None:
         b = b.float()
-        for words, wide in _widened(a):
-            sums[words].addmm_(wide, b, beta=0 if first else 1)
+        for entries, wide in _widened(a):
+            sums[entries].addmm_(wide, b, beta=0 if first else 1)
         if last:
             out.copy_(sums)
 
 
 def _widened(matrix: Tensor, dtype: torch.dtype = torch.float32) -> Iterator[tuple[slice, Tensor]]:
-    """Some rows of a matrix after the other in ``dtype``, all in the same place: a fresh one each time leaves the
-    allocator with holes."""
-    place = torch.empty_like(matrix[:_WIDENED_WORDS], dtype=dtype)
-    for first in range(0, len(matrix), _WIDENED_WORDS):
-        rows = slice(first, min(first + _WIDENED_WORDS, len(matrix)))
+    """The rows of a matrix in ``dtype``, some at a time. All are written to one place, because fresh memory each time
+    would leave the allocator with holes."""
+    place = torch.empty_like(matrix[:_WIDENED_ENTRIES], dtype=dtype)
+    for first in range(0, len(matrix), _WIDENED_ENTRIES):
+        rows = slice(first, min(first + _WIDENED_ENTRIES, len(matrix)))
         yield rows, place[: rows.stop - first].copy_(matrix[rows])
 
 
 class TensorCores(Torch):
     """Products of 16-bit operands on a GPU, summed and written in fp32.
 
-    mm and addmm take out_dtype= together with out= since torch 2.8, an addend of out_dtype since 2.10.
+    torch.mm and addmm take ``out_dtype`` together with ``out`` since torch 2.8, and an addend of that dtype since 2.10.
     """
 
     def workspace(self, width: int, operand: torch.dtype, logits: torch.dtype, trained: bool) -> tuple[int, int]:
-        # dX in fp32; fp16: each token's hidden state times its power, in fp32 and back (WeightGradient)
+        # dX in fp32; with fp16 also each token's hidden state times its power, in fp32 and rounded (WeightGradient)
         return 0, (6 if operand == torch.float16 else 4) * width if trained else 0
 
     def project(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
@@ -159,8 +168,11 @@ class TensorCores(Torch):
             out += bias
 
     def multiply(self, a: Tensor, b: Tensor) -> Tensor:
-        """Written in fp32 first: few rows of many words are several sums, which torch by default lets cuBLAS round to
-        the output's dtype before it adds them."""
+        """a @ b, written in fp32 and then rounded.
+
+        For few rows and many entries cuBLAS computes several partial sums. torch by default lets it round them to the
+        output's dtype before they are added.
+        """
         sums = a.new_empty(len(a), b.shape[1], dtype=torch.float32)
         return torch.mm(a, b, out_dtype=sums.dtype, out=sums).to(a.dtype)
 
@@ -182,15 +194,17 @@ class TensorCores(Torch):
 
 
 class Native(Torch):
-    """csrc/gemm.h: products of fp32, bf16 or fp16 operands, summed in fp32 and written in any of these."""
+    """The products of csrc/gemm.h: of fp32, bf16 or fp16 operands, summed in fp32 and written in any of these."""
 
     name = "native"
 
     def workspace(self, width: int, operand: torch.dtype, logits: torch.dtype, trained: bool) -> tuple[int, int]:
-        # csrc/gemm_driver.h, at most: a thread packs 32 KiB of weights and holds the fp32 sums of its block: 64 words
-        # of every token for logits, 96 words of up to 2048 of the width for dW, of which it packs 256 tokens. For
-        # logits the hidden states are widened to fp32. All threads together hold the sums of dX, or the hidden states,
-        # packed, for dW; for dX, those that have the same tokens pack 256 words of each.
+        # The most that csrc/gemm_driver.h allocates. Each thread packs 32 KiB of weights and holds the fp32 sums of its
+        # block:
+        # - logits: 64 entries of every token; hidden states are widened to fp32, once for all threads;
+        # - dW: 96 entries of up to 2048 of the width, and 256 packed tokens of these entries; all threads share the
+        #   packed hidden states;
+        # - dX: all threads together hold its sums; those that have the same tokens pack 256 entries of each.
         threads, padded = torch.get_num_threads(), width + 63
         fixed, row = threads * 32 * 1024, threads * 256 + (4 * width if operand.itemsize < 4 else 0)
         if trained:
@@ -218,9 +232,9 @@ _TORCH, _TENSOR_CORES, _NATIVE, _WIDENED = Torch(), TensorCores(), Native(), Wid
 
 _F32, _BF16, _F16 = torch.float32, torch.bfloat16, torch.float16
 _BY_RULE = "by rule, not measured"
-# Who multiplies on CPUs, and the measurement or the reason: the first row that fits the CPU (Backend.traits(), none
-# without the native backend) and the operands. GFLOP/s on two threads, or shares of the peak that registers_only()
-# reaches, of logits / dX / dW: 512 rows, 896 wide.
+# Who multiplies on CPUs, and why. The first line counts whose traits the CPU has (Backend.traits(): none without the
+# native backend) and whose dtypes have the operands'. Measurements are of logits / dX / dW with 512 tokens and a width
+# of 896: GFLOP/s on two threads, or shares of the peak, which registers_only() measures.
 _WHO: tuple[tuple[set[str], set[torch.dtype], Torch, str], ...] = (
     ({"amx_bf16"}, {_BF16}, _TORCH, f"oneDNN multiplies bf16 with matrix tiles (AMX): {_BY_RULE}"),
     ({"amx_fp16"}, {_F16}, _TORCH, f"oneDNN multiplies fp16 with matrix tiles (AMX): {_BY_RULE}"),
@@ -259,15 +273,17 @@ def products(traits: frozenset[str], device: torch.device, operand: torch.dtype)
 
 
 def torch_crawls(operand: torch.dtype) -> bool:
-    """Whether torch multiplies CPU operands of this 16-bit dtype without units made for it: 5 to 100 times slower than
-    fp32. Asked each time, because anyone may switch oneDNN off."""
+    """Whether torch multiplies CPU operands of this 16-bit dtype without units made for it, 5 to 100 times slower than
+    fp32. Not cached, because anyone may switch oneDNN off."""
     return not (torch.backends.mkldnn.enabled and _has_units(operand))
 
 
 @cache
 def _has_units(operand: torch.dtype) -> bool:
-    """Whether oneDNN multiplies CPU operands of this 16-bit dtype: torch asks the same before it hands them over. bf16
-    takes AVX-512, fp16 more than that: today's Xeons only."""
+    """Whether oneDNN multiplies CPU operands of this 16-bit dtype. torch asks the same before it hands them over.
+
+    For bf16 the CPU needs AVX-512, for fp16 more than that, which only today's Xeons have.
+    """
     name = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}.get(operand)
     asked = name and getattr(torch.ops.mkldnn, name, None)  # not in every build of torch
     return bool(asked and asked())
@@ -275,49 +291,53 @@ def _has_units(operand: torch.dtype) -> bool:
 
 def column_sums_row(vocabulary: int) -> int:
     """Bytes that ``add_column_sums`` takes for each token."""
-    return 4 * min(_ADDED_WORDS, vocabulary)
+    return 4 * min(_ADDED_ENTRIES, vocabulary)
 
 
 class WeightGradient:
-    """dW [V, H] = sum over chunks of dz.T @ hidden, summed in fp32 where there is more than one chunk, or fp16.
+    """The gradient of a head's weights: dW [V, H] = sum over chunks of dz.T @ hidden.
 
-    Rows from ``vocabulary`` on (padding) are zero. ``accumulator`` is the one fp32 [V, H] buffer outside the memory
-    budget; a single chunk of bf16 operands, or fp32 operands, do without it. ``gradient`` is to be multiplied with
-    ``factor``, which is 1 but for fp16 operands (fp16.py).
+    Weights beyond ``vocabulary`` (padding) get 0. With 16-bit operands the sum needs ``accumulator``, a buffer [V, H]
+    in fp32, the only one outside the memory budget. A single chunk of bf16 operands does without it. The gradient is
+    ``gradient`` times ``factor``, which is 1 except with fp16 operands (fp16.py).
     """
 
     def __init__(self, products: Torch, weight: Tensor, vocabulary: int, chunks: int):
         self.products, self.chunks, self.added = products, chunks, 0
         self.gradient = memory.empty(weight.shape, weight.dtype, weight.device)
         self.gradient[vocabulary:] = 0
-        self.words = self.gradient[:vocabulary]
+        self.real = self.gradient[:vocabulary]  # without the padding
         self.factor: Tensor | float = 1.0
         summed = weight.dtype.itemsize < 4 and (chunks > 1 or weight.dtype == torch.float16)
-        self.accumulator = memory.empty(self.words.shape, torch.float32, weight.device) if summed else None
+        self.accumulator = memory.empty(self.real.shape, torch.float32, weight.device) if summed else None
 
     def add(self, dz: Tensor, hidden: Tensor, powers: Tensor | None = None) -> None:
-        """Adds dz.T @ hidden; dz [C, V], hidden [C, H], of fp16 with the powers [C] that dz still has to be multiplied
-        with. The last of the chunks completes ``gradient``.
+        """Adds dz.T @ hidden of a chunk; dz [C, V], hidden [C, H]. The last chunk completes ``gradient``.
+
+        With fp16 operands, ``powers`` [C] are what the rows of dz still have to be multiplied with.
         """
         first, last = self.added == 0, self.added == self.chunks - 1
         self.added += 1
         if self.accumulator is None:
-            self.products.add(dz.t(), hidden, self.words, first)
+            self.products.add(dz.t(), hidden, self.real, first)
         elif powers is None:
-            self.products.accumulate(dz.t(), hidden, self.accumulator, self.words, first, last)
+            self.products.accumulate(dz.t(), hidden, self.accumulator, self.real, first, last)
         else:
             hidden = self._in_one_unit(hidden, powers, first)
-            self.products.accumulate(dz.t(), hidden, self.accumulator, self.words, first, False)
+            self.products.accumulate(dz.t(), hidden, self.accumulator, self.real, first, False)
             if last:
                 self.factor = self.factor * fp16.normalized(self.accumulator)
-                self.words.copy_(self.accumulator)
+                self.real.copy_(self.accumulator)
 
     def _in_one_unit(self, hidden: Tensor, powers: Tensor, first: bool) -> Tensor:
-        """hidden * powers / unit, where the unit, ``factor``, is the largest power so far: the sums follow it."""
+        """hidden * powers / unit, in hidden's dtype.
+
+        The unit is the largest power so far; the sums are kept in it too. ``factor`` is the unit.
+        """
         unit = powers.amax()
         if not first:
             unit = torch.maximum(unit, self.factor)
-            if unit.device.type != "cpu" or unit != self.factor:  # saves a pass; a GPU would have to sync to know
+            if unit.device.type != "cpu" or unit != self.factor:  # saves a pass; a GPU would have to sync
                 self.accumulator.mul_(self.factor / unit)
         self.factor = unit
         return (hidden * (powers / unit)[:, None]).to(hidden.dtype)

@@ -1,9 +1,10 @@
-"""CPU memory that is used again from call to call: for logits, for the fp32 sums of dW and for dW itself.
+"""CPU memory that is kept from call to call: for logits, for the fp32 sums of dW and for dW itself.
 
-Fresh memory is expensive on CPUs. The 300 MiB of logits of a [1024, 151936] bf16 loss cost 200 ms and more of page
-faults a call on a virtual machine, its 260 MiB of dW 50 to 390 ms (the products take 1500). So blocks are kept, and
-serve again once no tensor uses them: dW's when the caller drops the gradient. What is kept is what one call needed;
-blocks that do not fit the next one are freed first. GPUs have PyTorch's caching allocator for this.
+Fresh memory is expensive on CPUs, because every page of it has to be mapped. The 300 MiB of logits of a bf16 loss over
+[1024, 151936] take 200 ms and more per call for this on a virtual machine, and its 260 MiB of dW 50 to 390 ms; its
+matrix products take 1500 ms. So blocks of memory are kept and used again as soon as no tensor uses them: the block of
+dW once the caller has dropped the gradient. Blocks that are too small or too large for a request are freed before a new
+one is made, so what is kept is about what one call needs. On GPUs PyTorch's caching allocator does this.
 """
 
 from __future__ import annotations
@@ -18,29 +19,29 @@ import torch
 from torch import Tensor
 
 _ALIGNMENT = 64  # bytes
-_SMALLEST = 1 << 20  # bytes: malloc keeps what is smaller
+_SMALLEST = 1 << 20  # bytes; smaller requests are left to malloc, which keeps such memory itself
 
 
 def _references(things: list, i: int) -> int:
     return sys.getrefcount(things[i])
 
 
-_UNUSED = _references([object()], 0)  # the list's, and what the count itself takes; a tensor over a block adds one
+_UNUSED = _references([object()], 0)  # references to a block that no tensor uses; a tensor over it adds one
 
 
 class _Pool:
-    """Blocks of memory, each under one tensor at a time; ``most``: how many times larger than asked for one may be."""
+    """Blocks of memory, each used by one tensor at a time. A block may be ``most`` times as large as asked for."""
 
     def __init__(self, most: float):
         self.blocks: list[mmap.mmap] = []
         self.most, self.lock = most, threading.RLock()
 
     def free(self) -> list[int]:
-        """Places of the blocks that no tensor uses."""
+        """Indices of the blocks that no tensor uses."""
         return [i for i in range(len(self.blocks)) if _references(self.blocks, i) == _UNUSED]
 
     def release(self) -> None:
-        """Gives these back."""
+        """Gives the blocks that no tensor uses back to the system."""
         with self.lock:
             for i in reversed(self.free()):
                 del self.blocks[i]
@@ -54,25 +55,26 @@ class _Pool:
                 block = self.blocks[min(fit, key=lambda i: len(self.blocks[i]))]
             else:
                 self.release()
-                block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # a fork's writes are its own
-                with suppress(AttributeError, OSError):  # not every system has them
+                # private: a forked process writes to a copy of its own
+                block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+                with suppress(AttributeError, OSError):  # not every system has huge pages
                     block.madvise(mmap.MADV_HUGEPAGE)
                 self.blocks.append(block)
             return torch.frombuffer(block, dtype=torch.uint8, count=count)
 
 
-_logits = _Pool(most=math.inf)  # of the largest call so far
-_gradients = _Pool(most=1)  # some are the caller's: none may hold more than it shows
+_logits = _Pool(most=math.inf)  # one block, as large as any call needed so far
+_gradients = _Pool(most=1)  # gradients are the caller's: none may hold more memory than its size says
 
 
 def release() -> None:
-    """Gives the blocks back that no tensor uses."""
+    """Gives the blocks that no tensor uses back to the system."""
     _logits.release()
     _gradients.release()
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """torch.empty, of memory that serves again after the tensor."""
+    """torch.empty, in memory that is used again once the tensor is gone."""
     count = math.prod(shape) * dtype.itemsize
     if device.type != "cpu" or count < _SMALLEST:
         return torch.empty(shape, dtype=dtype, device=device)
@@ -80,14 +82,19 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
 
 
 def padded(columns: int, device: torch.device) -> int:
-    """From row to row of a matrix, in elements. On GPUs a multiple of 64, so that rows of any length are loaded and
-    multiplied 16 bytes at a time; CPUs load as well from anywhere."""
+    """The stride from row to row of a matrix with so many columns, in elements.
+
+    On GPUs a multiple of 64, so that rows of any length are loaded and multiplied 16 bytes at a time. CPUs load equally
+    fast from any address.
+    """
     return columns if device.type == "cpu" else -(-columns // 64) * 64
 
 
 def matrices(sizes: list[tuple[tuple[int, int], torch.dtype]], device: torch.device) -> list[Tensor]:
-    """Uninitialised matrices of the given shapes and dtypes, their rows ``padded``: on CPUs one block, which may be
-    that of a larger call."""
+    """Uninitialised matrices of the given shapes and dtypes, with the strides of ``padded``.
+
+    On CPUs all lie in one block, which may be larger than they are.
+    """
     strides = [padded(columns, device) for (_, columns), _ in sizes]
     if device.type != "cpu":
         return [

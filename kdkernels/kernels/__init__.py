@@ -1,8 +1,12 @@
-"""Row kernels: everything that touches a chunk of logits, behind one interface with one backend per kind of device.
+"""Row kernels: everything that reads or writes a chunk of logits.
 
-``Backend`` (interface.py) is that interface, registry.py lists the backends and chooses. ``eager`` adapts reference.py
-and runs anywhere; ``native`` is C++ for CPUs (csrc/), ``triton`` for GPUs; these two are torch operators behind one set
-of adapters (torch_ops.py).
+``Backend`` (interface.py) is what the rest of kdkernels calls; registry.py lists the backends and chooses one.
+
+- ``eager``: plain PyTorch after reference.py, for any device.
+- ``native``: C++ for CPUs (csrc/).
+- ``triton``: Triton for GPUs.
+
+The last two are torch operators, which torch_ops.py calls.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Row kernels in plain PyTorch, after reference.py: any device and dtype, and the yardstick of the other backends.
 
-Works through a few tokens at a time, because the formulas hold a dozen full-vocabulary tensors.
+It takes a few tokens at a time, because the formulas need a dozen tensors as large as their logits.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from .. import reference
 from ..divergences import Divergence
 from .interface import SUMS, Backend, Coefficients, Request, Rows, refused_dtype
 
-_BLOCK = 1 << 23  # bytes of the logits of a step, in at least fp32; 14 tensors of that are the workspace
+_BLOCK = 1 << 23  # bytes of the logits of a step, in at least fp32; the workspace is 14 such tensors
 
 
 def _steps(logits: Tensor) -> list[slice]:
@@ -22,7 +22,7 @@ def _steps(logits: Tensor) -> list[slice]:
 
 
 def _z(rows: Rows) -> Tensor:
-    """z in at least fp32."""
+    """The z of these rows, in at least fp32."""
     x = rows.logits
     z = rows.scale * (x if x.dtype == torch.float64 else x.float())
     return z if rows.softcap is None else rows.softcap * torch.tanh(z / rows.softcap)

@@ -1,6 +1,9 @@
-"""What row kernels take and give, and what a backend has to offer.
+"""What row kernels take and give, and what a backend has to implement.
 
-Axes: C tokens of a chunk, V vocabulary, H hidden, K candidates, J ids per token.
+A row is the logits of one token over the vocabulary, or over a part of it. Kernels go over the rows of a chunk in three
+sweeps: statistics, divergence, gradient.
+
+Axes: C tokens of a chunk, V vocabulary, H hidden, K candidates, J or S ids per token.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ SUMS = 5  # likewise, see Backend.divergence_sums
 
 
 class Summary:
-    """What ``stats`` and ``top_indices`` (Rows) say of each token."""
+    """What ``stats`` and ``top_indices`` (see Rows) say about each token."""
 
     stats: Tensor
     top_indices: Tensor
@@ -54,18 +57,21 @@ class Summary:
 
 @dataclass(eq=False)
 class Rows(Summary):
-    """The logits of a chunk with their statistics; slicing takes tokens.
+    """The logits of a chunk with their statistics; ``rows[a:b]`` are those of tokens a to b.
 
-    ``logits`` [C, V] is what the lm_head GEMM wrote; z = softcap * tanh(scale * logits / softcap) is what everything
-    else is computed from. ``stats`` [C, STATS], float32 (float64 for float64 logits):
+    ``logits`` [C, V] is what the lm_head GEMM wrote. Everything is computed from z = softcap * tanh(scale * logits /
+    softcap), or z = scale * logits without a soft-cap. ``stats`` [C, STATS] is float32, or float64 of float64 logits:
 
         0  max z
-        1  log-sum of exp(z - max); apart from max, because their sum, rounded, loses the entropy at |z| ~ 1e4
+        1  log sum exp(z - max)
         2  entropy (nats)
-        3  log-sum of exp((z - max) / temperature)
-        4  what column 1 is the logarithm of: a rounded log-sum of 10 would err by 4 ulp of every q
-        5  what column 3 is the logarithm of
+        3  log sum exp((z - max) / temperature)
+        4  sum exp(z - max)
+        5  sum exp((z - max) / temperature)
         6  E_q[z - max]
+
+    Columns 0 and 1 are kept apart because their rounded sum loses the entropy at |z| ~ 1e4. Columns 4 and 5 are there
+    because from a rounded logarithm of 10, every probability would be off by 4 ulp.
 
     A row whose entries are all masked (-inf) has no distribution: its columns are NaN, except that the sums 4 and 5
     are 0. A row with a NaN has NaN there too. Columns 0, 4, 5 and 6 of the parts of a vocabulary give those of the
@@ -82,7 +88,7 @@ class Rows(Summary):
 
     @classmethod
     def empty(cls, logits: Tensor, scale: float, softcap: float | None, topk: int, gather: Tensor | None) -> Rows:
-        """Room for the statistics of ``logits``, which a backend then writes."""
+        """The rows of ``logits`` with uninitialised statistics, which a backend then writes."""
         count, dtype = len(logits), torch.float64 if logits.dtype == torch.float64 else torch.float32
         stats = logits.new_empty((count, STATS), dtype=dtype)
         values, indices = stats.new_empty(count, topk), stats.new_empty((count, topk), dtype=torch.int64)
@@ -99,7 +105,7 @@ class Rows(Summary):
 
 
 def merged(parts: Sequence[Rows], temperature: float) -> Tensor:
-    """``stats`` [C, STATS] of the whole vocabulary, from the statistics of its parts at this temperature.
+    """The statistics [C, STATS] of a whole vocabulary, from those that its parts have at this temperature.
 
     A part in which every entry of a row is masked contributes nothing. A row that is masked in all parts has the
     statistics of such a row.
@@ -130,12 +136,12 @@ def finished(parts: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tenso
 
 @dataclass(eq=False)
 class Coefficients:
-    """What multiplies each token's terms in the gradient
+    """What each token's gradients are multiplied with, and what is added to them:
 
-        d loss / dz = divergence * dD/dz + entropy * dH/dz + softmax * q + (scatter added at ids)
+        d loss / dz = divergence * dD/dz + entropy * dH/dz + softmax * q + (scatter at ids)
 
-    ``dense`` [3, C] holds divergence, entropy and softmax; ``ids`` [C, S] and ``scatter`` [C, S] the sparse part,
-    which carries the -1 of a cross-entropy and the Plackett-Luce gradient.
+    ``dense`` [3, C] holds the numbers divergence, entropy and softmax of each token. ``scatter`` [C, S] is added at the
+    entries ``ids`` [C, S]: the -1 at the target of a cross-entropy, the gradient of Plackett-Luce at the candidates.
     """
 
     dense: Tensor
@@ -144,15 +150,15 @@ class Coefficients:
 
 
 class Request(NamedTuple):
-    """What a backend is asked to compute with."""
+    """The device and dtypes that a backend is asked to compute with."""
 
     device: str  # the type of a torch.device: cpu, cuda, ...
     logits: torch.dtype
-    operand: torch.dtype  # of hidden states and weights, and so of gradients; the logits' own or narrower
+    operand: torch.dtype  # of hidden states and weights, and so of gradients; that of logits or a narrower one
 
 
 def refused_dtype(request: Request, computes: Callable[[torch.dtype], bool]) -> str:
-    """The refusal of a backend that ``computes`` with some dtypes; empty where both are among them."""
+    """Why a backend that ``computes`` with some dtypes alone refuses; empty if it does not."""
     for what, dtype in (("logits", request.logits), ("gradients", request.operand)):  # gradients are of operands
         if not computes(dtype):
             return f"it does not compute with {dtype} {what}"
@@ -160,26 +166,26 @@ def refused_dtype(request: Request, computes: Callable[[torch.dtype], bool]) -> 
 
 
 class Backend(ABC):
-    """The row kernels of one kind of device. They know rows and coefficients, no sources and no objectives.
+    """The row kernels for one type of device. They know rows and coefficients, but no sources and no objectives.
 
-    A backend is one object that registry.py lists; whoever computes with it uses nothing but these methods.
+    A backend is one object, which registry.py lists. Everybody else uses these methods alone.
     """
 
-    name: ClassVar[str]  # as KDKERNELS_BACKEND and kd.info() have it
+    name: ClassVar[str]  # its name in KDKERNELS_BACKEND and kd.info()
 
     @abstractmethod
     def refusal(self, request: Request) -> str:
-        """Why it cannot compute this; empty where it can. That it runs on the device, registry.py has seen to."""
+        """Why it cannot compute this; empty if it can. registry.py has checked that it runs on the device."""
 
     @abstractmethod
     def workspace(self, rows: int, vocabulary: int) -> int:
-        """Bytes that it may allocate beside its outputs for so many rows of logits."""
+        """Bytes that it allocates at most, beside its outputs, for so many rows of logits."""
 
     @abstractmethod
     def statistics(
         self, logits: Tensor, scale: float, softcap: float | None, temperature: float, topk: int, gather: Tensor | None
     ) -> Rows:
-        """Sweep 1: the statistics of logits [C, V], their ``topk`` largest, and z at the ids ``gather`` [C, J]."""
+        """Sweep 1: the statistics of logits [C, V], the ``topk`` >= 1 largest z, and z at the ids ``gather`` [C, J]."""
 
     def project(
         self,
@@ -194,9 +200,9 @@ class Backend(ABC):
         topk: int,
         gather: Tensor | None,
     ) -> Rows:
-        """Writes logits [C, V] = hidden [C, H] @ weight [V, H].T + bias [V], and gives their statistics.
+        """Writes logits [C, V] = hidden [C, H] @ weight [V, H].T + bias [V], and returns their statistics.
 
-        One call, because a backend may compute statistics while it multiplies. This one does it afterwards.
+        It is one call so that a backend may compute statistics while it multiplies. Here they are computed afterwards.
         """
         products.project(hidden, weight, bias, logits)
         return self.statistics(logits, scale, softcap, temperature, topk, gather)
@@ -235,25 +241,30 @@ class Backend(ABC):
         coefficients: Coefficients,
         out: Tensor,
     ) -> None:
-        """Sweep 3: the gradient of all terms with respect to the student's logits.
+        """Sweep 3: the gradient of all terms (``Coefficients``) with respect to the student's logits.
 
-        ``sums`` are those of the divergence over the whole vocabulary; statistics too, where the logits are a part.
-        ``out`` [C, V] has the operands' dtype and lies over the student's logits, each row where that of the logits
-        begins, so that these are overwritten.
+        Args:
+            student: rows whose logits are overwritten.
+            teacher, divergence, sums: what ``divergence`` was given and returned; None without a divergence.
+            temperature: that of the divergence. Entropy and softmax are at 1.
+            coefficients: of the terms.
+            out: [C, V] in the operands' dtype, over the student's logits: each of its rows begins where theirs does.
+
+        Where the logits are a part of the vocabulary, ``sums`` and the statistics of both rows are those of the whole.
         """
 
     def scale_(self, gradient: Tensor, factor: Tensor) -> None:
-        """gradient *= factor [], which only the device knows, in at least fp32."""
-        gradient.mul_(factor[None])  # one dimension makes it take part in type promotion
+        """gradient *= factor, a tensor [] on its device; multiplied in at least fp32, then rounded."""
+        gradient.mul_(factor[None])  # a factor without dimensions would be rounded to the gradient's dtype first
 
     def traits(self) -> frozenset[str]:
-        """What decides whose matrix products are faster on this CPU (gemm.who_multiplies); none without own ones."""
+        """What decides whose matrix products are used on this CPU (gemm.who_multiplies); empty without its own."""
         return frozenset()
 
     def isa(self) -> str | None:
-        """The instruction set that it takes, where it was compiled for several."""
+        """The instruction set that it uses, if it was compiled for several."""
         return None
 
     def products(self, device: torch.device, operand: torch.dtype) -> gemm.Torch:
-        """Who multiplies operands of this dtype."""
+        """Whose matrix products are used for operands of this dtype."""
         return gemm.products(self.traits(), device, operand)

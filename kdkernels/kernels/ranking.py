@@ -9,11 +9,21 @@ from .. import reference
 
 
 def plackett_luce(student_logits: Tensor, teacher_logits: Tensor, teacher_top: Tensor) -> tuple[Tensor, Tensor]:
-    """NLL of the teacher's order of the candidates that exist, and its gradient (TSD-KD eq. 4).
+    """Negative log-likelihood of the teacher's order of the student's candidates, and its gradient.
 
-    student_logits [C, K] in the student's descending order, teacher_logits [C, K] of the same words, the teacher's
-    largest logits teacher_top [C] -> value [C], gradient [C, K] with respect to student_logits; NaN where the teacher's
-    logits have no order.
+    Candidates that are masked do not take part.
+
+    Args:
+        student_logits: [C, K], the student's largest logits in descending order.
+        teacher_logits: [C, K], the teacher's logits of the same entries.
+        teacher_top: [C], the teacher's largest logit of all entries.
+
+    Returns:
+        Value [C], and its gradient [C, K] with respect to ``student_logits``. NaN where the teacher's logits have no
+        order, because one is NaN or all are masked.
+
+    Source:
+        "TSD-KD", eq. 4 (arXiv 2603.13260).
     """
     order = reference.teacher_order(teacher_logits, teacher_top)
     none = teacher_logits.isnan().any(-1) | ~teacher_top.isfinite()

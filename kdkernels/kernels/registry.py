@@ -15,7 +15,7 @@ logger = logging.getLogger("kdkernels")
 
 
 class Entry(NamedTuple):
-    """Where a backend is found and where it runs, which is known before it is loaded."""
+    """Where a backend is found and on which devices it runs: what is known of it before it is loaded."""
 
     module: str  # has the backend as BACKEND
     device: str | None  # the type of device; None: any
@@ -31,12 +31,12 @@ _logged: set[str] = set()
 
 class Choice(NamedTuple):
     backend: Backend
-    why: str  # in words
-    slow: bool  # because one that is faster on this device cannot run
+    why: str
+    slow: bool  # whether a faster backend of this device was passed over, or there is none
 
 
 def load(name: str) -> tuple[Backend | None, str]:
-    """The backend, or None and why it does not load."""
+    """The backend and an empty string, or None and the reason why it does not load."""
     try:
         return importlib.import_module(BACKENDS[name].module, __package__).BACKEND, ""
     except (ImportError, OSError) as error:
@@ -44,7 +44,7 @@ def load(name: str) -> tuple[Backend | None, str]:
 
 
 def able(name: str, request: Request) -> tuple[Backend | None, str]:
-    """Backend ``name`` if it can compute this, else None and the reason."""
+    """Backend ``name`` and an empty string if it can compute this, else None and the reason."""
     if name not in BACKENDS:
         return None, f"expected one of {', '.join(sorted(BACKENDS))}"
     device = BACKENDS[name].device

@@ -1,7 +1,7 @@
-"""Backends whose sweeps are torch operators: here Rows become tensors and numbers, and what is written is allocated.
+"""Backends whose sweeps are torch operators: native (python_bindings/ops.cpp) and Triton (triton/backend.py).
 
-Each such backend has the same three operators (native: python_bindings/ops.cpp; Triton: triton/backend.py). They mutate
-what they write, return nothing and know no autograd (the chunk loop does):
+Both have the same three operators, which take tensors and numbers, write into tensors that are allocated here, return
+nothing and know nothing of autograd (engine/ does):
 
     row_statistics(logits, scale, softcap, temperature, stats!, top_values!, top_indices!, gather_ids, gathered!)
     row_divergence(student, scale, softcap, stats, teacher, scale, softcap, stats, a, b, mix, skew, temperature, sums!)
@@ -25,7 +25,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Operators(NamedTuple):
-    """The three operators of a backend."""
+    """The three operators of a backend, as functions."""
 
     row_statistics: Callable
     row_divergence: Callable
@@ -33,14 +33,14 @@ class Operators(NamedTuple):
 
     @staticmethod
     def registered(prefix: str) -> Operators:
-        """torch.ops.kdkernels.<prefix>*, which get their fake kernels: nothing is returned, so nothing to do."""
+        """torch.ops.kdkernels.<prefix>*. Their fake kernels have nothing to do, because nothing is returned."""
         for name in Operators._fields:
             torch.library.register_fake(f"kdkernels::{prefix}{name}", lambda *_: None)
         return Operators(*(getattr(torch.ops.kdkernels, prefix + name).default for name in Operators._fields))
 
 
 class OperatorBackend(Backend):
-    """The sweeps of a backend over its operators; fp32 arithmetic."""
+    """A backend whose sweeps call its operators; fp32 arithmetic."""
 
     def __init__(self, operators: Operators):
         self.operators = operators

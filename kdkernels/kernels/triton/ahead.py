@@ -1,9 +1,9 @@
 """Kernels compiled ahead of their launch, by several processes, with a GPU or without one.
 
-``noted`` runs a call and writes down what Triton's JIT would compile for it: the very signature, constants (None among
-them) and alignments that launching asks for. Nothing is compiled or launched, and what the kernels would have written
-stays as it was. ``compiled`` has processes compile what was noted; it then lies in Triton's cache, where a launch finds
-it. Without a GPU ``stand_in`` says which one to compile for. Not for a process that interprets (TRITON_INTERPRET=1).
+``noted`` runs a call and notes what Triton's JIT would compile for it: the signature, constants (None among them) and
+alignments that a launch asks for. Nothing is compiled or launched, and what the kernels would write stays as it was.
+``compiled`` has several processes compile what was noted, into Triton's cache, where a launch finds it. Without a GPU,
+``stand_in`` says for which one to compile. None of this works in a process that interprets (TRITON_INTERPRET=1).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Specialisation:
 
 @dataclass(frozen=True)
 class Compiled:
-    """Machine code and bytes of shared memory a program, or why there are none: Triton's error."""
+    """Machine code and bytes of shared memory per program, or Triton's error where it did not compile."""
 
     cubin: bytes = b""
     shared: int = 0
@@ -43,7 +43,7 @@ class Compiled:
 
 
 class StandIn:
-    """What Triton's JIT asks of a GPU's driver: tells it the compute capability, loads and launches nothing."""
+    """Answers what Triton's JIT asks a GPU's driver: it knows a compute capability and launches nothing."""
 
     def __init__(self, capability: int):
         self.capability, self.utils = capability, self
@@ -52,7 +52,7 @@ class StandIn:
         return GPUTarget("cuda", self.capability, 32)
 
     def get_current_device(self) -> int:
-        return self.capability  # a kernel keeps what it compiled by device
+        return self.capability  # kernels cache what they compiled by device
 
     def set_current_device(self, device: int) -> None:
         pass
@@ -81,7 +81,7 @@ class StandIn:
 
 @contextmanager
 def stand_in(capability: int) -> Iterator[None]:
-    """Triton compiles for GPUs of this compute capability (90: Hopper), there or not."""
+    """Has Triton compile for GPUs of this compute capability (90: Hopper), whether there is one or not."""
     before = driver._active
     driver.set_active(StandIn(capability))
     try:
@@ -91,13 +91,13 @@ def stand_in(capability: int) -> Iterator[None]:
 
 
 def noted(call: Callable[[], object]) -> dict[Specialisation, None]:
-    """What ``call()`` would have the JIT compile that this process has not compiled yet, each once, in order."""
+    """What ``call()`` would have the JIT compile, each once, in order, without what this process has compiled."""
     found = {}
 
     def note(*, fn, compile, **_) -> bool:
         capability = driver.active.get_current_target().arch
         found[Specialisation(fn.jit_function.fn.__name__, capability, compile["specialization_data"])] = None
-        return True  # goes no further
+        return True  # tells the JIT to stop here
 
     with knobs.runtime.scope():
         knobs.runtime.jit_cache_hook = note
@@ -117,7 +117,7 @@ def _compile(wanted: Specialisation) -> Compiled:
 
 
 def compiled(wanted: Iterable[Specialisation]) -> dict[Specialisation, Compiled]:
-    """All of them, by as many processes as there are CPUs: for the GPU that is there, others by a stand-in."""
+    """Compiles all of them in as many processes as there are CPUs; a stand-in serves for GPUs that are not there."""
     wanted = list(wanted)
     with ProcessPoolExecutor(len(os.sched_getaffinity(0)), get_context("spawn")) as pool:
         return dict(zip(wanted, pool.map(_compile, wanted, chunksize=4), strict=True))

@@ -1,7 +1,7 @@
-"""Row kernels in Triton for CUDA tensors (kernels.py): float32, bfloat16 and float16 logits, fp32 arithmetic.
+"""The Triton backend, for CUDA tensors: float32, bfloat16 and float16 logits, fp32 arithmetic. See kernels.py.
 
-Block sizes and warps are fixed, so that results do not depend on what a tuner found that day. With TRITON_INTERPRET=1
-the kernels run on CPU tensors, slowly.
+Block sizes and numbers of warps are fixed, so that results do not depend on what a tuner found to be fastest. With
+TRITON_INTERPRET=1 the kernels run on CPU tensors, slowly.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from torch import Tensor
 from ..torch_ops import OperatorBackend, Operators
 from . import kernels, scale
 
-# Words per block and warps of each sweep. 8 words a thread: two 16-byte loads of fp32 in flight, 32 to 64 registers
-# (docs/triton-resources.md), so that 4 to 8 programs share a multiprocessor and 1000 rows still fill a large GPU. 16 in
-# the statistics, whose running maxima are moved once for a thread's words.
+# Entries per block and warps of each sweep. With 8 entries a thread has two 16-byte loads of fp32 in flight and needs
+# 32 to 64 registers (docs/triton-resources.md), so that 4 to 8 programs share a multiprocessor and 1000 rows still fill
+# a large GPU. Statistics have 16 entries a thread, because it updates its running maximum once for all of them.
 _STATISTICS = (4096, 8)
 _DIVERGENCE = (2048, 8)
 _GRADIENT = (2048, 8)
-_GROUP = 128  # words that share a maximum: one load of a warp; about sqrt(V / k) at V = 151936, k = 10
-_MAXIMA_PER_WARP = 1024  # few warps: choosing candidates is a chain of reductions, and those across warps are slow
+_GROUP = 128  # entries that share a maximum: one load of a warp, and about sqrt(V / k) at V = 151936 and k = 10
+_MAXIMA_PER_WARP = 1024  # so that warps are few: candidates are a chain of reductions, and those across warps are slow
 _SCATTER_WARPS = 4
-_LAUNCH_ROWS = 4096  # bounds the group maxima; six waves of programs on the largest GPUs
+_LAUNCH_ROWS = 4096  # per launch, which bounds the memory of group maxima; this fills the largest GPUs six times
 
 
 # ---- the operators (torch_ops.py) ------------------------------------------------------------------------------------
@@ -67,7 +67,7 @@ def row_divergence(
     block, warps = _block(_DIVERGENCE, vocabulary)
     _launch(
         kernels.divergence_kernel, count, warps, vocabulary=vocabulary,
-        **_side("s", student, s_scale, s_softcap, s_stats), **_side("t", teacher, t_scale, t_softcap, t_stats),
+        **_model("s", student, s_scale, s_softcap, s_stats), **_model("t", teacher, t_scale, t_softcap, t_stats),
         a=a, **_mixture(a, b, mix, skew), **_inverse(temperature), sums_ptr=sums, BLOCK=block,
     )  # fmt: skip
 
@@ -82,12 +82,12 @@ def row_gradient_(
     if out_dtype.itemsize > student.itemsize:
         raise ValueError(f"out_dtype: expected none wider than the logits' {student.dtype}, got {out_dtype}")
     out = student.view(out_dtype)[:, :vocabulary]
-    common = {"vocabulary": vocabulary, **_side("s", student, s_scale, s_softcap, s_stats)}
-    if teacher is None:  # nothing reads its side
-        common |= {**_side("t", student, 1.0, 0.0, s_stats), **_inverse(1.0)}
+    common = {"vocabulary": vocabulary, **_model("s", student, s_scale, s_softcap, s_stats)}
+    if teacher is None:  # the kernels ask for its arguments, but do not read them
+        common |= {**_model("t", student, 1.0, 0.0, s_stats), **_inverse(1.0)}
         common |= {"b": 0.0, "mix": 0.0, "rest": 1.0, "skew": 0.0, "MIXTURE": kernels.NONE}
     else:
-        common |= {**_side("t", teacher, t_scale, t_softcap, t_stats), **_inverse(temperature)}
+        common |= {**_model("t", teacher, t_scale, t_softcap, t_stats), **_inverse(temperature)}
         common |= {**_mixture(a, b, mix, skew), "skew": skew}
     common |= {"sums_ptr": sums, "dense_ptr": coefficients, "dense_stride": count, "ids_ptr": ids, **_sizes(ids)}
     at_ids = torch.empty_like(scatter)
@@ -99,13 +99,13 @@ def row_gradient_(
 
 
 def _block(default: tuple[int, int], vocabulary: int, least: int = 128) -> tuple[int, int]:
-    """Words per block and warps: the default, or a smaller block that the vocabulary fits in and its share of warps."""
+    """Entries per block and warps: the default, or for a small vocabulary one block and its share of the warps."""
     block = max(least, min(default[0], triton.next_power_of_2(vocabulary)))
     return block, max(1, default[1] * block // default[0])
 
 
 def _stride(name: str, matrix: Tensor) -> int:
-    """From row to row, in elements. The row after row is how narrow gradients find their place over wide logits."""
+    """The stride from row to row, in elements; a narrow gradient over wide logits has another one."""
     if matrix.dim() != 2 or matrix.stride(1) != 1:
         raise ValueError(f"{name}: expected a matrix with contiguous rows, got strides {matrix.stride()}")
     return matrix.stride(0)
@@ -114,19 +114,21 @@ def _stride(name: str, matrix: Tensor) -> int:
 # ---- arguments that the kernels share --------------------------------------------------------------------------------
 
 
-def _side(key: str, logits: Tensor, scale: float, softcap: float, stats: Tensor) -> dict:
-    side = {f"{key}_ptr": logits, f"{key}_stride": _stride("logits", logits), f"{key}_stats_ptr": stats}
-    side |= {f"{key}_{name}": value for name, value in _transform(scale, softcap).items()}
-    return side | {f"{key.upper()}_SOFTCAP": softcap != 0}
+def _model(key: str, logits: Tensor, scale: float, softcap: float, stats: Tensor) -> dict:
+    """Of the student (``key`` s) or the teacher (t)."""
+    arguments = {f"{key}_ptr": logits, f"{key}_stride": _stride("logits", logits), f"{key}_stats_ptr": stats}
+    arguments |= {f"{key}_{name}": value for name, value in _transform(scale, softcap).items()}
+    return arguments | {f"{key.upper()}_SOFTCAP": softcap != 0}
 
 
 def _transform(scale: float, softcap: float) -> dict:
-    """None, for which a kernel of its own is compiled, where there is nothing to multiply."""
+    """``scale`` is None where there is nothing to multiply: a kernel without the multiplication is compiled for it."""
     return {"scale": None if scale == 1 and not softcap else scale, "softcap": softcap}
 
 
 def _mixture(a: float, b: float, mix: float, skew: float) -> dict:
-    """Both weights, each rounded to fp32 on its own (1 - 1e-9 would be 1 there); a JSD's so that they sum to 1."""
+    """Which mixture it is, and both of its weights, each rounded to fp32: as 1 - mix, computed in fp32, the smaller one
+    might be 0. Those of a JSD are rounded so that their sum is 1."""
     interior = kernels.JSD if skew == 0 and a * b > 0 else kernels.INTERIOR
     mixture = {0.0: kernels.STUDENT, 1.0: kernels.TEACHER}.get(mix, interior)
     weights = _sum_to_one(mix) if mixture == kernels.JSD else (mix, 1 - mix)
@@ -134,8 +136,11 @@ def _mixture(a: float, b: float, mix: float, skew: float) -> dict:
 
 
 def _sum_to_one(mix: float) -> tuple[float, float]:
-    """fp32 weights close to mix and 1 - mix whose rounded sum is 1. A JSD is stationary in them, so the smaller one may
-    be off by 2^-25, unless that is much of it: then the exact sum is."""
+    """fp32 weights close to mix and 1 - mix whose rounded sum is 1.
+
+    The smaller one may be off by 2^-25, to which a JSD is insensitive, because it is stationary in its weights. Where
+    2^-25 is much of it, the exact sum of the weights is off instead.
+    """
     small = c_float(min(mix, 1 - mix)).value
     large = c_float(1 - small).value
     small = 1 - large if small > 1 / 64 else small
@@ -149,23 +154,23 @@ def _inverse(temperature: float) -> dict:
 
 
 def _sizes(ids: Tensor | None) -> dict:
-    """Ids per row, and the same rounded up: every size is a kernel of its own."""
+    """The number of ids per row, and that number rounded up: a kernel is compiled for every size of ``IDS``."""
     count = 0 if ids is None else ids.shape[1]
     return {"n_ids": count, "IDS": max(256, triton.next_power_of_2(count))}
 
 
 def _launch(kernel, programs: int, warps: int, **arguments) -> None:
-    """One program per row, on the device of the logits, without fused multiply-adds but where the kernels say so."""
+    """Launches one program per row on the device of the logits. Multiply-adds are fused where the kernel says so."""
     if programs == 0:
         return
     for name, value in arguments.items():
-        # rows of logits, which have a stride, need not follow each other
+        # only arguments with a stride, which are rows of logits, may have gaps between their rows
         if isinstance(value, Tensor) and not value.is_contiguous() and f"{name[:-4]}_stride" not in arguments:
             raise ValueError(f"{name.removesuffix('_ptr')}: expected a contiguous tensor, got strides {value.stride()}")
-    # by place: by name Triton's JIT takes a third longer
-    places = [arguments[name] for name in kernel.arg_names]
-    with torch.cuda.device_of(places[0]):
-        kernel[(programs,)](*places, num_warps=warps, enable_fp_fusion=False)
+    # by position: with names Triton's JIT takes a third longer
+    positional = [arguments[name] for name in kernel.arg_names]
+    with torch.cuda.device_of(positional[0]):
+        kernel[(programs,)](*positional, num_warps=warps, enable_fp_fusion=False)
 
 
 def _register() -> Operators:
@@ -177,7 +182,8 @@ def _register() -> Operators:
     for function, mutated in written.items():
         name = f"kdkernels::triton_{function.__name__}"
         torch.library.define(name, torch.library.infer_schema(function, mutates_args=mutated))
-        torch.library.impl(name, ("cuda", "cpu"))(function)  # custom_op would add 30 microseconds to every launch
+        # torch.library.custom_op would take 30 microseconds more per call
+        torch.library.impl(name, ("cuda", "cpu"))(function)
     return Operators.registered("triton_")
 
 

@@ -1,11 +1,14 @@
-"""The row kernels in Triton: statistics, candidates, divergence, gradient. One program per row; maths of csrc/sweeps.h.
+"""The row kernels in Triton: statistics, candidates, divergence, gradient. One program computes one row.
 
-All arithmetic is fp32. Launch with ``enable_fp_fusion=False``: a kernel then computes the same z from the same logit as
-every other one, which the top-k needs (it compares words with maxima from another kernel), and identical logits cancel
-to the bit. Multiply-adds that may be fused say so (``tl.fma``). Sweeps take whole blocks without masks, then the rest.
+The mathematics is that of csrc/sweeps.h, all arithmetic is fp32. A sweep takes whole blocks of entries without a mask,
+then what is left of the row with one.
 
-A masked word (-inf) becomes MASKED: finite, so that the log-ratio of two masked words is 0 instead of NaN, and small
-enough that its probability is 0. A NaN stays one until the row's sums show it, and is never a maximum.
+Launch with ``enable_fp_fusion=False``. All kernels then compute the same z from the same logit: the top-k needs this,
+because it compares entries with maxima that another kernel found, and identical logits cancel exactly. Where a
+multiply-add may be fused, the code says so (``tl.fma``).
+
+A masked entry (logit -inf) becomes MASKED: finite, so that the log-ratio of two masked entries is 0 instead of NaN, and
+so small that its probability is 0. A NaN is never a maximum, but the row's sums become NaN.
 """
 
 import triton
@@ -16,12 +19,14 @@ from .maths import INFINITE, MASKED, exp, exp_rough, finite, load_logits, load_z
 STATS = tl.constexpr(7)  # numbers per row, in the order of interface.Rows
 SUMS = tl.constexpr(5)  # likewise, of interface.Backend.divergence_sums
 
-# Where the mixture m = mix p + (1 - mix) q lies; JSD is the interior one of a JSD, without a skew term (no division).
+# Which mixture m = mix p + (1 - mix) q is: STUDENT m = q, TEACHER m = p, INTERIOR between them. JSD is that of a JSD,
+# which has no skew term: this saves a division.
 NONE, STUDENT, TEACHER, JSD, INTERIOR = (tl.constexpr(i) for i in range(5))
 
 
-# The JIT compiles a kernel anew where an integer becomes 1 or divisible by 16, or a tensor's address ceases to be. Only
-# for rows of logits that pays (wider loads); of everything else the sizes and places change from chunk to chunk.
+# By default the JIT compiles a kernel anew whenever an integer is 1 or divisible by 16, or an address is or is not.
+# That pays for rows of logits alone, which are then loaded 16 bytes at a time. All other sizes and addresses change
+# from chunk to chunk, so the JIT is told to ignore them.
 _SIZES = ["groups", "k", "n_ids", "dense_stride"]
 _SMALL = [
     "stats_ptr", "s_stats_ptr", "t_stats_ptr", "maxima_ptr", "values_ptr", "indices_ptr", "ids_ptr", "gathered_ptr",
@@ -35,20 +40,20 @@ _kernel = triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_S
 
 @triton.jit
 def _matches(x, RUNS: tl.constexpr, N: tl.constexpr, LEFT: tl.constexpr):
-    """The higher and the lower [RUNS, N, LEFT] of every two words of [RUNS, N, 2 LEFT]; a NaN is always the lower."""
+    """The higher and the lower [RUNS, N, LEFT] of every two entries of [RUNS, N, 2 LEFT]; a NaN is always the lower."""
     a, b = tl.split(tl.reshape(x, [RUNS, N, LEFT, 2]))
     return tl.maximum(a, b), tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def _by_thread(x, N: tl.constexpr, COUNT: tl.constexpr):
-    """[runs, N, words of a run] as [1, N, COUNT]."""
+    """[runs, N, entries of a run] as [1, N, COUNT]."""
     return tl.reshape(tl.permute(x, (1, 0, 2)), [1, N, COUNT])
 
 
 @triton.jit
 def _below(z, top, N: tl.constexpr):
-    """x = z - top of four words of each thread, [N, 4], and e^x."""
+    """x = z - top of four entries of each thread, [N, 4], and e^x."""
     x = finite(tl.reshape(z, [N, 4])) - top[:, None]
     return x, exp(x)
 
@@ -58,9 +63,10 @@ def _statistics_block(
     z, slot, top, rest, weighted, tempered, maxima_ptr, groups, inverse, inverse_rest,
     N: tl.constexpr, VECTOR: tl.constexpr, GROUP: tl.constexpr, TEMPERED: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """A tournament among the 16 words of each of N threads: runs of VECTOR, as they are loaded.
+    """Finds the largest of the 16 entries of each of N threads, and adds all others to the thread's sums.
 
-    What does not win, against the thread's maximum so far at last, is summed up.
+    The entries of a thread come in runs of VECTOR, as they are loaded. They meet in pairs, the higher ones meet again,
+    and the last one meets the thread's maximum so far. Whatever is the lower of a pair is added up.
     """
     RUNS: tl.constexpr = 16 // VECTOR
     high, low = _matches(z, RUNS, N, VECTOR // 2)
@@ -106,14 +112,14 @@ def statistics_kernel(
     x_ptr, x_stride, vocabulary, scale, softcap, inverse, inverse_rest, stats_ptr, maxima_ptr, groups,
     BLOCK: tl.constexpr, VECTOR: tl.constexpr, GROUP: tl.constexpr, TEMPERED: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """Max, log-sum, entropy, log-sum at a temperature; and the maximum of each group of GROUP consecutive words.
+    """The statistics of a row (interface.Rows), and the maximum of each group of GROUP consecutive entries.
 
-    A row without any word (all -inf) has no distribution: NaN, but for the sums, which are 0.
+    A row whose entries are all masked has no distribution: its statistics are NaN, except that its sums are 0.
 
-    Every 16 words of a block (those of a thread, VECTOR of them side by side) have a running maximum of their own, so
-    that no step waits for one over the block. With x = z - maximum, ``rest`` sums e^x over all words but the
-    maximum, ``weighted`` sums x e^x. Leaving the maximum out keeps the entropy of a row in which it has nearly all the
-    probability.
+    The 16 entries of a block that a thread has (VECTOR of them side by side) share a running maximum, so that no step
+    waits for a maximum over the block. With x = z - maximum, ``rest`` is the sum of e^x over all entries but the
+    maximum, and ``weighted`` that of x e^x. The maximum is left out because adding its 1 would lose the entropy of a
+    row in which it has nearly all the probability.
     """
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row * x_stride
@@ -126,8 +132,8 @@ def statistics_kernel(
     whole = vocabulary // BLOCK * BLOCK
     for part in tl.static_range(2):
         for first in range(0 if part == 0 else whole, whole if part == 0 else vocabulary, BLOCK):
-            words = first + tl.arange(0, BLOCK)
-            z = load_logits(x_ptr, words, words < vocabulary, scale, softcap, SOFTCAP, part == 0)
+            entries = first + tl.arange(0, BLOCK)
+            z = load_logits(x_ptr, entries, entries < vocabulary, scale, softcap, SOFTCAP, part == 0)
             top, rest, weighted, tempered = _statistics_block(
                 z, first // GROUP, top, rest, weighted, tempered, maxima_ptr, groups, inverse, inverse_rest,
                 N, VECTOR, GROUP, TEMPERED, part == 0,
@@ -162,16 +168,16 @@ def candidates_kernel(
     ids_ptr, gathered_ptr, n_ids,
     GROUPS: tl.constexpr, GROUP: tl.constexpr, IDS: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """The k largest z in order, ties to the smaller index; and z at ``ids`` (NaN for an id outside the vocabulary).
+    """The k largest z in order, of equal ones the smaller index first; and z at ``ids``, NaN for an id outside V.
 
-    The next word in order is in the group with the largest maximum, the first of equals. Words up to it in the order
-    are taken, so its group's new maximum is over those after it: k steps, each over all maxima and one group's words.
+    Each of k steps finds the group with the largest maximum (of equal ones the first) and takes the largest entry of it
+    that is not taken yet. The group's maximum then becomes that of its entries that are left.
     """
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row * x_stride
     group = tl.arange(0, GROUPS)
-    word = tl.arange(0, GROUP)
-    # -inf, below every word: slots beyond the row's groups, words beyond its vocabulary, words taken
+    place = tl.arange(0, GROUP)
+    # -inf is below every entry; it stands for groups and entries beyond the row's, and for entries that are taken
     maxima = tl.load(maxima_ptr + row * groups + group, mask=group < groups, other=-float("inf"))
     maxima = tl.where(maxima == maxima, maxima, MASKED)  # a group of nothing but NaN
     values_ptr += row * k
@@ -180,16 +186,16 @@ def candidates_kernel(
     index = -1
     for i in range(k):
         chosen = tl.argmax(maxima, axis=0)
-        words = chosen * GROUP + word
-        inside = words < vocabulary
-        z = load_z(x_ptr, words, inside, scale, softcap, SOFTCAP, False)
+        entries = chosen * GROUP + place
+        inside = entries < vocabulary
+        z = load_z(x_ptr, entries, inside, scale, softcap, SOFTCAP, False)
         z = tl.where(inside, tl.maximum(z, MASKED), -float("inf"))
-        z = tl.where((z < value) | ((z == value) & (words > index)), z, -float("inf"))
+        z = tl.where((z < value) | ((z == value) & (entries > index)), z, -float("inf"))
         value, at = tl.max(z, axis=0, return_indices=True)
         index = chosen * GROUP + at
         tl.store(values_ptr + i, tl.where(value > MASKED, value, -float("inf")))
         tl.store(indices_ptr + i, index.to(tl.int64))
-        maxima = tl.where(group == chosen, tl.max(tl.where(word == at, -float("inf"), z), axis=0), maxima)
+        maxima = tl.where(group == chosen, tl.max(tl.where(place == at, -float("inf"), z), axis=0), maxima)
     if ids_ptr is not None:
         slot = tl.arange(0, IDS)
         ids = tl.load(ids_ptr + row * n_ids + slot, mask=slot < n_ids, other=-1)
@@ -213,10 +219,10 @@ def _below_max(z, top, inverse, inverse_rest, TEMPERED: tl.constexpr):
 
 @triton.jit
 def _ratio(x_q, x_p, gap, MIXTURE: tl.constexpr):
-    """log(q s) and log q - log p, s being what p = e^x_p / s: so both probabilities are to be divided by s.
+    """log(q s) and log q - log p, where s is the teacher's sum, p = e^x_p / s: both probabilities come times s.
 
-    With m = p no p is needed, and s is the student's own sum: q of its largest word is exactly 1 / s. Where that has
-    nearly all the mass, its log-ratio, which has no bound, then cancels with the mean.
+    With m = p no p is needed, and s is the student's own sum: q of its largest entry is then exactly 1 / s. Where this
+    entry has nearly all the probability, its log-ratio, however large, cancels exactly with the mean.
     """
     y_q = x_q - gap
     return x_q if MIXTURE == TEACHER else y_q, y_q - x_p
@@ -224,12 +230,12 @@ def _ratio(x_q, x_p, gap, MIXTURE: tl.constexpr):
 
 @triton.jit
 def _compare(q, p, d, x_q, mix, rest, MIXTURE: tl.constexpr):
-    """log(p/m), log(q/m), q (q - p)/m, q p/m of words, with d = log q - log p; 0 for what the mixture leaves out.
+    """log(p/m), log(q/m), q (q - p)/m, q p/m of entries, with d = log q - log p; 0 for what the mixture does not need.
 
-    With r = exp(-|d|) in [0, 1], m over the larger of p and q is w = 1 + c (r - 1), c weighing the smaller one: nothing
-    overflows, and w is exactly 1 where p = q. It is never less than 1 - c, which is rounded on its own (``rest`` =
-    1 - mix is no difference of rounded numbers): no log of 0 at an interior mixture, however close to its ends. For a
-    JSD both weights sum to 1 as they are rounded (backend.py).
+    Let r = exp(-|d|) in [0, 1]. Then m is w times the larger of p and q, with w = 1 + c (r - 1), where c is the
+    mixture's weight of the smaller one: nothing overflows, and w is exactly 1 where p = q. It is never less than 1 - c,
+    which is no difference of rounded numbers (``rest`` is 1 - mix, rounded once): so an interior mixture never meets
+    the log of 0, however close to an end it is. The weights of a JSD are rounded so that their sum is 1 (backend.py).
     """
     log_p_m = tl.zeros_like(d)
     log_q_m = tl.zeros_like(d)
@@ -237,7 +243,7 @@ def _compare(q, p, d, x_q, mix, rest, MIXTURE: tl.constexpr):
     q_p = tl.zeros_like(d)
     if MIXTURE == STUDENT:
         log_p_m = d * -1.0
-        seen = x_q > -INFINITE  # nothing moves a word that the student masks
+        seen = x_q > -INFINITE  # an entry that the student masks gets no gradient
         q_skew = tl.where(seen, q - p, 0.0)
         q_p = tl.where(seen, p, 0.0)
     elif MIXTURE == TEACHER:
@@ -263,7 +269,7 @@ def _compare(q, p, d, x_q, mix, rest, MIXTURE: tl.constexpr):
 
 @triton.jit
 def _pair(s_stats_ptr, t_stats_ptr, row, MIXTURE: tl.constexpr, TEMPERED: tl.constexpr):
-    """Both sides' max, 1 / s (_ratio), log-sum of q minus that of p; all at the temperature."""
+    """The max of both models, 1 / s (_ratio), and the log-sum of q minus that of p; all at the temperature."""
     s_stats_ptr += row * STATS
     t_stats_ptr += row * STATS
     s_sum = tl.load(s_stats_ptr + (5 if TEMPERED else 4))
@@ -292,11 +298,11 @@ def divergence_kernel(
     whole = vocabulary // BLOCK * BLOCK
     for part in tl.static_range(2):
         for first in range(0 if part == 0 else whole, whole if part == 0 else vocabulary, BLOCK):
-            words = first + tl.arange(0, BLOCK)
-            inside = words < vocabulary
-            z_t = load_z(t_ptr, words, inside, t_scale, t_softcap, T_SOFTCAP, part == 0)
+            entries = first + tl.arange(0, BLOCK)
+            inside = entries < vocabulary
+            z_t = load_z(t_ptr, entries, inside, t_scale, t_softcap, T_SOFTCAP, part == 0)
             x_p = _below_max(z_t, t_max, inverse, inverse_rest, TEMPERED)
-            z_s = load_z(s_ptr, words, inside, s_scale, s_softcap, S_SOFTCAP, part == 0)
+            z_s = load_z(s_ptr, entries, inside, s_scale, s_softcap, S_SOFTCAP, part == 0)
             x_q = _below_max(z_s, s_max, inverse, inverse_rest, TEMPERED)
             y_q, d = _ratio(x_q, x_p, gap, MIXTURE)
             q, p = exp(y_q), exp(x_p)
@@ -329,23 +335,23 @@ def divergence_kernel(
 
 @triton.jit
 def _gradient(
-    words, inside, added, s_ptr, s_scale, s_softcap, t_ptr, t_scale, t_softcap,
+    entries, inside, added, s_ptr, s_scale, s_softcap, t_ptr, t_scale, t_softcap,
     scalars, b, mix, rest, inverse, inverse_rest,
     MIXTURE: tl.constexpr, TEMPERED: tl.constexpr, S_SOFTCAP: tl.constexpr, T_SOFTCAP: tl.constexpr,
     WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """d loss / d logit of some words of a row: divergence, entropy, softmax, what is ``added``, then the chain rule.
+    """d loss / d logit of some entries of a row: all terms, what is ``added``, then the chain rule from z to the logit.
 
-    ``scalars``: what _row_scalars returns.
+    ``scalars`` is what _row_scalars returns.
     """
     s_max, gap, t_max, norm, center, c_rest, skewed, shared, c_divergence, c_x, c_softmax = scalars
-    z = load_z(s_ptr, words, inside, s_scale, s_softcap, S_SOFTCAP, WHOLE)
+    z = load_z(s_ptr, entries, inside, s_scale, s_softcap, S_SOFTCAP, WHOLE)
     x = z - s_max
-    per_q = tl.fma(c_x, x, c_softmax)  # of the entropy and the softmax, for each of q
+    per_q = tl.fma(c_x, x, c_softmax)  # what the gradients of entropy and softmax are, divided by q
     if MIXTURE == NONE:
         gradient = tl.fma(exp(x) * norm, per_q, added)
     else:
-        z_t = load_z(t_ptr, words, inside, t_scale, t_softcap, T_SOFTCAP, WHOLE)
+        z_t = load_z(t_ptr, entries, inside, t_scale, t_softcap, T_SOFTCAP, WHOLE)
         x_q = _below_max(z, s_max, inverse, inverse_rest, TEMPERED)
         x_p = _below_max(z_t, t_max, inverse, inverse_rest, TEMPERED)
         y_q, d = _ratio(x_q, x_p, gap, MIXTURE)
@@ -358,7 +364,7 @@ def _gradient(
             log_q_m = log(tl.fma(mix, tl.exp2(d * -1.4426950408889634), rest)) * -1.0
         else:
             _, log_q_m, q_skew, q_p = _compare(q, exp(x_p), d, x_q, mix, rest, MIXTURE)
-            # As q = (1 - mix) q_skew + q_p, this is q_skew less q times its mean; nothing large cancels where p/m is
+            # q_skew less q times its mean, with q = (1 - mix) q_skew + q_p put in: nothing large cancels where p/m is
             # small.
             if (MIXTURE == INTERIOR) | (MIXTURE == STUDENT):
                 gradient += shared * q_skew - skewed * q_p
@@ -378,8 +384,8 @@ def _row_scalars(
 ):  # fmt: skip
     """Statistics and coefficients of a row, in the order in which _gradient takes them.
 
-    All factors that a row's words share are in the coefficients: the loss's, the scale of the logits, and what _ratio
-    leaves to be divided by. ``norm`` is for probabilities which are not of _ratio: 1 / sum of the student.
+    The coefficients contain all factors that the entries of a row share: those of the loss, the scale of the logits,
+    and the 1 / s of _ratio. ``norm``, 1 / sum of the student, is for probabilities that do not come from _ratio.
     """
     s_max, t_max, norm_p, gap = _pair(s_stats_ptr, t_stats_ptr, row, MIXTURE, TEMPERED)
     norm = tl.div_rn(1.0, tl.load(s_stats_ptr + row * STATS + 4))
@@ -419,7 +425,7 @@ def scatter_kernel(
     ids_ptr, scatter_ptr, at_ids_ptr, n_ids,
     IDS: tl.constexpr, MIXTURE: tl.constexpr, TEMPERED: tl.constexpr, S_SOFTCAP: tl.constexpr, T_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of all terms at ``ids`` alone, in fp32, with ``scatter`` added; of equal ids each gets the sum."""
+    """The gradient of all terms at ``ids`` alone, in fp32, with ``scatter`` added. Equal ids all get the sum."""
     row = tl.program_id(0).to(tl.int64)
     ids_ptr += row * n_ids
     scatter_ptr += row * n_ids
@@ -448,12 +454,12 @@ def gradient_kernel(
     out_ptr, out_stride, BLOCK: tl.constexpr, IDS: tl.constexpr, MIXTURE: tl.constexpr, TEMPERED: tl.constexpr,
     S_SOFTCAP: tl.constexpr, T_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of all terms, written over the student's logits by ascending blocks, then what belongs at ``ids``.
+    """The gradient of all terms, written over the student's logits block by block, then what belongs at ``ids``.
 
-    Narrow words over wide ones (bf16 over fp32): block n of the output lies over words of blocks <= n of the logits, of
-    which other warps may not have read theirs yet: they may be late by a whole block, and even within a block loads
-    and stores need not share a layout. So every block is read, then a barrier, then written: behind the barrier all
-    warps have read all blocks <= n, and nobody writes over block n + 1, which the fast ones may be reading already.
+    A 16-bit gradient is written over fp32 logits: block n of it lies over logits of blocks up to n, which other warps
+    may not have read yet. They may be a whole block behind, and even within a block a thread does not write where it
+    reads. So between reading and writing a block there is a barrier: behind it all warps have read all blocks up to n.
+    Fast warps may be reading block n + 1 by then, over which nobody writes yet.
     """
     row = tl.program_id(0).to(tl.int64)
     out_ptr += row * out_stride
@@ -465,21 +471,21 @@ def gradient_kernel(
     whole = vocabulary // BLOCK * BLOCK
     for part in tl.static_range(2):
         for first in range(0 if part == 0 else whole, whole if part == 0 else vocabulary, BLOCK):
-            words = first + tl.arange(0, BLOCK)
-            inside = words < vocabulary
+            entries = first + tl.arange(0, BLOCK)
+            inside = entries < vocabulary
             gradient = _gradient(
-                words, inside, 0.0, s_ptr, s_scale, s_softcap, t_ptr, t_scale, t_softcap,
+                entries, inside, 0.0, s_ptr, s_scale, s_softcap, t_ptr, t_scale, t_softcap,
                 scalars, b, mix, rest, inverse, inverse_rest, MIXTURE, TEMPERED, S_SOFTCAP, T_SOFTCAP, part == 0,
             )  # fmt: skip
             tl.debug_barrier()
             if part == 0:
-                tl.store(out_ptr + words, gradient.to(out_ptr.dtype.element_ty))
+                tl.store(out_ptr + entries, gradient.to(out_ptr.dtype.element_ty))
             else:
-                tl.store(out_ptr + words, gradient.to(out_ptr.dtype.element_ty), mask=inside)
+                tl.store(out_ptr + entries, gradient.to(out_ptr.dtype.element_ty), mask=inside)
     if n_ids > 0:
         slot = tl.arange(0, IDS)
         ids = tl.load(ids_ptr + row * n_ids + slot, mask=slot < n_ids, other=-1)
         gradient = tl.load(at_ids_ptr + row * n_ids + slot, mask=slot < n_ids, other=0.0)
         inside = (ids >= 0) & (ids < vocabulary)
-        tl.debug_barrier()  # over the words the sweep wrote there
+        tl.debug_barrier()  # these are written over what the sweep wrote there
         tl.store(out_ptr + ids, gradient.to(out_ptr.dtype.element_ty), mask=inside)

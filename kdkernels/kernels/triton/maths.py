@@ -4,18 +4,18 @@ import triton
 import triton.language as tl
 
 MASKED = tl.constexpr(-1e30)
-INFINITE = tl.constexpr(1e12)  # no log-probability is below -1e12 but a masked word's; a divergence beyond 1e12 met one
+INFINITE = tl.constexpr(1e12)  # only masked entries have a log-probability below -1e12; a divergence above 1e12 met one
 
 
 @triton.jit
 def exp_rough(x):
-    """e^x to about 1e-7 (1 + |x|): enough where what is multiplied by it matters the less, the smaller it is."""
+    """e^x with a relative error of about 1e-7 (1 + |x|): enough where a small e^x is added to larger numbers."""
     return tl.exp2(x * 1.4426950408889634)
 
 
 @triton.jit
 def exp(x):
-    """e^x to about 2e-7: the rounding error of y = x log2(e), 7e-7 at |x| = 12, goes into the result."""
+    """e^x with a relative error of about 2e-7: the rounding of y = x log2(e), 7e-7 at |x| = 12, is corrected."""
     y = x * 1.4426950408889634
     e = tl.exp2(y)
     return tl.fma(e, tl.fma(y, -0.6931471805599453, x), e)
@@ -23,7 +23,10 @@ def exp(x):
 
 @triton.jit
 def log(w):
-    """log w of a normal w > 0 to 2e-7 of itself; 0 at 1, finite at infinity. w = 2^n (1 + f), |f| <= 1/3."""
+    """log w of a normal w > 0 with a relative error of 2e-7; exactly 0 at 1, finite at infinity.
+
+    w = 2^n (1 + f) with |f| <= 1/3.
+    """
     bits = w.to(tl.int32, bitcast=True)
     power = (bits - 0x3F2AAAAB) & -0x800000  # n 2^23
     f = (bits - power).to(tl.float32, bitcast=True) - 1.0
@@ -40,7 +43,7 @@ def log(w):
 
 @triton.jit
 def log1p(x):
-    """log(1 + x) for x >= 0, accurate where x is tiny: the rounding of 1 + x cancels."""
+    """log(1 + x) for x >= 0, accurate where x is tiny: the rounding of 1 + x is divided out."""
     y = 1.0 + x
     return tl.where(y == 1.0, x, tl.log(y) * (x / tl.where(y == 1.0, 1.0, y - 1.0)))
 
@@ -61,25 +64,25 @@ def tanh(y):
 
 @triton.jit
 def over_temperature(x, inverse, inverse_rest):
-    """x / T, from 1 / T in two parts: one rounded 1 / T would be another temperature."""
+    """x / T, with 1 / T as the sum of two numbers: rounded to one, it would belong to another temperature."""
     return tl.fma(x, inverse, x * inverse_rest)
 
 
 @triton.jit
 def _wide(x):
-    """fp32. Of bf16 by its bits: of a pair in a register the second is there already, but for a mask."""
+    """x in fp32. Of bf16 the bits are moved up: the second of a pair in a register is in its place already."""
     if x.dtype == tl.bfloat16:
         return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     return x.to(tl.float32)
 
 
 @triton.jit
-def load_logits(x_ptr, words, inside, scale, softcap, SOFTCAP: tl.constexpr, WHOLE: tl.constexpr):
-    """z of a row's words; -inf where not ``inside``, where all are if ``WHOLE``. ``scale`` None: 1."""
+def load_logits(x_ptr, entries, inside, scale, softcap, SOFTCAP: tl.constexpr, WHOLE: tl.constexpr):
+    """z of a row's entries, -inf where not ``inside``; with ``WHOLE`` all are inside. ``scale`` None means 1."""
     if WHOLE:  # noqa: SIM108 - decided when compiled
-        z = _wide(tl.load(x_ptr + words))
+        z = _wide(tl.load(x_ptr + entries))
     else:
-        z = _wide(tl.load(x_ptr + words, mask=inside, other=-float("inf")))
+        z = _wide(tl.load(x_ptr + entries, mask=inside, other=-float("inf")))
     if scale is not None:
         z *= scale
     if SOFTCAP:
@@ -91,10 +94,11 @@ def load_logits(x_ptr, words, inside, scale, softcap, SOFTCAP: tl.constexpr, WHO
 
 @triton.jit
 def finite(z):
-    """MASKED for -inf."""
+    """z with MASKED for -inf; a NaN stays."""
     return tl.maximum(z, MASKED, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
-def load_z(x_ptr, words, inside, scale, softcap, SOFTCAP: tl.constexpr, WHOLE: tl.constexpr):
-    return finite(load_logits(x_ptr, words, inside, scale, softcap, SOFTCAP, WHOLE))
+def load_z(x_ptr, entries, inside, scale, softcap, SOFTCAP: tl.constexpr, WHOLE: tl.constexpr):
+    """The same with MASKED for -inf."""
+    return finite(load_logits(x_ptr, entries, inside, scale, softcap, SOFTCAP, WHOLE))

@@ -35,9 +35,9 @@ from .ahead import Compiled, Specialisation, compiled, noted, stand_in
 TARGETS = (80, 90, 100)
 COUNTED = 90
 VOCABULARY = 151936
-RAGGED = 151665  # words of which the rows of a buffer are padded
+RAGGED = 151665  # a vocabulary for which the rows of a buffer are padded
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-_KINDS = (ForwardKL(), ReverseKL(), JSD(0.9), SkewKL(0.1))  # one for every place of the mixture
+_DIVERGENCES = (ForwardKL(), ReverseKL(), JSD(0.9), SkewKL(0.1))  # one for every mixture that the kernels know
 _ORDER = ("statistics", "candidates", "divergence", "scatter", "gradient")
 # As operators, tensors without memory would get the fake kernels.
 _FUNCTIONS = backend.Triton(Operators(*(getattr(backend, name) for name in Operators._fields)))
@@ -70,32 +70,33 @@ def every_call(call, rows: int, vocabulary: int) -> None:
     ids, none = (torch.zeros(rows, count, dtype=torch.int64) for count in (11, 0))
     for temperature in (1.0, 2.0):
         tempered = ", tempered" if temperature != 1 else ""
-        sides = {}
+        rows_of = {}
         for dtype, softcap in product(_NAMES, (None, 30.0)):
             options = f"{_NAMES[dtype]}{', soft-cap' if softcap else ''}{tempered}"
             arguments = torch.zeros(rows, vocabulary, dtype=dtype), 1.0, softcap, temperature
-            sides[dtype, softcap] = call(options, _FUNCTIONS.statistics, *arguments, 10, ids)
+            rows_of[dtype, softcap] = call(options, _FUNCTIONS.statistics, *arguments, 10, ids)
             call(f"{options}, without ids", _FUNCTIONS.statistics, *arguments, 1, None)
-        for ((dtype, softcap), s), ((t_dtype, t_softcap), t) in product(sides.items(), sides.items()):
+        for ((dtype, softcap), s), ((t_dtype, t_softcap), t) in product(rows_of.items(), rows_of.items()):
             if t_dtype not in (dtype, torch.float32):  # the chunk loop promotes the teacher's to the student's
                 continue
             options = f"{_NAMES[dtype]}{' beside fp32 of the teacher' if t_dtype != dtype else ''}"
             options += f"{_SOFTCAPS[softcap is not None, t_softcap is not None]}{tempered}"
-            for kind in (None, *_KINDS) if s is t else _KINDS:
-                named, center = f"{options}, {kind.name}" if kind else options, None
-                if kind:
-                    center = call(named, _FUNCTIONS.divergence, s, t, kind, temperature)[1]
+            for divergence in (None, *_DIVERGENCES) if s is t else _DIVERGENCES:
+                named, sums = f"{options}, {divergence.name}" if divergence else options, None
+                if divergence:
+                    sums = call(named, _FUNCTIONS.divergence, s, t, divergence, temperature)[1]
                 for out_dtype in _NAMES if dtype == torch.float32 else (dtype,):
                     out = s.logits.view(out_dtype)[:, :vocabulary]
                     for each in (ids, none):
                         c = Coefficients(torch.zeros(3, rows), each, torch.zeros(each.shape))
                         name = f"{named}, out {_NAMES[out_dtype]}"
-                        call(name, _FUNCTIONS.gradient_, s, t if kind else None, kind, temperature, center, c, out)
+                        other = t if divergence else None
+                        call(name, _FUNCTIONS.gradient_, s, other, divergence, temperature, sums, c, out)
 
 
 @functools.cache
 def variants() -> tuple[Variant, ...]:
-    """Every kernel variant that the engine can ask for, for a 151936-word vocabulary."""
+    """Every kernel variant that the engine can ask for, for a vocabulary of 151936."""
     each = [_named(target) for target in TARGETS]
     found = [
         Variant(name, json.loads(first.data)["options"]["num_warps"], dict(zip(TARGETS, (first, *others), strict=True)))
@@ -166,19 +167,19 @@ def table(resources: dict[Variant, list[Resources]]) -> str:
     return "\n".join(lines)
 
 
-# ---- instructions a word ---------------------------------------------------------------------------------------------
+# ---- instructions per entry ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Loop:
-    """The instructions with which a thread handles its words of one whole block."""
+    """The instructions with which a thread handles its entries of one whole block."""
 
-    words: int
+    entries: int
     instructions: list[str]
 
     @property
-    def per_word(self) -> float:
-        return len(self.instructions) / self.words
+    def per_entry(self) -> float:
+        return len(self.instructions) / self.entries
 
 
 def whole_blocks(wanted: Specialisation, done: Compiled) -> Loop:
@@ -198,30 +199,30 @@ def loops() -> dict[tuple[str, str], tuple[Loop, Loop, Loop]]:
     """(logits, divergence) -> those of statistics, divergence and gradient of a plain loss with bf16 operands."""
     jobs: dict[tuple[str, str], list[Specialisation]] = {}
     with torch.device("meta"), stand_in(COUNTED):
-        for dtype, kind in product((torch.float32, torch.bfloat16), _KINDS):
+        for dtype, divergence in product((torch.float32, torch.bfloat16), _DIVERGENCES):
             (logits,) = memory.matrices([((1024, RAGGED), dtype)], torch.device("meta"))
             out = logits.view(torch.bfloat16)[:, :RAGGED]
             c = Coefficients(torch.zeros(3, 1024), torch.zeros(1024, 0, dtype=torch.int64), torch.zeros(1024, 0))
 
-            def call(logits=logits, kind=kind, c=c, out=out) -> None:
+            def call(logits=logits, divergence=divergence, c=c, out=out) -> None:
                 s = _FUNCTIONS.statistics(logits, 1.0, None, 1.0, 1, None)
-                center = _FUNCTIONS.divergence(s, s, kind, 1.0)[1]
-                _FUNCTIONS.gradient_(s, s, kind, 1.0, center, c, out)
+                sums = _FUNCTIONS.divergence(s, s, divergence, 1.0)[1]
+                _FUNCTIONS.gradient_(s, s, divergence, 1.0, sums, c, out)
 
             found = [each for each in noted(call) if each.kernel != "candidates_kernel"]
-            jobs[_NAMES[dtype], kind.name] = found
+            jobs[_NAMES[dtype], divergence.name] = found
     done = compiled(dict.fromkeys(job for each in jobs.values() for job in each))
     _check(done)
     return {key: tuple(whole_blocks(job, done[job]) for job in each) for key, each in jobs.items()}
 
 
 def counts(loops: dict[tuple[str, str], tuple[Loop, Loop, Loop]]) -> str:
-    """Markdown: instructions a word of each sweep; both sides have statistics."""
-    lines = ["| logits, divergence | statistics of a side | value | gradient | in all |", "|---|---|---|---|---|"]
-    for (logits, kind), each in loops.items():
-        one, value, gradient = (loop.per_word for loop in each)
+    """Markdown: instructions per entry of each sweep. Statistics are taken of both models."""
+    lines = ["| logits, divergence | statistics of a model | value | gradient | in all |", "|---|---|---|---|---|"]
+    for (logits, divergence), each in loops.items():
+        one, value, gradient = (loop.per_entry for loop in each)
         cells = " | ".join(f"{n:.1f}" for n in (one, value, gradient, 2 * one + value + gradient))
-        lines.append(f"| {logits}, {kind} | {cells} |")
+        lines.append(f"| {logits}, {divergence} | {cells} |")
     return "\n".join(lines)
 
 
@@ -230,13 +231,13 @@ def document(resources: dict[Variant, list[Resources]], counted: str) -> str:
     spilling = [v.name for v, each in resources.items() if any(r.stack for r in each)]
     return f"""# Instructions, registers and shared memory of the Triton kernels
 
-Compiled ahead of time by triton {triton.__version__}. sm_{COUNTED} instructions for each word of a row of {RAGGED}, in
+Compiled ahead of time by triton {triton.__version__}. sm_{COUNTED} instructions per entry of a row of {RAGGED}, in
 the loop over whole blocks; bf16 gradients, no soft-cap, temperature 1:
 
 {counted}
 
-Registers a thread and shared bytes a program, {VOCABULARY} words, of the usual variants: fp32 logits of both sides,
-fp32 or bf16 gradients, a soft-cap on both sides or none. Of them spill: {", ".join(spilling) or "none"}.
+Registers a thread and shared bytes a program, {VOCABULARY} entries, of the usual variants: fp32 logits of both models,
+fp32 or bf16 gradients, a soft-cap of both models or none. Of them spill: {", ".join(spilling) or "none"}.
 
 {table(resources)}"""
 

@@ -1,5 +1,8 @@
-"""A gradient times a number that only the GPU knows, as backward has to scale it: of a loss that is not scaled any
-further the number is 1, and asking for it would be a sync. The kernel sees it, and then leaves the gradient alone."""
+"""Multiplies a gradient with a number that only the GPU knows: the incoming gradient of a backward.
+
+It is 1 for a loss that is not scaled any further, but asking the GPU for it would be a sync. So the kernel looks, and
+leaves the gradient alone if it is 1.
+"""
 
 import torch
 import triton
@@ -7,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 _BLOCK, _WARPS = 4096, 8  # 16 numbers a thread
-_PROGRAMS = 4096  # at most, some waves of the largest GPUs: where the factor is 1, all are launched in vain
+_PROGRAMS = 4096  # at most; they fill the largest GPUs a few times. With a factor of 1 all are launched for nothing
 
 
 @triton.jit(do_not_specialize=["count"])

@@ -3,8 +3,8 @@
     from kdkernels.kernels.triton.tune import tune
     print(tune(vocabulary=151936, dtype=torch.float32))
 
-Without it the sizes documented in backend.py hold, on every machine the same. Sums over the vocabulary are taken block
-by block, so other sizes change results by rounding.
+Without it the sizes in backend.py are used, the same on every machine. A sum over the vocabulary is computed block by
+block, so other sizes change its rounding.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ _SWEEPS = {"statistics": "_STATISTICS", "divergence": "_DIVERGENCE", "gradient":
 def tune(
     vocabulary: int, dtype: torch.dtype = torch.float32, rows: int = 1024, device: str | torch.device = "cuda"
 ) -> dict[str, tuple[int, int]]:
-    """Times each sweep of a JSD over random logits [rows, vocabulary] and uses the fastest sizes from now on.
+    """Times each sweep of a JSD over random logits [rows, vocabulary] and has this process use the fastest sizes.
 
-    -> sweep: (words per block, warps), for this process. Takes some seconds, most of them compiling.
+    -> sweep: (entries per block, warps), for this process. Takes some seconds, most of them compiling.
     """
     best = {}
     for sweep, run in _sweeps(vocabulary, dtype, rows, device).items():
@@ -48,14 +48,14 @@ def _sweeps(vocabulary: int, dtype: torch.dtype, rows: int, device) -> dict[str,
     def statistics():
         return backend.BACKEND.statistics(x, 1.0, None, 1.0, 1, None)
 
-    x, kind = logits(), JSD(0.9)
+    x, divergence = logits(), JSD(0.9)
     student, teacher = statistics(), backend.BACKEND.statistics(logits(), 1.0, None, 1.0, 1, None)
-    center = backend.BACKEND.divergence(student, teacher, kind, 1.0)[1]
+    sums = backend.BACKEND.divergence(student, teacher, divergence, 1.0)[1]
     coefficients = Coefficients(
         torch.ones(3, rows, device=device), student.top_indices, torch.ones_like(student.top_values)
     )
     return {  # the last one writes over the logits of the others
         "statistics": statistics,
-        "divergence": lambda: backend.BACKEND.divergence(student, teacher, kind, 1.0),
-        "gradient": lambda: backend.BACKEND.gradient_(student, teacher, kind, 1.0, center, coefficients, x),
+        "divergence": lambda: backend.BACKEND.divergence(student, teacher, divergence, 1.0),
+        "gradient": lambda: backend.BACKEND.gradient_(student, teacher, divergence, 1.0, sums, coefficients, x),
     }
