@@ -15,8 +15,7 @@ using kd::Stats;
 using kd::Sums;
 
 constexpr int64_t kBlock = 32 * kStep;  // each lane adds up 32 entries in fp32, then fp64 takes over: on any vector width
-// A masked entry (logit -inf) becomes this: finite, so that the log-ratio of two masked entries is 0 instead of NaN. Its
-// exp is 0.
+// What a masked entry (logit -inf) becomes: finite, so that the log-ratio of two of them is 0, not NaN. Its exp is 0.
 constexpr float kMasked = -1e30f;
 // A divergence beyond this met an entry that one model masks and the other does not: it is infinite.
 constexpr float kInfinite = 1e12f;
@@ -99,8 +98,7 @@ struct Row {
 
 // ---- sweep 1: statistics and exact top-k ----------------------------------------------------------------------
 
-// The k best (value, index) pairs seen so far, best first. They are offered by ascending index: of equal values, the
-// first stays ahead.
+// The k best (value, index) pairs so far, best first. Offers come by ascending index: of equal values the first stays ahead.
 struct TopK {
   int64_t k, size = 0;
   float* values;
@@ -208,8 +206,7 @@ void statistics(Matrix x, int64_t vocab, int64_t begin, int64_t end, double temp
 
 // ---- sweeps 2 and 3: divergence and gradient ------------------------------------------------------------------
 
-// Which mixture m = mix p + (1 - mix) q is: kStudent m = q, kTeacher m = p, kInterior between them. kJsd is that of a JSD,
-// whose skew coefficient is 0: this saves a division.
+// Which mixture m = mix p + (1 - mix) q is: q, p, an interior one of a JSD (its skew is 0, which saves a division), another.
 enum Mixture { kNone, kStudent, kTeacher, kJsd, kInterior };
 
 inline Mixture mixture_of(const Divergence* d) {
@@ -260,8 +257,7 @@ struct Pair {
       : q(s, divergence.temperature), p(t, divergence.temperature), gap(float(q.logsum - p.logsum)), mix(divergence.mix),
         rest(1 - divergence.mix), least(mix < rest ? mix : rest) {}
 
-  // Both softmaxes, in a pass of their own. In one pass with compare(), the steps that wait for one another would be more
-  // than a CPU looks ahead.
+  // Both softmaxes, in a pass before compare(): as one, more steps would wait for one another than a CPU looks ahead.
   void ratios(const Block& z_q, const Block& z_p, int64_t n, Ratios& out) const {
     for (int64_t i = 0; i < n; i += kStep) {
       vf2 x_q = q(load2(z_q.v + i)), x_p = p(load2(z_p.v + i));
