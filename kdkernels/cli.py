@@ -10,11 +10,11 @@ from pathlib import Path
 
 import kdkernels
 from kdkernels.errors import MissingPackage
-from kdkernels.training import Config, InputError, read_recipe, with_reason
+from kdkernels.training import Config, InputError, with_reason
 from kdkernels.training.exits import DONE, STATUSES, UNFORESEEN, UNUSABLE, end
 from kdkernels.training.launcher import first, launched
 from kdkernels.training.recipe.new import write_recipe
-from kdkernels.training.recipe.read import section_class
+from kdkernels.training.recipe.read import read_recipes, section_class
 
 EXAMPLES = """\
 examples:
@@ -22,6 +22,7 @@ examples:
   kdkernels train recipe.toml --dry-run                 check everything, show the plan, train nothing
   kdkernels train recipe.toml --set train.steps=100     train, with one key of the recipe changed
   kdkernels train recipe.toml --resume                  go on after a crash, bit for bit
+  kdkernels train first.toml second.toml                train in stages; the same again goes on after a crash
   torchrun --nproc-per-node 8 -m kdkernels train recipe.toml
 """
 
@@ -41,20 +42,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
+    sources = options.recipes
+    if options.dry_run and len(sources) > 1:
+        return end(UNUSABLE, f"--dry-run: expected one recipe, got {len(sources)}: give it one stage after another")
     try:
-        recipe = read_recipe(options.recipe, options.set)
+        recipes = read_recipes(sources, options.set)
     except InputError as error:
         if not launched():
             return end(UNUSABLE, error)
-        recipe = error  # the other processes must hear of it
+        recipes = error  # the other processes must hear of it
     if first():
-        print(f"kdkernels {kdkernels.__version__}: {options.recipe}: loading libraries", file=sys.stderr, flush=True)
+        told = f"kdkernels {kdkernels.__version__}: {', '.join(sources)}: loading libraries"
+        print(told, file=sys.stderr, flush=True)
     try:
         with with_reason():
             from kdkernels.training import command  # torch, DeepSpeed, transformers: seconds
     except MissingPackage as error:
         return end(UNUSABLE, error)
-    return command.run(recipe, options.recipe, resume=options.resume, dry_run=options.dry_run)
+    return command.run(recipes, sources, resume=options.resume, dry_run=options.dry_run)
 
 
 def _new(options: argparse.Namespace) -> int:
@@ -85,19 +90,21 @@ def _parser() -> argparse.ArgumentParser:
 def _add_train(commands) -> None:
     command = commands.add_parser(
         "train",
-        help="train the student of a recipe",
-        description="Trains the student of a recipe.",
+        help="train the student of a recipe, or in stages, of several",
+        description="Trains the student of a recipe. Several recipes are stages, trained one after another: a later "
+        "one may start from the model of an earlier one ([student] path). A finished stage is skipped and a begun one "
+        "resumed, with --resume or without.",
         epilog=f"{EXAMPLES}\n{_keys()}\n{STATUSES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.set_defaults(run=_train)
-    command.add_argument("recipe", metavar="RECIPE.toml")
+    command.add_argument("recipes", metavar="RECIPE.toml", nargs="+")
     command.add_argument(
         "--set",
         metavar="SECTION.KEY=VALUE",
         action="append",
         default=[],
-        help="overrides a key of the recipe; may be repeated",
+        help="overrides a key of the recipe, in stages of each; may be repeated",
     )
     command.add_argument(
         "--resume",

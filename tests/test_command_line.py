@@ -61,6 +61,8 @@ def run(*arguments, cwd) -> subprocess.CompletedProcess:
         (["train", RECIPE, "--set=objective.name=NOPE"], 2, "[objective] name: expected one of 'GKD', 'SFT', 'TSDKD'"),
         (["train", RECIPE, "--set=objective.name=GKD", "--set=objective.bata=1"], 2, "'bata'; did you mean 'beta'?"),
         (["train", RECIPE, "--set=objective.name=TSDKD", "--set=objective.k=2.5"], 2, "k: expected an integer, got"),
+        (["train", RECIPE, "none.toml", "--dry-run"], 2, "--dry-run: expected one recipe, got 2"),
+        (["train", "none.toml", RECIPE], 2, "none.toml: cannot be read: No such file"),
         (["train", RECIPE, "--set=data.train=no.jsonl"], 2, "[data] train: no such file: no.jsonl"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import sys
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 
 from transformers.utils.logging import disable_progress_bar
@@ -16,42 +17,44 @@ from kdkernels.training.launcher import first
 from kdkernels.training.recipe.config import Config
 from kdkernels.training.recipe.read import complete
 from kdkernels.training.run_directory import RunDirectory
+from kdkernels.training.stages import train_stages
 from kdkernels.training.trainer import train
 
 
-def run(recipe: Config | InputError, source: str, *, resume: bool, dry_run: bool) -> int:
-    """Does what the recipe says.
+def run(recipes: list[Config] | InputError, sources: Sequence[str], *, resume: bool, dry_run: bool) -> int:
+    """Does what the recipes say.
 
     Args:
-        recipe: what `read_recipe` returned, or raised in this process: others may have been able to read theirs.
-        source: the recipe's path, for error messages.
-        resume: goes on from the newest checkpoint.
-        dry_run: prints the plan instead of training.
+        recipes: what `read_recipes` returned, or raised in this process: others may have been able to read theirs.
+        sources: the recipes' paths, for error messages.
+        resume: goes on from the newest checkpoint, as stages do in any case.
+        dry_run: prints the plan of the one recipe instead of training.
 
     Returns:
         The exit status (exits.STATUSES).
     """
-    status = _run(recipe, source, resume, dry_run)
+    status = _run(recipes, sources, resume, dry_run)
     if status not in (LOST, UNFORESEEN, INTERRUPTED):  # of these, the others may know nothing yet
         distributed.leave()
     return status
 
 
-def _run(recipe: Config | InputError, source: str, resume: bool, dry_run: bool) -> int:
+def _run(recipes: list[Config] | InputError, sources: Sequence[str], resume: bool, dry_run: bool) -> int:
     if not sys.stderr.isatty():
         disable_progress_bar()
-    config = None
+    configs = []
     try:
-        config = _agreed(recipe, source)
+        configs = _agreed(recipes, sources)
         if dry_run:
-            text = plan(config, resume=resume)
+            text = plan(*configs, resume=resume)
             with writing(Path("standard output")):
                 print(text, flush=True)
         else:
-            result = train(config, resume=resume)
+            results = train_stages(configs) if len(configs) > 1 else [train(*configs, resume=resume)]
             if first():
                 with writing(Path("standard output")):
-                    print(f"model: {result.final}\nreport: {RunDirectory(result.output).report}", flush=True)
+                    for result in results:
+                        print(f"model: {result.final}\nreport: {RunDirectory(result.output).report}", flush=True)
     except FloatingPointError as error:
         return end(DIVERGED, error)
     except (InputError, OSError) as error:
@@ -61,8 +64,8 @@ def _run(recipe: Config | InputError, source: str, resume: bool, dry_run: bool) 
     except (KeyboardInterrupt, Stopped) as error:
         stopped = isinstance(error, Stopped)
         text = str(error) if stopped else "interrupted"
-        if config is not None and not dry_run:
-            text += f"; {RunDirectory(config.run.output).way_on(config)}"
+        if configs and not dry_run:
+            text += f"; {_way_on(configs)}"
         if first():  # it is the same for all processes
             end(DONE, text)
         return DONE if stopped else INTERRUPTED
@@ -78,16 +81,23 @@ def _run(recipe: Config | InputError, source: str, resume: bool, dry_run: bool) 
     return DONE
 
 
-def _agreed(recipe: Config | InputError, source: str) -> Config:
-    """The complete recipe of all processes: where one cannot use it, all end."""
-    config, error = None, recipe
-    if isinstance(recipe, Config):
+def _way_on(configs: Sequence[Config]) -> str:
+    """How the first of the runs that did not come to its end goes on."""
+    runs = [(RunDirectory(config.run.output), config) for config in configs]
+    run, config = next((one for one in runs if not one[0].final.is_dir()), runs[-1])
+    return run.way_on(config)
+
+
+def _agreed(recipes: list[Config] | InputError, sources: Sequence[str]) -> list[Config]:
+    """The complete recipes of all processes: where one cannot use them, all end."""
+    configs, error = [], recipes
+    if not isinstance(recipes, InputError):
         try:
-            config, error = complete(recipe, source), None
+            configs, error = [complete(*each) for each in zip(recipes, sources, strict=True)], None
         except InputError as caught:
             error = caught
     if error is not None and not distributed.launched():
         raise error
-    distributed.start(*([config.run.timeout_seconds] if config else []))
+    distributed.start(*[config.run.timeout_seconds for config in configs[:1]])
     distributed.agree(error)
-    return config
+    return configs

@@ -13,7 +13,7 @@ from kdkernels.training.run_directory import RunDirectory
 
 
 def write_report(run: RunDirectory, config: Config, data: Sequence[Examples], start: int) -> None:
-    """Writes the report of a finished run; all processes call this together. `start`: the step after which these
+    """Writes the report of a run that is trained; all processes call this together. `start`: the step after which these
     processes began (0, or where they resumed the run). Raises DiskError.
     """
     peaks = distributed.gathered(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)

@@ -27,7 +27,7 @@ from kdkernels.errors import InputError
 from kdkernels.training import checkpoint, distributed, lock
 from kdkernels.training.atomic import UNFINISHED, remove_unfinished, write_bytes, write_directory, write_text, writing
 from kdkernels.training.identity import TOKENIZER, Identity, differences, identify, sources
-from kdkernels.training.recipe.config import Config
+from kdkernels.training.recipe.config import FINAL, Config
 from kdkernels.training.recipe.resolve import PATHS
 from kdkernels.training.recipe.schema import read_toml, to_tables, to_toml
 
@@ -59,7 +59,7 @@ class RunDirectory:
         self.metrics = self.root / "metrics.jsonl"
         self.tensorboard = self.root / "tensorboard"
         self.checkpoints = self.root / "checkpoints"
-        self.final = self.root / "final"
+        self.final = self.root / FINAL
         self.report = self.root / "report.md"
 
     def evaluation(self, step: int) -> Path:
@@ -85,6 +85,12 @@ class RunDirectory:
         distributed.by_first(lambda: self._check(config, resume))
         found = checkpoint.newest_sound(self.checkpoints) if resume else None
         return distributed.by_first(lambda: self._start(config, resume, found))
+
+    def check(self, config: Config) -> None:
+        """Raises InputError where the run can neither be begun here nor be the one that is here, at its end or on its
+        way; all processes call this together.
+        """
+        distributed.by_first(lambda: self._check(config, resume=self.config.is_file()))
 
     def is_finished(self, config: Config) -> bool:
         """Whether the run has come to its end; all processes call this together.

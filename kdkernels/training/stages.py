@@ -4,9 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kdkernels.training import distributed
+from kdkernels.training.deepspeed_strategy import accumulation_steps
+from kdkernels.training.inputs import build_objective
 from kdkernels.training.metrics import evaluations
 from kdkernels.training.recipe.config import Config
-from kdkernels.training.recipe.read import load_config
+from kdkernels.training.recipe.read import complete, read_recipes
 from kdkernels.training.run_directory import RunDirectory
 from kdkernels.training.trainer import Result, train
 
@@ -27,12 +29,18 @@ def run_stages(recipes: Sequence[str | Path], overrides: Sequence[str] = ()) -> 
         FloatingPointError, DiskError, Stopped: as `train`.
     """
     distributed.start()
-    configs, coming = [], set()
     with distributed.together():
-        for recipe in recipes:
-            config = load_config(recipe, overrides, coming)
-            configs.append(config)
-            coming.add(RunDirectory(config.run.output).final)
+        read = read_recipes(recipes, overrides)
+        configs = [complete(config, str(path)) for config, path in zip(read, recipes, strict=True)]
+    return train_stages(configs)
+
+
+def train_stages(configs: Sequence[Config]) -> list[Result]:
+    """As `run_stages`, of what `read_recipes` and `complete` made of the recipes."""
+    for config in configs:
+        build_objective(config)
+        accumulation_steps(config)
+        RunDirectory(config.run.output).check(config)
     return [_run(config) for config in configs]
 
 

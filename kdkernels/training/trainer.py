@@ -170,7 +170,7 @@ class _Training:
                         raise Stopped(f"stopped by SIGTERM after step {self.step}")
 
     def finish(self) -> Result:
-        """Writes the trained model and the report."""
+        """Writes the report and the trained model."""
         run, config = self.run, self.config
         if self.in_a_row:  # nothing says yet that the weights are good for anything: one more batch, without an update
             _, defect = train_step(self.parts, self._batch(), self.step, config, apply=False)
@@ -179,8 +179,9 @@ class _Training:
         self._save_if_due()
         self._check_finite()
         student = self.parts.strategy.module.student
-        write_directory(run.final, lambda directory: _save_final(student, self.inputs.tokenizer, directory))
         write_report(run, config, self.inputs.data, self.first)
+        # the last thing: a run that has it is finished
+        write_directory(run.final, lambda directory: _save_final(student, self.inputs.tokenizer, directory))
         return Result(run.root, run.final, evaluations(run.metrics))
 
     def _batch(self) -> list[Example]:

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from kdkernels.cli import main
 from kdkernels.training import InputError, trainer
 from kdkernels.training.metrics import read_metrics
 from kdkernels.training.stages import run_stages
@@ -92,8 +93,65 @@ def test_a_finished_stage_of_something_else_is_not_skipped(recipes, tmp_path):
     assert not (tmp_path / "stage-1").exists()
 
 
-def test_every_recipe_is_checked_before_anything_is_trained(recipes, tmp_path):
-    recipes[2].write_text(recipes[2].read_text().replace("stage-1/final", "stage-9/final"))
-    with pytest.raises(InputError, match=r"2\.toml: \[student\] path: no such directory: .*stage-9/final"):
+@pytest.mark.parametrize(
+    ("was", "becomes", "said"),
+    [
+        ("stage-1/final", "stage-9/final", r"2\.toml: \[student\] path: no such directory: .*stage-9/final"),
+        ("/stage-2", "/stage-0", r"2\.toml: \[run\] output: .*stage-0 is that of .*0\.toml already"),
+        ("/stage-2", "/../{name}/stage-0", r"2\.toml: \[run\] output: .*stage-0 is that of .*0\.toml already"),
+        ("/stage-2", "", r"\[run\] output: .* is not empty, and what it holds is no run"),
+        ("batch_size = 4", "batch_size = 3", r"2\.toml: \[train\] batch_size: expected a multiple of"),
+        ('name = "SFT"', 'name = "VCRD"\nweighting = "given"', "VCRD with these options needs a judge"),
+    ],
+)
+def test_every_recipe_is_checked_before_anything_is_trained(recipes, tmp_path, was, becomes, said):
+    text = recipes[2].read_text()
+    assert was in text
+    text = text.replace(was, becomes.format(name=tmp_path.name))
+    if "VCRD" in text:
+        text += f'[teacher]\npath = "{tmp_path}/stage-0/final"\n'
+    recipes[2].write_text(text)
+    with pytest.raises(InputError, match=said):
         run_stages(recipes)
     assert not (tmp_path / "stage-0").exists()
+
+
+def test_a_stage_that_was_killed_at_its_end_has_a_report(recipes, monkeypatch):
+    """Whatever is written last, a stage that is skipped for it has written everything else."""
+    for name in ("write_report", "write_directory"):
+        once = getattr(trainer, name)
+
+        def killed(*arguments, once=once):
+            once(*arguments)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(trainer, name, killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_stages(recipes[:1], ["checkpoint.every=1"])
+        monkeypatch.setattr(trainer, name, once)
+    [result] = run_stages(recipes[:1], ["checkpoint.every=1"])
+    assert "3 steps of 4 responses" in (result.output / "report.md").read_text() and result.final.is_dir()
+
+
+def test_a_later_recipe_may_write_the_path_of_a_model_another_way(recipes, steps, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipes[0].write_text(recipes[0].read_text().replace(f"{tmp_path}/stage-0", "stage-0"))
+    run_stages(recipes[:2])
+    assert len(steps) == 6
+
+
+def test_stages_on_the_command_line(recipes, steps, tmp_path, capsys):
+    command = ["train", *map(str, recipes), "--set=checkpoint.every=1"]
+    steps.stop_before(6)
+    assert main(command) == 130
+    assert f"--resume goes on from {tmp_path}/stage-1/checkpoints/step-000002" in capsys.readouterr().err
+    steps.stop_before(None)
+    for _ in range(2):  # what is finished is skipped
+        assert main([*command, "--resume"]) == 0 and len(steps) == 9
+        told = capsys.readouterr().out.splitlines()
+        ends = [
+            (f"model: {run}/final", f"report: {run}/report.md") for run in (tmp_path / f"stage-{n}" for n in range(3))
+        ]
+        assert told[-6:] == [line for end in ends for line in end]
+    assert main([*command, "--set=train.steps=4"]) == 2
+    assert "train.steps: 3 -> 4" in capsys.readouterr().err

@@ -1,12 +1,14 @@
 """What a recipe says, in frozen dataclasses that the whole trainer works from.
 
-Every class below is a TOML table, every field of it a key. `recipe.py` reads them from a file.
+Every class below is a TOML table, every field of it a key. `read.py` reads them from a file.
 """
 
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from kdkernels.training.recipe.schema import Rule
+
+FINAL = "final"  # the directory of a trained model, in that of its run
 
 Count = Annotated[int, Rule(lambda value: value >= 1, "an integer >= 1")]
 CountOrZero = Annotated[int, Rule(lambda value: value >= 0, "an integer >= 0")]

@@ -11,34 +11,36 @@ makes the objective, which imports torch, checks the values of its options and f
 """
 
 import inspect
+import os
 import typing
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from kdkernels.errors import InputError
-from kdkernels.training.recipe.config import Config, ObjectiveConfig
+from kdkernels.training.recipe.config import FINAL, Config, ObjectiveConfig
 from kdkernels.training.recipe.resolve import resolve, resolve_objective
 from kdkernels.training.recipe.schema import override, parse_table, read_toml, refuse_unknown, show
 from kdkernels.training.recipe.signatures import known_objectives, objective_options
 
 
-def load_config(path: str | Path, overrides: Iterable[str] = (), coming: Collection[Path] = ()) -> Config:
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     """The recipe at `path` with each override `section.key=value` laid over it, checked, every default filled in.
 
-    An override's value is read as TOML; what is no TOML value is taken as a string. `coming`: directories of models
-    that may be missing, as they are made before the recipe runs.
+    An override's value is read as TOML; what is no TOML value is taken as a string.
 
     Raises:
         InputError: the recipe cannot be used.
     """
-    return complete(read_recipe(path, overrides, coming), str(path))
+    return complete(read_recipe(path, overrides), str(path))
 
 
-def read_recipe(path: str | Path, overrides: Iterable[str] = (), coming: Collection[Path] = ()) -> Config:
+def read_recipe(path: str | Path, overrides: Iterable[str] = (), coming: Collection[str] = ()) -> Config:
     """As `load_config`, but for the values of the objective's options and the defaults that follow from it.
+
+    `coming`: real paths of models that may be missing, as they are made before the recipe runs.
 
     Raises:
         InputError: the recipe cannot be used.
@@ -61,6 +63,27 @@ def read_recipe(path: str | Path, overrides: Iterable[str] = (), coming: Collect
             raise InputError(f"{source}: section [{name}] is missing")
     with _naming(source):
         return resolve(Config(**sections), coming)
+
+
+def read_recipes(paths: Sequence[str | Path], overrides: Iterable[str] = ()) -> list[Config]:
+    """`read_recipe` of each recipe of a training in stages. A later one may start from the model of an earlier one,
+    which need not be there yet.
+
+    Raises:
+        InputError: one cannot be used, or two have the same output.
+    """
+    configs, outputs = [], {}
+    for path in paths:
+        config = read_recipe(path, overrides, [os.path.join(output, FINAL) for output in outputs])
+        output = os.path.realpath(config.run.output)
+        if output in outputs:
+            raise InputError(
+                f"{path}: [run] output: {config.run.output} is that of {outputs[output]} already: every stage needs a "
+                "directory of its own"
+            )
+        configs.append(config)
+        outputs[output] = path
+    return configs
 
 
 def complete(config: Config, source: str) -> Config:

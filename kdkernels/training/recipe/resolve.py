@@ -3,6 +3,7 @@
 Raises InputError naming the section and key; the caller adds the recipe's name.
 """
 
+import os
 import re
 from collections.abc import Callable, Collection
 from dataclasses import replace
@@ -12,9 +13,9 @@ from kdkernels.errors import InputError
 from kdkernels.training.recipe.config import Config, EvaluationConfig, RolloutConfig, TokenizerConfig
 
 
-def resolve(config: Config, coming: Collection[Path] = ()) -> Config:
-    """The recipe checked, and its defaults filled in, but for what follows from the objective. `coming`: directories of
-    models that may be missing.
+def resolve(config: Config, coming: Collection[str] = ()) -> Config:
+    """The recipe checked, and its defaults filled in, but for what follows from the objective. `coming`: real
+    paths of models that may be missing.
     """
     config = _expand_home(config)
     _check_student(config)
@@ -174,7 +175,7 @@ def _evaluation(config: Config) -> EvaluationConfig | None:
     return evaluation
 
 
-def _check_paths(config: Config, coming: Collection[Path]) -> None:
+def _check_paths(config: Config, coming: Collection[str]) -> None:
     _is("[run] output", Path(config.run.output) / "config.toml", Path.exists)  # whether there is such a path at all
     files = {"[data] train": config.data.train, "[evaluation] data": config.evaluation and config.evaluation.data}
     for key, path in files.items():
@@ -186,7 +187,7 @@ def _check_paths(config: Config, coming: Collection[Path]) -> None:
         "[tokenizer] path": config.tokenizer.path,
     }
     for key, path in models.items():
-        if path is not None and Path(path) not in coming:
+        if path is not None and os.path.realpath(path) not in coming:
             _check_model(key, path)
 
 
