@@ -15,7 +15,7 @@ from kdkernels.data import Example, collate
 from kdkernels.data.tokenizers import vocabulary_size
 from kdkernels.distillation import head
 from kdkernels.errors import InputError
-from kdkernels.rollouts import Sampler
+from kdkernels.rollouts import Sampler, write
 from kdkernels.rollouts.local import evaluating
 from kdkernels.teachers import Teacher
 from kdkernels.training.recipe.config import Config, EvaluationConfig
@@ -94,7 +94,7 @@ def _answers(
 ) -> list[dict[str, Any]]:
     """Greedy responses and whether their answers are right."""
     prompts = [example.prompt_ids for example in batch]
-    responses = sampler.generate(prompts, settings.max_new_tokens, greedy=True)
+    responses = write(sampler, prompts, settings.max_new_tokens, vocabulary_size(tokenizer), greedy=True)
     answers, ends = [], sampler.ends
     for example, ids in zip(batch, responses, strict=True):
         expected = expected_answer(settings, example)

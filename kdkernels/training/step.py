@@ -15,7 +15,7 @@ import torch
 
 from kdkernels.data import Batch, Example, collate
 from kdkernels.judges import Judge
-from kdkernels.rollouts import Sampler
+from kdkernels.rollouts import Sampler, write
 from kdkernels.teachers import Teacher
 from kdkernels.training import distributed
 from kdkernels.training.recipe.config import Config, OptimizerConfig
@@ -53,7 +53,8 @@ def train_step(
             if by_student:
                 parts.sampler.sync()
                 with distributed.together():
-                    responses = parts.sampler.generate(prompts, config.rollout.max_new_tokens)
+                    entries = strategy.module.vocab_size
+                    responses = write(parts.sampler, prompts, config.rollout.max_new_tokens, entries)
     except FloatingPointError as error:
         return {"loss": math.nan, "lr": lr, "gradient_norm": math.nan, "tokens": 0} | clock.metrics(0), str(error)
 
@@ -104,6 +105,8 @@ def _forward_backward(parts: Parts, batch: Batch, share: float, clock: "Clock") 
     if parts.judge is not None:
         with clock("judge"), torch.no_grad():
             weights = parts.judge(batch)
+        if weights is None:  # which an objective takes for no judge
+            raise TypeError("judge: expected the weights [B, L] of the batch's tokens, got None")
     with clock("student"):
         out = parts.strategy.forward(batch, scored, weights)
         parts.strategy.backward(out.loss * share)

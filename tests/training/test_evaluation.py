@@ -107,7 +107,9 @@ def test_responses_are_greedy(load_all):
 
 
 def test_what_counts_as_right(load_all, monkeypatch):
-    student, tokenizer, examples, config, teacher = load_all('evaluation.metrics=["exact_match"]')
+    student, tokenizer, examples, config, teacher = load_all(
+        'evaluation.metrics=["exact_match"]', "evaluation.max_new_tokens=7"
+    )
     eos = tokenizer.eos_token_id
     right = [one.response_ids for one in examples]
     answers = {

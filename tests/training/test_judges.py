@@ -58,3 +58,32 @@ def test_an_objective_that_needs_a_judge_is_refused_without_one(load, recipe, te
     assert main(["train", str(recipe), *(f"--set={text}" for text in (*VCRD, teacher_set))]) == 2
     assert "with these options needs a judge" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (lambda batch: None, r"judge: expected the weights \[B, L\] .*got None"),
+        (lambda batch: torch.ones(len(batch.target)), "weights: expected shape"),
+        (lambda batch: torch.ones_like(batch.target), "weights: expected a floating-point tensor, got torch.int64"),
+        (lambda batch: torch.ones(batch.target.shape, device="meta"), "weights: expected device cpu, got meta"),
+        (lambda batch: torch.nn.Parameter(torch.ones(batch.target.shape)), "weights: .*requires no gradient"),
+    ],
+    ids=["none", "shape", "dtype", "device", "gradient"],
+)
+def test_what_is_no_weight_for_each_token_is_refused(load, teacher_set, answer, said):
+    with pytest.raises((TypeError, ValueError), match=said):
+        train(load(*GKD, teacher_set, "train.steps=1"), judge=answer)
+
+
+def test_a_step_that_a_judge_spoils_is_skipped(load, teacher_set):
+    """A weight that is not finite is as any other number that is not: the next batch trains."""
+    batches = []
+
+    def once_nan(batch):
+        batches.append(batch)
+        return torch.full(batch.target.shape, torch.nan if len(batches) == 1 else 1.0)
+
+    config = load(*GKD, teacher_set, "train.steps=2")
+    lines = read_metrics(train(config, judge=once_nan).output / "metrics.jsonl")
+    assert [line["skipped_steps"] for line in lines] == [1, 1] and lines[0]["loss"] is None and lines[1]["loss"] > 0

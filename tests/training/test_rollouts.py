@@ -216,3 +216,36 @@ def test_a_run_takes_a_sampler_that_is_no_model(load, teacher_set, tmp_path, mon
     lines = read_metrics(result.output / "metrics.jsonl")
     assert [line["tokens"] for line in lines[1:]] == [4 * 3, 4 * 3]
     assert result.evaluations[2]["finished"] == 1 and 0 < result.evaluations[2]["exact_match"] < 1
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda responses: responses[1:], "expected 2 responses, one for each prompt, got 1"),
+        (lambda responses: [responses[0], []], "expected responses of 1 to 6 tokens, got one of 0"),
+        (lambda responses: [responses[0], [3] * 7], "expected responses of 1 to 6 tokens, got one of 7"),
+        (lambda responses: [[3, 999], responses[1]], r"expected ids in \[0, \d+\), got 999"),
+        (lambda responses: [[-1], responses[1]], r"expected ids in \[0, \d+\), got -1"),
+        (lambda responses: [[3.0], responses[1]], r"expected ids in \[0, \d+\), got 3\.0"),
+    ],
+    ids=["few", "empty", "long", "beyond", "negative", "no id"],
+)
+@pytest.mark.parametrize("greedy", [False, True])
+def test_what_is_no_response_to_each_prompt_is_refused(load, teacher_set, monkeypatch, tmp_path, spoil, said, greedy):
+    """In a step, and in an evaluation."""
+
+    class Broken(LocalSampler):
+        def generate(self, prompts, max_new_tokens, *, greedy=False):
+            responses = super().generate(prompts, max_new_tokens, greedy=greedy)
+            return spoil(responses) if greedy == spoiled else responses
+
+    spoiled = greedy
+    monkeypatch.setattr(trainer, "LocalSampler", Broken)
+    settings = ("train.steps=1", "train.batch_size=2", "evaluation.batch_size=2", "evaluation.limit=2")
+    answers = (
+        f"evaluation.data={tmp_path}/test.jsonl",
+        'evaluation.metrics=["exact_match"]',
+        "evaluation.answer='(.*)'",
+    )
+    with pytest.raises(ValueError, match=f"sampler: {said}"):
+        train(load(*GKD, teacher_set, *settings, *answers))
