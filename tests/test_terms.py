@@ -1,6 +1,8 @@
 """Losses of several terms, against full logits in fp64: two divergences at each token, terms of groups, terms beside a
 teacher known at K entries; what a program may not say."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 import truth
@@ -8,6 +10,7 @@ from batches import fixed, run, smallest_budget
 from test_topk import reference_divergence, stored
 
 import kdkernels as kd
+from kdkernels.engine.terms import Evaluated
 from kdkernels.objectives import (
     CrossEntropyTerm,
     DivergenceTerm,
@@ -15,6 +18,7 @@ from kdkernels.objectives import (
     Needs,
     Objective,
     PlackettLuceTerm,
+    Term,
     weighted,
 )
 
@@ -208,6 +212,66 @@ def test_a_ranking_needs_all_entries(backend):
         Ranked()(batch.student, teacher, batch.mask)
 
 
+# ---- a term of one's own -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class JeffreysTerm(Term):
+    """KL(p || q) + KL(q || p), without a group."""
+
+    temperature: float = 1.0
+    needs = Needs(teacher=True)
+    divergences = 2
+
+    def evaluated(self, view):
+        parts = []
+        for divergence in (kd.ForwardKL(), kd.ReverseKL()):
+            rows = view.logits_to_use_up()
+            parts.append((view.producer.divergence(rows, view.teacher, divergence, self.temperature), rows))
+
+        def add(gradient, c):
+            for compared, rows in parts:
+                gradient.add_divergence(compared, rows, c)
+
+        return Evaluated(sum(compared.value for compared, _ in parts), add)
+
+
+class Jeffreys(Objective):
+    terms = {"entropy": EntropyTerm(), "jeffreys": JeffreysTerm()}
+
+    def coefficients(self, tokens):
+        return dict.fromkeys(self.terms, 1 / tokens.length.to(tokens.entropy.dtype))
+
+
+class Apart(Jeffreys):
+    terms = {"entropy": EntropyTerm(), "a": DivergenceTerm(kd.ForwardKL()), "b": DivergenceTerm(kd.ReverseKL())}
+
+
+@pytest.mark.parametrize("known", ["all entries", "eight entries"])
+def test_a_term_of_two_divergences(backend, known):
+    batch = fixed(F32)
+    if known == "eight entries":
+        batch.teacher = stored(truth.dense_logits(batch.teacher, 60), 8)
+    one, two = (run(objective, batch) for objective in (Jeffreys(), Apart()))
+    assert truth.relative(one.loss.detach()[None], two.loss.detach()[None]) < 1e-6
+    for g, e in zip(truth.gradients(one.loss, batch.student), truth.gradients(two.loss, batch.student), strict=True):
+        assert truth.relative(g, e) < 1e-6
+
+
+def test_a_term_says_how_many_divergences_it_evaluates():
+    """Two gradients over the same logits would be one of them."""
+
+    @dataclass(frozen=True)
+    class Silent(JeffreysTerm):
+        divergences = 1
+
+    class Wrong(Jeffreys):
+        terms = {"entropy": EntropyTerm(), "jeffreys": Silent()}
+
+    with pytest.raises(RuntimeError, match="divergences: expected each term to say how many"):
+        run(Wrong(), fixed(F32))
+
+
 # ---- what a program may not say --------------------------------------------------------------------------------------
 
 
@@ -229,6 +293,58 @@ def test_coefficients_are_of_the_terms(given):
     batch = fixed(F32)
     with pytest.raises(ValueError, match=r"coefficients: expected one for each of the terms \['forward', 'reverse'\]"):
         run(Wrong(), batch)
+
+
+@pytest.mark.parametrize("method", ["coefficients", "select"])
+@pytest.mark.parametrize(
+    ("given", "error", "got"),
+    [
+        (lambda tokens: {"forward": tokens.entropy[:, None], "reverse": tokens.entropy}, ValueError, r"\[18, 1\]"),
+        (lambda tokens: dict.fromkeys(Alone.terms, tokens.entropy[:-1]), ValueError, r"\[17\]"),
+        (lambda tokens: dict.fromkeys(Alone.terms, tokens.entropy.mean()), ValueError, r"\[\]"),
+        (lambda tokens: dict.fromkeys(Alone.terms, 0.5), ValueError, "0.5"),
+        (lambda tokens: tokens.entropy, TypeError, "Tensor"),
+    ],
+    ids=["column", "too few", "one number", "float", "no dict"],
+)
+def test_a_number_for_each_token(method, given, error, got):
+    wrong = type("Wrong", (Alone,), {"selects": True, method: lambda self, tokens, *layout: given(tokens)})
+    with pytest.raises(error, match=rf"{method}: expected .*, got {got}$"):
+        run(wrong(), fixed(F32))
+
+
+@pytest.mark.parametrize(
+    ("attributes", "error", "message"),
+    [
+        ({"terms": {}}, TypeError, "terms: Wrong has none"),
+        ({"terms": [EntropyTerm()]}, TypeError, "terms: expected a dict"),
+        ({"terms": {"forward": kd.ForwardKL()}}, TypeError, "terms: expected a term .* for 'forward', got Divergence"),
+        ({"terms": {"forward": EntropyTerm}}, TypeError, "terms: expected a term .* for 'forward', got <class"),
+        ({"terms": {"loss": EntropyTerm()}}, ValueError, "terms: expected other names .*'loss'"),
+        ({"mean_over": "response"}, ValueError, "mean_over: expected responses, tokens or prompts, got 'response'"),
+        ({"mean_over": "prompts"}, ValueError, "mean_over: expected responses or tokens where no term has a group"),
+        ({"reads": Needs(collision=61)}, ValueError, "collision: expected at most the vocabulary's 60 entries, got 61"),
+    ],
+    ids=str,
+)
+def test_what_an_objective_says(attributes, error, message):
+    batch, wrong = fixed(F32), type("Wrong", (Alone,), attributes)()
+    with pytest.raises(error, match=message):
+        wrong(batch.student, batch.teacher, batch.mask, target=batch.target)
+
+
+def test_a_selection_by_teacher_needs_all_entries():
+    class Selected(Blend):
+        def __init__(self):
+            super().__init__()
+            self.terms = {"entropy": EntropyTerm()}
+
+    assert Selected().needs_teacher
+    batch = fixed(F32)
+    with pytest.raises(TypeError, match=r"teacher: expected .*, got NoneType"):
+        Selected()(batch.student, None, batch.mask)
+    with pytest.raises(TypeError, match=r"teacher: .*TopK.*all entries"):
+        Blend()(batch.student, stored(truth.dense_logits(batch.teacher, 60), 8), batch.mask)
 
 
 def test_groups_are_authors():

@@ -15,6 +15,7 @@ Axes: N tokens, n tokens of a part, V vocabulary, H hidden, K candidates.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import accumulate
@@ -43,8 +44,9 @@ class _Loop:
         self.call, self.needs, self.differentiates = call, call.terms.needs, any(needs)
         self.backend = backend_for(device, dtype, self.operand)
         self.vocabulary = vocabulary = shared_vocabulary(student, teacher)
-        if self.needs.candidates > vocabulary:
-            raise ValueError(f"k: expected at most the vocabulary's {vocabulary} entries, got {self.needs.candidates}")
+        for name, asked in (("k", self.needs.candidates), ("collision", self.needs.collision)):
+            if asked > vocabulary:
+                raise ValueError(f"{name}: expected at most the vocabulary's {vocabulary} entries, got {asked}")
         self.plan = plan.planned(call, self.backend, vocabulary, dtype, teacher_dtype, needs)
         self.borders = list(accumulate(count for _, count in call.groups))
 
@@ -123,7 +125,9 @@ class _Loop:
             parts = self.plan.split(start, chunk.pieces[-1].stop)
             seen = [self._teacher(part, known[part.start - start : part.stop - start])[1] for part in parts]
             known = replace(known, teacher=concatenated(seen))
-        return program.select(known, self.call.layout.part(chunk.first, chunk.last))
+        given = program.select(known, self.call.layout.part(chunk.first, chunk.last))
+        _check_given("select", given, len(known.stats))
+        return given
 
     # ---- values, coefficients and gradients ----
 
@@ -155,7 +159,8 @@ class _Loop:
         if self.teacher and teacher is None:
             teacher, known.teacher = self._teacher(tokens, known)
         copies = self.copies and self.copies[: call.terms.copies(group, call.teacher)]
-        view = View(known, student, teacher, self.teacher, self._targets(tokens), copies)
+        spare = len(copies) < call.terms.divergences(group)
+        view = View(known, student, teacher, self.teacher, self._targets(tokens), copies, spare)
         evaluated = {name: term.evaluated(view) for name, term in call.terms.of(group).items()}
         absent = [name for name in call.terms.by_name if name not in evaluated]
         known.values = {name: term.value for name, term in evaluated.items()}
@@ -185,11 +190,22 @@ class _Loop:
         if call.coefficients is not None:
             return {name: each[tokens] for name, each in call.coefficients.items()}
         given = call.program.coefficients(known)
+        _check_given("coefficients", given, len(known.stats))
         if given.keys() != call.terms.by_name.keys():
             raise ValueError(
                 f"coefficients: expected one for each of the terms {[*call.terms.by_name]}, got some for {[*given]}"
             )
         return {name: call.scale * each for name, each in given.items()}
+
+
+def _check_given(method: str, given: object, count: int) -> None:
+    """Raises a TypeError or ValueError where a program's method gave something else than numbers [count] by name."""
+    if not isinstance(given, Mapping):
+        raise TypeError(f"{method}: expected a dict of tensors by name, got {type(given).__name__}")
+    for name, each in given.items():
+        got = list(each.shape) if isinstance(each, Tensor) else repr(each)
+        if got != [count]:
+            raise ValueError(f"{method}: expected a tensor [{count}] for {name!r}, a number for each token, got {got}")
 
 
 def _summary(rows: Rows, targeted: bool, largest: int) -> Tokens:

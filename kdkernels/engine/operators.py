@@ -21,7 +21,7 @@ from ..sources import unpacked
 from .autograd import save, saved, scale_
 from .loop import run
 from .spec import Call, Program
-from .terms import CrossEntropyTerm, DivergenceTerm, EntropyTerm, Needs, PlackettLuceTerm, Term, Terms
+from .terms import CrossEntropyTerm, DivergenceTerm, EntropyTerm, Needs, PlackettLuceTerm, Term
 
 # ---- sources as arguments -------------------------------------------------------------------------------------------
 
@@ -66,7 +66,7 @@ class Sources(NamedTuple):
         (count,) = index.shape
         return Call(
             program,
-            Terms(program.terms, program.reads),
+            program.current_terms(),
             student,
             teacher,
             Layout.trusted(index, (count,) if count else (), (1, self.shape.numel())),

@@ -31,10 +31,15 @@ class Program:
     selects: bool = False  # select() needs whole responses
     selects_by_teacher: bool = False  # ... and the teacher's statistics: one more product with its head
 
+    def current_terms(self) -> Terms:
+        """The terms as they are now, with what is to be known of each token."""
+        reads = self.reads | Needs(teacher=True, all_entries=True) if self.selects_by_teacher else self.reads
+        return Terms(self.terms, reads)
+
     @property
     def needs(self) -> Needs:
         """What is to be known of each token."""
-        return Terms(self.terms, self.reads).needs
+        return self.current_terms().needs
 
     def select(self, tokens: Tokens, layout: Layout) -> dict[str, Tensor]:
         """Constants [n] that depend on whole responses, from the statistics of the tokens in ``layout``; once per

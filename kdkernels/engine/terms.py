@@ -58,10 +58,18 @@ class View:
     producer: Producer | None  # the teacher's
     target: Tensor | None  # [n, 1] ids inside the vocabulary
     copies: list[Tensor]  # room for copies of the student's logits [n, V]
+    spare: bool  # whether a divergence may also use up the student's logits themselves
 
     def logits_to_use_up(self) -> Rows:
-        """The student's logits for a divergence, whose gradient is written over them: copies while there are any."""
+        """The student's logits for a divergence, whose gradient is written over them: copies while there are any.
+
+        Raises:
+            RuntimeError: terms ask for more than their ``divergences``.
+        """
         if not self.copies:
+            if not self.spare:
+                raise RuntimeError("divergences: expected each term to say how many it evaluates, got one more")
+            self.spare = False
             return self.student
         copy = self.copies.pop()[: len(self.student.logits)]
         return replace(self.student, logits=copy.copy_(self.student.logits))
@@ -78,7 +86,8 @@ class Term(ABC):
     """One number per token. A subclass is a frozen dataclass, so that two of the same options are the same term."""
 
     needs = Needs()
-    group: str | None  # the group of tokens that it is a term of; None: all. Elsewhere its value is 0
+    group: str | None = None  # the group of tokens that it is a term of; None: all. Elsewhere its value is 0
+    divergences = 0  # how many it evaluates, at its ``temperature``: each uses up logits (View.logits_to_use_up)
 
     @abstractmethod
     def evaluated(self, view: View) -> Evaluated:
@@ -93,6 +102,7 @@ class DivergenceTerm(Term):
     temperature: float = 1.0
     group: str | None = None
     needs = Needs(teacher=True)
+    divergences = 1
 
     def __post_init__(self):
         if not isinstance(self.divergence, Divergence):
@@ -155,13 +165,15 @@ class Terms:
     """The terms of a loss by name, and what they need together with what else ``reads`` asks for.
 
     Raises:
+        TypeError: something else than terms by name.
         ValueError: divergences of several temperatures: the statistics of a token hold one.
     """
 
     def __init__(self, terms: Mapping[str, Term], reads: Needs):
+        _check_terms(terms)
         self.by_name = dict(terms)
         self.needs = reduce(or_, [term.needs for term in terms.values()], reads)
-        temperatures = {term.temperature for term in terms.values() if isinstance(term, DivergenceTerm)}
+        temperatures = {term.temperature for term in terms.values() if term.divergences}
         if len(temperatures) > 1:
             raise ValueError(
                 f"temperature: expected the same for all divergences of a loss, got {sorted(temperatures)}"
@@ -173,11 +185,22 @@ class Terms:
         """Those of the tokens of a group."""
         return {name: term for name, term in self.by_name.items() if term.group is None or term.group == group}
 
+    def divergences(self, group: str | None) -> int:
+        """How many are evaluated at the tokens of a group."""
+        return sum(term.divergences for term in self.of(group).values())
+
     def copies(self, group: str | None, teacher: Source | None) -> int:
         """Copies of the student's logits that the divergences of a group's tokens use up. One may use up the logits
         themselves, unless other terms share these with a teacher that knows K entries (sources.Comparison)."""
         if not self.has_divergence:
             return 0
-        terms = self.of(group).values()
-        divergences = len([term for term in terms if isinstance(term, DivergenceTerm)])
-        return max(0, divergences - (teacher.complete or divergences == len(terms)))
+        shared = any(not term.divergences for term in self.of(group).values())
+        return max(0, self.divergences(group) - (teacher.complete or not shared))
+
+
+def _check_terms(terms: object) -> None:
+    if not isinstance(terms, Mapping):
+        raise TypeError(f"terms: expected a dict of terms by name, got {terms!r}")
+    for name, term in terms.items():
+        if not isinstance(term, Term):
+            raise TypeError(f"terms: expected a term such as DivergenceTerm(kd.JSD(0.9)) for {name!r}, got {term!r}")

@@ -20,6 +20,7 @@ from ..functional import check_ids, check_limits
 from ..layout import SHIFT, Layout
 from ..sources import Source, check_student, check_teacher
 
+OWN_METRICS = {"loss", "nonfinite_tokens"}  # which no term's may replace
 AUTHORS = ("teacher", "student")  # groups of tokens, by who wrote their response
 
 
@@ -90,7 +91,7 @@ class Objective(Program, nn.Module):
         """
         check_student(student)
         check_limits(memory_budget, logits_dtype)
-        terms = Terms(self.terms, self.reads)
+        terms = self.current_terms()
         layout = _layout("mask", mask, student)
         self._check_arguments(terms, student, teacher, layout, target, weights, from_teacher, teacher_mask)
         count = self.count(layout, from_teacher)
@@ -134,6 +135,10 @@ class Objective(Program, nn.Module):
     ) -> None:
         """What is missing or superfluous."""
         name, needs = type(self).__name__, terms.needs
+        if not terms.by_name:
+            raise TypeError(f"terms: {name} has none; expected at least one")
+        for metric in OWN_METRICS & terms.by_name.keys():
+            raise ValueError(f"terms: expected other names than those of metrics, got {metric!r}")
         if needs.teacher:
             check_teacher(student, teacher, same_positions=teacher_mask is None)
         elif teacher is not None:
@@ -169,8 +174,15 @@ class Objective(Program, nn.Module):
         """The denominator of the loss, known before the forward pass: responses, tokens or prompts of ``layout``.
 
         A prompt has at most one response by each author: prompts are the responses of the busier one.
+
+        Raises:
+            ValueError: ``mean_over`` is something else, or "prompts" where no term has a group.
         """
+        if self.mean_over not in ("responses", "tokens", "prompts"):
+            raise ValueError(f"mean_over: expected responses, tokens or prompts, got {self.mean_over!r}")
         if self.mean_over == "prompts":
+            if from_teacher is None:
+                raise ValueError("mean_over: expected responses or tokens where no term has a group, got 'prompts'")
             by_teacher = sum(layout.written_by(from_teacher))
             return max(by_teacher, layout.responses - by_teacher)
         return layout.responses if self.mean_over == "responses" else len(layout)
