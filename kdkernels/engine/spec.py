@@ -29,7 +29,7 @@ class Program:
     terms: Mapping[str, Term] = {}  # an attribute or a property; read once per call
     reads: Needs = Needs()  # what select and coefficients read, beyond what the terms need
     selects: bool = False  # select() needs whole responses
-    selects_by_teacher: bool = False  # ... and the teacher's statistics: one more product with its head
+    selects_by_teacher: bool = False  # ... and the statistics of a teacher of all entries: one more product
 
     def current_terms(self) -> Terms:
         """The terms as they are now, with what is to be known of each token."""
