@@ -333,6 +333,20 @@ def test_what_an_objective_says(attributes, error, message):
         wrong(batch.student, batch.teacher, batch.mask, target=batch.target)
 
 
+def test_an_error_in_terms_is_told():
+    class Misspelt(Alone):
+        @property
+        def terms(self):
+            return {"forward": DivergenceTerm(kd.JSD(self.betta))}
+
+    batch = fixed(F32)
+    for ask in (lambda: run(Misspelt(), batch), lambda: Misspelt().needs_teacher):
+        with pytest.raises(AttributeError, match="no attribute 'betta'"):
+            ask()
+    with pytest.raises(AttributeError, match="no attribute 'gamma'"):
+        Misspelt().gamma  # noqa: B018
+
+
 def test_a_selection_by_teacher_needs_all_entries():
     class Selected(Blend):
         def __init__(self):

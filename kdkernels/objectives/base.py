@@ -53,6 +53,12 @@ class Objective(Program, nn.Module):
             call = torch.compiler.disable(call)
         return call(*arguments, **options)
 
+    def __getattr__(self, name: str):
+        """What is missing. Where a property (``terms``) raised that error itself, it is asked again, so that the error
+        names what is missing there: nn.Module would say that there is no such property."""
+        of_class = getattr(type(self), name, None)
+        return of_class.fget(self) if isinstance(of_class, property) else super().__getattr__(name)
+
     def forward(
         self,
         student: Source,

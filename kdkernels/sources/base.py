@@ -231,8 +231,8 @@ class Producer:
         Of a teacher that knows entries, ``student.gathered`` begins with the student's z at their ids, and the
         student's logits may be used up.
         """
-        value, center = self.backend.divergence(student, teacher, divergence, temperature)
-        return _Complete(self.backend, teacher, divergence, temperature, center, value)
+        value, sums = self.backend.divergence(student, teacher, divergence, temperature)
+        return _Complete(self.backend, teacher, divergence, temperature, sums, value)
 
 
 class Comparison(Protocol):
@@ -255,11 +255,11 @@ class _Complete:
     teacher: Rows
     divergence: Divergence
     temperature: float
-    center: Tensor
+    sums: Tensor  # Backend.divergence_sums
     value: Tensor
 
     def write_gradient(self, student: Rows, coefficients: Coefficients, out: Tensor) -> None:
-        self.backend.gradient_(student, self.teacher, self.divergence, self.temperature, self.center, coefficients, out)
+        self.backend.gradient_(student, self.teacher, self.divergence, self.temperature, self.sums, coefficients, out)
 
 
 _CLASSES: dict[str, type[Source]] = {}
