@@ -161,7 +161,7 @@ def row_lengths(tokens: int, response: int) -> list[int]:
 
 @torch.no_grad()
 def plant(x_s: Tensor, w_s: Tensor, x_t: Tensor, w_t: Tensor, tokens: Tensor) -> None:
-    """Gives the tokens that are checked the same 11 likeliest words on both sides, in different orders, clearly apart.
+    """Gives the tokens that are checked the same 11 likeliest entries in both models, in other orders, clearly apart.
 
     Selections (top k, teacher's order, most uncertain tokens, opener) are discontinuous: near ties would let a rounding
     decide them. The student's raw logits there are 10, 10 + s, 10 + 2 s, ... with s of .5 and .6 at the two tokens of a
@@ -169,11 +169,11 @@ def plant(x_s: Tensor, w_s: Tensor, x_t: Tensor, w_t: Tensor, tokens: Tensor) ->
     """
     generator = torch.Generator().manual_seed(1)
     for i, token in enumerate(tokens.tolist()):
-        words = torch.randperm(len(w_s), generator=generator)[:11].to(w_s.device)
+        ids = torch.randperm(len(w_s), generator=generator)[:11].to(w_s.device)
         order = torch.randperm(11, generator=generator)
         step = {5: 0.5, 11: 0.6}.get(i % SHORT, 1.0)
         for x, w, logits in ((x_s, w_s, 10.0 + step * torch.arange(11)), (x_t, w_t, 10.0 + order)):
-            rows = w[words].float()
+            rows = w[ids].float()
             # the shortest x that has these logits
             x[token] = rows.t() @ torch.linalg.solve(rows @ rows.t(), logits.to(rows))
 

@@ -88,8 +88,8 @@ class PerToken(Implementation):
         student, teacher = heads(batch, loss)
         if teacher is None:
             return kd.cross_entropy(student, batch.target).mean()
-        kind = {"forward KL": kd.ForwardKL(), "JSD(0.9)": kd.JSD(0.9), "SKL": kd.SkewKL(0.1)}[loss.name]
-        return kd.divergence(student, teacher, kind).mean()
+        divergence = {"forward KL": kd.ForwardKL(), "JSD(0.9)": kd.JSD(0.9), "SKL": kd.SkewKL(0.1)}[loss.name]
+        return kd.divergence(student, teacher, divergence).mean()
 
 
 # ---- plain PyTorch ---------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import torch
 from cases import Batch, Loss
 from torch import Tensor
 
-WORDS = 256  # of the vocabulary at a time: their fp64 copy stays in the cache
+ENTRIES = 256  # of the vocabulary at a time: their fp64 copy stays in the cache
 PEER_LIMIT = 0.5  # a peer's error is its own affair, and shown; above this it computes something else
 ULPS = 4
 
@@ -40,9 +40,9 @@ def _rows(batch: Batch, hidden: Tensor) -> Tensor:
 
 
 def _product(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """x @ weight.T in ``dtype``, a few words at a time."""
+    """x @ weight.T in ``dtype``, a few vocabulary entries at a time."""
     x, weight = x.to(dtype), weight.detach()
-    return torch.cat([x @ block.to(dtype).t() for block in weight.split(WORDS)], -1)
+    return torch.cat([x @ block.to(dtype).t() for block in weight.split(ENTRIES)], -1)
 
 
 def consistency(batch: Batch) -> float:
@@ -50,7 +50,7 @@ def consistency(batch: Batch) -> float:
     x, d_x = (t.detach().flatten(0, 1).float() for t in (batch.hidden_s, batch.hidden_s.grad))
     m = torch.randn(x.shape[1], 8, generator=torch.Generator().manual_seed(0)).to(x.device)
     left = x.t() @ (d_x @ m)
-    blocks = zip(batch.weight_s.grad.split(WORDS), batch.weight_s.detach().split(WORDS), strict=True)
+    blocks = zip(batch.weight_s.grad.split(ENTRIES), batch.weight_s.detach().split(ENTRIES), strict=True)
     right = sum(d.float().t() @ (w.float() @ m) for d, w in blocks)
     return ((left - right).norm() / left.norm()).item()
 
@@ -84,7 +84,7 @@ class Truth:
         target = list(target.split([len(z) for z in z_s]))
         share = loss.count(lengths, authors, mean_over) / loss.count(batch.lengths, batch.authors, mean_over)
         (d_z,) = torch.autograd.grad(share * loss.formula(z_s, z_t, authors, target), product_s)
-        blocks = zip(d_z.split(WORDS, -1), batch.weight_s.detach().split(WORDS), strict=True)
+        blocks = zip(d_z.split(ENTRIES, -1), batch.weight_s.detach().split(ENTRIES), strict=True)
         return sum(d.to(wide) @ block.to(wide) for d, block in blocks).to(dtype).double()
 
     def of(self, loss: Loss, mean_over: str | None) -> tuple[Tensor, float]:

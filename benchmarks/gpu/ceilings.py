@@ -11,7 +11,7 @@ from kdkernels.kernels import backend_for
 
 BF16, F32 = torch.bfloat16, torch.float32
 ROWS = (16,) if DRY else (1024, 512, 2048, 4096, 256)
-ODD = 997 if DRY else 151665  # rows of so many words do not begin at multiples of 16 bytes
+ODD = 997 if DRY else 151665  # rows of so many entries do not begin at multiples of 16 bytes
 
 
 def bandwidth() -> None:
@@ -72,7 +72,7 @@ def products() -> None:
 def alignment() -> None:
     rows = 16 if DRY else 1024
     x, w = torch.randn(rows, STUDENT, device=DEVICE).to(BF16), torch.randn(ODD, STUDENT, device=DEVICE).to(BF16)
-    for name, stride in (("packed", ODD), ("padded to 64 words", -(-ODD // 64) * 64)):
+    for name, stride in (("packed", ODD), ("padded to 64 entries", -(-ODD // 64) * 64)):
         z = torch.randn(rows, stride, device=DEVICE).to(BF16)[:, :ODD]
         times = {
             "logits": milliseconds(lambda: torch.mm(x, w.t(), out=z), 5),  # noqa: B023

@@ -24,7 +24,7 @@ from kdkernels import reference
 from kdkernels.kernels import Coefficients, backend_for
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
-KINDS = (kd.JSD(0.9), kd.ForwardKL(), kd.ReverseKL(), kd.SkewKL(0.1), kd.SkewReverseKL(0.1))
+DIVERGENCES = (kd.JSD(0.9), kd.ForwardKL(), kd.ReverseKL(), kd.SkewKL(0.1), kd.SkewReverseKL(0.1))
 ODD = 997 if DRY else 151665
 IDS = 11
 NATS = 4 * torch.finfo(F32).eps
@@ -32,10 +32,10 @@ NATS = 4 * torch.finfo(F32).eps
 
 @dataclass(frozen=True)
 class Case:
-    """Rows of logits of both sides, random coefficients of every term, and how they are transformed."""
+    """Rows of logits of both models, random coefficients of every term, and how they are transformed."""
 
-    kind: kd.divergences.Divergence = KINDS[0]
-    words: int = VOCABULARY
+    divergence: kd.divergences.Divergence = DIVERGENCES[0]
+    entries: int = VOCABULARY
     rows: int = 1 if DRY else 5
     dtype: torch.dtype = F32
     out: torch.dtype = F32
@@ -50,14 +50,15 @@ class Case:
         changed = {"T": self.temperature, "soft-cap": self.softcap, "scale": self.scale, "spread": self.spread}
         options = "".join(f", {key} {value:g}" for key, value in changed.items() if value is not None)
         dtypes = f"{dtype_name(self.dtype)} to {dtype_name(self.out)}"
-        return f"{self.kind.name}, {self.rows} x {self.words}, {dtypes}{options}"
+        return f"{self.divergence.name}, {self.rows} x {self.entries}, {dtypes}{options}"
 
     def draw(self) -> tuple[Tensor, Tensor, Coefficients]:
         g = torch.Generator(device=DEVICE).manual_seed(self.seed)
         x_s, x_t = (
-            (self.spread * torch.randn(self.rows, self.words, device=DEVICE, generator=g)).to(self.dtype) for _ in "st"
+            (self.spread * torch.randn(self.rows, self.entries, device=DEVICE, generator=g)).to(self.dtype)
+            for _ in "st"
         )
-        ids = torch.randint(0, self.words, (self.rows, IDS), device=DEVICE, generator=g)
+        ids = torch.randint(0, self.entries, (self.rows, IDS), device=DEVICE, generator=g)
         ids[:, 3] = ids[:, 2]
         dense, scatter = (torch.randn(*size, device=DEVICE, generator=g) for size in ((3, self.rows), ids.shape))
         return x_s, x_t, Coefficients(dense, ids, scatter)
@@ -66,20 +67,20 @@ class Case:
         """Value and gradient, which lies over a copy of the logits."""
         backend, x = backend_for(x_s.device, self.dtype), x_s.clone()
         s, t = (backend.statistics(z, self.scale, self.softcap, self.temperature, 1, None) for z in (x, x_t))
-        value, center = backend.divergence(s, t, self.kind, self.temperature)
-        out = x.view(self.out)[:, : self.words]
-        backend.gradient_(s, t, self.kind, self.temperature, center, c, out)
+        value, center = backend.divergence(s, t, self.divergence, self.temperature)
+        out = x.view(self.out)[:, : self.entries]
+        backend.gradient_(s, t, self.divergence, self.temperature, center, c, out)
         return value, out
 
     def specification(self, x_s: Tensor, x_t: Tensor, c: Coefficients, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         z_s, z_t = (self._z(x.to(dtype)) for x in (x_s, x_t))
         dense, scatter = (x.to(dtype) for x in (c.dense[..., None], c.scatter))
-        gradient = dense[0] * reference.divergence_gradient(z_s, z_t, self.kind, self.temperature)
+        gradient = dense[0] * reference.divergence_gradient(z_s, z_t, self.divergence, self.temperature)
         gradient += dense[1] * reference.entropy_gradient(z_s) + dense[2] * z_s.softmax(-1)
         gradient = gradient.scatter_add(-1, c.ids, scatter) * self.scale
         if self.softcap is not None:
             gradient *= 1 - (z_s / self.softcap).square()
-        return reference.divergence(z_s, z_t, self.kind, self.temperature), gradient
+        return reference.divergence(z_s, z_t, self.divergence, self.temperature), gradient
 
     def _z(self, x: Tensor) -> Tensor:
         z = x * self.scale
@@ -110,19 +111,19 @@ def within(x: Tensor, truth: Tensor, allowed: float, name: str) -> float:
     return error
 
 
-def statistics(words: int, dtype: torch.dtype) -> dict[str, float]:
-    """A peaked row, one with masked words, one with ties; the top k to the bit."""
-    g = torch.Generator(device=DEVICE).manual_seed(words)
-    x = (3 * torch.randn(4, words, device=DEVICE, generator=g)).to(dtype)
-    x[1, words // 3] += 30
+def statistics(entries: int, dtype: torch.dtype) -> dict[str, float]:
+    """A peaked row, one with masked entries, one with ties; the top k to the bit."""
+    g = torch.Generator(device=DEVICE).manual_seed(entries)
+    x = (3 * torch.randn(4, entries, device=DEVICE, generator=g)).to(dtype)
+    x[1, entries // 3] += 30
     x[2, ::7] = -float("inf")
     x[3] = x[3].round()
-    ids, k = torch.randint(0, words, (4, 3), device=DEVICE, generator=g), 2 if DRY else 20
+    ids, k = torch.randint(0, entries, (4, 3), device=DEVICE, generator=g), 2 if DRY else 20
     rows = backend_for(x.device, dtype).statistics(x, 1.0, None, 0.7, k, ids)
     z, top = x.double(), x.float().sort(dim=-1, descending=True, stable=True)
     assert torch.equal(rows.top_indices, top.indices[:, :k]), "top k"
     assert torch.equal(rows.top_values, top.values[:, :k]), "values of the top k"
-    assert torch.equal(rows.gathered, x.float().gather(-1, ids)), "words at ids"
+    assert torch.equal(rows.gathered, x.float().gather(-1, ids)), "entries at ids"
     tempered = ((z - z.amax(-1, keepdim=True)) / 0.7).logsumexp(-1)
     pairs = {
         "lse": (rows.lse, z.logsumexp(-1)),
@@ -149,14 +150,17 @@ def beyond_32_bits() -> dict[str, int]:
     within(found.lse[-3:], last.double().logsumexp(-1), 1e-6, "lse")
     top = last.float().sort(dim=-1, descending=True, stable=True).indices[:, :3]
     assert torch.equal(found.top_indices[-3:], top), "top k"
-    return {"words": x.numel()}
+    return {"logits": x.numel()}
 
 
 def repeatable() -> dict[str, int]:
     """The same bits again and on another stream, and no sync."""
     torch.manual_seed(0)
-    words, length, budget = (50, 2, None) if DRY else (5003, 128, 12 * 2**20)
-    hidden, weight = torch.randn(2, length, 64, device=DEVICE).to(BF16), torch.randn(words, 64, device=DEVICE).to(BF16)
+    entries, length, budget = (50, 2, None) if DRY else (5003, 128, 12 * 2**20)
+    hidden, weight = (
+        torch.randn(2, length, 64, device=DEVICE).to(BF16),
+        torch.randn(entries, 64, device=DEVICE).to(BF16),
+    )
     layout = kd.Layout.from_mask(torch.ones(2, length, dtype=torch.bool))
     teacher = kd.Head(torch.randn_like(hidden), torch.randn_like(weight))
 
@@ -183,16 +187,18 @@ def repeatable() -> dict[str, int]:
 
 
 def checks() -> Iterator[tuple[str, Callable[[], dict]]]:
-    for words, dtype in ((VOCABULARY, F32), (VOCABULARY, BF16), (ODD, F32), (97, F16)):
-        yield f"statistics, {words} words, {dtype_name(dtype)}", partial(statistics, words, dtype)
-    wide = [Case(kind, out=BF16) for kind in KINDS]
-    narrow = [Case(kind, dtype=BF16, out=BF16) for kind in KINDS[:2]]
-    others = [Case(words=ODD), Case(KINDS[3], ODD, temperature=0.7)]
-    others += [Case(kind, out=BF16, temperature=0.7, softcap=30.0) for kind in (KINDS[0], KINDS[3])]
+    for entries, dtype in ((VOCABULARY, F32), (VOCABULARY, BF16), (ODD, F32), (97, F16)):
+        yield f"statistics, {entries} entries, {dtype_name(dtype)}", partial(statistics, entries, dtype)
+    wide = [Case(divergence, out=BF16) for divergence in DIVERGENCES]
+    narrow = [Case(divergence, dtype=BF16, out=BF16) for divergence in DIVERGENCES[:2]]
+    others = [Case(entries=ODD), Case(DIVERGENCES[3], ODD, temperature=0.7)]
+    others += [
+        Case(divergence, out=BF16, temperature=0.7, softcap=30.0) for divergence in (DIVERGENCES[0], DIVERGENCES[3])
+    ]
     for case in [*wide, *narrow, *others]:
         yield case.name, case.check
     yield "gradient in place", in_place
-    yield "rows beyond 2^31 words", beyond_32_bits
+    yield "rows beyond 2^31 entries", beyond_32_bits
     yield "the same bits, no sync", repeatable
 
 
@@ -200,7 +206,7 @@ def random_case(seed: int) -> Case:
     choose = random.Random(seed).choice
     dtype = choose([F32, F32, BF16, F16])
     return Case(
-        choose(KINDS), choose([2, 127, 300] if DRY else [2, 127, 128, 1003, 2048, 2049, 4099, 50257, VOCABULARY]),
+        choose(DIVERGENCES), choose([2, 127, 300] if DRY else [2, 127, 128, 1003, 2048, 2049, 4099, 50257, VOCABULARY]),
         choose([3] if DRY else [7, 17]), dtype, choose([F32, BF16]) if dtype == F32 else dtype,
         choose([1.0, 1.0, 0.7]), choose([None, None, 30.0]), choose([1.0, 0.25]), choose([0.01, 1.0, 3.0, 10.0]), seed,
     )  # fmt: skip
