@@ -1,5 +1,6 @@
 """Training in stages: recipes one after another, of which a later one starts from what an earlier one trained."""
 
+import gc
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -49,4 +50,5 @@ def _run(config: Config) -> Result:
     run = RunDirectory(config.run.output)
     if run.is_finished(config):
         return Result(run.root, run.final, evaluations(run.metrics))
+    gc.collect()  # an engine refers to itself: that of the stage before would stay in memory beside this one's
     return train(config, resume=run.config.is_file())

@@ -1,12 +1,14 @@
 """Recipes one after another: each from what the one before it trained, however often they are interrupted."""
 
+import gc
 import json
 
 import pytest
 import torch
+from deepspeed import DeepSpeedEngine
 
 from kdkernels.cli import main
-from kdkernels.training import InputError, trainer
+from kdkernels.training import InputError, stages, trainer
 from kdkernels.training.metrics import read_metrics
 from kdkernels.training.stages import run_stages
 
@@ -62,6 +64,23 @@ def test_each_stage_begins_where_the_one_before_it_ended(recipes, steps, tmp_pat
 
     again = run_stages(recipes, ["checkpoint.every=1"])  # nothing is left to do
     assert again == whole and len(steps) == 9
+
+
+def test_a_stage_finds_nothing_of_the_one_before_it_in_memory(recipes, monkeypatch):
+    engines, once = [], stages.train
+
+    def counted(*arguments, **options):
+        engines.append(sum(issubclass(type(one), DeepSpeedEngine) for one in gc.get_objects()))
+        return once(*arguments, **options)
+
+    monkeypatch.setattr(stages, "train", counted)
+    gc.collect()
+    gc.disable()
+    try:
+        run_stages(recipes[:2], ["train.steps=1"])
+    finally:
+        gc.enable()
+    assert engines == [0, 0]
 
 
 def test_interrupted_stages_end_as_if_they_had_not_been(recipes, steps, tmp_path):
