@@ -67,9 +67,9 @@ class Case:
         """Value and gradient, which lies over a copy of the logits."""
         backend, x = backend_for(x_s.device, self.dtype), x_s.clone()
         s, t = (backend.statistics(z, self.scale, self.softcap, self.temperature, 1, None) for z in (x, x_t))
-        value, center = backend.divergence(s, t, self.divergence, self.temperature)
+        value, sums = backend.divergence(s, t, self.divergence, self.temperature)
         out = x.view(self.out)[:, : self.entries]
-        backend.gradient_(s, t, self.divergence, self.temperature, center, c, out)
+        backend.gradient_(s, t, self.divergence, self.temperature, sums, c, out)
         return value, out
 
     def specification(self, x_s: Tensor, x_t: Tensor, c: Coefficients, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

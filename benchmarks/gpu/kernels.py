@@ -38,7 +38,7 @@ def sweeps(
         return backend.statistics(x_s, 1.0, None, 1.0, k, None)
 
     s, t = statistics(1), backend.statistics(x_t, 1.0, None, 1.0, 1, None)
-    center = backend.divergence(s, t, divergence, 1.0)[1]
+    sums = backend.divergence(s, t, divergence, 1.0)[1]
     ids = torch.randint(0, entries, (rows, 11), device=DEVICE, generator=g)
     ones = torch.ones(3, rows, device=DEVICE)
     some = Coefficients(ones, ids, torch.ones(ids.shape, device=DEVICE))
@@ -46,7 +46,7 @@ def sweeps(
     place = x_s.view(out)[:, :entries]
 
     def gradient(c: Coefficients):
-        backend.gradient_(s, t, divergence, 1.0, center, c, place)
+        backend.gradient_(s, t, divergence, 1.0, sums, c, place)
 
     return {
         "statistics": (lambda: statistics(1), size),

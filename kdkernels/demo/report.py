@@ -136,11 +136,11 @@ def _caveats(arms: dict[str, Arm]) -> list[str]:
         "- GKD and TSD-KD read no solution of the new problems. Where such solutions exist, plain SFT on them "
         f"({share['sft-new']} here) is what they have to beat: their claim is new prompts without new labels.",
         "- TSD-KD's published weights were chosen for pretrained students of 1.5 billion parameters at a rate of "
-        "5e-6. Here the indirect term, a sum of ranking losses over a vocabulary with few plausible words, is far "
+        "5e-6. Here the indirect term, a sum of ranking losses over a vocabulary with few plausible tokens, is far "
         f"larger than the direct one. With them the weak student (rate 2e-3) went {weak}, the strong one (2e-4) "
         f"{strong}. With the other two terms scaled down, what is left is a gated GKD. None of this tells which method "
         "is better for language models.",
-        "- One task, one architecture, a vocabulary of a few hundred words. Intervals over problems alone (one seed) "
+        "- One task, one architecture, a vocabulary of a few hundred tokens. Intervals over problems alone (one seed) "
         "do not tell how much another starting student would change: `make demo SEEDS=5` does.",
     ]
 
