@@ -135,6 +135,17 @@ def test_every_recipe_is_checked_before_anything_is_trained(recipes, tmp_path, w
     assert not (tmp_path / "stage-0").exists()
 
 
+def test_recipes_in_the_wrong_order_are_told(recipes, tmp_path, monkeypatch):
+    """A path of two parts may be a name on the hub, but not where a recipe makes it."""
+    monkeypatch.chdir(tmp_path)
+    recipes[1].write_text(recipes[1].read_text().replace(f"{tmp_path}/stage-0", "stage-0"))
+    with pytest.raises(InputError, match=r"1\.toml: \[student\] path: stage-0/final is what .*0\.toml trains"):
+        run_stages([recipes[1], recipes[0]])
+    recipes[1].write_text(recipes[1].read_text().replace("stage-0/final", "stage-1/final"))
+    with pytest.raises(InputError, match=r"1\.toml: \[student\] path: stage-1/final is what .*1\.toml trains"):
+        run_stages(recipes[1:2])
+
+
 def test_a_stage_that_was_killed_at_its_end_has_a_report(recipes, monkeypatch):
     """Whatever is written last, a stage that is skipped for it has written everything else."""
     for name in ("write_report", "write_directory"):

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from kdkernels.errors import InputError
 from kdkernels.training.recipe.config import FINAL, Config, ObjectiveConfig
-from kdkernels.training.recipe.resolve import resolve, resolve_objective
+from kdkernels.training.recipe.resolve import model_paths, resolve, resolve_objective
 from kdkernels.training.recipe.schema import override, parse_table, read_toml, refuse_unknown, show
 from kdkernels.training.recipe.signatures import known_objectives, objective_options
 
@@ -70,7 +70,7 @@ def read_recipes(paths: Sequence[str | Path], overrides: Iterable[str] = ()) -> 
     which need not be there yet.
 
     Raises:
-        InputError: one cannot be used, or two have the same output.
+        InputError: one cannot be used, starts from a model that it or a later one makes, or has the output of another.
     """
     configs, outputs = [], {}
     for path in paths:
@@ -83,6 +83,12 @@ def read_recipes(paths: Sequence[str | Path], overrides: Iterable[str] = ()) -> 
             )
         configs.append(config)
         outputs[output] = path
+    makers = {os.path.join(output, FINAL): path for output, path in outputs.items()}
+    for path, config in zip(paths, configs, strict=True):
+        for key, model in model_paths(config).items():
+            maker = makers.get(os.path.realpath(model))
+            if maker in paths[paths.index(path) :] and not os.path.isdir(model):
+                raise InputError(f"{path}: {key}: {model} is what {maker} trains, which has to come before")
     return configs
 
 

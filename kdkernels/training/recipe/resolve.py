@@ -181,14 +181,19 @@ def _check_paths(config: Config, coming: Collection[str]) -> None:
     for key, path in files.items():
         if path is not None and not _is(key, Path(path), Path.is_file):
             raise InputError(f"{key}: no such file: {path}")
-    models = {
+    for key, path in model_paths(config).items():
+        if os.path.realpath(path) not in coming:
+            _check_model(key, path)
+
+
+def model_paths(config: Config) -> dict[str, str]:
+    """Where the recipe's models and tokenizer are, by key."""
+    paths = {
         "[student] path": config.student.path,
         "[teacher] path": config.teacher and config.teacher.path,
         "[tokenizer] path": config.tokenizer.path,
     }
-    for key, path in models.items():
-        if path is not None and os.path.realpath(path) not in coming:
-            _check_model(key, path)
+    return {key: path for key, path in paths.items() if path is not None}
 
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")  # name or owner/name
