@@ -39,6 +39,7 @@ class DistiLLM2(Objective):
 
     @property
     def terms(self) -> dict[str, Term]:
+        """Of the options as they are now."""
         return {
             "skl": DivergenceTerm(SkewKL(self.alpha_teacher), group="teacher"),
             "srkl": DivergenceTerm(SkewReverseKL(self.alpha_student, self.detach_mixture), group="student"),

@@ -34,6 +34,7 @@ class GKD(Objective):
 
     @property
     def terms(self) -> dict[str, Term]:
+        """Of the options as they are now."""
         return {"direct": DivergenceTerm(JSD(self.beta), self.temperature)}
 
     def coefficients(self, tokens: Tokens) -> dict[str, Tensor]:

@@ -75,6 +75,7 @@ class TSDKD(Objective):
 
     @property
     def terms(self) -> dict[str, Term]:
+        """Of the options as they are now."""
         return {
             "direct": DivergenceTerm(JSD(self.beta), self.temperature),
             "indirect": PlackettLuceTerm(self.k),

@@ -68,6 +68,7 @@ class VCRD(Objective):
 
     @property
     def terms(self) -> dict[str, Term]:
+        """Of the options as they are now."""
         return {
             "skl": DivergenceTerm(SkewKL(self.alpha), group="teacher"),
             "srkl": DivergenceTerm(SkewReverseKL(self.alpha), group="student"),

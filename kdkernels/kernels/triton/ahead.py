@@ -21,7 +21,9 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from . import kernels
+from . import pairs, statistics
+
+_KERNELS = {name: each for module in (statistics, pairs) for name, each in vars(module).items() if "_kernel" in name}
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ def _compile(wanted: Specialisation) -> Compiled:
     there = torch.cuda.is_available() and driver.active.get_current_target().arch == wanted.capability
     with nullcontext() if there else stand_in(wanted.capability):
         try:
-            kernel = getattr(kernels, wanted.kernel).preload(wanted.data)
+            kernel = _KERNELS[wanted.kernel].preload(wanted.data)
             kernel.run  # noqa: B018 - to ask for it compiles the launcher, loads the code, checks its shared memory
             return Compiled(kernel.asm["cubin"], kernel.metadata.shared)
         except Exception as error:

@@ -1,4 +1,4 @@
-"""The Triton backend, for CUDA tensors: float32, bfloat16 and float16 logits, fp32 arithmetic. See kernels.py.
+"""The Triton backend, for CUDA tensors: float32, bfloat16 and float16 logits, fp32 arithmetic. See sweep.py.
 
 Block sizes and numbers of warps are fixed, so that results do not depend on what a tuner found to be fastest. With
 TRITON_INTERPRET=1 the kernels run on CPU tensors, slowly.
@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 
 from ..torch_ops import OperatorBackend, Operators
-from . import kernels, scale
+from . import pairs, scale, statistics
 
 # Entries per block and warps of each sweep. With 8 entries a thread has two 16-byte loads of fp32 in flight and needs
 # 32 to 64 registers (docs/triton-resources.md), so that 4 to 8 programs share a multiprocessor and 1000 rows still fill
@@ -47,12 +47,12 @@ def row_statistics(
         common = {"x_ptr": x, "x_stride": _stride("logits", x), "vocabulary": vocabulary, "maxima_ptr": maxima}
         common |= {**_transform(scale, softcap), "SOFTCAP": softcap != 0, "groups": groups, "GROUP": _GROUP}
         _launch(
-            kernels.statistics_kernel, len(x), warps, **common, **_inverse(temperature),
+            statistics.statistics_kernel, len(x), warps, **common, **_inverse(temperature),
             stats_ptr=stats[rows], BLOCK=block, VECTOR=16 // max(2, x.itemsize),
         )  # fmt: skip
         ids = None if gather_ids is None else gather_ids[rows]
         _launch(
-            kernels.candidates_kernel, len(x), max(1, min(8, padded // _MAXIMA_PER_WARP)), **common,
+            statistics.candidates_kernel, len(x), max(1, min(8, padded // _MAXIMA_PER_WARP)), **common,
             values_ptr=top_values[rows], indices_ptr=top_indices[rows], k=topk, GROUPS=padded,
             ids_ptr=ids, gathered_ptr=None if gathered is None else gathered[rows], **_sizes(ids),
         )  # fmt: skip
@@ -66,7 +66,7 @@ def row_divergence(
     count, vocabulary = student.shape
     block, warps = _block(_DIVERGENCE, vocabulary)
     _launch(
-        kernels.divergence_kernel, count, warps, vocabulary=vocabulary,
+        pairs.divergence_kernel, count, warps, vocabulary=vocabulary,
         **_model("s", student, s_scale, s_softcap, s_stats), **_model("t", teacher, t_scale, t_softcap, t_stats),
         a=a, **_mixture(a, b, mix, skew), **_inverse(temperature), sums_ptr=sums, BLOCK=block,
     )  # fmt: skip
@@ -85,17 +85,17 @@ def row_gradient_(
     common = {"vocabulary": vocabulary, **_model("s", student, s_scale, s_softcap, s_stats)}
     if teacher is None:  # the kernels ask for its arguments, but do not read them
         common |= {**_model("t", student, 1.0, 0.0, s_stats), **_inverse(1.0)}
-        common |= {"b": 0.0, "mix": 0.0, "rest": 1.0, "skew": 0.0, "MIXTURE": kernels.NONE}
+        common |= {"b": 0.0, "mix": 0.0, "rest": 1.0, "skew": 0.0, "MIXTURE": pairs.NONE}
     else:
         common |= {**_model("t", teacher, t_scale, t_softcap, t_stats), **_inverse(temperature)}
         common |= {**_mixture(a, b, mix, skew), "skew": skew}
     common |= {"sums_ptr": sums, "dense_ptr": coefficients, "dense_stride": count, "ids_ptr": ids, **_sizes(ids)}
     at_ids = torch.empty_like(scatter)
     if ids.shape[1]:
-        _launch(kernels.scatter_kernel, count, _SCATTER_WARPS, **common, scatter_ptr=scatter, at_ids_ptr=at_ids)
+        _launch(pairs.scatter_kernel, count, _SCATTER_WARPS, **common, scatter_ptr=scatter, at_ids_ptr=at_ids)
     block, warps = _block(_GRADIENT, vocabulary)
     place = {"out_ptr": out, "out_stride": _stride("student", out)}
-    _launch(kernels.gradient_kernel, count, warps, **common, at_ids_ptr=at_ids, **place, BLOCK=block)
+    _launch(pairs.gradient_kernel, count, warps, **common, at_ids_ptr=at_ids, **place, BLOCK=block)
 
 
 def _block(default: tuple[int, int], vocabulary: int, least: int = 128) -> tuple[int, int]:
@@ -129,9 +129,9 @@ def _transform(scale: float, softcap: float) -> dict:
 def _mixture(a: float, b: float, mix: float, skew: float) -> dict:
     """Which mixture it is, and both of its weights, each rounded to fp32: as 1 - mix, computed in fp32, the smaller one
     might be 0. Those of a JSD are rounded so that their sum is 1."""
-    interior = kernels.JSD if skew == 0 and a * b > 0 else kernels.INTERIOR
-    mixture = {0.0: kernels.STUDENT, 1.0: kernels.TEACHER}.get(mix, interior)
-    weights = _sum_to_one(mix) if mixture == kernels.JSD else (mix, 1 - mix)
+    interior = pairs.JSD if skew == 0 and a * b > 0 else pairs.INTERIOR
+    mixture = {0.0: pairs.STUDENT, 1.0: pairs.TEACHER}.get(mix, interior)
+    weights = _sum_to_one(mix) if mixture == pairs.JSD else (mix, 1 - mix)
     return {"b": b, "mix": weights[0], "rest": weights[1], "MIXTURE": mixture}
 
 

@@ -1,211 +1,17 @@
-"""The row kernels in Triton: statistics, candidates, divergence, gradient. One program computes one row.
-
-The mathematics is that of csrc/sweeps.h, all arithmetic is fp32. A sweep takes whole blocks of entries without a mask,
-then what is left of the row with one.
-
-Launch with ``enable_fp_fusion=False``. All kernels then compute the same z from the same logit: the top-k needs this,
-because it compares entries with maxima that another kernel found, and identical logits cancel exactly. Where a
-multiply-add may be fused, the code says so (``tl.fma``).
-
-A masked entry (logit -inf) becomes MASKED: finite, so that the log-ratio of two masked entries is 0 instead of NaN, and
-so small that its probability is 0. A NaN is never a maximum, but the row's sums become NaN.
-"""
+"""Sweeps 2 and 3 in Triton: divergences of pairs of rows and the gradient of all terms. One program computes one row.
+See sweep.py."""
 
 import triton
 import triton.language as tl
 
-from .maths import INFINITE, MASKED, exp, exp_rough, finite, load_logits, load_z, log, log1p, over_temperature
+from .maths import INFINITE, exp, load_z, log, over_temperature
+from .sweep import STATS, kernel
 
-STATS = tl.constexpr(7)  # numbers per row, in the order of interface.Rows
 SUMS = tl.constexpr(5)  # likewise, of interface.Backend.divergence_sums
 
 # Which mixture m = mix p + (1 - mix) q is: STUDENT m = q, TEACHER m = p, INTERIOR between them. JSD is that of a JSD,
 # which has no skew term: this saves a division.
 NONE, STUDENT, TEACHER, JSD, INTERIOR = (tl.constexpr(i) for i in range(5))
-
-
-# By default the JIT compiles a kernel anew whenever an integer is 1 or divisible by 16, or an address is or is not.
-# That pays for rows of logits alone, which are then loaded 16 bytes at a time. All other sizes and addresses change
-# from chunk to chunk, so the JIT is told to ignore them.
-_SIZES = ["groups", "k", "n_ids", "dense_stride"]
-_SMALL = [
-    "stats_ptr", "s_stats_ptr", "t_stats_ptr", "maxima_ptr", "values_ptr", "indices_ptr", "ids_ptr", "gathered_ptr",
-    "sums_ptr", "dense_ptr", "scatter_ptr", "at_ids_ptr",
-]  # fmt: skip
-_kernel = triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_SMALL)
-
-
-# ---- sweep 1: statistics and exact top-k -----------------------------------------------------------------------------
-
-
-@triton.jit
-def _matches(x, RUNS: tl.constexpr, N: tl.constexpr, LEFT: tl.constexpr):
-    """The higher and the lower [RUNS, N, LEFT] of every two entries of [RUNS, N, 2 LEFT]; a NaN is always the lower."""
-    a, b = tl.split(tl.reshape(x, [RUNS, N, LEFT, 2]))
-    return tl.maximum(a, b), tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def _by_thread(x, N: tl.constexpr, COUNT: tl.constexpr):
-    """[runs, N, entries of a run] as [1, N, COUNT]."""
-    return tl.reshape(tl.permute(x, (1, 0, 2)), [1, N, COUNT])
-
-
-@triton.jit
-def _below(z, top, N: tl.constexpr):
-    """x = z - top of four entries of each thread, [N, 4], and e^x."""
-    x = finite(tl.reshape(z, [N, 4])) - top[:, None]
-    return x, exp(x)
-
-
-@triton.jit
-def _statistics_block(
-    z, slot, top, rest, weighted, tempered, maxima_ptr, groups, inverse, inverse_rest,
-    N: tl.constexpr, VECTOR: tl.constexpr, GROUP: tl.constexpr, TEMPERED: tl.constexpr, WHOLE: tl.constexpr,
-):  # fmt: skip
-    """Finds the largest of the 16 entries of each of N threads, and adds all others to the thread's sums.
-
-    The entries of a thread come in runs of VECTOR, as they are loaded. They meet in pairs, the higher ones meet again,
-    and the last one meets the thread's maximum so far. Whatever is the lower of a pair is added up.
-    """
-    RUNS: tl.constexpr = 16 // VECTOR
-    high, low = _matches(z, RUNS, N, VECTOR // 2)
-    a, b = tl.split(tl.reshape(_by_thread(low, N, 8), [1, N, 4, 2]))
-    high, low = _matches(high, RUNS, N, VECTOR // 4)
-    c = _by_thread(low, N, 4)
-    if VECTOR == 8:
-        high, low = _matches(high, RUNS, N, 1)
-        low = _by_thread(low, N, 2)
-        group = tl.max(tl.reshape(high, [RUNS * N * VECTOR // GROUP, GROUP // VECTOR]), axis=1)
-        high = _by_thread(high, N, 2)
-    else:
-        group = tl.max(tl.reshape(high, [RUNS * N * VECTOR // GROUP, GROUP // VECTOR]), axis=1)
-        high, low = _matches(_by_thread(high, N, 4), 1, N, 2)
-    slot += tl.arange(0, RUNS * N * VECTOR // GROUP)
-    tl.store(maxima_ptr + slot, finite(group), mask=None if WHOLE else slot < groups)
-
-    high, last = _matches(high, 1, N, 1)
-    best = finite(tl.reshape(high, [N]))
-    new = tl.maximum(top, best)
-    lost = tl.join(tl.reshape(last, [N]), tl.minimum(top, best, propagate_nan=tl.PropagateNan.ALL))
-    x_a, e_a = _below(a, new, N)
-    x_b, e_b = _below(b, new, N)
-    x_c, e_c = _below(c, new, N)
-    x_d, e_d = _below(tl.join(tl.reshape(low, [N, 2]), lost), new, N)
-    risen = top - new
-    e = exp(risen)
-    added = tl.fma(e_d, x_d, tl.fma(e_c, x_c, tl.fma(e_b, x_b, e_a * x_a)))
-    weighted = tl.fma(tl.fma(risen, rest, weighted), e, tl.sum(added, axis=1))
-    rest = tl.fma(rest, e, tl.sum((e_a + e_b) + (e_c + e_d), axis=1))
-    if TEMPERED:
-        added = exp_rough(over_temperature(x_a, inverse, inverse_rest))
-        added += exp_rough(over_temperature(x_b, inverse, inverse_rest))
-        added += exp_rough(over_temperature(x_c, inverse, inverse_rest))
-        added += exp_rough(over_temperature(x_d, inverse, inverse_rest))
-        e = exp_rough(over_temperature(risen, inverse, inverse_rest))
-        tempered = tl.fma(tempered, e, tl.sum(added, axis=1))
-    return new, rest, weighted, tempered
-
-
-@_kernel
-def statistics_kernel(
-    x_ptr, x_stride, vocabulary, scale, softcap, inverse, inverse_rest, stats_ptr, maxima_ptr, groups,
-    BLOCK: tl.constexpr, VECTOR: tl.constexpr, GROUP: tl.constexpr, TEMPERED: tl.constexpr, SOFTCAP: tl.constexpr,
-):  # fmt: skip
-    """The statistics of a row (interface.Rows), and the maximum of each group of GROUP consecutive entries.
-
-    A row whose entries are all masked has no distribution: its statistics are NaN, except that its sums are 0.
-
-    The 16 entries of a block that a thread has (VECTOR of them side by side) share a running maximum, so that no step
-    waits for a maximum over the block. With x = z - maximum, ``rest`` is the sum of e^x over all entries but the
-    maximum, and ``weighted`` that of x e^x. The maximum is left out because adding its 1 would lose the entropy of a
-    row in which it has nearly all the probability.
-    """
-    row = tl.program_id(0).to(tl.int64)
-    x_ptr += row * x_stride
-    maxima_ptr += row * groups
-    N: tl.constexpr = BLOCK // 16
-    top = tl.full([N], MASKED, tl.float32)
-    rest = tl.zeros([N], tl.float32)
-    weighted = tl.zeros([N], tl.float32)
-    tempered = tl.zeros([N], tl.float32)  # rest at the temperature
-    whole = vocabulary // BLOCK * BLOCK
-    for part in tl.static_range(2):
-        for first in range(0 if part == 0 else whole, whole if part == 0 else vocabulary, BLOCK):
-            entries = first + tl.arange(0, BLOCK)
-            z = load_logits(x_ptr, entries, entries < vocabulary, scale, softcap, SOFTCAP, part == 0)
-            top, rest, weighted, tempered = _statistics_block(
-                z, first // GROUP, top, rest, weighted, tempered, maxima_ptr, groups, inverse, inverse_rest,
-                N, VECTOR, GROUP, TEMPERED, part == 0,
-            )  # fmt: skip
-
-    highest = tl.max(top)
-    exists = highest > MASKED
-    undefined = tl.where(exists, 0.0, float("nan"))
-    x = top - highest
-    e = exp(x)
-    ties = tl.sum(tl.where(x == 0, 1.0, 0.0)) - 1.0
-    total = tl.sum(e * rest + tl.where(x == 0, 0.0, e)) + ties
-    log_sum = log1p(total)
-    mean = tl.sum(e * (weighted + x * (rest + 1.0))) / (1.0 + total)
-    stats_ptr += row * STATS
-    tl.store(stats_ptr, highest + undefined)
-    tl.store(stats_ptr + 1, log_sum + undefined)
-    tl.store(stats_ptr + 2, log_sum - mean + undefined)
-    tl.store(stats_ptr + 4, tl.where(exists, 1.0 + total, total * 0.0))  # NaN where one is among the masked
-    tl.store(stats_ptr + 6, mean + undefined)
-    if TEMPERED:
-        e = exp_rough(over_temperature(x, inverse, inverse_rest))
-        total = tl.sum(e * tempered + tl.where(x == 0, 0.0, e)) + ties
-        log_sum = log1p(total)
-    tl.store(stats_ptr + 3, log_sum + undefined)
-    tl.store(stats_ptr + 5, tl.where(exists, 1.0 + total, total * 0.0))
-
-
-@_kernel
-def candidates_kernel(
-    x_ptr, x_stride, vocabulary, scale, softcap, maxima_ptr, groups, values_ptr, indices_ptr, k,
-    ids_ptr, gathered_ptr, n_ids,
-    GROUPS: tl.constexpr, GROUP: tl.constexpr, IDS: tl.constexpr, SOFTCAP: tl.constexpr,
-):  # fmt: skip
-    """The k largest z in order, of equal ones the smaller index first; and z at ``ids``, NaN for an id outside V.
-
-    Each of k steps finds the group with the largest maximum (of equal ones the first) and takes the largest entry of it
-    that is not taken yet. The group's maximum then becomes that of its entries that are left.
-    """
-    row = tl.program_id(0).to(tl.int64)
-    x_ptr += row * x_stride
-    group = tl.arange(0, GROUPS)
-    place = tl.arange(0, GROUP)
-    # -inf is below every entry; it stands for groups and entries beyond the row's, and for entries that are taken
-    maxima = tl.load(maxima_ptr + row * groups + group, mask=group < groups, other=-float("inf"))
-    maxima = tl.where(maxima == maxima, maxima, MASKED)  # a group of nothing but NaN
-    values_ptr += row * k
-    indices_ptr += row * k
-    value = float("inf")
-    index = -1
-    for i in range(k):
-        chosen = tl.argmax(maxima, axis=0)
-        entries = chosen * GROUP + place
-        inside = entries < vocabulary
-        z = load_z(x_ptr, entries, inside, scale, softcap, SOFTCAP, False)
-        z = tl.where(inside, tl.maximum(z, MASKED), -float("inf"))
-        z = tl.where((z < value) | ((z == value) & (entries > index)), z, -float("inf"))
-        value, at = tl.max(z, axis=0, return_indices=True)
-        index = chosen * GROUP + at
-        tl.store(values_ptr + i, tl.where(value > MASKED, value, -float("inf")))
-        tl.store(indices_ptr + i, index.to(tl.int64))
-        maxima = tl.where(group == chosen, tl.max(tl.where(place == at, -float("inf"), z), axis=0), maxima)
-    if ids_ptr is not None:
-        slot = tl.arange(0, IDS)
-        ids = tl.load(ids_ptr + row * n_ids + slot, mask=slot < n_ids, other=-1)
-        inside = (ids >= 0) & (ids < vocabulary)
-        z = load_z(x_ptr, ids, inside, scale, softcap, SOFTCAP, False)
-        z = tl.where(z == MASKED, -float("inf"), z)
-        tl.store(gathered_ptr + row * n_ids + slot, tl.where(inside, z, float("nan")), mask=slot < n_ids)
-
-
-# ---- sweeps 2 and 3: divergence and gradient -------------------------------------------------------------------------
 
 
 @triton.jit
@@ -278,7 +84,7 @@ def _pair(s_stats_ptr, t_stats_ptr, row, MIXTURE: tl.constexpr, TEMPERED: tl.con
     return tl.load(s_stats_ptr), tl.load(t_stats_ptr), tl.div_rn(1.0, s_sum if MIXTURE == TEACHER else t_sum), gap
 
 
-@_kernel
+@kernel
 def divergence_kernel(
     s_ptr, s_stride, s_scale, s_softcap, s_stats_ptr, t_ptr, t_stride, t_scale, t_softcap, t_stats_ptr, vocabulary,
     a, b, mix, rest, inverse, inverse_rest, sums_ptr,
@@ -418,7 +224,7 @@ def _row_scalars(
     return s_max, gap, t_max, norm, center, c_rest, skewed, shared, c_divergence, c_x, c_softmax
 
 
-@_kernel
+@kernel
 def scatter_kernel(
     s_ptr, s_stride, s_scale, s_softcap, s_stats_ptr, t_ptr, t_stride, t_scale, t_softcap, t_stats_ptr, vocabulary,
     b, mix, rest, skew, inverse, inverse_rest, sums_ptr, dense_ptr, dense_stride,
@@ -447,7 +253,7 @@ def scatter_kernel(
     tl.store(at_ids_ptr + row * n_ids + slot, gradient, mask=slot < n_ids)
 
 
-@_kernel
+@kernel
 def gradient_kernel(
     s_ptr, s_stride, s_scale, s_softcap, s_stats_ptr, t_ptr, t_stride, t_scale, t_softcap, t_stats_ptr, vocabulary,
     b, mix, rest, skew, inverse, inverse_rest, sums_ptr, dense_ptr, dense_stride, ids_ptr, at_ids_ptr, n_ids,
