@@ -10,16 +10,25 @@ from kdkernels.training import distributed
 from kdkernels.training.errors import Stopped
 
 
+_EARLY = "stopped by SIGTERM before training began"
+
+
 class Termination(AbstractContextManager):
-    """Takes SIGTERM while the context lasts: before `training` is set, it raises Stopped at once, since there is
-    nothing to save; from then on it is noted, however often it comes (a launcher and a batch system both send it).
+    """Takes SIGTERM while the context lasts: it is noted, however often it comes (a launcher and a batch system both
+    send it). While `at_once` is set it raises Stopped instead: nothing is trained yet, and nothing has to be finished.
 
     Outside the main thread, where Python allows no handlers, SIGTERM keeps its meaning.
     """
 
     def __init__(self):
-        self.training = self.noted = False
+        self.at_once = self.noted = False
         self.previous = None
+
+    def stop_at_once(self) -> None:
+        """From now on SIGTERM raises Stopped, until `at_once` is taken back; one that came before does now."""
+        self.at_once = True
+        if self.noted:
+            raise Stopped(_EARLY)
 
     def asked(self) -> bool:
         """Whether any process got the signal; all processes call this together, and all get the same answer."""
@@ -36,5 +45,5 @@ class Termination(AbstractContextManager):
 
     def _note(self, *_: object) -> None:
         self.noted = True
-        if not self.training:
-            raise Stopped("stopped by SIGTERM before training began")
+        if self.at_once:
+            raise Stopped(_EARLY)

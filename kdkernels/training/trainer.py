@@ -76,6 +76,7 @@ def train(config: Config, resume: bool = False, judge: Judge | None = None) -> R
     run = RunDirectory(config.run.output)
     accumulation_steps(config)
     with Termination() as termination, run.locked(), ExitStack() as held:
+        termination.stop_at_once()  # not while the directory was locked: the lock would have stayed
         start = run.find_start(config, resume)
         try:
             training = _Training(config, objective, judge, run, start, held)
@@ -142,7 +143,7 @@ class _Training:
     def loop(self, termination: Termination) -> None:
         """Takes all the steps that are left. Raises Stopped where `termination` was asked for."""
         config, inputs, steps = self.config, self.inputs, self.config.train.steps
-        termination.training = True
+        termination.at_once = False
         with MetricsLog(self.run, steps, last_step=self.first) as log:
             log.say(*inputs.data, inputs.examples.first, *describe_dtype(config))
             if inputs.held_out and not self.resumed:

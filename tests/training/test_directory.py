@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import warnings
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 
 from kdkernels.cli import main
 from kdkernels.training import InputError, distributed, lock, train
+from kdkernels.training.errors import Stopped
 from kdkernels.training.identity import identify
 from kdkernels.training.metrics import read_metrics
 from kdkernels.training.model import load_student, load_tokenizer
@@ -337,3 +339,17 @@ def test_a_damaged_file_of_the_run_is_an_input_error(load, name, contents):
     warnings.filterwarnings("ignore", "--resume: no checkpoint yet")
     with pytest.raises(InputError, match=name):
         run.find_start(load(), resume=True)
+
+
+def test_sigterm_while_the_directory_is_locked_leaves_nothing(load, monkeypatch):
+    own, config = lock._own, load()
+
+    def owned(path: Path) -> int:
+        handle = own(path)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return handle
+
+    monkeypatch.setattr(lock, "_own", owned)
+    with pytest.raises(Stopped, match="before training began"):
+        train(config)
+    assert not Path(config.run.output).exists()
