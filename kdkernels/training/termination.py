@@ -9,7 +9,6 @@ import torch
 from kdkernels.training import distributed
 from kdkernels.training.errors import Stopped
 
-
 _EARLY = "stopped by SIGTERM before training began"
 
 
