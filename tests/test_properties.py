@@ -114,7 +114,7 @@ def test_jsd_is_symmetric(backend, x, beta):
 @DRAWN
 @given(x=pairs(dtypes=(F32,)), kind=KINDS, data=st.data())
 def test_rows_do_not_see_each_other(backend, x, kind, data):
-    """Bitwise, whichever rows go together; and a gradient in place is one in a place of its own."""
+    """Bitwise (eager: to rounding), whichever rows go together; a gradient in place is one in a place of its own."""
     x_s, x_t = x
     cut = data.draw(st.integers(0, len(x_s)))
     weights = Weights.random(*x_s.shape)
@@ -126,7 +126,11 @@ def test_rows_do_not_see_each_other(backend, x, kind, data):
         if len(x_s[part]):
             some = Weights(weights.dense[:, part].contiguous(), weights.ids[part], weights.scatter[part])
             value, gradient = engine_gradient(some, x_s[part], x_t[part], "drawn", 0.7, out_dtype=F16)
-            assert torch.equal(value, whole[0][part]) and torch.equal(gradient, whole[1][part])
+            if backend == "eager":  # PyTorch's exp rounds otherwise where its vectors end, which rows together move
+                torch.testing.assert_close(value, whole[0][part], rtol=1e-5, atol=1e-7)
+                torch.testing.assert_close(gradient, whole[1][part], rtol=2e-3, atol=1e-6)
+            else:
+                assert torch.equal(value, whole[0][part]) and torch.equal(gradient, whole[1][part])
 
 
 @pytest.fixture(autouse=True)

@@ -21,7 +21,15 @@ def compiles(monkeypatch, tmp_path):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
 
-@pytest.mark.parametrize("wanted", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["usual", "others"])
+def test_no_usual_variant_spills_on_an_h100():
+    resources = triton_resources.measure(triton_resources.usual, targets=(90,))
+    assert len(resources) >= 70
+    spilling = [variant.name for variant, (each,) in resources.items() if each.stack]
+    assert not spilling, f"spills: {spilling}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wanted", [True, False], ids=["usual", "others"])
 def test_no_variant_spills(wanted, capsys):
     """Nor has a usual one other resources than docs/triton-resources.md says (with the Triton it was made with)."""
     resources = triton_resources.measure(lambda variant: triton_resources.usual(variant) == wanted)
@@ -71,7 +79,7 @@ def test_calls_without_ids_are_among_them():
     assert sum(name.startswith("candidates: ") and name.endswith(", without ids") for name in names) == 6
 
 
-@pytest.mark.parametrize("capability", triton_resources.TARGETS)
+@pytest.mark.parametrize("capability", [90, *(pytest.param(one, marks=pytest.mark.slow) for one in (80, 100))])
 def test_gradients_read_all_of_a_block_before_they_write(capability):
     """In the machine code a barrier stands between any load and the next store: what keeps in-place gradients safe."""
     chosen = [v for v in triton_resources.variants() if v.name.startswith("gradient: fp32, JSD")]

@@ -131,19 +131,19 @@ def dump(code: bytes, option: str) -> str:
         return subprocess.run([tool, option, file.name], check=True, capture_output=True, text=True).stdout
 
 
-def measure(wanted=lambda variant: True) -> dict[Variant, list[Resources]]:
-    """The wanted variants compiled for every target.
+def measure(wanted=lambda variant: True, targets: tuple[int, ...] = TARGETS) -> dict[Variant, list[Resources]]:
+    """The wanted variants compiled for each target.
 
     Raises:
         RuntimeError: some do not compile.
     """
     chosen = [variant for variant in variants() if wanted(variant)]
-    jobs = [variant.targets[target] for variant in chosen for target in TARGETS]
+    jobs = [variant.targets[target] for variant in chosen for target in targets]
     done = compiled(jobs)
     _check(done)
     with ThreadPoolExecutor() as pool:
         results = iter(list(pool.map(_resources, [done[job] for job in jobs])))
-    return {variant: [next(results) for _ in TARGETS] for variant in chosen}
+    return {variant: [next(results) for _ in targets] for variant in chosen}
 
 
 def _resources(compiled: Compiled) -> Resources:
