@@ -78,7 +78,7 @@ SUITES = {
 
 
 @pytest.mark.parametrize(
-    ("name", "least"), [("rows", 115), ("engine", 70), pytest.param("more", 80, marks=pytest.mark.slow)]
+    ("name", "least"), [("rows", 115), ("engine", 50), pytest.param("more", 80, marks=pytest.mark.slow)]
 )
 def test_interpreted(name, least):
     lines = [line.strip() for line in SUITES[name].strip().splitlines()]
