@@ -6,6 +6,7 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -126,18 +127,22 @@ def test_products(benchmark, device, shape, rows, operand, request):
 
 
 def test_call_on_tiny_inputs(benchmark, device):
-    """Median microseconds of a call whose arithmetic is nothing."""
+    """Median microseconds of a call whose arithmetic is nothing; of an objective, forward and backward."""
 
-    def head(width: int) -> kd.Head:
-        return kd.Head(torch.randn(4, width, device=device), torch.randn(16, width, device=device))
+    def head(width: int, *leading: int, trained: bool = False) -> kd.Head:
+        hidden, weight = torch.randn(*leading, width, device=device), torch.randn(16, width, device=device)
+        return kd.Head(hidden.requires_grad_(trained), weight.requires_grad_(trained))
 
-    student, teacher = head(8), head(12)
+    student, teacher = head(8, 4), head(12, 4)
+    batch = head(8, 2, 6, trained=True), head(12, 2, 6), kd.Layout.from_mask(torch.ones(2, 6, dtype=torch.bool))
+    objectives = {"GKD": kd.GKD(), "TSDKD": kd.TSDKD(k=5)}
     target = torch.zeros(4, dtype=torch.int64, device=device)
     calls = {
         "entropy": lambda: kd.entropy(student),
         "cross_entropy": lambda: kd.cross_entropy(student, target),
         "divergence": lambda: kd.divergence(student, teacher, kd.JSD(0.9)),
         "statistics": lambda: kd.statistics(student),
+        **{name: partial(lambda loss: loss(*batch).loss.backward(), loss) for name, loss in objectives.items()},
     }
     for name, call in calls.items():
         seconds = []
