@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from kdkernels import Head, reference
+from kdkernels import ForwardKL, Head, ReverseKL, reference
 from kdkernels.objectives import Output
 
 from .test_processes import finish, start
-from .wrappers import WRAPPERS, Distillation, batch
+from .wrappers import OBJECTIVES, WRAPPERS, Distillation, batch
 
 PROGRAM = str(Path(__file__).with_name("wrappers.py"))
 
@@ -27,21 +27,37 @@ def found(tmp_path_factory):
     return [torch.load(root / f"gradients.{rank}") for rank in (0, 1)]
 
 
+def jeffreys(z_s: list[torch.Tensor], z_t: list[torch.Tensor]) -> torch.Tensor:
+    both = [
+        reference.divergence(s, t, ForwardKL()) + reference.divergence(s, t, ReverseKL()) + reference.entropy(s)
+        for s, t in zip(z_s, z_t, strict=True)
+    ]
+    return torch.stack([each.mean() for each in both]).mean()
+
+
+FORMULAS = {"TSD-KD": lambda z_s, z_t: reference.tsd_kd(z_s, z_t, k=4, opener_share=0.5), "Jeffreys": jeffreys}
+
+
+@pytest.fixture(scope="module", params=OBJECTIVES)
+def objective(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def exact():
+def exact(objective):
     x, hidden, weight, mask = batch()
     module = Distillation().double()
     z_s = module.lm_head(torch.tanh(module.trunk(x.double())))
     z_t = hidden.double() @ weight.double().t()
     lengths = mask.sum(1).tolist()
     z_s, z_t = ([z[row, :n] for row, n in enumerate(lengths)] for z in (z_s, z_t))
-    reference.tsd_kd(z_s, z_t, k=4, opener_share=0.5).backward()
+    FORMULAS[objective](z_s, z_t).backward()
     return {name: p.grad for name, p in module.named_parameters()}
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
-def test_gradients(found, exact, wrapper):
-    first, second = (process[wrapper] for process in found)
+def test_gradients(found, objective, exact, wrapper):
+    first, second = (process[wrapper, objective] for process in found)
     assert first.keys() == second.keys() == exact.keys()
     for name, expected in exact.items():
         assert torch.equal(first[name], second[name]), f"{name} differs between the processes"

@@ -16,17 +16,34 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import kdkernels as kd
+from kdkernels.objectives import DivergenceTerm, EntropyTerm, Objective
 
 ROWS, LENGTH, HIDDEN, WORDS = 4, 9, 8, 60
 WRAPPERS = ("DDP", "DDP static graph", "DDP no_sync", "FSDP2", "FSDP2 by layers", "ZeRO-3")
 
 
+class Jeffreys(Objective):
+    """Two divergences and an entropy at each token."""
+
+    terms = {
+        "forward": DivergenceTerm(kd.ForwardKL()),
+        "reverse": DivergenceTerm(kd.ReverseKL()),
+        "entropy": EntropyTerm(),
+    }
+
+    def coefficients(self, tokens):
+        return dict.fromkeys(self.terms, 1 / tokens.length.to(tokens.entropy.dtype))
+
+
+OBJECTIVES = {"TSD-KD": lambda: kd.TSDKD(k=4, opener=0.5), "Jeffreys": Jeffreys}
+
+
 class Distillation(nn.Module):
-    def __init__(self):
+    def __init__(self, objective: str = "TSD-KD"):
         super().__init__()
         torch.manual_seed(3)
         self.trunk, self.lm_head = nn.Linear(HIDDEN, HIDDEN), nn.Linear(HIDDEN, WORDS)
-        self.objective = kd.TSDKD(k=4, opener=0.5)
+        self.objective = OBJECTIVES[objective]()
 
     def forward(self, x, teacher, mask):
         student = kd.Head(torch.tanh(self.trunk(x)), self.lm_head.weight, self.lm_head.bias)
@@ -44,12 +61,12 @@ def batch():
     return x, hidden, weight, mask
 
 
-def gradients(wrapper: str, rank: int) -> dict[str, torch.Tensor]:
+def gradients(wrapper: str, objective: str, rank: int) -> dict[str, torch.Tensor]:
     """name -> the whole gradient that this process sees."""
     x, hidden, weight, mask = batch()
     here = slice(2 * rank, 2 * rank + 2)
     x, teacher, mask = x[here], kd.Head(hidden[here], weight), mask[here]
-    module = Distillation()
+    module = Distillation(objective)
     if wrapper == "ZeRO-3":
         config = {
             "train_micro_batch_size_per_gpu": 2,
@@ -81,7 +98,7 @@ def main(results: str) -> None:
     distributed.start()
     deepspeed_strategy.join()
     rank = distributed.rank()
-    found = {wrapper: gradients(wrapper, rank) for wrapper in WRAPPERS}
+    found = {(w, objective): gradients(w, objective, rank) for objective in OBJECTIVES for w in WRAPPERS}
     torch.save(found, f"{results}.{rank}")
     distributed.barrier()
 
