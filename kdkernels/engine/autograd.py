@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import copy
 from dataclasses import replace
 
 import torch
@@ -45,7 +44,7 @@ class _Chunked(torch.autograd.Function):
             return tensors[0].new_zeros((), dtype=torch.promote_types(tensors[0].dtype, torch.float32))
         ctx.gradients, ctx.factors = result.gradients, result.factors
         # A second backward has these terms, coefficients and chunks, whatever becomes of the program in between.
-        ctx.call = replace(call, program=copy(call.program), coefficients=result.coefficients)
+        ctx.call = replace(call, coefficients=result.coefficients)
         return result.loss()
 
     @staticmethod

@@ -23,7 +23,8 @@ class LogitGradient:
 
     def __init__(self, student: Rows):
         self.student = student
-        self.dense = student.stats.new_zeros(3, len(student.stats))  # of a divergence, of the entropy, of the softmax
+        count = student.stats.shape[0]
+        self.dense = student.stats.new_zeros(3, count)  # of a divergence, of the entropy, of the softmax
         self.ids: list[Tensor] = []  # [n, ...] each
         self.entries: list[Tensor] = []  # added there
         self.divergences: list[tuple[Comparison, Rows, Tensor]] = []

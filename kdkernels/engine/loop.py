@@ -113,7 +113,7 @@ class _Loop:
 
     def _select_ahead(self, chunk: plan.Chunk) -> dict[str, Tensor] | None:
         """What a response in several pieces selects, from a statistics pass; None where one piece shows it all."""
-        if not self.call.program.selects or self.call.coefficients is not None:
+        if not self.call.selects or self.call.coefficients is not None:
             return {}
         if len(chunk.pieces) == 1:
             return None
@@ -126,7 +126,7 @@ class _Loop:
             seen = [self._teacher(part, known[part.start - start : part.stop - start])[1] for part in parts]
             known = replace(known, teacher=concatenated(seen))
         given = program.select(known, self.call.layout.part(chunk.first, chunk.last))
-        _check_given("select", given, len(known.stats))
+        _check_given("select", given, known.stats.shape[0])
         return given
 
     # ---- values, coefficients and gradients ----
@@ -155,18 +155,20 @@ class _Loop:
         ``teacher``: what is known of one that knows no more than entries. The gradient of fp16 logits still has to be
         multiplied with what is returned [n].
         """
-        call, group = self.call, self._group(tokens.start)
+        call, group = self.call, self.call.terms.of(self._group(tokens.start))
         if self.teacher and teacher is None:
             teacher, known.teacher = self._teacher(tokens, known)
-        copies = self.copies and self.copies[: call.terms.copies(group, call.teacher)]
-        spare = len(copies) < call.terms.divergences(group)
+        copies = self.copies and self.copies[: group.copies(call.teacher)]
+        spare = len(copies) < group.divergences
         view = View(known, student, teacher, self.teacher, self._targets(tokens), copies, spare)
-        evaluated = {name: term.evaluated(view) for name, term in call.terms.of(group).items()}
-        absent = [name for name in call.terms.by_name if name not in evaluated]
+        evaluated = {name: term.evaluated(view) for name, term in group.by_name.items()}
         known.values = {name: term.value for name, term in evaluated.items()}
-        known.values |= {name: torch.zeros_like(known.entropy) for name in absent}
+        absent = call.terms.by_name.keys() - evaluated.keys()
+        for name in absent:
+            known.values[name] = torch.zeros_like(known.entropy)
         coefficients = self._coefficients(tokens, known)
-        coefficients |= {name: torch.zeros_like(coefficients[name]) for name in absent if name in coefficients}
+        for name in absent & coefficients.keys():
+            coefficients[name] = torch.zeros_like(coefficients[name])
         self.values.append(known)
         self.coefficients.append(coefficients)
         if d_logits is None:
@@ -190,7 +192,7 @@ class _Loop:
         if call.coefficients is not None:
             return {name: each[tokens] for name, each in call.coefficients.items()}
         given = call.program.coefficients(known)
-        _check_given("coefficients", given, len(known.stats))
+        _check_given("coefficients", given, known.stats.shape[0])
         if given.keys() != call.terms.by_name.keys():
             raise ValueError(
                 f"coefficients: expected one for each of the terms {[*call.terms.by_name]}, got some for {[*given]}"
@@ -203,8 +205,8 @@ def _check_given(method: str, given: object, count: int) -> None:
     if not isinstance(given, Mapping):
         raise TypeError(f"{method}: expected a dict of tensors by name, got {type(given).__name__}")
     for name, each in given.items():
-        got = list(each.shape) if isinstance(each, Tensor) else repr(each)
-        if got != [count]:
+        if not isinstance(each, Tensor) or each.shape != (count,):
+            got = list(each.shape) if isinstance(each, Tensor) else repr(each)
             raise ValueError(f"{method}: expected a tensor [{count}] for {name!r}, a number for each token, got {got}")
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ from ..sources import unpacked
 from .autograd import save, saved, scale_
 from .loop import run
 from .spec import Call, Program
-from .terms import CrossEntropyTerm, DivergenceTerm, EntropyTerm, Needs, PlackettLuceTerm, Term
+from .terms import CrossEntropyTerm, DivergenceTerm, EntropyTerm, Needs, PlackettLuceTerm, Term, Terms
 
 # ---- sources as arguments -------------------------------------------------------------------------------------------
 
@@ -67,6 +68,7 @@ class Sources(NamedTuple):
         return Call(
             program,
             program.current_terms(),
+            program.selects,
             student,
             teacher,
             Layout.trusted(index, (count,) if count else (), (1, self.shape.numel())),
@@ -125,6 +127,16 @@ class _Single(Program):
 
     def __init__(self, name: str, term: Term):
         self.terms = {name: term}
+        self._current = super().current_terms()
+
+    def current_terms(self) -> Terms:
+        """Always the same: they are made once for all calls with the same options."""
+        return self._current
+
+
+@lru_cache(maxsize=64)
+def _single(term: str, divergence: tuple[float, ...], temperature: float, topk: int) -> _Single:
+    return _Single(term, _TERMS[term](divergence, temperature, topk))
 
 
 class _Values(NamedTuple):
@@ -140,7 +152,7 @@ class _Values(NamedTuple):
     needs: list[bool]  # per tensor of the student
 
     def call(self, sources: Sources) -> Call:
-        program = _Single(self.term, _TERMS[self.term](self))
+        program = _single(self.term, tuple(self.divergence), self.temperature, self.topk)
         return sources.call(program, self.ignore_index, self.memory_budget, self.logits_dtype)
 
     def ignored(self, call: Call) -> Tensor | None:
@@ -150,11 +162,11 @@ class _Values(NamedTuple):
         return call.target == self.ignore_index
 
 
-_TERMS: dict[str, Callable[[_Values], Term]] = {
-    "cross_entropy": lambda values: CrossEntropyTerm(),
-    "divergence": lambda values: DivergenceTerm(Divergence("", *values.divergence), values.temperature),
-    "entropy": lambda values: EntropyTerm(),
-    "plackett_luce": lambda values: PlackettLuceTerm(values.topk),
+_TERMS: dict[str, Callable[[tuple[float, ...], float, int], Term]] = {
+    "cross_entropy": lambda divergence, temperature, topk: CrossEntropyTerm(),
+    "divergence": lambda divergence, temperature, topk: DivergenceTerm(Divergence("", *divergence), temperature),
+    "entropy": lambda divergence, temperature, topk: EntropyTerm(),
+    "plackett_luce": lambda divergence, temperature, topk: PlackettLuceTerm(topk),
 }
 _VALUES = (
     f"{_SOURCES}, str term, float[] divergence, float temperature, int topk, int? ignore_index, {_LIMITS}, bool[] needs"

@@ -65,7 +65,7 @@ def planned(
     count = max(1, len(call.layout))
     fixed = backend.workspace(count, vocabulary) + max(mine.fixed, other.fixed) + mine.kept + other.kept
     fixed += count * (TOKEN_BYTES + CANDIDATE_BYTES * asked.candidates)
-    copies = max([call.terms.copies(group, teacher) for group, _ in call.groups or ((None, 0),)])
+    copies = max([call.terms.of(group).copies(teacher) for group, _ in call.groups or ((None, 0),)])
     row, teacher_row = mine.row, other.row + copies * memory.padded(vocabulary, device) * dtype.itemsize
     if teacher and not teacher.complete:  # it has no logits and so no sub-chunks
         row, teacher_row = row + teacher_row, 0
@@ -75,7 +75,7 @@ def planned(
         sums = 4 * vocabulary * products.student if products.d_weight and student.dtype == torch.bfloat16 else 0
         budget = default_budget(wanted, partial(gpu.allowance, device), fixed, row, teacher_row, count, sums)
     rows, teacher_rows = chunk_rows(budget, fixed, row, teacher_row, count, wanted)
-    lengths = call.layout.lengths if call.program.selects else (len(call.layout),)
+    lengths = call.layout.lengths if call.selects else (len(call.layout),)
     step = gpu.TILE if wanted else 1
     return Plan(chunks(lengths, rows, step), rows, teacher_rows, step, copies)
 

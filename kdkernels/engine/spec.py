@@ -57,6 +57,7 @@ class Call:
 
     program: Program
     terms: Terms  # the program's, at the time of the call
+    selects: bool  # likewise
     student: Source
     teacher: Source | None
     layout: Layout

@@ -48,6 +48,9 @@ class Needs:
         return Needs(*map(max, vars(self).values(), vars(other).values()))
 
 
+NOTHING = Needs()
+
+
 @dataclass(eq=False)
 class View:
     """Some tokens of a chunk, as terms see them."""
@@ -85,7 +88,7 @@ class Evaluated(NamedTuple):
 class Term(ABC):
     """One number per token. A subclass is a frozen dataclass, so that two of the same options are the same term."""
 
-    needs = Needs()
+    needs = NOTHING
     group: str | None = None  # the group of tokens that it is a term of; None: all. Elsewhere its value is 0
     divergences = 0  # how many it evaluates, at its ``temperature``: each uses up logits (View.logits_to_use_up)
 
@@ -161,6 +164,19 @@ class PlackettLuceTerm(Term):
         return Evaluated(value, lambda gradient, c: gradient.add_entries(ids, c[:, None].to(slope.dtype) * slope))
 
 
+class Group(NamedTuple):
+    """The terms of the tokens of a group."""
+
+    by_name: dict[str, Term]
+    divergences: int  # how many they evaluate
+    others: bool  # whether some evaluate none
+
+    def copies(self, teacher: Source | None) -> int:
+        """Copies of the student's logits that the divergences use up. One may use up the logits themselves, unless
+        other terms share these with a teacher that knows K entries (sources.Comparison)."""
+        return max(0, self.divergences - (teacher.complete or not self.others)) if self.divergences else 0
+
+
 class Terms:
     """The terms of a loss by name, and what they need together with what else ``reads`` asks for.
 
@@ -172,7 +188,7 @@ class Terms:
     def __init__(self, terms: Mapping[str, Term], reads: Needs):
         _check_terms(terms)
         self.by_name = dict(terms)
-        self.needs = reduce(or_, [term.needs for term in terms.values()], reads)
+        self.needs = reduce(or_, [needs for term in terms.values() if (needs := term.needs) is not NOTHING], reads)
         temperatures = {term.temperature for term in terms.values() if term.divergences}
         if len(temperatures) > 1:
             raise ValueError(
@@ -180,22 +196,15 @@ class Terms:
             )
         self.has_divergence = bool(temperatures)
         self.temperature = temperatures.pop() if temperatures else 1.0
+        self._groups: dict[str | None, Group] = {}
 
-    def of(self, group: str | None) -> dict[str, Term]:
+    def of(self, group: str | None) -> Group:
         """Those of the tokens of a group."""
-        return {name: term for name, term in self.by_name.items() if term.group is None or term.group == group}
-
-    def divergences(self, group: str | None) -> int:
-        """How many are evaluated at the tokens of a group."""
-        return sum(term.divergences for term in self.of(group).values())
-
-    def copies(self, group: str | None, teacher: Source | None) -> int:
-        """Copies of the student's logits that the divergences of a group's tokens use up. One may use up the logits
-        themselves, unless other terms share these with a teacher that knows K entries (sources.Comparison)."""
-        if not self.has_divergence:
-            return 0
-        shared = any(not term.divergences for term in self.of(group).values())
-        return max(0, self.divergences(group) - (teacher.complete or not shared))
+        if group not in self._groups:
+            of = {name: term for name, term in self.by_name.items() if term.group is None or term.group == group}
+            each = [term.divergences for term in of.values()]
+            self._groups[group] = Group(of, sum(each), 0 in each)
+        return self._groups[group]
 
 
 def _check_terms(terms: object) -> None:

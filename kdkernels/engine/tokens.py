@@ -5,7 +5,6 @@ Axes: n tokens, K candidates.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -31,18 +30,10 @@ class Tokens(Summary):
     values: dict[str, Tensor] = field(default_factory=dict)  # of the program's terms, by their names
 
     def __getitem__(self, tokens: slice) -> Tokens:
-        if tokens == slice(0, len(self.stats)):
+        """Of the student alone, before anything is selected or evaluated."""
+        if tokens == slice(0, self.stats.shape[0]):
             return self
-        return _mapped(lambda tensor: tensor[tokens], self)
-
-
-def _mapped(function: Callable, value):
-    """``value`` with ``function`` of every tensor in it."""
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, dict):
-        return {key: _mapped(function, each) for key, each in value.items()}
-    return Tokens(**_mapped(function, vars(value))) if isinstance(value, Tokens) else value
+        return Tokens(**{name: each[tokens] for name, each in vars(self).items() if isinstance(each, Tensor)})
 
 
 def concatenated(parts: list):

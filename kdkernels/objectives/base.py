@@ -109,6 +109,7 @@ class Objective(Program, nn.Module):
         call = Call(
             program=self,
             terms=terms,
+            selects=self.selects,
             student=student,
             teacher=teacher,
             layout=layout,
