@@ -22,7 +22,7 @@ install: .venv/installed
 .venv/installed: .venv/bin/python pyproject.toml constraints.txt setup.py $(wildcard csrc/* python_bindings/*)
 	@echo "installing into .venv (a few minutes the first time)"
 	$(PIP) setuptools wheel ninja numpy torch
-	$(PIP) --no-build-isolation --editable '.[train,bench,dev]'
+	$(PIP) --no-build-isolation --editable '.[train,examples,bench,dev]'
 	@touch $@
 
 demo: install
@@ -68,9 +68,9 @@ test-slow: install
 drills: install
 	$(PY) -m pytest -m slow tests/training/drills
 
-# What people use instead, for the benchmarks' tables. --no-deps: they ask for more than their losses need.
-PEERS := liger-kernel==0.8.5 cut-cross-entropy==25.1.1 trl==1.16.0 accelerate==1.15.0 datasets==5.2.0 \
-	multiprocess==0.70.19 dill==0.4.1 xxhash==4.1.0 pyarrow==26.0.1 pandas==3.1.1
+# What people use instead, for the benchmarks' tables, beside the TRL of the examples. --no-deps: they ask for more than
+# their losses need.
+PEERS := liger-kernel==0.8.5 cut-cross-entropy==25.1.1
 .venv/peers: .venv/installed
 	$(PIP) --no-deps $(PEERS)
 	@touch $@
