@@ -127,58 +127,66 @@ class Layout:
         return cls.trusted(index, tuple(count for count in lengths if count), (len(starts), length))
 
     @classmethod
-    def from_labels(cls, labels: Tensor, ignore_index: int = -100) -> Layout:
+    def from_labels(cls, labels: Tensor, ignore_index: int = -100, *, position_ids: Tensor | None = None) -> Layout:
         """The layout of Hugging Face labels, which it shifts for you.
 
         Labels that follow each other are one response. An ignored label between them (a prompt, or the first token of
         the next packed text) starts another. So a packed sequence or a conversation has as many responses as texts or
         turns, just as if each of these had a sequence of its own.
 
-        Two cases need ``from_segments``. Two texts with no ignored label between them become one response (the
-        collators of transformers and TRL ignore each text's first label, which nothing in that text predicts). An
-        ignored label *inside* a response makes two of it.
+        Packed texts that touch (no ignored label between them) need ``position_ids``: labels alone do not show where a
+        text ends, and without them such texts are silently one response, in which the last token of a text predicts
+        the first of the next. Give the ``position_ids`` of the batch wherever it is packed or free of padding; the
+        collators of transformers and TRL make them by default. An ignored label *inside* a response makes two of it:
+        that case needs ``from_segments``.
 
-        The layout keeps the tokens (``token``): an objective that needs a target takes them from there, and refuses a
-        target that differs.
+        The layout keeps the tokens (``token``, ``target``): an objective that needs a target takes them from there,
+        and refuses a target that differs.
 
         Args:
             labels: [B, L] integers, the token *at* each position, or ``ignore_index``. On a GPU they cost one sync.
             ignore_index: the label of a token that is not scored.
+            position_ids: [B, L] or [1, L] integers, the place of each token in its text. Where they do not go on, a
+                text starts, whose first token nothing predicts. On a GPU they cost one more sync.
 
         Raises:
-            TypeError: labels are not integers, or ignore_index is not an int.
-            ValueError: labels have not two dimensions.
+            TypeError: labels or position_ids are not integers, or ignore_index is not an int.
+            ValueError: labels have not two dimensions, position_ids have another shape or leave places out before a
+                scored token.
         """
         _check_integers("labels", labels)
-        targets = cls.targets(labels.cpu(), ignore_index)
+        position_ids = position_ids.cpu() if isinstance(position_ids, Tensor) else position_ids
+        targets = cls.targets(labels.cpu(), ignore_index, position_ids=position_ids)
         scored = targets != ignore_index
-        starts = scored & ~scored.roll(1, dims=1)  # the last position of a sequence is never scored
-        layout = cls.from_segments(starts.cumsum(1) * scored)
+        first = scored & ~scored.roll(1, dims=1)  # the last position of a sequence is never scored
+        layout = cls.from_segments(first.cumsum(1) * scored)
         token = targets.flatten()[layout.index]
         return cls.trusted(layout.index, layout.lengths, layout.shape, token).to(labels.device)
 
     @staticmethod
-    def targets(labels: Tensor, ignore_index: int = -100) -> Tensor:
-        """The targets of Hugging Face labels: position t predicts the label at t + 1, the last one nothing.
+    def targets(labels: Tensor, ignore_index: int = -100, *, position_ids: Tensor | None = None) -> Tensor:
+        """The targets of Hugging Face labels: position t predicts the label at t + 1, the last one of a text nothing.
 
         ``kd.cross_entropy(student, kd.Layout.targets(labels))``
 
         Args:
             labels: [B, L] integers, the token *at* each position, or ``ignore_index``.
             ignore_index: the label of a token that is not scored.
+            position_ids: [B, L] or [1, L] integers, which show where packed texts start, as for ``from_labels``.
 
         Returns:
             [B, L] int64, the token that each position predicts, or ``ignore_index``.
 
         Raises:
-            TypeError: labels are not integers, or ignore_index is not an int.
-            ValueError: labels have not two dimensions.
+            TypeError, ValueError: as ``from_labels``.
         """
         _check_integers("labels", labels)
         if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
             raise TypeError(f"ignore_index: expected an int, got {ignore_index!r}")
         targets = torch.full_like(labels, ignore_index, dtype=torch.int64)
         targets[:, :-1] = labels[:, 1:]
+        if position_ids is not None:
+            targets[:, :-1].masked_fill_(_text_starts(position_ids, labels, ignore_index)[:, 1:], ignore_index)
         return targets
 
     @classmethod
@@ -343,3 +351,22 @@ def _check_integers(name: str, values: object) -> None:
         raise TypeError(f"{name}: expected an integer tensor, got {getattr(values, 'dtype', type(values).__name__)}")
     if values.dim() != 2:
         raise ValueError(f"{name}: expected shape [B, L], got {list(values.shape)}")
+
+
+def _text_starts(position_ids: object, labels: Tensor, ignore_index: int) -> Tensor:
+    """[B, L] bool: where a text starts, because the positions do not go on. A sequence starts one."""
+    _check_integers("position_ids", position_ids)
+    if position_ids.shape not in (labels.shape, (1, labels.shape[1])):
+        raise ValueError(
+            f"position_ids: expected shape {list(labels.shape)} (that of labels), got {list(position_ids.shape)}"
+        )
+    position_ids = position_ids.to(labels.device).expand(labels.shape)
+    step = position_ids.long().diff(dim=1)
+    jump = (step > 1) & (labels[:, 1:] != ignore_index)
+    if jump.device.type == "cpu" and jump.any():
+        b, t = jump.nonzero()[0].tolist()
+        raise ValueError(
+            f"position_ids: expected positions that go on or start again, got {position_ids[b, t].item()} and then "
+            f"{position_ids[b, t + 1].item()} at [{b}, {t + 1}], where a token is scored"
+        )
+    return pad(step != 1, (1, 0), value=True)

@@ -77,7 +77,18 @@ def labelled(pieces):
     return [token for prompt, response in pieces for token in (*[-100] * len(prompt), *response)]
 
 
+def touching(pieces):
+    """Labels of one row of the same texts in which every token is scored: nothing lies between two texts."""
+    return [token for prompt, response in pieces for token in (*prompt, *response)]
+
+
+def places(pieces):
+    """position_ids of one row."""
+    return [t for prompt, response in pieces for t in range(len(prompt) + len(response))]
+
+
 def padded(rows, fill):
+    rows = list(rows)
     length = max(map(len, rows)) + 1
     return torch.tensor([[*row, *[fill] * (length - len(row))] for row in rows])
 
@@ -91,12 +102,52 @@ def test_packed_labels_are_as_many_responses_as_were_packed():
     assert layout.take([5, 1]).token.tolist() == [2, 8, 2]
 
 
+def test_position_ids_part_texts_that_touch():
+    labels, ids = padded(map(touching, PACKED), -100), padded(map(places, PACKED), 0)
+    layout = kd.Layout.from_labels(labels, position_ids=ids)
+    texts = [[*prompt, *response] for row in PACKED for prompt, response in row]
+    assert layout.lengths == tuple(len(text) - 1 for text in texts)
+    assert layout.token.tolist() == [token for text in texts for token in text[1:]], "a first token is not predicted"
+    targets = kd.Layout.targets(labels, position_ids=ids)
+    assert torch.equal(targets.flatten()[layout.index], layout.token)
+    assert (targets != -100).sum() == len(layout)
+    assert kd.Layout.from_labels(labels).lengths == (14, 11), "labels alone do not show them"
+
+
+def test_what_the_flattening_collator_of_transformers_makes():
+    transformers = pytest.importorskip("transformers")
+    texts = [[*prompt, *response] for prompt, response in PACKED[0]]
+    batch = transformers.DataCollatorWithFlattening()([{"input_ids": text} for text in texts])
+    labels = batch["labels"].masked_fill(batch["labels"] == -100, 11)  # as a collator that ignores none makes them
+    for one in (batch["labels"], labels):
+        layout = kd.Layout.from_labels(one, position_ids=batch["position_ids"])
+        assert layout.lengths == (4, 2, 6)
+        assert layout.token.tolist() == [token for text in texts for token in text[1:]]
+
+
+@pytest.mark.parametrize("ids", ["as collated", "left padding", "int32", "one row for all", "of RoBERTa", "truncated"])
+def test_position_ids_of_whole_sequences_change_nothing(ids):
+    labels = torch.tensor([[-100, -100, 5, 6, 7, 8], [-100, -100, 5, -100, -100, 9]])
+    given = {
+        "as collated": torch.arange(6).expand(2, 6),
+        "left padding": torch.tensor([[1, 0, 1, 2, 3, 4], [0, 0, 1, 2, 3, 4]]),
+        "int32": torch.arange(6, dtype=torch.int32).expand(2, 6),
+        "one row for all": torch.arange(6)[None],
+        "of RoBERTa": torch.arange(2, 8).expand(2, 6),
+        "truncated": torch.tensor([[0, 1, 2, 3, 4, 5], [0, 9, 10, 2, 3, 4]]),  # a jump where nothing is scored
+    }[ids]
+    layout, plain = kd.Layout.from_labels(labels, position_ids=given), kd.Layout.from_labels(labels)
+    assert torch.equal(layout.index, plain.index) and layout.lengths == plain.lengths == (4, 1, 1)
+    assert torch.equal(layout.token, plain.token)
+
+
+@pytest.mark.parametrize("scored", [labelled, touching], ids=["responses", "every token"])
 @pytest.mark.parametrize(
     "objective",
     [kd.TSDKD(k=4, opener=0.3, entropy_ratio=0.4), kd.GKD(0.5), kd.SFT(), kd.DistiLLM2()],
     ids=lambda one: type(one).__name__,
 )
-def test_a_packed_sequence_is_scored_as_its_texts_in_sequences_of_their_own(objective):
+def test_a_packed_sequence_is_scored_as_its_texts_in_sequences_of_their_own(objective, scored):
     """The hidden states of every text are the same in both batches; loss, count, metrics and gradients must be too."""
     generator = torch.Generator().manual_seed(5)
     weight = torch.randn(12, 6, generator=generator, dtype=torch.float64)
@@ -107,8 +158,9 @@ def test_a_packed_sequence_is_scored_as_its_texts_in_sequences_of_their_own(obje
         for i, (p, r) in enumerate(row)
     }
 
-    def scored(rows):  # rows of (b, i)
-        labels = padded([labelled(PACKED[b][i] for b, i in row) for row in rows], -100)
+    def run(rows, parted=True):  # rows of (b, i)
+        texts = [[PACKED[b][i] for b, i in row] for row in rows]
+        labels, ids = padded(map(scored, texts), -100), padded(map(places, texts), 0)
         hidden = torch.zeros(2, *labels.shape, 6, dtype=torch.float64)
         for n, row in enumerate(rows):
             packed = torch.cat([states[key] for key in row], 1)
@@ -116,16 +168,20 @@ def test_a_packed_sequence_is_scored_as_its_texts_in_sequences_of_their_own(obje
         parameter = weight.clone().requires_grad_()
         teacher = kd.Head(hidden[1], teacher_weight) if objective.needs_teacher else None
         by_teacher = {"from_teacher": torch.arange(len(rows)) * 0 == 0} if objective.by_author else {}
-        out = objective(kd.Head(hidden[0], parameter), teacher, kd.Layout.from_labels(labels), **by_teacher)
+        layout = kd.Layout.from_labels(labels, position_ids=ids if parted else None)
+        out = objective(kd.Head(hidden[0], parameter), teacher, layout, **by_teacher)
         out.loss.backward()
         return out, parameter.grad
 
-    packed, packed_gradient = scored([[(b, i) for i in range(3)] for b in range(2)])
-    apart, gradient = scored([[(b, i)] for b in range(2) for i in range(3)])
+    together = [[(b, i) for i in range(3)] for b in range(2)]
+    packed, packed_gradient = run(together)
+    apart, gradient = run([[(b, i)] for b in range(2) for i in range(3)])
     assert packed.count == apart.count and gradient.norm() > 0.05
     torch.testing.assert_close(packed.loss, apart.loss)
     torch.testing.assert_close(packed_gradient, gradient)
     torch.testing.assert_close(packed.metrics, apart.metrics)
+    if scored is touching:
+        assert (run(together, parted=False)[1] - gradient).norm() > 0.02 * gradient.norm(), "else nothing is tested"
 
 
 def scores(seed=0, rows=2, length=7, vocabulary=11):
@@ -244,6 +300,10 @@ def test_to_another_device():
     assert layout.index.device.type == "meta" and layout.lengths == (3, 3)
 
 
+def positioned(position_ids) -> kd.Layout:
+    return kd.Layout.from_labels(torch.ones(2, 3, dtype=torch.int64), position_ids=position_ids)
+
+
 @pytest.mark.parametrize(
     ("build", "error", "told"),
     [
@@ -257,6 +317,11 @@ def test_to_another_device():
         (lambda: kd.Layout.from_labels([[1]]), TypeError, ["labels", "list"]),
         (lambda: kd.Layout.from_labels(torch.ones(3, dtype=torch.int64)), ValueError, ["labels", "[B, L]", "[3]"]),
         (lambda: kd.Layout.targets(torch.ones(2, 3)), TypeError, ["labels", "int", "float32"]),
+        (lambda: positioned([0, 1, 2]), TypeError, ["position_ids", "integer", "list"]),
+        (lambda: positioned(torch.ones(2, 3)), TypeError, ["position_ids", "integer", "float32"]),
+        (lambda: positioned(torch.zeros(3, 2, 3).long()), ValueError, ["position_ids", "[B, L]", "[3, 2, 3]"]),
+        (lambda: positioned(torch.zeros(2, 4).long()), ValueError, ["position_ids", "[2, 3]", "[2, 4]"]),
+        (lambda: positioned(torch.tensor([[0, 1, 2], [0, 1, 5]])), ValueError, ["position_ids", "1 and then 5"]),
         (
             lambda: kd.Layout(torch.arange(2), (2,), (1, 3), torch.ones(2)),
             TypeError, ["token", "int64", "[2]", "float32"],
