@@ -136,8 +136,8 @@ def cross_entropy(
     """-log q(target), in nats.
 
     Nothing shifts internally, and nothing here can tell Hugging Face labels, which hold the token *at* a position, from
-    a target. ``kd.Layout.targets(labels)`` shifts them, and with ``rows=kd.Layout.from_labels(labels)`` a target that
-    was not shifted is refused.
+    a target. ``kd.Layout.targets(labels)`` shifts them, as does the ``target`` of ``layout =
+    kd.Layout.from_labels(labels)``; with ``rows=layout`` a target that was not shifted is refused.
 
     Args:
         student: kd.Head, kd.Logits or another trainable source.

@@ -15,7 +15,7 @@ __all__ = ["Layout"]
 
 SHIFT = (
     "target[b, t] is the token that position t predicts, labels of transformers hold the token at t: "
-    "kd.Layout.targets(labels) shifts them"
+    "kd.Layout.targets(labels) shifts them, and kd.Layout.from_labels(labels) is the mask"
 )
 
 
@@ -81,6 +81,11 @@ class Layout:
 
         Sequences with several responses (packed texts, turns) need ``from_labels`` or ``from_segments``.
 
+        ``labels != -100`` is *not* this mask but one position late, and nothing here can tell: a mask that is True at a
+        sequence's last position is right for hidden states that were cut (``hidden[:, :-1]``, ``labels[:, 1:]``). What
+        a mask cannot show, ``from_labels`` does right; with a target, a mask one position late is refused, because the
+        token behind a response is none.
+
         Args:
             mask: [B, L] bool, True where hidden[b, t] *predicts* a response token: True at the last position of the
                 prompt, False at the position of the final token (EOS). On a GPU it costs one sync.
@@ -90,7 +95,10 @@ class Layout:
             ValueError: mask has not two dimensions.
         """
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            raise TypeError(f"mask: expected a bool tensor, got {getattr(mask, 'dtype', type(mask).__name__)}")
+            got = getattr(mask, "dtype", type(mask).__name__)
+            raise TypeError(
+                f"mask: expected a bool tensor, got {got}; kd.Layout.from_labels(labels) makes a mask of labels"
+            )
         if mask.dim() != 2:
             raise ValueError(f"mask: expected shape [B, L], got {list(mask.shape)}")
         numbers = torch.arange(1, len(mask) + 1, device="cpu")
@@ -167,7 +175,7 @@ class Layout:
     def targets(labels: Tensor, ignore_index: int = -100, *, position_ids: Tensor | None = None) -> Tensor:
         """The targets of Hugging Face labels: position t predicts the label at t + 1, the last one of a text nothing.
 
-        ``kd.cross_entropy(student, kd.Layout.targets(labels))``
+        ``kd.cross_entropy(student, kd.Layout.targets(labels))``. A layout has its own: ``layout.target``.
 
         Args:
             labels: [B, L] integers, the token *at* each position, or ``ignore_index``.
@@ -280,6 +288,21 @@ class Layout:
     def sequence(self) -> Tensor:
         """[R] the number in the batch of each response's sequence."""
         return self.index[self.position == 0] // max(1, self.shape[1])
+
+    @cached_property
+    def target(self) -> Tensor:
+        """[B, L] int64, the token that each scored position predicts, -100 elsewhere: ``kd.cross_entropy``'s target.
+
+        Raises:
+            ValueError: the layout was not made from labels, and knows no tokens.
+        """
+        if self.token is None:
+            raise ValueError(
+                "target: expected a layout that knows its tokens, got one made from a mask, spans or segments; "
+                "kd.Layout.from_labels(labels) keeps them"
+            )
+        flat = self.index.new_full((math.prod(self.shape),), -100)
+        return flat.index_copy_(0, self.index, self.token).view(self.shape)
 
     def at(self, target: Tensor) -> Tensor:
         """The target at the scored positions.

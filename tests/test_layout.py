@@ -207,6 +207,30 @@ def test_targets_are_the_labels_shifted():
     torch.testing.assert_close(kd.statistics(student, target=targets, rows=layout).target_log_prob, -values)
 
 
+def test_the_targets_of_a_layout():
+    labels = padded(map(labelled, PACKED), -100)
+    layout = kd.Layout.from_labels(labels)
+    assert torch.equal(layout.target, kd.Layout.targets(labels)) and layout.target.dtype == torch.int64
+    assert torch.equal(layout.at(layout.target), layout.token)
+    some = layout.take([4, 1])
+    assert some.target[some.target != -100].tolist() == [8, 2, 9, 9, 9, 4, 2], "of its own responses"
+    student, _, _ = scores(rows=2, length=labels.shape[1])
+    values = kd.cross_entropy(student, layout.target, rows=layout)
+    torch.testing.assert_close(values.sum() / len(layout), kd.SFT()(student, None, layout).loss)
+    torch.testing.assert_close(kd.cross_entropy(student, layout.target), values)
+    with pytest.raises(ValueError, match=r"^target: .*made from a mask.*kd\.Layout\.from_labels\(labels\)"):
+        _ = kd.Layout.from_mask(labels > 0).target
+
+
+def test_a_mask_one_position_late_is_refused_beside_a_target():
+    """labels != -100 is True at the final token, which predicts none of the response."""
+    student, _, ids = scores()
+    labels = ids.clone()
+    labels[:, :3], labels[1, 5:] = -100, -100
+    with pytest.raises(ValueError, match=r"^target: .*kd\.Layout\.from_labels\(labels\) is the mask"):
+        kd.SFT()(student, None, labels != -100, target=kd.Layout.targets(labels))
+
+
 @pytest.mark.parametrize("prompt", [0, 3])
 def test_labels_that_nobody_shifted_are_refused_as_target(prompt):
     """With the prompt ignored and, what no range of ids betrays, with every token labelled."""
@@ -307,7 +331,7 @@ def positioned(position_ids) -> kd.Layout:
 @pytest.mark.parametrize(
     ("build", "error", "told"),
     [
-        (lambda: kd.Layout.from_mask(torch.ones(2, 3)), TypeError, ["mask", "bool", "float32"]),
+        (lambda: kd.Layout.from_mask(torch.ones(2, 3)), TypeError, ["mask", "bool", "float32", "from_labels(labels)"]),
         (lambda: kd.Layout.from_spans([0, 1], [2], 4), ValueError, ["lengths", "2", "got 1"]),
         (lambda: kd.Layout.from_spans([1, 3], [2, 2], 4), ValueError, ["[0, 4)", "3 ... 4", "sequence 1"]),
         (lambda: kd.Layout.from_spans([-1], [2], 4), ValueError, ["[0, 4)", "-1 ... 0"]),
