@@ -31,10 +31,11 @@ class Problem:
     hidden: int = 32
     stored: int = 0
     lengths: tuple[int, ...] = ()
+    teacher_dtype: torch.dtype | None = None
 
     def head(self, how: str, shape: tuple[int, ...], grad: bool) -> kd.Head:
-        hidden = torch.randn(*shape, self.hidden).to(self.dtype)
-        weight = torch.randn(self.vocabulary, self.hidden).to(self.dtype)
+        dtype = self.dtype if grad else self.teacher_dtype or self.dtype
+        hidden, weight = torch.randn(*shape, self.hidden).to(dtype), torch.randn(self.vocabulary, self.hidden).to(dtype)
         trained = grad
         if how == "hidden states of another order":  # frozen: autograd would copy a leaf's gradient into its order
             hidden, trained = hidden.transpose(0, 1).contiguous().transpose(0, 1), False
@@ -113,6 +114,8 @@ PROBLEMS = {
     ),
     "entries apart": Problem(kd.GKD(), 2, 3000, student="entries apart", teacher="entries apart", hidden=200),
     "a bias": Problem(kd.GKD(), 100, 512, student="bias", dtype=BF16),
+    "a teacher in fp16": Problem(kd.GKD(), 20, 3000, teacher_dtype=F16, hidden=200),
+    "a teacher in fp32": Problem(kd.GKD(), 20, 3000, dtype=BF16, teacher_dtype=F32, hidden=200),
     "wide hidden states": Problem(kd.GKD(), 20, 300, hidden=4000, dtype=BF16),
 }  # fmt: skip
 

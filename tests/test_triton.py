@@ -58,6 +58,7 @@ SUITES = {
         test_masked_entries.py and objectives and TSDKD and finfo
         test_chunks.py and padded_rows
         on_identical_logits and jsd.9
+        test_teacher_dtypes.py and values
     """,
     "more": """
         test_rows.py and bad_row and entry1024

@@ -156,11 +156,13 @@ class TensorCores(Torch):
     """
 
     def workspace(self, width: int, operand: torch.dtype, logits: torch.dtype, trained: bool) -> tuple[int, int]:
+        if logits == torch.float64:
+            return super().workspace(width, operand, logits, trained)
         # dX in fp32; with fp16 also each token's hidden state times its power, in fp32 and rounded (WeightGradient)
         return 0, (6 if operand == torch.float16 else 4) * width if trained else 0
 
     def project(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-        if out.dtype == hidden.dtype:
+        if out.dtype != torch.float32:  # the operands', or fp64 beside an fp64 student
             super().project(hidden, weight, bias, out)
             return
         torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)

@@ -109,7 +109,8 @@ class Source:
     def fits_dtype(self, student: Source) -> bool:
         """Whether this source may be the teacher of a student of that dtype.
 
-        Both sources' logits are read in their own dtypes. Only fp64 would lose digits beside a narrower student.
+        Both multiply and are read in their own dtypes: the teacher's logits are at least as wide as the student's. Only
+        fp64 would lose digits, in statistics that have the student's dtype.
         """
         return self.dtype == student.dtype or self.dtype != torch.float64
 

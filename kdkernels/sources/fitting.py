@@ -30,7 +30,10 @@ def check_teacher(student: Source, teacher: object, same_positions: bool = True)
     if teacher.device != device:
         raise ValueError(f"teacher: expected device {device} (the student's), got {teacher.device}")
     if not teacher.fits_dtype(student):
-        raise TypeError(f"teacher: expected dtype {student.dtype} (the student's), got {teacher.dtype}")
+        raise TypeError(
+            f"teacher: expected at most 32 bits beside a student of {student.dtype}, got {teacher.dtype}; pass the "
+            "student's tensors in fp64 too, or the teacher's in fp32"
+        )
     if same_positions and teacher.shape != student.shape:
         raise ValueError(
             f"teacher: expected {teacher.names[0]} of shape {[*student.shape, teacher.axis]}, got "

@@ -85,12 +85,6 @@ class Head(Source):
         """H, because logits are products."""
         return self.hidden.shape[-1]
 
-    def fits_dtype(self, student: Source) -> bool:
-        """Two heads have to multiply in one dtype: the one they have, or the one autocast gives both."""
-        if not student.width or self.dtype == student.dtype:
-            return super().fits_dtype(student)
-        return all(autocast_dtype(source.tensors[0]) for source in (student, self))
-
     def autocast(self) -> Head:
         """The head in autocast's dtype where autocast is on. The casts are differentiable, so that gradients arrive in
         the parameters' own dtype.
