@@ -124,13 +124,15 @@ def topk_divergence(
 ) -> Tensor:
     """The divergence of both distributions coarsened to K + 1 outcomes: K entries and one bucket for all others.
 
-    indices, log_p [C, K]: distinct ids and log p of K entries. The teacher's bucket has the mass 1 - sum p, the
-    student's that of its other entries. ``renormalize`` (and K = V) drops the bucket. z_s [C, V] -> [C].
+    indices, log_p [C, K]: distinct ids and log p of K entries; those of log p = -inf are not listed and lie in the
+    bucket. The teacher's bucket has the mass 1 - sum p, the student's that of its other entries. ``renormalize`` drops
+    it; where all entries are listed there is none. z_s [C, V] -> [C].
     """
-    listed = z_s.gather(-1, indices)
-    if renormalize or indices.shape[-1] == z_s.shape[-1]:
+    z, unlisted = z_s.gather(-1, indices), log_p.isneginf()
+    listed = z.masked_fill(unlisted, -math.inf)
+    if renormalize or (indices.shape[-1] == z_s.shape[-1] and not unlisted.any()):
         return divergence(listed, log_p, d, temperature)
-    others = z_s.scatter(-1, indices, -math.inf).logsumexp(-1, keepdim=True)
+    others = z_s.scatter(-1, indices, z.masked_fill(~unlisted, -math.inf)).logsumexp(-1, keepdim=True)
     return divergence(torch.cat([listed, others], -1), torch.cat([log_p, missing_mass(log_p)], -1), d)
 
 

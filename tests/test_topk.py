@@ -32,8 +32,11 @@ def reference_divergence(head: kd.Head, teacher: kd.TopK, divergence, temperatur
     return reference.topk_divergence(z, ids, log_p, divergence, temperature, teacher.renormalize)
 
 
-def check(student: kd.Head, teacher: kd.TopK, divergence, temperature=1.0, **more):
-    """Value and gradients of a random weighting within the error rule. ``student`` holds what its dtype can hold."""
+def check(student: kd.Head, teacher: kd.TopK, divergence, temperature=1.0, same: kd.TopK | None = None, **more):
+    """Value and gradients of a random weighting within the error rule. ``student`` holds what its dtype can hold.
+
+    same: the teacher that the reference gets, where it is another one of the same numbers.
+    """
     dtype = student.dtype
     value = kd.divergence(student, teacher, divergence, temperature, **more)
     incoming = torch.randn(value.shape)
@@ -41,7 +44,7 @@ def check(student: kd.Head, teacher: kd.TopK, divergence, temperature=1.0, **mor
 
     def expected(dtype):
         head = truth.to(student, dtype)
-        value = reference_divergence(head, teacher, divergence, temperature)
+        value = reference_divergence(head, same or teacher, divergence, temperature)
         incoming_here = incoming.flatten().to(value.dtype)
         return [value.detach(), *torch.autograd.grad(value, truth.leaves(head), incoming_here)]
 
@@ -93,10 +96,41 @@ def test_a_tiny_bucket_keeps_its_digits(dtype, name, mass):
     check(student, stored(z_t, 10, dtype=F32), DIVERGENCES[name])
 
 
-@pytest.mark.parametrize("name", ["forward", "jsd.5", "skl"])
-def test_padded_lists(dtype, name):
+@pytest.mark.parametrize("name", DIVERGENCES)
+@pytest.mark.parametrize("renormalize", [False, True], ids=["bucket", "renormalized"])
+def test_padding_is_not_listed(dtype, name, renormalize):
+    """Entries of -inf lie in the bucket: the same numbers as without them, finite for a reverse KL too."""
     torch.manual_seed(0)
-    check(random_student(dtype), stored(torch.randn(9, 130, dtype=F64), 12, padded=4), DIVERGENCES[name])
+    student, z_t = random_student(dtype), torch.randn(9, 130, dtype=F64)
+    padded = stored(z_t, 12, renormalize, padded=4)
+    short = kd.TopK(padded.indices[:, :8], padded.log_probs[:, :8], renormalize)
+    check(student, padded, DIVERGENCES[name], same=short)
+    exact = truth.to(student, F64)
+    values = [reference_divergence(exact, each, DIVERGENCES[name], 1.0).detach() for each in (padded, short)]
+    torch.testing.assert_close(*values)
+
+
+@pytest.mark.parametrize("name", ["forward", "reverse", "jsd.5"])
+def test_padding_up_to_the_whole_vocabulary(name):
+    """A bucket of nothing but padding, and at tokens that list all entries none at all."""
+    torch.manual_seed(0)
+    student, teacher = random_student(F64, vocabulary=12), stored(torch.randn(9, 12, dtype=F64), 12, padded=4)
+    check(student, teacher, DIVERGENCES[name], same=kd.TopK(teacher.indices[:, :8], teacher.log_probs[:, :8]))
+    z_t = torch.randn(9, 12, dtype=F64)
+    whole = stored(z_t, 12)
+    mixed = kd.TopK(*(torch.where(torch.arange(9)[:, None] < 5, *pair) for pair in (
+        (teacher.indices, whole.indices), (teacher.log_probs, whole.log_probs)
+    )))  # fmt: skip
+    value = kd.divergence(student, mixed, DIVERGENCES[name])
+    expected = torch.cat([
+        kd.divergence(student, teacher, DIVERGENCES[name])[:5],
+        kd.divergence(student, kd.Logits(z_t), DIVERGENCES[name])[5:],
+    ])  # fmt: skip
+    torch.testing.assert_close(value, expected)
+    (gradient,) = torch.autograd.grad(value.sum(), student.hidden)
+    (by_token,) = torch.autograd.grad(expected.sum(), student.hidden)
+    torch.testing.assert_close(gradient, by_token)
+    assert (gradient.norm(dim=-1) > 1e-3).all()
 
 
 @pytest.mark.parametrize("masked", [slice(None), slice(2, 5)], ids=["all rows", "some rows"])

@@ -26,11 +26,12 @@ class TopK(Source):
     drops the bucket, so that teacher and student are normalised over the K entries. A temperature other than 1 needs
     that, because a bucket has no temperature. Where K = V there is no bucket.
 
-    The ids of a token have to be distinct ids of the shared vocabulary, those of padding included; padding has a
-    log-probability of -inf. Rounded probabilities may sum to 1 + 1e-3 (16 bits: 1 + 2e-2) and are then normalised. On
-    CPUs a call raises a ValueError for anything else. On GPUs, where looking would cost a sync, the divergence of such
-    a token is NaN, which the metrics count. The teacher's bucket has at least 2^-23, which fp32 lists lose in rounding:
-    with 0 a single confident token would make a reverse KL infinite.
+    The ids of a token have to be distinct ids of the shared vocabulary, those of padding included. Padding has a
+    log-probability of -inf: such an entry is not listed and lies in the bucket, or is dropped with it. Rounded
+    probabilities may sum to 1 + 1e-3 (16 bits: 1 + 2e-2) and are then normalised. On CPUs a call raises a ValueError
+    for anything else. On GPUs, where looking would cost a sync, the divergence of such a token is NaN, which the
+    metrics count. The teacher's bucket has at least 2^-23, which fp32 lists lose in rounding: with 0 a single confident
+    token would make a reverse KL infinite.
 
     Args:
         indices: [..., K] int64 ids of vocabulary entries.

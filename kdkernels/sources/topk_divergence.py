@@ -98,11 +98,23 @@ def divergence(
     renormalize: bool,
 ) -> Outcomes:
     """``student.gathered`` begins with z at ``ids``; log_p [n, K] fp64. Uses up the student's logits."""
-    z, rest = student.gathered[:, : ids.shape[1]].double(), None
-    if not renormalize and ids.shape[1] < student.logits.shape[1]:
-        rest = Bucket(backend, student, ids)
-        z = torch.cat([z, rest.lse[:, None]], dim=1)
-        log_p = torch.cat([log_p, reference.missing_mass(log_p)], dim=1)
-    value = reference.divergence(z, log_p, divergence, temperature)
-    gradient = reference.divergence_gradient(z, log_p, divergence, temperature)
+    z, unlisted, rest = student.gathered[:, : ids.shape[1]].double(), log_p.isneginf(), None
+    outcomes, shares = z.masked_fill(unlisted, -math.inf), None
+    if not renormalize:
+        own = z.new_full((len(z),), -math.inf)
+        if ids.shape[1] < student.logits.shape[1]:
+            rest = Bucket(backend, student, ids)
+            own = rest.lse
+        inside = torch.cat([z.masked_fill(~unlisted, -math.inf), own[:, None]], dim=1)
+        lse = inside.logsumexp(1, keepdim=True)
+        none = lse.isneginf()
+        shares = (inside - lse).exp().masked_fill(none, 0)  # of the bucket's mass
+        missing = reference.missing_mass(log_p)
+        outcomes = torch.cat([outcomes, lse], dim=1)
+        log_p = torch.cat([log_p, missing if rest else missing.masked_fill(none, -math.inf)], dim=1)
+    value = reference.divergence(outcomes, log_p, divergence, temperature)
+    gradient = reference.divergence_gradient(outcomes, log_p, divergence, temperature)
+    if shares is not None:
+        shared = gradient[:, -1:] * shares
+        gradient = torch.cat([gradient[:, :-1] + shared[:, :-1], shared[:, -1:]], dim=1)
     return Outcomes(backend, value.to(student.stats.dtype), gradient, ids, rest)
