@@ -48,16 +48,16 @@ class Loss:
     name: str
     objective: Callable[[], torch.nn.Module]
     formula: Callable[..., Tensor]
-    mean_over: str = "responses"  # "tokens", "prompts": the denominator of the objective
+    reduction: str = "responses"  # of the objective: "tokens", "prompts"
     by_response: bool = False  # the formula needs whole responses; else it is a mean of per-token values
     authors: str = "none"  # "teacher": all responses are the teacher's; "both": row 0 is, row 1 is not
     teacher: bool = True
 
-    def count(self, lengths: list[int], authors: list[bool], mean_over: str | None = None) -> int:
+    def count(self, lengths: list[int], authors: list[bool], reduction: str | None = None) -> int:
         """What the loss of these responses is divided by."""
-        if (mean_over or self.mean_over) == "tokens":
+        if (reduction or self.reduction) == "tokens":
             return sum(lengths)
-        if self.mean_over == "prompts":
+        if self.reduction == "prompts":
             return max(sum(authors), len(authors) - sum(authors))
         return len(lengths)
 
@@ -79,7 +79,7 @@ def _tsd_kd(z_s, z_t, from_teacher, target):
 LOSSES = {
     loss.name: loss
     for loss in (
-        Loss("cross-entropy", kd.SFT, lambda s, t, w, y: reference.sft(s, y), mean_over="tokens", teacher=False),
+        Loss("cross-entropy", kd.SFT, lambda s, t, w, y: reference.sft(s, y), reduction="tokens", teacher=False),
         Loss("forward KL", lambda: kd.GKD(0.0), lambda s, t, w, y: reference.gkd(s, t, 0.0)),
         Loss("JSD(0.9)", kd.GKD, lambda s, t, w, y: reference.gkd(s, t)),
         Loss("gated JSD", lambda: kd.TSDKD(k=1, indirect_weight=0.0, entropy_weight=0.0), _gated),
@@ -89,7 +89,7 @@ LOSSES = {
             "VCRD",
             lambda: kd.VCRD(weighting="likelihood_ratio"),
             lambda s, t, w, y: reference.vcrd(s, t, w),
-            mean_over="prompts",
+            reduction="prompts",
             by_response=True,
             authors="both",
         ),

@@ -173,7 +173,7 @@ class CaseRun:
             run(self.device, batch, implementation, loss)
             gradients = sum(t.grad.nbytes for t in (batch.hidden_s, batch.weight_s) if t.grad is not None) / MIB
             cell.extra_info["extra_mib"] = peak.extra() - gradients
-            check = self.truth.check(loss, implementation.mean_over(loss), implementation.exact)
+            check = self.truth.check(loss, implementation.reduction(loss), implementation.exact)
         except Exception as error:
             if out_of_memory(error):
                 cell.reason = "out of memory"

@@ -1,7 +1,7 @@
 """Who computes the losses: kdkernels, and everything else people use. One small class each.
 
 ``missing(case, loss, device)`` says why it cannot run (empty: it can), ``forward(batch, loss)`` gives the scalar loss
-whose ``backward()`` fills the gradients, ``mean_over(loss)`` what it is a mean of where the objective has another.
+whose ``backward()`` fills the gradients, ``reduction(loss)`` what it is a mean of where the objective has another.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Implementation:
     compiles = False  # the first call is not what later calls are
     exact = False  # has to be as accurate as eager PyTorch; others are let through up to verify.PEER_LIMIT
 
-    def mean_over(self, loss: Loss) -> str | None:
+    def reduction(self, loss: Loss) -> str | None:
         return "tokens" if not loss.by_response else None
 
     def missing(self, case: Case, loss: Loss, device: str) -> str:
@@ -66,7 +66,7 @@ class Ours(Implementation):
     def __init__(self, name: str = "kdkernels", logits: torch.dtype | None = None, memory_budget: int | None = None):
         self.name, self.logits, self.memory_budget = name, logits, memory_budget
 
-    def mean_over(self, loss: Loss) -> None:
+    def reduction(self, loss: Loss) -> None:
         return None
 
     def forward(self, batch: Batch, loss: Loss) -> Tensor:
@@ -157,10 +157,10 @@ class Checkpointed(Implementation):
     name = "checkpointed chunks"
 
     def forward(self, batch: Batch, loss: Loss) -> Tensor:
-        mean_over = self.mean_over(loss)
-        total, whole = 0.0, loss.count(batch.lengths, batch.authors, mean_over)
+        reduction = self.reduction(loss)
+        total, whole = 0.0, loss.count(batch.lengths, batch.authors, reduction)
         for i, length in enumerate(batch.lengths):
-            share = loss.count([length], [batch.authors[i]], mean_over) / whole
+            share = loss.count([length], [batch.authors[i]], reduction) / whole
             total = total + share * checkpoint(value, loss, batch, [i], batch.softcap, use_reentrant=False)
         return total
 

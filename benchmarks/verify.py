@@ -63,7 +63,7 @@ class Truth:
         self.products: dict[torch.dtype, list[Tensor]] = {}  # of the sampled tokens, student and teacher
         self.known: dict[tuple[str, str | None], tuple[Tensor, float]] = {}
 
-    def gradient(self, loss: Loss, mean_over: str | None, dtype: torch.dtype) -> Tensor:
+    def gradient(self, loss: Loss, reduction: str | None, dtype: torch.dtype) -> Tensor:
         """d loss / d hidden [n, H] of the sampled responses with logits multiplied in ``dtype``."""
         batch = self.batch
         if dtype not in self.products:
@@ -75,32 +75,32 @@ class Truth:
         def logits(product: Tensor) -> list[Tensor]:
             z = product.to(wide)
             z = z if batch.softcap is None else batch.softcap * torch.tanh(z / batch.softcap)
-            return list(z.split(lengths if mean_over != "tokens" else [sum(lengths)]))
+            return list(z.split(lengths if reduction != "tokens" else [sum(lengths)]))
 
         product_s, product_t = self.products[dtype]
         product_s = product_s.detach().requires_grad_()
         z_s, z_t = logits(product_s), logits(product_t)
         target = _rows(batch, batch.target[..., None])[:, 0]
         target = list(target.split([len(z) for z in z_s]))
-        share = loss.count(lengths, authors, mean_over) / loss.count(batch.lengths, batch.authors, mean_over)
+        share = loss.count(lengths, authors, reduction) / loss.count(batch.lengths, batch.authors, reduction)
         (d_z,) = torch.autograd.grad(share * loss.formula(z_s, z_t, authors, target), product_s)
         blocks = zip(d_z.split(ENTRIES, -1), batch.weight_s.detach().split(ENTRIES), strict=True)
         return sum(d.to(wide) @ block.to(wide) for d, block in blocks).to(dtype).double()
 
-    def of(self, loss: Loss, mean_over: str | None) -> tuple[Tensor, float]:
-        key = (loss.name, mean_over)
+    def of(self, loss: Loss, reduction: str | None) -> tuple[Tensor, float]:
+        key = (loss.name, reduction)
         if key not in self.known:
-            truth = self.gradient(loss, mean_over, torch.float64)
+            truth = self.gradient(loss, reduction, torch.float64)
             if not truth.norm() > 0:
                 raise AssertionError(f"{loss.name}: its gradient is zero, a check against it would check nothing")
-            eager = self.gradient(loss, mean_over, self.batch.hidden_s.dtype)
+            eager = self.gradient(loss, reduction, self.batch.hidden_s.dtype)
             self.known[key] = truth, ((eager - truth).norm() / truth.norm()).item()
         return self.known[key]
 
-    def check(self, loss: Loss, mean_over: str | None, exact: bool) -> Check:
+    def check(self, loss: Loss, reduction: str | None, exact: bool) -> Check:
         """Of the gradients that the batch holds now."""
         batch = self.batch
-        truth, yardstick = self.of(loss, mean_over)
+        truth, yardstick = self.of(loss, reduction)
         error = ((_rows(batch, batch.hidden_s.grad).double() - truth).norm() / truth.norm()).item()
         trained = batch.weight_s.requires_grad
         balance = consistency(batch) if trained else None

@@ -53,9 +53,9 @@ class Distillation(nn.Module):
             return out
         return out._replace(loss=out.loss + routers, metrics=out.metrics | {ROUTER_LOSS: routers.detach()})
 
-    def reduction(self, metric: str) -> str:
-        """As `Objective.reduction`; the router loss is a term of the loss."""
-        return "count" if metric == ROUTER_LOSS else self.objective.reduction(metric)
+    def metric_reduction(self, metric: str) -> str:
+        """As `Objective.metric_reduction`; the router loss is a term of the loss."""
+        return self.objective.metric_reduction("loss" if metric == ROUTER_LOSS else metric)
 
 
 def head(model: PreTrainedModel, batch: Batch, vocab_size: int) -> Head:

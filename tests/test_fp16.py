@@ -28,8 +28,8 @@ OBJECTIVES = {
     "SFT": (kd.SFT, lambda b, s: truth.sft(b)),
     "DistiLLM2": (kd.DistiLLM2, lambda b, s: truth.distillm2(b)),
     "VCRD": (
-        lambda: kd.VCRD(weighting="uniform", aggregation="tokens", lambda_student=1e-4, lambda_teacher=1e-3),
-        lambda b, s: truth.vcrd(b, tokens=True, lambda_student=1e-4, lambda_teacher=1e-3),
+        lambda: kd.VCRD(weighting="uniform", reduction="responses", lambda_student=1e-4, lambda_teacher=1e-3),
+        lambda b, s: truth.vcrd(b, means=True, lambda_student=1e-4, lambda_teacher=1e-3),
     ),
 }
 

@@ -272,7 +272,7 @@ def test_the_metrics_of_two_batches_become_those_of_both_as_they_declare(objecti
     (whole, sizes), *parts = (outputs(rows) for rows in (slice(0, 5), slice(0, 2), slice(2, 5)))
     assert len(whole.metrics) > 3
     for name, value in whole.metrics.items():
-        way = objective.reduction(name)
+        way = objective.metric_reduction(name)
         factors = [1 if way == "sum" else size[way] / sizes[way] for _, size in parts]
         reduced = sum(out.metrics[name] * factor for (out, _), factor in zip(parts, factors, strict=True))
         torch.testing.assert_close(reduced.to(value.dtype), value, rtol=1e-5, atol=1e-6)

@@ -321,16 +321,20 @@ def test_a_number_for_each_token(method, given, error, got):
         ({"terms": {"forward": kd.ForwardKL()}}, TypeError, "terms: expected a term .* for 'forward', got Divergence"),
         ({"terms": {"forward": EntropyTerm}}, TypeError, "terms: expected a term .* for 'forward', got <class"),
         ({"terms": {"loss": EntropyTerm()}}, ValueError, "terms: expected other names .*'loss'"),
-        ({"mean_over": "response"}, ValueError, "mean_over: expected responses, tokens or prompts, got 'response'"),
-        ({"mean_over": "prompts"}, ValueError, "mean_over: expected responses or tokens where no term has a group"),
+        ({"reductions": ("prompts",)}, ValueError, "reduction: expected one of prompts, got 'responses'"),
+        (
+            {"reduction": "prompts", "reductions": ("prompts",)},
+            ValueError,
+            "reduction: expected another where nobody says who wrote a response, got 'prompts'",
+        ),
         ({"reads": Needs(collision=61)}, ValueError, "collision: expected at most the vocabulary's 60 entries, got 61"),
     ],
     ids=str,
 )
 def test_what_an_objective_says(attributes, error, message):
-    batch, wrong = fixed(F32), type("Wrong", (Alone,), attributes)()
+    batch, wrong = fixed(F32), type("Wrong", (Alone,), attributes)
     with pytest.raises(error, match=message):
-        wrong(batch.student, batch.teacher, batch.mask, target=batch.target)
+        wrong()(batch.student, batch.teacher, batch.mask, target=batch.target)
 
 
 def test_an_error_in_terms_is_told():

@@ -213,7 +213,7 @@ def test_an_objective(backend, renormalize):
 
 
 @pytest.mark.parametrize("renormalize", [False, True])
-@pytest.mark.parametrize("make", [kd.DistiLLM2, lambda: kd.VCRD(weighting="uniform", aggregation="tokens")])
+@pytest.mark.parametrize("make", [kd.DistiLLM2, lambda: kd.VCRD(weighting="uniform", reduction="responses")])
 def test_two_divergences(backend, make, renormalize):
     """Teacher-written and student-written responses, in one chunk: each by its own divergence."""
     batch = fixed(F32)

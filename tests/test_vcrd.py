@@ -1,4 +1,4 @@
-"""VCRD: given weights, the likelihood ratio from the same pass, and both aggregations."""
+"""VCRD: given weights, the likelihood ratio from the same pass, and two reductions."""
 
 from dataclasses import replace
 
@@ -21,20 +21,20 @@ OPTIONS = st.fixed_dictionaries(
         "alpha": st.sampled_from([0.1, 0.5]),
         "lambda_teacher": st.sampled_from([1.0, 2.0]),
         "lambda_student": st.sampled_from([1.0, 1.5]),
-        "aggregation": st.sampled_from(["prompts", "tokens"]),
+        "reduction": st.sampled_from(["prompts", "responses"]),
     }
 )
 
 
 def of_truth(options: dict) -> dict:
     return {
-        "tokens" if key == "aggregation" else key: v == "tokens" if key == "aggregation" else v
+        "means" if key == "reduction" else key: v == "responses" if key == "reduction" else v
         for key, v in options.items()
     }
 
 
 def count(options: dict):
-    return (lambda b: len(b.responses)) if options["aggregation"] == "tokens" else (lambda b: b.prompts)
+    return (lambda b: len(b.responses)) if options["reduction"] == "responses" else (lambda b: b.prompts)
 
 
 def proposals(objective: kd.VCRD, batch: truth.Batch) -> tuple[kd.objectives.Output, torch.Tensor]:
@@ -195,7 +195,7 @@ def test_prompts_are_the_responses_of_the_busier_author():
     assert objective.count(layout, written) == objective.count(layout, ~written) == 3
     mask[0] = False  # an empty response is none
     assert objective.count(kd.Layout.from_mask(mask), written) == 2
-    assert kd.VCRD(aggregation="tokens").count(layout, written) == 5
+    assert kd.VCRD(reduction="responses").count(layout, written) == 5
 
 
 def test_packed_rows(backend):

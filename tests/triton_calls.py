@@ -59,7 +59,11 @@ STUDENT = {
 }
 TEACHER = {"teacher": ["alike", "head", "logits", "entries", "bucket"], "teacher_softcap": [None, 30.0]}
 FUNCTION = STUDENT | {"rows": [None, "mask"]}
-OBJECTIVE = STUDENT | {"target": [None, "ids"], "weights": [None, "ones"], "mask": ["all", "some"]}
+OBJECTIVE = (
+    STUDENT
+    | {"target": [None, "ids"], "weights": [None, "ones"], "mask": ["all", "some"]}
+    | {"reduction": [*kd.GKD.reductions], "denominator": [None, 3]}
+)
 DISTILLS = OBJECTIVE | TEACHER | {"teacher_mask": [None, "all"]}
 CALLS = {
     "cross_entropy": FUNCTION | {"target": ["ids"], "ignore_index": [-100]},
@@ -76,7 +80,7 @@ CALLS = {
     | {"direct_weight": [1.0, 0.0], "entropy_weight": [1.0, 0.0], "temperature": [1.0, 2.0]}
     | {"tau": [1.0], "entropy_ratio": [0.1], "from_teacher": [None]},
     "VCRD": DISTILLS
-    | {"alpha": [0.1, 1.0], "weighting": [*vcrd.WEIGHTINGS], "aggregation": [*vcrd.AGGREGATIONS]}
+    | {"alpha": [0.1, 1.0], "weighting": [*vcrd.WEIGHTINGS], "reduction": [*kd.VCRD.reductions]}
     | {"lambda_teacher": [1.0], "lambda_student": [1.0], "from_teacher": ["both"]},
     "DistiLLM2": DISTILLS
     | {"alpha_teacher": [0.1], "alpha_student": [0.1, 1.0], "detach_mixture": [False, True], "from_teacher": ["both"]},

@@ -255,7 +255,7 @@ def vcrd_weight(z_t: Tensor, proposal: Tensor) -> Tensor:
 
 
 def vcrd(
-    batch: Batch, proposal: Tensor | None = None, alpha=0.1, lambda_teacher=1.0, lambda_student=1.0, tokens=False
+    batch: Batch, proposal: Tensor | None = None, alpha=0.1, lambda_teacher=1.0, lambda_student=1.0, means=False
 ) -> Tensor:
     """With the students' proposals [N] the likelihood-ratio weights, on top of the caller's."""
     values = by_author(batch, alpha, alpha)
@@ -264,9 +264,9 @@ def vcrd(
         w = w * vcrd_weight(token_logits(batch)[1], proposal)
     total = 0.0
     for r, d, written in zip(slices(batch), values, batch.written, strict=True):
-        term = (w[r] * d).mean() if tokens else (w[r] * d).sum()
+        term = (w[r] * d).mean() if means else (w[r] * d).sum()
         total = total + (lambda_teacher if written else lambda_student) * term
-    return total / (len(values) if tokens else batch.prompts)
+    return total / (len(values) if means else batch.prompts)
 
 
 def sft(batch: Batch) -> Tensor:

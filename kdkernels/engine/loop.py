@@ -197,7 +197,8 @@ class _Loop:
             raise ValueError(
                 f"coefficients: expected one for each of the terms {[*call.terms.by_name]}, got some for {[*given]}"
             )
-        return {name: call.scale * each for name, each in given.items()}
+        share = call.scale * known.length.to(known.entropy.dtype) if call.by_length else call.scale
+        return {name: share * each for name, each in given.items()}
 
 
 def _check_given(method: str, given: object, count: int) -> None:

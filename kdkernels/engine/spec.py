@@ -47,7 +47,8 @@ class Program:
         return {}
 
     def coefficients(self, tokens: Tokens) -> dict[str, Tensor]:
-        """For each of ``terms`` [n]: what multiplies its value at each token. Constants to the gradient."""
+        """For each of ``terms`` [n]: what multiplies its value at each token in the loss of the token's response.
+        Constants to the gradient."""
         return {}
 
 
@@ -66,7 +67,8 @@ class Call:
     weight: Tensor | None = None  # [N]
     groups: tuple[tuple[str, int], ...] = ()  # names of the groups that the tokens come in, and their tokens
     coefficients: dict[str, Tensor] | None = None  # by term, [N]: given (or {}: none), not asked of the program
-    scale: float = 1.0  # on the loss: one over what it is a mean of
+    scale: float | Tensor = 1.0  # on the loss: one over what it is a mean of; a tensor [] on the student's device
+    by_length: bool = False  # a response counts once for each of its tokens, not once
     memory_budget: int | None = None
     logits_dtype: torch.dtype | None = None
 
@@ -74,7 +76,7 @@ class Call:
 @dataclass(eq=False)
 class Result:
     tokens: Tokens
-    coefficients: dict[str, Tensor]  # by term; Call.scale included
+    coefficients: dict[str, Tensor]  # by term; Call.scale and what a response counts included
     gradients: tuple[Tensor | None, ...]  # of the student's tensors
     factors: tuple[Tensor | float, ...]  # what they still have to be multiplied with: fp16 does not hold it
 

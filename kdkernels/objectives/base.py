@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_positive
 from ..engine.autograd import evaluate
 from ..engine.operators import check_range
 from ..engine.spec import Call, Program
@@ -25,7 +26,11 @@ AUTHORS = ("teacher", "student")  # groups of tokens, by who wrote their respons
 
 
 class Output(NamedTuple):
-    """A differentiable loss, the count it is a mean over, and detached scalar metrics (none without tokens).
+    """A differentiable loss, the count of this batch, and detached scalar metrics (none without tokens).
+
+    count: the responses, tokens or prompts of this batch, whichever the objective's ``reduction`` counts, and of "sum"
+    1. The loss is a mean over that many, or over as many as a ``denominator`` says: then the loss, its metric and those
+    of the terms are this batch's part of a larger mean, and what batches and processes have adds up to it.
 
     A tuple, because DDP and DeepSpeed look for a forward's tensors in tuples, lists and dicts only: a loss they do not
     find is one whose backward they do not prepare for.
@@ -37,15 +42,32 @@ class Output(NamedTuple):
 
 
 class Objective(Program, nn.Module):
-    """A loss over the response tokens of a batch.
+    """A loss over the response tokens of a batch, made of the loss L_r of each response r with len_r tokens.
 
-    A subclass has ``terms`` by name (an attribute or a property), and ``coefficients`` says what each counts at each
-    token; the gradients of all terms are written together. What a term contributes to the loss is among the metrics
-    under its name. A term of the group "teacher" or "student" counts in responses that this model wrote.
+        reduction     loss
+        "responses"   sum_r L_r / responses
+        "tokens"      sum_r len_r L_r / tokens: where L_r is a mean over tokens, the mean over all tokens of the batch
+        "prompts"     sum_r len_r L_r / prompts, of an objective that tells authors apart
+        "sum"         sum_r len_r L_r
+
+    A subclass has ``terms`` by name (an attribute or a property), and ``coefficients`` says what each counts in L_r at
+    each token, whatever the reduction; the gradients of all terms are written together. What a term contributes to the
+    loss is among the metrics under its name. A term of the group "teacher" or "student" counts in responses that this
+    model wrote.
+
+    Args:
+        reduction: how the responses' losses become the loss; by default the class's attribute.
     """
 
     needs_weights: bool = False
-    mean_over: str = "responses"  # or "tokens", "prompts": the denominator of the loss
+    reduction: str = "responses"
+    reductions: tuple[str, ...] = ("responses", "tokens", "sum")  # that it may have
+
+    def __init__(self, reduction: str | None = None):
+        super().__init__()
+        if reduction is not None:
+            self.reduction = reduction
+        self._check_reduction()
 
     def __call__(self, *arguments, **options) -> Output:
         call = super().__call__
@@ -69,6 +91,7 @@ class Objective(Program, nn.Module):
         weights: Tensor | None = None,
         from_teacher: Tensor | None = None,
         teacher_mask: Tensor | Layout | None = None,
+        denominator: float | Tensor | None = None,
         memory_budget: int | None = None,
         logits_dtype: torch.dtype | None = None,
     ) -> Output:
@@ -88,6 +111,12 @@ class Objective(Program, nn.Module):
             from_teacher: [B] bool, rows whose response the teacher wrote. Required where terms have a group, an error
                 elsewhere. On the CPU it costs no sync.
             teacher_mask: the teacher's positions where they differ from the student's, equally many per response.
+            denominator: what to divide by instead of this batch's own responses, tokens or prompts (``Output.count``;
+                nothing for "sum"): the number in all batches of an optimizer step, accumulation and processes included,
+                so that these batches' losses add up to the loss of the step. A number above 0 or a tensor [] of one,
+                such as Hugging Face's ``num_items_in_batch``, which counts tokens: it belongs to "tokens". Where a
+                wrapper averages the gradients of P processes (DDP), multiply the loss by P. On GPUs, where looking
+                would cost a sync, the loss of a wrong one is NaN.
             memory_budget: bytes for logits and workspace (default 384 MiB on CPUs, on GPUs by their speed:
                 ``kd.info()["memory_budget"]``).
             logits_dtype: default: that of the operands on CPUs, float32 on GPUs.
@@ -117,7 +146,8 @@ class Objective(Program, nn.Module):
             target=_targets(target, terms, layout, student),
             weight=_weights(weights, layout, student),
             groups=groups,
-            scale=1.0 / max(1, count),
+            scale=_scale(denominator, count, student.device),
+            by_length=self.reduction != "responses",
             memory_budget=memory_budget,
             logits_dtype=logits_dtype,
         )
@@ -178,35 +208,42 @@ class Objective(Program, nn.Module):
         return _by_author(self.terms)
 
     def count(self, layout: Layout, from_teacher: Tensor | None = None) -> int:
-        """The denominator of the loss, known before the forward pass: responses, tokens or prompts of ``layout``.
+        """What the loss is divided by without a ``denominator``, known before the forward pass: responses, tokens or
+        prompts of ``layout``, 1 for "sum".
 
         A prompt has at most one response by each author: prompts are the responses of the busier one.
 
         Raises:
-            ValueError: ``mean_over`` is something else, or "prompts" where no term has a group.
+            ValueError: ``reduction`` is none of ``reductions``, or "prompts" where ``from_teacher`` is None.
         """
-        if self.mean_over not in ("responses", "tokens", "prompts"):
-            raise ValueError(f"mean_over: expected responses, tokens or prompts, got {self.mean_over!r}")
-        if self.mean_over == "prompts":
+        self._check_reduction()
+        if self.reduction == "prompts":
             if from_teacher is None:
-                raise ValueError("mean_over: expected responses or tokens where no term has a group, got 'prompts'")
+                raise ValueError("reduction: expected another where nobody says who wrote a response, got 'prompts'")
             by_teacher = sum(layout.written_by(from_teacher))
             return max(by_teacher, layout.responses - by_teacher)
-        return layout.responses if self.mean_over == "responses" else len(layout)
+        return {"responses": layout.responses, "tokens": len(layout), "sum": 1}[self.reduction]
 
-    def reduction(self, metric: str) -> str:
+    def _check_reduction(self) -> None:
+        if self.reduction not in self.reductions:
+            raise ValueError(f"reduction: expected one of {', '.join(self.reductions)}, got {self.reduction!r}")
+
+    def metric_reduction(self, metric: str) -> str:
         """How the values that ``metric`` has for several batches become that of all of them.
 
         Returns:
             "count": their mean, each with the share that its batch has in what the loss is a mean over (the loss and
-            its terms); "tokens": their mean, each with its batch's share of the tokens; "sum": their sum.
+            its terms; with a ``denominator``, and for "sum", these add up); "tokens": their mean, each with its batch's
+            share of the tokens; "sum": their sum.
         """
         if metric == "nonfinite_tokens":
             return "sum"
-        return "count" if metric == "loss" or metric in self.terms else "tokens"
+        if metric == "loss" or metric in self.terms:
+            return "sum" if self.reduction == "sum" else "count"
+        return "tokens"
 
     def metrics(self, tokens: Tokens) -> dict[str, Tensor]:
-        """Means over the tokens; a subclass adds its own, and says in ``reduction`` which of them are none."""
+        """Means over the tokens; a subclass adds its own, and says in ``metric_reduction`` which are none."""
         out = {"student_entropy": tokens.entropy.mean()}
         if tokens.teacher is not None:
             out["teacher_entropy"] = tokens.teacher.entropy.mean()
@@ -229,6 +266,30 @@ def _layout(name: str, mask: Tensor | Layout, source: Source) -> Layout:
             f"{list(layout.shape)}"
         )
     return layout
+
+
+def _scale(denominator: object, count: int, device: torch.device) -> float | Tensor:
+    """One over what the loss is divided by; of a tensor on a GPU a tensor, NaN where nothing can be divided by it."""
+    if denominator is None:
+        return 1.0 / max(1, count)
+    if isinstance(denominator, Tensor):
+        if denominator.dim() or denominator.requires_grad or denominator.dtype.is_complex:
+            raise ValueError(
+                "denominator: expected a number, or a tensor [] of one that requires no gradient, got "
+                f"{denominator.dtype} {list(denominator.shape)}{' with gradient' * denominator.requires_grad}"
+            )
+        if denominator.device.type == "cpu":
+            denominator = denominator.item()
+        elif denominator.device != device or denominator.dtype == torch.bool:
+            raise ValueError(
+                f"denominator: expected a number, or a tensor of one on {device} (the student's) or the CPU, got "
+                f"{denominator.dtype} on {denominator.device}"
+            )
+        else:
+            n = denominator.double()
+            return torch.where((n > 0) & n.isfinite(), 1.0 / n, torch.nan)
+    check_positive("denominator", denominator)
+    return 1.0 / denominator
 
 
 def _by_author(terms: Mapping[str, Term]) -> bool:

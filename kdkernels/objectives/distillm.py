@@ -12,7 +12,8 @@ from .base import Objective, weighted
 
 
 class DistiLLM2(Objective):
-    """Mean over responses of (1 / L) sum_t SKL_alpha(t) where the teacher wrote the response, SRKL_alpha(t) elsewhere.
+    """L_r = (1 / L) sum_t SKL_alpha(t) where the teacher wrote the response, SRKL_alpha(t) elsewhere; by default the
+    mean over responses.
 
         SKL(t) = KL(p || alpha p + (1 - alpha) q),  SRKL(t) = KL(q || (1 - alpha) p + alpha q)
 
@@ -22,6 +23,7 @@ class DistiLLM2(Objective):
         alpha_teacher: the teacher's share of the mixture on teacher-written responses.
         alpha_student: the student's share of the mixture on student-written ones.
         detach_mixture: the mixture of the SRKL is a constant to the gradient, as in the released code.
+        reduction: "responses", "tokens" (the mean over all tokens) or "sum".
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -30,8 +32,14 @@ class DistiLLM2(Objective):
         "DistiLLM-2: A Contrastive Approach Boosts the Distillation of LLMs" (Ko et al., ICML 2025, arXiv 2503.07067).
     """
 
-    def __init__(self, alpha_teacher: float = 0.1, alpha_student: float = 0.1, detach_mixture: bool = False):
-        super().__init__()
+    def __init__(
+        self,
+        alpha_teacher: float = 0.1,
+        alpha_student: float = 0.1,
+        detach_mixture: bool = False,
+        reduction: str = "responses",
+    ):
+        super().__init__(reduction)
         check_share("alpha_teacher", alpha_teacher)
         check_share("alpha_student", alpha_student)
         check_bool("detach_mixture", detach_mixture)

@@ -12,11 +12,12 @@ from .base import Objective, weighted
 
 
 class GKD(Objective):
-    """Mean over responses of (1 / L) sum_t JSD_beta(p || q)(t)  (GKD eq. 2).
+    """L_r = (1 / L) sum_t JSD_beta(p || q)(t) of each response; by default the mean over responses  (GKD eq. 2).
 
     Args:
         beta: 0 is the forward, 1 the reverse KL, between them the generalized JSD.
         temperature: divides both models' logits inside the divergence; no T^2 factor.
+        reduction: "responses", "tokens" (the mean over all tokens, as TRL and Hugging Face have it) or "sum".
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -26,8 +27,8 @@ class GKD(Objective):
         arXiv 2306.13649), eq. 2.
     """
 
-    def __init__(self, beta: float = 0.9, temperature: float = 1.0):
-        super().__init__()
+    def __init__(self, beta: float = 0.9, temperature: float = 1.0, reduction: str = "responses"):
+        super().__init__(reduction)
         check_share("beta", beta)
         check_temperature(temperature)
         self.beta, self.temperature = beta, temperature

@@ -10,10 +10,21 @@ from .base import Objective, weighted
 
 
 class SFT(Objective):
-    """Mean over response tokens of -log q(target). Takes no teacher; ``target`` is required."""
+    """L_r = (1 / L) sum_t -log q(target) of each response; by default the mean over all tokens.
 
-    mean_over = "tokens"
+    Takes no teacher; ``target`` is required.
+
+    Args:
+        reduction: "tokens", "responses" (the mean over responses of L_r) or "sum".
+
+    Raises:
+        ValueError: reduction is something else.
+    """
+
     terms = {"cross_entropy": CrossEntropyTerm()}
 
+    def __init__(self, reduction: str = "tokens"):
+        super().__init__(reduction)
+
     def coefficients(self, tokens: Tokens) -> dict[str, Tensor]:
-        return {"cross_entropy": weighted(tokens.entropy.new_ones(tokens.entropy.shape), tokens)}
+        return {"cross_entropy": weighted(1.0 / tokens.length.to(tokens.entropy.dtype), tokens)}

@@ -16,7 +16,8 @@ from .base import Objective, weighted
 
 
 class TSDKD(Objective):
-    """Mean over responses of  indirect_weight * L_ind + direct_weight * L_dir + entropy_weight * L_em  (TSD-KD eq. 13).
+    """L_r = indirect_weight * L_ind + direct_weight * L_dir + entropy_weight * L_em of each response; by default the
+    mean over responses  (TSD-KD eq. 13).
 
         L_dir = (1/L) sum_t gate(t) JSD_beta(t),  gate(t) = sigmoid((H_s(t) - H_t(t)) / tau), a constant    (eq. 11)
         L_ind = sum over the opener of the NLL of the teacher's order of the student's top k                (eqs. 4, 5)
@@ -33,6 +34,7 @@ class TSDKD(Objective):
         entropy_ratio: share of tokens whose entropy is minimised, in [0, 1].
         indirect_weight, direct_weight, entropy_weight: weights of the terms.
         temperature: of the JSD only; gate, opener, ranking and entropy are at 1.
+        reduction: "responses", "tokens" (each response counts in proportion to its tokens) or "sum".
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -55,8 +57,9 @@ class TSDKD(Objective):
         direct_weight: float = 1.0,
         entropy_weight: float = 1.0,
         temperature: float = 1.0,
+        reduction: str = "responses",
     ):
-        super().__init__()
+        super().__init__(reduction)
         check_positive("tau", tau)
         for name, weight in (
             ("indirect_weight", indirect_weight), ("direct_weight", direct_weight), ("entropy_weight", entropy_weight)

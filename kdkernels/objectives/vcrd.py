@@ -14,18 +14,18 @@ from .base import Objective, weighted
 
 WEIGHTINGS = ("given", "likelihood_ratio", "uniform")
 VALIDITY_WEIGHTS = ("ratio", "clamped_ratio", "difference", "student", "uniform")
-AGGREGATIONS = {"prompts": "prompts", "tokens": "responses"}
 
 
 class VCRD(Objective):
     """Local validity decides how strongly each token is distilled  (VCRD eqs. 2 - 4, Algorithm 1).
 
-        L = [lambda_T sum_t w(t) SKL_alpha(t) over teacher-written + lambda_S sum_t w(t) SRKL_alpha(t) over
-             student-written responses] / prompts
+        L_r = (1 / L) lambda_T sum_t w(t) SKL_alpha(t) of a teacher-written response,
+              (1 / L) lambda_S sum_t w(t) SRKL_alpha(t) of a student-written one
+        loss = sum over responses of L_r times the response's tokens / prompts, by default
         SKL(t) = KL(p || alpha p + (1 - alpha) q),  SRKL(t) = KL(q || (1 - alpha) p + alpha q)
 
     ``from_teacher`` is required. A prompt has one response by each author, so prompts are the responses of the author
-    who has more of them (``out.count``); for another number multiply the loss by out.count / prompts.
+    who has more of them (``out.count``); ``denominator`` says another number.
 
     Args:
         alpha: share of p in the SKL's mixture, of q in the SRKL's.
@@ -35,7 +35,7 @@ class VCRD(Objective):
             same pass, without a judge (appendix 10.4): w = exp(clip(0.5 ln w_raw, ln 0.5, ln 2)),
             w_raw = p(argmax q) / (sum of the teacher's 128 largest p_i^2 + 1e-8). "uniform": 1. With the latter two,
             ``weights`` multiply what is there.
-        aggregation: "prompts" as above; "tokens": mean over a response's tokens, then over the responses (DistiLLM-2).
+        reduction: "prompts" as above; "responses": the mean over responses of L_r (DistiLLM-2); "tokens"; "sum".
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -44,24 +44,24 @@ class VCRD(Objective):
         "Validity-Calibrated Reasoning Distillation" (Saadi and Wang, arXiv 2605.04078), eqs. 2 - 4, Algorithm 1.
     """
 
+    reductions = (*Objective.reductions, "prompts")
+
     def __init__(
         self,
         alpha: float = 0.1,
         lambda_teacher: float = 1.0,
         lambda_student: float = 1.0,
         weighting: str = "given",
-        aggregation: str = "prompts",
+        reduction: str = "prompts",
     ):
-        super().__init__()
-        for name, value, known in (("weighting", weighting, WEIGHTINGS), ("aggregation", aggregation, AGGREGATIONS)):
-            if value not in known:
-                raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+        super().__init__(reduction)
+        if weighting not in WEIGHTINGS:
+            raise ValueError(f"weighting: expected one of {', '.join(WEIGHTINGS)}, got {weighting!r}")
         check_number("lambda_teacher", lambda_teacher)
         check_number("lambda_student", lambda_student)
         check_share("alpha", alpha)
         self.alpha, self.lambda_teacher, self.lambda_student = alpha, lambda_teacher, lambda_student
-        self.weighting, self.aggregation = weighting, aggregation
-        self.mean_over = AGGREGATIONS[aggregation]
+        self.weighting = weighting
         self.needs_weights = weighting == "given"
         if weighting == "likelihood_ratio":
             self.reads = Needs(candidates=1, teacher_collision=128, all_entries=True)
@@ -83,9 +83,7 @@ class VCRD(Objective):
         return weighted(ratio, tokens)
 
     def coefficients(self, tokens: Tokens) -> dict[str, Tensor]:
-        w = self.weight(tokens)
-        if self.aggregation == "tokens":
-            w = w / tokens.length
+        w = self.weight(tokens) / tokens.length
         return {"skl": self.lambda_teacher * w, "srkl": self.lambda_student * w}
 
     def metrics(self, tokens: Tokens) -> dict[str, Tensor]:

@@ -1,7 +1,8 @@
 """One optimizer step: rollout, teacher, judge, student, update.
 
-The loss of a step is the mean over all its responses (or tokens: what the objective counts), however they are spread
-over processes and micro-batches: each micro-batch's mean is weighted with its share of the step's count.
+The loss of a step is the mean over all its responses (or tokens: what the objective's reduction counts), however they
+are spread over processes and micro-batches: each micro-batch's mean is weighted with its share of the step's count, and
+sums add up.
 """
 
 import math
@@ -67,8 +68,9 @@ def train_step(
     for batch, own_count in zip(batches, counts, strict=True):
         batch = batch.to(strategy.device)
         shares = {"count": own_count / count, "tokens": len(batch.layout) / tokens, "sum": 1}
-        for name, value in _forward_backward(parts, batch, shares["count"], clock).items():
-            sums[name] += value.double() * shares[strategy.module.reduction(name)]
+        reduction = strategy.module.metric_reduction
+        for name, value in _forward_backward(parts, batch, shares[reduction("loss")], clock).items():
+            sums[name] += value.double() * shares[reduction(name)]
     with clock("step"):
         means = dict(zip(sums, distributed.total(torch.stack(list(sums.values()))).tolist(), strict=True))
         gradient_norm, defect = strategy.step(means["loss"], lr, apply)

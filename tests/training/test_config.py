@@ -24,8 +24,8 @@ def test_defaults_that_follow_from_other_keys(load, teacher_set):
     sft, gkd = load(), load(*GKD, teacher_set)
     assert sft.rollout.student_fraction == 0.0 and gkd.rollout.student_fraction == 1.0
     assert gkd.rollout.max_new_tokens == gkd.data.max_response_tokens == 6
-    assert gkd.objective.options == {"beta": 0.9, "temperature": 1.0}
-    assert sft.objective.options == {}
+    assert gkd.objective.options == {"beta": 0.9, "temperature": 1.0, "reduction": "responses"}
+    assert sft.objective.options == {"reduction": "tokens"}
     assert sft.teacher is None and sft.evaluation is None
     assert sft.checkpoint.every == 1 and load("train.steps=95").checkpoint.every == 9
     assert load("checkpoint.every=0").checkpoint.every == 0

@@ -23,6 +23,7 @@ FIXED = (
 )  # the data's responses, so that runs that differ in speed only stay comparable
 TSDKD = (*FIXED, "objective.name=TSDKD", "objective.k=4")
 VCRD = (*FIXED, "objective.name=VCRD", "objective.weighting=likelihood_ratio")
+SUM = (*FIXED, "objective.reduction=sum")
 TIMES = ("time/", "tokens_per_second")
 
 
@@ -51,7 +52,7 @@ def run(load, teacher_set, tmp_path):
     return run
 
 
-@pytest.mark.parametrize("objective", [(), FIXED, TSDKD, VCRD], ids=["SFT", "GKD", "TSDKD", "VCRD"])
+@pytest.mark.parametrize("objective", [(), FIXED, TSDKD, VCRD, SUM], ids=["SFT", "GKD", "TSDKD", "VCRD", "sum"])
 def test_micro_batches_do_not_change_a_step(run, load, objective):
     results = {size: run(f"micro-{size}", *objective, f"train.micro_batch_size={size}") for size in (4, 2, 1)}
     config = load(*objective, *([f"teacher.path={results[4].final}"] if objective else []))
