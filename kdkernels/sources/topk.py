@@ -5,6 +5,7 @@ Axes: N tokens, n tokens of a chunk, K stored entries; [...] leading dimensions.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,8 +13,9 @@ from torch import Tensor
 
 from ..divergences import Divergence
 from ..kernels import Backend, Rows
+from ..layout import Layout
 from ..tensors import check_floating
-from . import topk_divergence
+from . import served, topk_divergence
 from .base import Costs, Known, Producer, Source, take
 
 
@@ -32,6 +34,10 @@ class TopK(Source):
     for anything else. On GPUs, where looking would cost a sync, the divergence of such a token is NaN, which the
     metrics count. The teacher's bucket has at least 2^-23, which fp32 lists lose in rounding: with 0 a single confident
     token would make a reverse KL infinite.
+
+    The list of a position is that of the token it predicts: what a server says about the token at t belongs to position
+    t - 1. Lists in other places are as good a distribution, and no call can tell. ``from_openai`` and ``from_vllm`` put
+    and check them; ``verify`` checks lists that were put by hand.
 
     Args:
         indices: [..., K] int64 ids of vocabulary entries.
@@ -69,6 +75,108 @@ class TopK(Source):
             )
         if not isinstance(self.renormalize, bool):
             raise TypeError(f"renormalize: expected a bool, got {self.renormalize!r}")
+
+    @classmethod
+    def from_openai(
+        cls,
+        json: object,
+        layout: Layout,
+        tokenizer: object = None,
+        *,
+        starts: Sequence[int] | None = None,
+        drop_ambiguous: bool = False,
+        renormalize: bool = False,
+    ) -> TopK:
+        """The teacher that servers of the OpenAI protocol return, at the positions of ``layout``.
+
+            layout = kd.Layout.from_labels(labels)
+            teacher = kd.TopK.from_openai(client.chat.completions.create(..., logprobs=True, top_logprobs=20), layout)
+
+        Lists of generated tokens (chat completions, completions) are those of the layout's responses, in its order:
+        packed sequences need nothing more. Lists of a whole text (completions with ``echo=True``) are those of a
+        sequence, and begin at ``starts``. The token that stands at a place is an entry too, where it is none of the
+        most likely ones. Entries of -9999, which says "not known", are not listed. Shorter lists are padded.
+
+        Log-probabilities have to be those of temperature 1, before penalties and top-p (vLLM: its default
+        ``logprobs_mode``, raw_logprobs). Nothing in a response says so.
+
+        Args:
+            json: a response or a list of them: JSON text, what it decodes to, or a client's objects. Each choice is a
+                response of the layout or, with ``echo``, a sequence.
+            layout: which positions are scored. One made from labels knows their tokens, and lists of other tokens (one
+                position off, another text) are refused.
+            tokenizer: the teacher's, of transformers, where tokens come as texts. It is not needed where they come as
+                ids ("token_id:17", of vLLM's ``return_tokens_as_token_ids``).
+            starts: of each sequence, the position of its text's first token; by default 0. Only with ``echo``.
+            drop_ambiguous: leave entries whose text is that of several ids to the bucket.
+            renormalize: see above.
+
+        Returns:
+            A kd.TopK of shape [B, L, K], NaN at positions that the layout does not score.
+
+        Raises:
+            TypeError: texts without a tokenizer.
+            ValueError: no log-probabilities, other tokens than the layout's, a text that is not one token's, naming the
+                position [b, t].
+        """
+        lists = served.openai(json)
+        return cls(
+            *served.tensors(lists, served.Reader("json", tokenizer, drop_ambiguous), layout, starts), renormalize
+        )
+
+    @classmethod
+    def from_vllm(
+        cls, outputs: Sequence, layout: Layout, *, starts: Sequence[int] | None = None, renormalize: bool = False
+    ) -> TopK:
+        """The teacher that vLLM returns, at the positions of ``layout``; see ``from_openai``.
+
+            prompts = [{"prompt_token_ids": ids} for ids in texts]
+            outputs = llm.generate(prompts, vllm.SamplingParams(max_tokens=1, prompt_logprobs=20))
+            teacher = kd.TopK.from_vllm(outputs, layout)
+
+        ``prompt_logprobs`` are lists of a whole text: one output for each sequence, that begins at ``starts``; a list
+        of outputs where a sequence has several texts, packed one behind the other. Without them, the ``logprobs`` of
+        the completions are lists of the layout's responses, in its order.
+
+        Args:
+            outputs: a list of vLLM's RequestOutputs, of its server's JSON, or of prompt_logprobs themselves: lists of
+                {id: log-probability or Logprob}, the first None.
+            layout, starts, renormalize: as for ``from_openai``.
+
+        Returns:
+            A kd.TopK of shape [B, L, K], NaN at positions that the layout does not score.
+
+        Raises:
+            ValueError: no log-probabilities, or other tokens than the layout's, naming the position [b, t].
+        """
+        lists = served.vllm(outputs)
+        return cls(*served.tensors(lists, served.Reader("outputs"), layout, starts), renormalize)
+
+    def verify(self, layout: Layout) -> None:
+        """Checks lists that contain the tokens that were sampled: each has the token that its position predicts.
+
+        Args:
+            layout: made from labels, so that it knows the tokens.
+
+        Raises:
+            ValueError: the layout knows no tokens or has another shape; a token is not in its list, as where lists are
+                one position off.
+        """
+        if layout.token is None or layout.shape != self.shape:
+            raise ValueError(
+                f"layout: expected one of shape {list(self.shape)} that was made from labels, got {list(layout.shape)}"
+                + ("" if layout.token is not None else " without tokens")
+            )
+        layout = layout.to(self.device)
+        missing = ~(take(self.indices, layout.index) == layout.token[:, None]).any(-1)
+        if missing.any():
+            first = int(missing.nonzero()[0])
+            b, t = divmod(int(layout.index[first]), layout.shape[1])
+            raise ValueError(
+                f"indices: expected token {int(layout.token[first])} among those at [{b}, {t}], which predicts it; "
+                f"{int(missing.sum())} of {len(layout)} lists are without theirs: what a server says about the token "
+                "at t belongs to position t - 1"
+            )
 
     def fits_dtype(self, student: Source) -> bool:
         """Always: its log-probabilities become fp64."""
