@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .functional import TokenStatistics, cross_entropy, divergence, entropy, plackett_luce, statistics
     from .layout import Layout
     from .machine import info
-    from .objectives import GKD, SFT, TSDKD, VCRD, AdaptiveOpener, DistiLLM2
+    from .objectives import GKD, SFT, TSDKD, VCRD, AdaptiveOpener, DistiLLM2, FusedLinearDistillationLoss
     from .sources import Head, Logits, TopK
 
 __version__ = "0.1.0"
@@ -31,6 +31,7 @@ __all__ = [
     "AdaptiveOpener",
     "DistiLLM2",
     "ForwardKL",
+    "FusedLinearDistillationLoss",
     "Head",
     "Layout",
     "Logits",
@@ -52,7 +53,7 @@ _HOMES = {  # the module that each public name comes from
     "functional": ("TokenStatistics", "cross_entropy", "divergence", "entropy", "plackett_luce", "statistics"),
     "layout": ("Layout",),
     "machine": ("info",),
-    "objectives": ("GKD", "SFT", "TSDKD", "VCRD", "AdaptiveOpener", "DistiLLM2"),
+    "objectives": ("GKD", "SFT", "TSDKD", "VCRD", "AdaptiveOpener", "DistiLLM2", "FusedLinearDistillationLoss"),
     "sources": ("Head", "Logits", "TopK"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}

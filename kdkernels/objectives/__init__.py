@@ -5,6 +5,7 @@ from ..engine.tokens import Tokens
 from .adaptive_opener import AdaptiveOpener
 from .base import Objective, Output, weighted
 from .distillm import DistiLLM2
+from .fused_linear import FusedLinearDistillationLoss
 from .gkd import GKD
 from .sft import SFT
 from .tsd_kd import TSDKD
@@ -20,6 +21,7 @@ __all__ = [
     "DistiLLM2",
     "DivergenceTerm",
     "EntropyTerm",
+    "FusedLinearDistillationLoss",
     "Needs",
     "Objective",
     "Output",
