@@ -6,6 +6,12 @@
 #include "pairs.h"
 #include "rows.h"
 
+#if defined(__x86_64__) && defined(__GLIBC__)
+// The exp and log of glibc before 2.29, so that the library also runs there (manylinux_2_28). They differ in errno alone.
+__asm__(".symver exp, exp@GLIBC_2.2.5");
+__asm__(".symver log, log@GLIBC_2.2.5");
+#endif
+
 namespace {
 
 using kd::Divergence;

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._ops import add_op_namespace_prefix, ops
 from ..divergences import Divergence
 from ..layout import Layout
 from ..sources import unpacked
@@ -110,13 +111,13 @@ def _spread(values: Tensor, call: Call, shape: torch.Size) -> Tensor:
 def _registered(function: Callable, schema: str, like: Callable, backward: Callable | None = None, setup=None):
     """The operator kdkernels::<name of function>; custom_op would add 8 to 20 microseconds to a call."""
     name = function.__name__.removeprefix("_")
-    qualified = f"kdkernels::{name}"
+    qualified = add_op_namespace_prefix(name)
     torch.library.define(qualified, schema, tags=torch.Tag.pt2_compliant_tag)
     torch.library.impl(qualified, "CompositeExplicitAutograd")(function)
     torch.library.register_fake(qualified, like)
     if backward is not None:
         torch.library.register_autograd(qualified, backward, setup_context=setup)
-    return getattr(torch.ops.kdkernels, name).default
+    return getattr(ops, name).default
 
 
 # ---- per-token values, differentiable --------------------------------------------------------------------------------

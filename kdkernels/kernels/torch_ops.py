@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._ops import add_op_namespace_prefix, ops
 from ..divergences import Divergence
 from .interface import SUMS, Backend, Coefficients, Request, Rows, refused_dtype
 
@@ -33,10 +34,10 @@ class Operators(NamedTuple):
 
     @staticmethod
     def registered(prefix: str) -> Operators:
-        """torch.ops.kdkernels.<prefix>*. Their fake kernels have nothing to do, because nothing is returned."""
+        """The registered ones, <prefix>row_*. Their fake kernels have nothing to do, because nothing is returned."""
         for name in Operators._fields:
-            torch.library.register_fake(f"kdkernels::{prefix}{name}", lambda *_: None)
-        return Operators(*(getattr(torch.ops.kdkernels, prefix + name).default for name in Operators._fields))
+            torch.library.register_fake(add_op_namespace_prefix(prefix + name), lambda *_: None)
+        return Operators(*(getattr(ops, prefix + name).default for name in Operators._fields))
 
 
 class OperatorBackend(Backend):

@@ -12,6 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..._ops import add_op_namespace_prefix
 from ..torch_ops import OperatorBackend, Operators
 from . import pairs, scale, statistics
 
@@ -180,7 +181,7 @@ def _register() -> Operators:
         row_gradient_: ("student",),
     }
     for function, mutated in written.items():
-        name = f"kdkernels::triton_{function.__name__}"
+        name = add_op_namespace_prefix(f"triton_{function.__name__}")
         torch.library.define(name, torch.library.infer_schema(function, mutates_args=mutated))
         # torch.library.custom_op would take 30 microseconds more per call
         torch.library.impl(name, ("cuda", "cpu"))(function)
