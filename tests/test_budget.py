@@ -13,6 +13,7 @@ from batches import costs, smallest_budget
 
 import kdkernels as kd
 from kdkernels.engine import plan
+from kdkernels.sources.adapted import AdaptedHead
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 SLACK = 1 << 17  # bytes: scalars, and what libraries take
@@ -42,7 +43,11 @@ class Problem:
         if how == "entries apart":
             weight = weight.repeat_interleave(2, dim=1)[:, ::2]
         bias = torch.randn(self.vocabulary).to(self.dtype).requires_grad_(grad) if how == "bias" else None
-        return kd.Head(hidden.requires_grad_(trained), weight.requires_grad_(grad), bias)
+        head = hidden.requires_grad_(trained), weight.requires_grad_(grad), bias
+        if how == "adapted":
+            inner, outer = torch.randn(*shape, 16).to(dtype), torch.randn(self.vocabulary, 16).to(dtype)
+            return AdaptedHead(*head, inner=inner.requires_grad_(grad), outer=outer.requires_grad_(grad))
+        return kd.Head(*head)
 
     def source(self, how: str, shape: tuple[int, ...], grad: bool) -> kd.Head | kd.Logits | kd.TopK:
         logits = (*shape, self.vocabulary)
@@ -116,6 +121,9 @@ PROBLEMS = {
     "a bias": Problem(kd.GKD(), 100, 512, student="bias", dtype=BF16),
     "a teacher in fp16": Problem(kd.GKD(), 20, 3000, teacher_dtype=F16, hidden=200),
     "a teacher in fp32": Problem(kd.GKD(), 20, 3000, dtype=BF16, teacher_dtype=F32, hidden=200),
+    "a low-rank adapter": Problem(kd.GKD(), 20, 3000, student="adapted", teacher="adapted"),
+    "a low-rank adapter in bf16": Problem(kd.GKD(), 20, 3000, student="adapted", dtype=BF16),
+    "a low-rank adapter in fp16": Problem(kd.GKD(), 20, 3000, student="adapted", dtype=F16),
     "wide hidden states": Problem(kd.GKD(), 20, 300, hidden=4000, dtype=BF16),
 }  # fmt: skip
 
@@ -144,7 +152,7 @@ def check(problem: Problem, chunk: float) -> None:
     assert gradients and all(g.norm() > 0 for g in gradients)
     outside = sum(g.nbytes for g in gradients)
     if isinstance(student, kd.Head) and (student.dtype == F16 or (student.dtype == BF16 and chunk < 1)):
-        outside += 4 * student.weight.numel()  # the fp32 sums of dW
+        outside += 4 * (student.weight.numel() + getattr(student, "outer", torch.empty(0)).numel())  # fp32 sums of dW
     assert seen.peak - outside <= budget + SLACK
     logits = problem.vocabulary * student.dtype.itemsize
     assert seen.peak > int(chunk * count) * logits, "nothing was measured"

@@ -52,6 +52,13 @@ class Torch:
         else:
             torch.addmm(bias, hidden, weight.t(), out=out)
 
+    def extend(self, hidden: Tensor, weight: Tensor, out: Tensor) -> None:
+        """out [C, V] += hidden [C, R] @ weight [V, R].T, in out's dtype: the operands' or wider."""
+        if out.dtype != hidden.dtype:
+            _WIDENED.extend(hidden, weight, out)
+        else:
+            out.addmm_(hidden, weight.t())
+
     def multiply(self, a: Tensor, b: Tensor) -> Tensor:
         """a @ b, in their dtype."""
         return torch.mm(a, b)
@@ -120,6 +127,13 @@ class Widened(Torch):
             if narrow:
                 out[:, entries] = z
 
+    def extend(self, hidden: Tensor, weight: Tensor, out: Tensor) -> None:
+        dtype = torch.promote_types(out.dtype, torch.float32)
+        hidden, some = hidden.to(dtype), hidden.new_empty((len(out), _WIDENED_ENTRIES), dtype=dtype)
+        for entries, wide in _widened(weight, dtype):
+            z = torch.mm(hidden, wide.t(), out=some[:, : len(wide)])
+            out[:, entries] = z.add_(out[:, entries])
+
     def multiply(self, a: Tensor, b: Tensor) -> Tensor:
         sums = torch.zeros(len(a), b.shape[1], device=a.device)
         for (_, columns), (_, rows) in zip(_widened(a.t()), _widened(b), strict=True):
@@ -169,6 +183,12 @@ class TensorCores(Torch):
         if bias is not None:
             out += bias
 
+    def extend(self, hidden: Tensor, weight: Tensor, out: Tensor) -> None:
+        if out.dtype != torch.float32:
+            super().extend(hidden, weight, out)
+        else:
+            torch.addmm(out, hidden, weight.t(), out_dtype=out.dtype, out=out)
+
     def multiply(self, a: Tensor, b: Tensor) -> Tensor:
         """a @ b, written in fp32 and then rounded.
 
@@ -217,6 +237,9 @@ class Native(Torch):
     def project(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
         rows = None if bias is None else bias.contiguous().expand(out.shape)
         torch.ops.kdkernels.gemm_(hidden, weight.t(), rows, out)
+
+    def extend(self, hidden: Tensor, weight: Tensor, out: Tensor) -> None:
+        torch.ops.kdkernels.gemm_(hidden, weight.t(), out, out)
 
     def multiply(self, a: Tensor, b: Tensor) -> Tensor:
         out = a.new_empty(len(a), b.shape[1])

@@ -21,11 +21,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from . import output_layer
+
 
 class Tail(NamedTuple):
-    """logits = softcap * tanh(scale * layer(hidden) / softcap), of which the first ``entries`` are real."""
+    """logits = softcap * tanh(scale * layer(factor * hidden) / softcap), of which the first ``entries`` are real."""
 
-    layer: nn.Linear
+    layer: nn.Module  # linear, or PEFT's over a linear one
+    factor: float
     scale: float
     softcap: float | None
     entries: int
@@ -66,10 +69,22 @@ def tail(model: nn.Module) -> Tail:
     return Tail(model.get_output_embeddings(), *numbers)
 
 
-def _numbers(model: nn.Module) -> tuple[float, float | None, int]:
-    """Scale, soft-cap and entries: measured in the first call, and again when something of the model has changed."""
+def multiplied(model: nn.Module, layer: nn.Module, hidden: Tensor) -> output_layer.Product:
+    """What the output layer of ``model`` multiplies hidden states [..., H] with, adapters included.
+
+    Raises:
+        TypeError: it is no product with a weight.
+    """
+    try:
+        return output_layer.product(layer, hidden)
+    except output_layer.NotLinear as error:
+        raise _refusal(unwrapped(model), str(error)) from error
+
+
+def _numbers(model: nn.Module) -> tuple[float, float, float | None, int]:
+    """Factor, scale, soft-cap and entries: measured in the first call, and again when the model has changed."""
     layer = _output_layer(model)
-    for name, module in (("the model", model), ("its output layer", layer)):
+    for name, module in (("the model", model), *(("its output layer", each) for each in layer.modules())):
         for hooks in (
             module._forward_pre_hooks,
             module._forward_hooks,
@@ -104,17 +119,19 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
-def _output_layer(model: nn.Module) -> nn.Linear:
+def _output_layer(model: nn.Module) -> nn.Module:
     layer = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    below = output_layer.innermost(layer)
     # A subclass that multiplies as nn.Linear does will do: parametrized weights (read as multiplied), and FSDP2's.
-    if not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward:
+    if not isinstance(below, nn.Linear) or type(below).forward is not nn.Linear.forward:
         raise TypeError(
             f"model: expected a plain torch.nn.Linear as output embedding of {_kind(model)}, got "
-            f"{type(layer).__name__} (of {type(layer).__module__}); {_WAY_OUT}"
+            f"{type(below).__name__} (of {type(below).__module__}); {_WAY_OUT}"
         )
-    replaced = _own_forward(layer)
-    if replaced is not None and getattr(replaced, "__func__", None) is not nn.Linear.forward:
-        raise _refusal(model, f"its output layer's forward was replaced by {_name(replaced)}")
+    for each in layer.modules():
+        replaced = _own_forward(each)
+        if replaced is not None and getattr(replaced, "__func__", None) is not type(each).forward:
+            raise _refusal(model, f"its output layer's forward was replaced by {_name(replaced)}")
     return layer
 
 
@@ -159,7 +176,7 @@ def _own_forward(module: nn.Module):
     return forward
 
 
-def _state(model: nn.Module, layer: nn.Linear) -> tuple:
+def _state(model: nn.Module, layer: nn.Module) -> tuple:
     """All that the measurement may depend on. It is cheap enough to be compared in every call."""
     config = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
@@ -172,7 +189,8 @@ def _state(model: nn.Module, layer: nn.Linear) -> tuple:
         name: b if b is None else (id(b), None if b.is_inference() else b._version)
         for name, b in model._buffers.items()
     }
-    shape = (layer.out_features, layer.in_features, layer.bias is None)
+    below = output_layer.innermost(layer)
+    shape = (below.out_features, below.in_features)
     return (shape, type(model).forward, own, configs, numbers, buffers)
 
 
@@ -181,9 +199,10 @@ def _state(model: nn.Module, layer: nn.Linear) -> tuple:
 _SMALL, _HUGE = 2.0**-10, 2.0**30
 
 
-def _measure(model: nn.Module, layer: nn.Linear) -> tuple[float, float | None, int]:
-    """Scale, soft-cap and real entries of the logits that the model's own forward makes of known numbers."""
-    columns, width = layer.out_features, layer.in_features
+def _measure(model: nn.Module, layer: nn.Module) -> tuple[float, float, float | None, int]:
+    """Factor, scale, soft-cap and real entries of the logits that the model's own forward makes of known numbers."""
+    below = output_layer.innermost(layer)
+    columns, width = below.out_features, below.in_features
     raw = torch.zeros(4, columns, dtype=torch.float64, device="cpu")
     raw[1], raw[2] = _SMALL, _HUGE
     raw[3] = (torch.arange(columns, device="cpu") * 37 % 129 - 64) / 8
@@ -193,8 +212,6 @@ def _measure(model: nn.Module, layer: nn.Linear) -> tuple[float, float | None, i
     factor = (seen / hidden).mean().item() if seen.shape == hidden.shape else math.nan
     if not torch.allclose(seen, factor * hidden, rtol=1e-6, atol=0):
         raise _refusal(model, "it transforms the trunk's last hidden states before its output layer")
-    if factor != 1 and layer.bias is not None:
-        raise _refusal(model, "it scales the hidden states before an output layer with a bias")
     if logits.dim() != 3 or logits.shape[:2] != (1, 4) or not 0 < logits.shape[-1] <= columns:
         raise _refusal(model, f"it makes logits {list(logits.shape)} of an output layer's [1, 4, {columns}]")
 
@@ -216,7 +233,7 @@ def _measure(model: nn.Module, layer: nn.Linear) -> tuple[float, float | None, i
         expected = softcap * torch.tanh(expected / softcap)
     if not torch.allclose(logits[0, :, :entries], expected, rtol=1e-5, atol=1e-6):
         raise _refusal(model, "what it does to the output layer's logits is no scale and no soft-cap")
-    return _short(scale * factor), softcap, entries
+    return _short(factor), _short(scale), softcap, entries
 
 
 def _short(number: float) -> float:
@@ -225,7 +242,7 @@ def _short(number: float) -> float:
     return short if math.isclose(number, short, rel_tol=2e-7) else number
 
 
-def _run(model: nn.Module, layer: nn.Linear, hidden: Tensor, raw: Tensor) -> tuple[Tensor, Tensor]:
+def _run(model: nn.Module, layer: nn.Module, hidden: Tensor, raw: Tensor) -> tuple[Tensor, Tensor]:
     """Runs the model's own forward; its trunk returns ``hidden`` [1, T, H], its output layer ``raw`` [T, V].
 
     Returns:
@@ -239,7 +256,7 @@ def _run(model: nn.Module, layer: nn.Linear, hidden: Tensor, raw: Tensor) -> tup
     return seen.to("cpu", torch.float64), logits.to("cpu", torch.float64)  # a forward of device_map may move them
 
 
-def ask(model: nn.Module, layer: nn.Linear, states: tuple, raw: Tensor, **given) -> tuple[Tensor, object]:
+def ask(model: nn.Module, layer: nn.Module, states: tuple, raw: Tensor, **given) -> tuple[Tensor, object]:
     """Runs the model's own forward with stand-ins for its trunk and its output layer.
 
     Args:
@@ -345,7 +362,7 @@ class _Hidden(tuple):
 class _OutputLayer(nn.Module):
     """Stands in for the output layer: it remembers what it is given and returns known numbers."""
 
-    def __init__(self, original: nn.Linear, raw: Tensor):
+    def __init__(self, original: nn.Module, raw: Tensor):
         super().__init__()
         self.__dict__.update(original=original, raw=raw, seen=None)
 

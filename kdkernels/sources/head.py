@@ -15,7 +15,7 @@ from ..compute import fp16, gemm
 from ..kernels import Backend, Rows
 from ..tensors import check_floating, where_the_rows_are
 from .base import Costs, Gradient, Producer, Source, autocast_dtype, check_vocab_size, powers_like, row_bytes, take
-from .from_model import tail
+from .from_model import multiplied, tail
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,8 +92,8 @@ class Head(Source):
         dtype = autocast_dtype(self.hidden)
         if dtype is None:
             return self
-        bias = None if self.bias is None else self.bias.to(dtype)
-        return replace(self, hidden=self.hidden.to(dtype), weight=self.weight.to(dtype), bias=bias)
+        narrow = {name: getattr(self, name).to(dtype) for name in self.names if getattr(self, name) is not None}
+        return replace(self, **narrow)
 
     @property
     def numbers(self) -> list[float]:
@@ -110,7 +110,7 @@ class Head(Source):
     def costs(self, backend: Backend, vocabulary: int, dtype: torch.dtype, largest: int, trained: bool) -> Costs:
         """See Source.costs."""
         width, operand = self.width, self.dtype
-        kept = 0 if _multiplies(self.weight) else vocabulary * width * operand.itemsize
+        kept = 0 if multiplies(self.weight) else vocabulary * width * operand.itemsize
         fixed, more = backend.products(self.device, operand).workspace(width, operand, dtype, trained)
         if trained and self.bias is not None:
             more += gemm.column_sums_row(vocabulary)
@@ -129,6 +129,10 @@ class Head(Source):
         torch.compile has compiled does not, because it has the numbers built in: after a change to the model's config,
         forward or hooks call ``torch.compiler.reset()``.
 
+        PEFT's adapters on the output layer count as they do in the model's forward, and get their gradients
+        (``output_layer.py``): a copy that is trained (modules_to_save), LoRA without making its full weight, any other
+        that is linear in the hidden states (DoRA, IA3, trainable tokens) by its effective weight.
+
         Args:
             model: the causal LM; it may be wrapped by DDP, FSDP, DeepSpeed, torch.compile or PEFT.
             hidden: [..., H] the last hidden states of its base model.
@@ -138,23 +142,29 @@ class Head(Source):
         Raises:
             ValueError: vocab_size exceeds that default.
             TypeError: the model does something that no Head does, which the message names: its output embedding is more
-                than a linear layer (an adapter, whose effect ``.weight`` does not show) or has hooks, its forward was
-                replaced, it transforms the hidden states, or its logits are more than scaled and capped.
+                than a linear layer with PEFT's adapters or has hooks, its forward was replaced, it transforms the
+                hidden states, or its logits are more than scaled and capped.
         """
+        from .adapted import AdaptedHead  # a head itself
+
         read = tail(model)
         if vocab_size is not None:
             check_count("vocab_size", vocab_size, 1, read.entries)
-        return cls(
+        used = multiplied(model, read.layer, hidden)
+        bias = used.bias if used.bias is None or read.factor == 1 else used.bias / read.factor
+        adapter = {} if used.inner is None else {"inner": used.inner, "outer": used.outer}
+        return (AdaptedHead if adapter else cls)(
             hidden,
-            read.layer.weight,
-            read.layer.bias,
+            used.weight,
+            bias,
             softcap=read.softcap,
-            scale=read.scale,
+            scale=read.scale * read.factor,
             vocab_size=read.entries if vocab_size is None else vocab_size,
+            **adapter,
         )
 
 
-def _multiplies(weight: Tensor) -> bool:
+def multiplies(weight: Tensor) -> bool:
     """Whether products can read the weight in place, because one of its strides is 1."""
     return 1 in weight.stride()
 
@@ -176,7 +186,7 @@ class HeadProducer(Producer):
         self.source = head.hidden
         weight = head.weight[:vocabulary]
         # not contiguous(), which leaves the strides of a weight of one number as they are
-        self.weight = weight if _multiplies(head.weight) else weight.clone(memory_format=torch.contiguous_format)
+        self.weight = weight if multiplies(head.weight) else weight.clone(memory_format=torch.contiguous_format)
         self.bias = None if head.bias is None else head.bias[:vocabulary]
         self.scale, self.softcap = float(head.scale), head.softcap
         self.products = backend.products(head.device, head.dtype)
