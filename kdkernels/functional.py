@@ -2,8 +2,8 @@
 
 All take these keyword arguments:
 
-    rows            the positions to compute; the values of all others are 0. Distinct int64 positions [n] over the
-                    flattened leading dimensions, a bool mask [...] (on a GPU it costs a sync), or a kd.Layout
+    rows            the positions to compute; the values of all others are 0. Distinct int64 or int32 positions [n] over
+                    the flattened leading dimensions, a bool mask [...] (on a GPU it costs a sync), or a kd.Layout
     memory_budget   bytes of logits and workspace
     logits_dtype    of the logits that a head multiplies
 
@@ -30,6 +30,7 @@ from .sources import (
     packed,
     shared_vocabulary,
 )
+from .tensors import check_integral
 
 __all__ = ["TokenStatistics", "cross_entropy", "divergence", "entropy", "plackett_luce", "statistics"]
 
@@ -37,14 +38,15 @@ __all__ = ["TokenStatistics", "cross_entropy", "divergence", "entropy", "placket
 # ---- checks ----------------------------------------------------------------------------------------------------------
 
 
-def check_ids(name: str, ids: Tensor, shape: torch.Size, device: torch.device) -> None:
-    """Checks the type, shape and device of token ids. Their range is checked where they are used, on CPUs."""
-    if not isinstance(ids, Tensor) or ids.dtype != torch.int64:
-        raise TypeError(f"{name}: expected an int64 tensor, got {getattr(ids, 'dtype', type(ids).__name__)}")
+def check_ids(name: str, ids: Tensor, shape: torch.Size, device: torch.device) -> Tensor:
+    """The token ids in int64, after their type, shape and device are checked. On CPUs their range is checked where they
+    are used."""
+    check_integral(name, ids)
     if ids.shape != shape:
         raise ValueError(f"{name}: expected shape {list(shape)}, got {list(ids.shape)}")
     if ids.device != device:
         raise ValueError(f"{name}: expected device {device}, got {ids.device}")
+    return ids.long()
 
 
 def _check_shift(target: Tensor, rows: Tensor | Layout | None, device: torch.device) -> Tensor:
@@ -69,9 +71,10 @@ def _check_rows(rows: Tensor | Layout | None, student: Source) -> Tensor | None:
         if rows.shape != student.shape:
             raise ValueError(f"rows: expected a layout of shape {list(student.shape)}, got {list(rows.shape)}")
         return rows.index.to(student.device, non_blocking=student.device.type != "cpu")
-    if not isinstance(rows, Tensor) or rows.dtype not in (torch.int64, torch.bool):
+    if not isinstance(rows, Tensor) or rows.dtype not in (torch.int64, torch.int32, torch.bool):
         got = getattr(rows, "dtype", type(rows).__name__)
-        raise TypeError(f"rows: expected int64 positions, a bool mask or a kd.Layout, got {got}")
+        raise TypeError(f"rows: expected int64 or int32 positions, a bool mask or a kd.Layout, got {got}")
+    rows = rows if rows.dtype == torch.bool else rows.long()
     expected = student.shape if rows.dtype == torch.bool else (rows.numel(),)
     if rows.shape != expected:
         raise ValueError(f"rows: expected shape {list(expected)}, got {list(rows.shape)}")
@@ -141,7 +144,7 @@ def cross_entropy(
 
     Args:
         student: kd.Head, kd.Logits or another trainable source.
-        target: [...] int64, the token that each position predicts.
+        target: [...] int64 or int32, the token that each position predicts.
         ignore_index: the target of positions whose value is 0. CPUs skip these; GPUs compute them, because finding them
             would cost a sync. ``rows=`` skips positions everywhere.
         rows, memory_budget, logits_dtype: see above.
@@ -150,12 +153,12 @@ def cross_entropy(
         [...] fp32.
 
     Raises:
-        TypeError: target is not int64.
+        TypeError: target is neither int64 nor int32.
         ValueError: target has another shape or device than the student. On CPUs also an id outside the vocabulary, or a
             token other than that of the labels ``rows`` was made from; on GPUs its value is NaN.
     """
     check_student(student)
-    check_ids("target", target, student.shape, student.device)
+    target = check_ids("target", target, student.shape, student.device)
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index: expected an int, got {ignore_index!r}")
     target = _check_shift(target, rows, student.device)
@@ -293,7 +296,7 @@ def statistics(
         student: kd.Head, kd.Logits or another trainable source.
         teacher: a source that knows all entries. Its statistics, without topk entries, are in ``.teacher``.
         topk: how many of the student's most likely entries to give.
-        target: [...] int64, tokens whose log-probability to give.
+        target: [...] int64 or int32, tokens whose log-probability to give.
         collision: how many of the largest probabilities, at most 128, to square and sum up.
         rows, memory_budget, logits_dtype: see above.
 
@@ -312,7 +315,7 @@ def statistics(
     check_count("topk", topk, 0, vocabulary)
     check_count("collision", collision, 0, min(_LARGEST, vocabulary))
     if target is not None:
-        check_ids("target", target, student.shape, student.device)
+        target = check_ids("target", target, student.shape, student.device)
         target = _check_shift(target, rows, student.device)
     check_limits(memory_budget, logits_dtype)
     rows = _check_rows(rows, student)

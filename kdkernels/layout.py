@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .tensors import check_integral
+
 __all__ = ["Layout"]
 
 SHIFT = (
@@ -28,15 +30,16 @@ class Layout:
     Axes: B sequences of the batch, L positions of a sequence, N scored tokens, R responses that have any.
 
     Args:
-        index: [N] int64, the flat positions b * L + t.
+        index: [N] int64 or int32, the flat positions b * L + t.
         lengths: the tokens of each response that has any, in order; they sum to N.
         shape: (B, L) of the batch.
-        token: [N] int64, the token that each position predicts; None where the layout was not made from labels.
+        token: [N] int64 or int32, the token that each position predicts; None where the layout was not made from
+            labels.
 
     Raises:
-        TypeError: index is not an int64 tensor [N], or token is neither that nor None.
-        ValueError: lengths are not positive or do not sum to N; on the CPU also positions that are not distinct or lie
-            outside the batch.
+        TypeError: index is neither int64 nor int32, or token is neither of them nor None.
+        ValueError: index and token are no vectors of one length, or lengths are not positive or do not sum to N; on the
+            CPU also positions that are not distinct or lie outside the batch.
     """
 
     index: Tensor
@@ -45,16 +48,14 @@ class Layout:
     token: Tensor | None = None
 
     def __post_init__(self):
-        if not isinstance(self.index, Tensor) or self.index.dtype != torch.int64 or self.index.dim() != 1:
-            got = (self.index.dtype, list(self.index.shape)) if isinstance(self.index, Tensor) else type(self.index)
-            raise TypeError(f"index: expected an int64 tensor [N], got {got}")
-        if self.token is not None and (
-            not isinstance(self.token, Tensor)
-            or self.token.dtype != torch.int64
-            or self.token.shape != self.index.shape
-        ):
-            got = (self.token.dtype, list(self.token.shape)) if isinstance(self.token, Tensor) else type(self.token)
-            raise TypeError(f"token: expected an int64 tensor {list(self.index.shape)} or None, got {got}")
+        for name in ("index", "token"):
+            values = getattr(self, name)
+            if name == "token" and values is None:
+                continue
+            check_integral(name, values)
+            if values.dim() != 1 or len(values) != len(self.index):
+                raise ValueError(f"{name}: expected shape [N] (that of index), got {list(values.shape)}")
+            self.__dict__[name] = values.long()
         if any(length < 1 for length in self.lengths) or sum(self.lengths) != len(self.index):
             raise ValueError(
                 f"lengths: expected positive lengths that sum to the {len(self.index)} positions of index, got "
@@ -162,7 +163,7 @@ class Layout:
             ValueError: labels have not two dimensions, position_ids have another shape or leave places out before a
                 scored token.
         """
-        _check_integers("labels", labels)
+        _check_integers("labels", labels, signed=True)
         position_ids = position_ids.cpu() if isinstance(position_ids, Tensor) else position_ids
         targets = cls.targets(labels.cpu(), ignore_index, position_ids=position_ids)
         scored = targets != ignore_index
@@ -188,7 +189,7 @@ class Layout:
         Raises:
             TypeError, ValueError: as ``from_labels``.
         """
-        _check_integers("labels", labels)
+        _check_integers("labels", labels, signed=True)
         if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
             raise TypeError(f"ignore_index: expected an int, got {ignore_index!r}")
         targets = torch.full_like(labels, ignore_index, dtype=torch.int64)
@@ -310,7 +311,7 @@ class Layout:
         A layout that was made from labels knows the tokens, and labels that nobody shifted are the usual mistake.
 
         Args:
-            target: [B, L] int64, the token that each position predicts.
+            target: [B, L] int64 or int32, the token that each position predicts.
 
         Returns:
             [N] int64. On GPUs, where looking would cost a sync, a token that differs from the layout's is -1, and its
@@ -319,7 +320,7 @@ class Layout:
         Raises:
             ValueError: on CPUs, a token differs from the layout's.
         """
-        chosen = target.flatten()[self.index]
+        chosen = target.flatten()[self.index].long()
         if self.token is None:
             return chosen
         wrong = chosen != self.token
@@ -369,9 +370,12 @@ class Layout:
         return out
 
 
-def _check_integers(name: str, values: object) -> None:
-    if not isinstance(values, Tensor) or values.dtype == torch.bool or values.is_floating_point():
-        raise TypeError(f"{name}: expected an integer tensor, got {getattr(values, 'dtype', type(values).__name__)}")
+def _check_integers(name: str, values: object, signed: bool = False) -> None:
+    """signed: refuses unsigned integers, which hold no -100."""
+    dtype = values.dtype if isinstance(values, Tensor) else None
+    if dtype is None or dtype == torch.bool or dtype.is_floating_point or (signed and not dtype.is_signed):
+        expected = "a signed integer tensor" if signed else "an integer tensor"
+        raise TypeError(f"{name}: expected {expected}, got {dtype or type(values).__name__}")
     if values.dim() != 2:
         raise ValueError(f"{name}: expected shape [B, L], got {list(values.shape)}")
 

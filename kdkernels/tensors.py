@@ -29,6 +29,12 @@ def check_floating(name: str, tensor: object) -> None:
         raise TypeError(f"{name}: expected a dense tensor, got {tensor.layout}; pass {name}.to_dense()")
 
 
+def check_integral(name: str, ids: object) -> None:
+    """Refuses what is no tensor of ids or positions, which are int64 or int32."""
+    if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{name}: expected an int64 or int32 tensor, got {getattr(ids, 'dtype', type(ids).__name__)}")
+
+
 def _way_out(name: str, tensor: Tensor) -> str | None:
     """What to do about a subclass of Tensor that does not hold its values as such, None where it does."""
     kind = type(tensor)

@@ -59,7 +59,8 @@ BAD_CALLS = {
     "teacher_mask of SFT": (lambda: sft(teacher_mask=MASK), TypeError, ["teacher_mask", "SFT", "None"]),
     # per-token inputs
     "target missing": (lambda: sft(target=None), TypeError, ["target", "SFT", "None"]),
-    "target's dtype": (lambda: sft(target=TARGET.int()), TypeError, ["target", "int64", "int32"]),
+    "target's dtype": (lambda: sft(target=TARGET.to(torch.uint32)), TypeError, ["target", "int64 or int32", "uint32"]),
+    "a bool target": (lambda: sft(target=MASK), TypeError, ["target", "int64 or int32", "bool"]),
     "target's shape": (lambda: sft(target=TARGET[:, :4]), ValueError, ["target", "[2, 5]", "[2, 4]"]),
     "target's device": (lambda: sft(target=TARGET.to("meta")), ValueError, ["target", "cpu", "meta"]),
     "target out of range": (lambda: sft(target=TARGET + 20), ValueError, ["target", "[0, 20)", "20"]),
@@ -188,7 +189,7 @@ BAD_CALLS = {
     ),
     # rows
     "rows in a list": (lambda: kd.entropy(head(), rows=[1]), TypeError, ["rows", "int64", "list"]),
-    "rows of int32": (lambda: kd.entropy(head(), rows=TARGET[0].int()), TypeError, ["rows", "int64", "int32"]),
+    "rows of int16": (lambda: kd.entropy(head(), rows=TARGET[0].short()), TypeError, ["rows", "int64", "int16"]),
     "rows of two dimensions": (lambda: kd.entropy(head(), rows=TARGET), ValueError, ["rows", "[10]", "[2, 5]"]),
     "a mask of rows": (lambda: kd.entropy(head(), rows=MASK.t()), ValueError, ["rows", "[2, 5]", "[5, 2]"]),
     "a layout of rows": (

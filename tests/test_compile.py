@@ -24,7 +24,8 @@ def source(kind: str, grad: bool) -> kd.sources.Source:
     logits = torch.randn(2, 3, 10)
     if kind == "Logits":
         return kd.Logits(logits.requires_grad_(grad))
-    return kd.TopK(logits.topk(4).indices, logits.log_softmax(-1).topk(4).values)
+    ids = logits.topk(4).indices
+    return kd.TopK(ids.int() if kind == "TopK of int32" else ids, logits.log_softmax(-1).topk(4).values)
 
 
 def arguments(student: str, teacher: str | None, term: str, needs=(True, True, True), target=None, rows=None) -> tuple:
@@ -40,6 +41,7 @@ CALLS = {
     "divergence of heads": lambda: arguments("Head", "Head", "divergence"),
     "divergence of some": lambda: arguments("Head", "Logits", "divergence", (True, False, True), rows=TARGET > 0),
     "divergence from stored entries": lambda: arguments("Logits", "TopK", "divergence"),
+    "divergence from ids of int32": lambda: arguments("Logits", "TopK of int32", "divergence"),
     "cross-entropy": lambda: arguments("Head", None, "cross_entropy", (False, True, False), target=TARGET),
     "Plackett-Luce": lambda: arguments("Logits", "Head", "plackett_luce", rows=torch.tensor([5, 0])),
 }
@@ -74,7 +76,7 @@ def test_per_token_functions_in_one_graph(compiler):
     batch, stored = fixed(bias=True), torch.randn(2, 3, 8).log_softmax(-1).topk(4)
     leaves = truth.leaves(batch.student)
 
-    def step(hidden, weight, bias, teacher_hidden, teacher_weight, target, mask, ids, log_probs):
+    def step(hidden, weight, bias, teacher_hidden, teacher_weight, target, mask, ids, log_probs, rows):
         student = kd.Head(hidden * 1.5, weight, bias, softcap=9.0, scale=0.5)
         teacher = kd.Head(teacher_hidden, teacher_weight)
         values = [
@@ -83,13 +85,15 @@ def test_per_token_functions_in_one_graph(compiler):
             kd.modules.Entropy()(kd.Logits(hidden.sin()), rows=torch.arange(3)),
             kd.plackett_luce(student, kd.Logits(teacher_hidden @ teacher_weight.t()), k=3),
             kd.divergence(kd.Logits(hidden[:2, :3]), kd.TopK(ids, log_probs), kd.ForwardKL()),
+            kd.divergence(kd.Logits(hidden[:2, :3]), kd.TopK(ids.int(), log_probs), kd.ReverseKL(), rows=rows),
+            kd.cross_entropy(student, target.int(), rows=rows),
         ]
         statistics = kd.statistics(student, teacher, topk=3, target=target, collision=4)
         loss = sum((value * value).sum() for value in values)
         return loss, statistics.entropy, statistics.topk_indices, statistics.teacher.collision
 
     heads = *leaves, batch.teacher.hidden, batch.teacher.weight
-    inputs = *heads, batch.target, batch.mask, stored.indices, stored.values
+    inputs = *heads, batch.target, batch.mask, stored.indices, stored.values, torch.arange(4, dtype=torch.int32)
     eager, compiled = step(*inputs), torch.compile(step, fullgraph=True)(*inputs)
     assert all(torch.equal(e, c) for e, c in zip(eager, compiled, strict=True))
     for e, c in zip(*(torch.autograd.grad(out[0], leaves) for out in (eager, compiled)), strict=True):

@@ -264,6 +264,26 @@ def test_where_looking_would_be_a_sync_a_wrong_token_becomes_one_without_a_loss(
     assert layout.at(torch.tensor([[3, 9, 5, 0]])).tolist() == [3, -1, 5]
 
 
+def test_ids_of_int32_are_those_of_int64():
+    student, _, ids = scores()
+    labels = torch.where(torch.arange(7) < 3, -100, ids)
+    layout, small = kd.Layout.from_labels(labels), kd.Layout.from_labels(labels.int())
+    assert torch.equal(small.token, layout.token) and small.token.dtype == torch.int64
+    built = kd.Layout(layout.index.int(), layout.lengths, layout.shape, layout.token.int())
+    assert built.index.dtype == built.token.dtype == torch.int64
+    target = layout.target.int()
+    for name, call in {
+        "objective": lambda target: kd.SFT()(student, None, built, target=target).loss,
+        "per token": lambda target: kd.cross_entropy(student, target, rows=built.index.int()),
+        "with a layout": lambda target: kd.cross_entropy(student, target, rows=built),
+        "statistics": lambda target: kd.statistics(student, target=target, rows=layout).target_log_prob,
+    }.items():
+        assert torch.equal(call(target), call(layout.target)), name
+        assert call(target).abs().sum() > 1, name
+    with pytest.raises(ValueError, match=r"^target: .*shifts them"):
+        kd.cross_entropy(student, labels.int(), rows=layout)
+
+
 def test_per_token_tables():
     mask = torch.tensor([[0, 1, 1, 1], [0, 0, 0, 0], [1, 0, 1, 0], [0, 0, 0, 1]]).bool()
     layout = kd.Layout.from_mask(mask)
@@ -348,7 +368,15 @@ def positioned(position_ids) -> kd.Layout:
         (lambda: positioned(torch.tensor([[0, 1, 2], [0, 1, 5]])), ValueError, ["position_ids", "1 and then 5"]),
         (
             lambda: kd.Layout(torch.arange(2), (2,), (1, 3), torch.ones(2)),
-            TypeError, ["token", "int64", "[2]", "float32"],
+            TypeError, ["token", "int64 or int32", "float32"],
+        ),
+        (
+            lambda: kd.Layout(torch.arange(2), (2,), (1, 3), torch.ones(3).int()),
+            ValueError, ["token", "[N]", "[3]"],
+        ),
+        (
+            lambda: kd.Layout.from_labels(torch.ones(2, 3, dtype=torch.uint8)),
+            TypeError, ["labels", "signed", "uint8"],
         ),
         (lambda: kd.Layout.from_segments(torch.ones(2, 3)), TypeError, ["ids", "int", "float32"]),
         (lambda: kd.Layout.from_segments(None), TypeError, ["ids", "NoneType"]),

@@ -125,7 +125,7 @@ def lists_of(teacher: kd.TopK, b: int, t: int) -> dict[int, float]:
 def test_every_format_gives_the_same_lists(form):
     layout = kd.Layout.from_labels(labels_of())
     teacher = FORMATS[form](layout)
-    assert teacher.shape == layout.shape and teacher.indices.shape[-1] == K + 1
+    assert teacher.indices.shape == (*layout.shape, K + 1) and teacher.indices.dtype == torch.int32
     for b, text in enumerate(TEXTS):
         logits = teacher_logits()[b]
         for t in range(PROMPT - 1, len(text) - 1):

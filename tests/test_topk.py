@@ -133,6 +133,20 @@ def test_padding_up_to_the_whole_vocabulary(name):
     assert (gradient.norm(dim=-1) > 1e-3).all()
 
 
+def test_ids_of_int32_are_kept_and_change_nothing(dtype):
+    """Beside 16 bits an entry takes 6 bytes; only those of a chunk become int64."""
+    torch.manual_seed(0)
+    student, teacher = random_student(dtype), stored(torch.randn(9, 130, dtype=F64), 12, dtype=F32)
+    small = kd.TopK(teacher.indices.int(), teacher.log_probs)
+    check(student, small, kd.JSD(0.5), same=teacher)
+    index = torch.tensor([7, 2], dtype=torch.int32)
+    value = kd.divergence(student, small, kd.JSD(0.5), rows=index)
+    assert (
+        torch.equal(value, kd.divergence(student, teacher, kd.JSD(0.5), rows=index.long())) and (value > 0).sum() == 2
+    )
+    assert small.indices.dtype == torch.int32 and small.detach().indices.dtype == torch.int32
+
+
 @pytest.mark.parametrize("masked", [slice(None), slice(2, 5)], ids=["all rows", "some rows"])
 def test_a_masked_bucket(backend, masked):
     """A student with none but the list's entries: its bucket is empty, its gradient is finite."""
@@ -249,7 +263,8 @@ def kl(teacher, temperature=1.0, student=STUDENT):
 
 
 BAD = {
-    "ids of int32": (lambda: kd.TopK(IDS.int(), LOG_P), TypeError, ["indices", "int64", "int32"]),
+    "ids of uint8": (lambda: kd.TopK(IDS.to(torch.uint8), LOG_P), TypeError, ["indices", "int64 or int32", "uint8"]),
+    "bool ids": (lambda: kd.TopK(IDS > 1, LOG_P), TypeError, ["indices", "int64 or int32", "bool"]),
     "ids in a list": (lambda: kd.TopK([1], LOG_P), TypeError, ["indices", "int64", "list"]),
     "integer log-probs": (lambda: kd.TopK(IDS, IDS), TypeError, ["log_probs", "int64"]),
     "shapes": (lambda: kd.TopK(IDS[:, :2], LOG_P), ValueError, ["indices", "[2, 3]", "[2, 2]"]),

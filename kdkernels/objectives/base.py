@@ -104,9 +104,9 @@ class Objective(Program, nn.Module):
                 the position of the final token False), one response per row, or a ``kd.Layout``, which may have
                 several. Nothing shifts internally. Positions outside are never multiplied by an lm_head. Without any
                 True the loss is 0 and every gradient zero.
-            target: [B, L] int64, the token that position t predicts (``kd.Layout.targets`` makes it of Hugging Face
-                labels). By default the tokens of a layout made from labels, where the objective needs them; where it
-                does not, a target adds the metric ``cross_entropy``.
+            target: [B, L] int64 or int32, the token that position t predicts (``kd.Layout.targets`` makes it of Hugging
+                Face labels). By default the tokens of a layout made from labels, where the objective needs them; where
+                it does not, a target adds the metric ``cross_entropy``.
             weights: [B, L] factor on every term of a token, a constant; the denominators stay counts.
             from_teacher: [B] bool, rows whose response the teacher wrote. Required where terms have a group, an error
                 elsewhere. On the CPU it costs no sync.
@@ -322,8 +322,7 @@ def _check_from_teacher(objective: str, from_teacher: object, rows: int) -> None
 def _targets(target: Tensor | None, terms: Terms, layout: Layout, student: Source) -> Tensor | None:
     """[N] the token that each position predicts, where somebody says so: the caller or, if a term asks, the layout."""
     if target is not None:
-        check_ids("target", target, student.shape, student.device)
-        target = layout.at(target)
+        target = layout.at(check_ids("target", target, student.shape, student.device))
     elif terms.needs.target:
         target = layout.token
     if target is not None:

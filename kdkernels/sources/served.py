@@ -156,7 +156,7 @@ def _field(value: object, name: str) -> Any:
 def tensors(
     served: list[Served], reader: Reader, layout: Layout, starts: Sequence[int] | None
 ) -> tuple[Tensor, Tensor]:
-    """Ids [B, L, K] and log-probabilities [B, L, K]: NaN at the positions that the layout does not score."""
+    """Ids [B, L, K] int32 and log-probabilities [B, L, K] fp32: NaN at the positions that the layout does not score."""
     lists = _of_positions(served, reader.name, layout, starts)
     places = [divmod(flat, layout.shape[1]) for flat in layout.index.tolist()]
     tokens = [None] * len(lists) if layout.token is None else layout.token.tolist()
@@ -165,11 +165,11 @@ def tensors(
         for listed, token, (b, t) in zip(lists, tokens, places, strict=True)
     ]
     k = max(map(len, rows), default=1)
-    ids = torch.arange(k).repeat(math.prod(layout.shape), 1)
+    ids = torch.arange(k, dtype=torch.int32).repeat(math.prod(layout.shape), 1)
     log_probs = torch.full(ids.shape, math.nan)
     if rows:
         index = layout.index.cpu()
-        ids[index] = torch.tensor([[*row, *_padding(row, k)] for row in rows])
+        ids[index] = torch.tensor([[*row, *_padding(row, k)] for row in rows], dtype=torch.int32)
         log_probs[index] = torch.tensor([[*row.values(), *[-math.inf] * (k - len(row))] for row in rows])
     return tuple(values.view(*layout.shape, k).to(layout.index.device) for values in (ids, log_probs))
 

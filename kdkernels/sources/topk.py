@@ -14,7 +14,7 @@ from torch import Tensor
 from ..divergences import Divergence
 from ..kernels import Backend, Rows
 from ..layout import Layout
-from ..tensors import check_floating
+from ..tensors import check_floating, check_integral
 from . import served, topk_divergence
 from .base import Costs, Known, Producer, Source, take
 
@@ -40,12 +40,13 @@ class TopK(Source):
     and check them; ``verify`` checks lists that were put by hand.
 
     Args:
-        indices: [..., K] int64 ids of vocabulary entries.
+        indices: [..., K] int64 or int32 ids of vocabulary entries. They are kept as they are: in int32 beside
+            log-probabilities of 16 bits, an entry takes 6 bytes.
         log_probs: [..., K] log p of these entries, natural logarithm, at temperature 1.
         renormalize: drop the bucket of all other entries.
 
     Raises:
-        TypeError: indices is not int64, log_probs not floating point, or renormalize not a bool.
+        TypeError: indices is neither int64 nor int32, log_probs not floating point, or renormalize not a bool.
         ValueError: shapes or devices do not fit.
     """
 
@@ -59,9 +60,7 @@ class TopK(Source):
 
     def __post_init__(self):
         check_floating("log_probs", self.log_probs)
-        if not isinstance(self.indices, Tensor) or self.indices.dtype != torch.int64:
-            got = getattr(self.indices, "dtype", type(self.indices).__name__)
-            raise TypeError(f"indices: expected an int64 tensor, got {got}")
+        check_integral("indices", self.indices)
         if self.log_probs.dim() < 1 or self.log_probs.shape[-1] == 0:
             raise ValueError(f"log_probs: expected shape [..., K], got {list(self.log_probs.shape)}")
         if self.indices.shape != self.log_probs.shape:
@@ -228,7 +227,7 @@ class TopKProducer(Producer):
             ValueError: on CPUs, ids or log-probabilities that cannot be. On GPUs those of such a token become NaN.
         """
         at = self.index[tokens]
-        ids, log_p = take(self.ids, at), take(self.log_probs, at)
+        ids, log_p = take(self.ids, at).long(), take(self.log_probs, at)
         slack = 1e-3 if log_p.dtype.itemsize >= 4 else 2e-2
         log_p = log_p.double()
         ordered, total = ids.sort(-1).values, log_p.exp().sum(-1)
