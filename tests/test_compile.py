@@ -218,15 +218,21 @@ def test_a_number_that_is_none_is_refused_in_the_graph_too(compiler):
             compiled(batch, batch.student.hidden, wrong)
 
 
-def test_an_objective_with_changing_lengths_breaks_the_graph_once(compiler):
+@pytest.mark.parametrize("fused", [False, True], ids=["objective", "fused linear"])
+def test_an_objective_with_changing_lengths_breaks_the_graph_once(compiler, fused):
     batch, objective, graphs = fixed(bias=True), kd.TSDKD(k=3), []
+    called = kd.FusedLinearDistillationLoss(objective)
 
     def count(graph, inputs):
         graphs.append(graph)
         return graph.forward
 
     def step(hidden, mask):
-        return 2 * objective(_head(batch, hidden * 1.5), _teacher(batch, hidden), mask).loss
+        student, teacher = _head(batch, hidden * 1.5), _teacher(batch, hidden)
+        if fused:
+            labels = torch.where(mask, batch.target[:, : mask.shape[1]], -100)
+            return 2 * called(*student.tensors[:2], *teacher.tensors[:2], labels, student.bias)
+        return 2 * objective(student, teacher, mask).loss
 
     compiled = torch.compile(step, backend=count, dynamic=True)
     for length in (8, 9, 10):

@@ -41,7 +41,17 @@ class Output(NamedTuple):
     metrics: dict[str, Tensor]
 
 
-class Objective(Program, nn.Module):
+class Uncompiled(nn.Module):
+    """A module that torch.compile leaves as it is, with one graph break before it."""
+
+    def __call__(self, *arguments, **options):
+        call = super().__call__
+        if torch.compiler.is_compiling():  # a decorator would load the compiler (3 s) at import
+            call = torch.compiler.disable(call)
+        return call(*arguments, **options)
+
+
+class Objective(Program, Uncompiled):
     """A loss over the response tokens of a batch, made of the loss L_r of each response r with len_r tokens.
 
         reduction     loss
@@ -68,12 +78,6 @@ class Objective(Program, nn.Module):
         if reduction is not None:
             self.reduction = reduction
         self._check_reduction()
-
-    def __call__(self, *arguments, **options) -> Output:
-        call = super().__call__
-        if torch.compiler.is_compiling():  # one graph break. A decorator would load the compiler (3 s) at import
-            call = torch.compiler.disable(call)
-        return call(*arguments, **options)
 
     def __getattr__(self, name: str):
         """What is missing. Where a property (``terms``) raised that error itself, it is asked again, so that the error

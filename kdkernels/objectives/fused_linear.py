@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import pad
 
 from ..layout import Layout
 from ..sources import Head
-from .base import Objective
+from .base import Objective, Uncompiled
 
 
-class FusedLinearDistillationLoss(nn.Module):
+class FusedLinearDistillationLoss(Uncompiled):
     """A module that takes what ``LigerFusedLinearJSDLoss`` takes, by the same names and in the same order.
 
         loss = kd.FusedLinearDistillationLoss(kd.GKD(beta=0.5, reduction="tokens"))
