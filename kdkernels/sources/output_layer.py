@@ -15,11 +15,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
-# Variants of LoRA that are linear in the hidden states and depend on nothing else. Others route tokens (Arrow), begin
-# at a position (aLoRA), draw random numbers (MonteCLoRA) or replace the gradient (VeLoRA).
-_LINEAR_VARIANTS = {"DoraLinearVariant", "MiCALinearVariant", "KasaLinearVariant"}
+# Packages of peft.tuners whose layers are linear in the hidden states, each at its own position, draw no random numbers
+# but in dropouts and leave the gradient to autograd. Lily routes, PVeRA draws, OSF projects gradients.
+_LINEAR = "adalora boft deft fourierft hira hra ia3 loha lokr lora miss oft randlora shira trainable_tokens vera"
+# The same of LoRA's variants. Arrow routes, aLoRA begins at a position, MonteCLoRA draws, VeLoRA replaces the gradient.
+_LINEAR_VARIANTS = {"DoraLinearVariant", "KasaLinearVariant"}
 
 
 class Product(NamedTuple):
@@ -55,17 +56,31 @@ def product(layer: nn.Module, hidden: Tensor) -> Product:
     layer = _used(layer)
     if not is_adapter(layer):
         return Product(layer.weight, layer.bias)
-    base, kind = layer.get_base_layer(), f"{type(layer).__module__}.{type(layer).__qualname__}"
+    base = layer.get_base_layer()
     if layer.merged or layer.disable_adapters:
         if layer.merged and layer.disable_adapters:
             raise NotLinear("its adapters are disabled but still merged: call unmerge_adapter() on the PEFT model")
         return Product(base.weight, base.bias)
+    if not _is_linear(layer) or layer.base_layer is not base:
+        raise NotLinear(f"its output layer, {_kind(layer)}, is not known to be linear in the hidden states")
     variants = {type(v).__name__ for name, v in getattr(layer, "lora_variant", {}).items() if name in _active(layer)}
     if variants - _LINEAR_VARIANTS:
         raise NotLinear(f"its output layer has an adapter of the kind {', '.join(sorted(variants - _LINEAR_VARIANTS))}")
-    if kind == "peft.tuners.lora.layer.Linear" and not variants and layer.base_layer is base:
-        return _low_rank(layer, base, hidden)
-    return _effective(layer, base, hidden, kind)
+    low_rank = _kind(layer) == "peft.tuners.lora.layer.Linear" and not variants
+    try:
+        return (_low_rank if low_rank else _effective)(layer, base, hidden)
+    except RuntimeError as error:
+        said = str(error).splitlines()[0]
+        raise NotLinear(f"its output layer, {_kind(layer)}, does not run on these hidden states ({said})") from error
+
+
+def _is_linear(layer: nn.Module) -> bool:
+    package, _, tuner = type(layer).__module__.rpartition(".")[0].rpartition(".")
+    return package == "peft.tuners" and tuner in _LINEAR.split()
+
+
+def _kind(layer: nn.Module) -> str:
+    return f"{type(layer).__module__}.{type(layer).__qualname__}"
 
 
 def _used(layer: nn.Module) -> nn.Module:
@@ -109,37 +124,26 @@ def _low_rank(layer: nn.Module, base: nn.Module, hidden: Tensor) -> Product:
     )
 
 
-def _effective(layer: nn.Module, base: nn.Module, hidden: Tensor, kind: str) -> Product:
+def _effective(layer: nn.Module, base: nn.Module, hidden: Tensor) -> Product:
     """Of any adapter, by what the layer makes of the unit vectors: as much work as H tokens."""
-    dropped = [
-        name for name, each in layer.named_modules() if isinstance(each, nn.Dropout) and each.p and each.training
-    ]
+    dropped = _dropouts(layer) if layer.training else []
     if dropped:
-        raise NotLinear(f"its output layer, {kind}, has a dropout ({dropped[0]}); set it to 0 or call .eval()")
-    width = hidden.shape[-1]
+        raise NotLinear(f"its output layer, {_kind(layer)}, has {dropped[0]}; set it to 0 or call .eval()")
+    dtype = base.weight.dtype if base.weight.is_floating_point() else hidden.dtype
+    unit = torch.eye(base.in_features, dtype=dtype, device=hidden.device)
     biases = [name for name, each in layer.named_parameters() if each is base.bias]
+    others = {name for name, _ in layer.named_parameters() if name.endswith("bias")} - set(biases)
+    if others:
+        raise NotLinear(f"its output layer, {_kind(layer)}, has a bias of its own, {', '.join(sorted(others))}")
     without = {name: torch.zeros_like(base.bias) for name in biases}
-    try:
-        unit = torch.eye(width, dtype=hidden.dtype, device=hidden.device)
-        weight = torch.func.functional_call(layer, without, (unit,)).t()
-        bias = layer(hidden.new_zeros(1, width))[0] if biases else None
-        linear_too = hidden.is_meta or _is_linear(layer, base, weight, bias)
-    except Exception as error:  # a layer may do anything with its input, and need other arguments
-        said = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise NotLinear(f"its output layer, {kind}, cannot be read ({said})") from error
-    if not linear_too:
-        raise NotLinear(f"its output layer, {kind}, is not linear in the hidden states")
-    return Product(weight, bias)
+    weight = torch.func.functional_call(layer, without, (unit,)).t()
+    return Product(weight, layer(torch.zeros_like(unit[:1]))[0] if biases else None)
 
 
-@torch.no_grad()
-def _is_linear(layer: nn.Module, base: nn.Module, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether the effective weight is all that the layer does, by some hidden states: what is left over has to be small
-    beside what the adapter changes, which is nothing at first, or be rounding.
-    """
-    width = weight.shape[1]
-    some = (torch.arange(4 * width, device=weight.device).reshape(4, width) * 37 % 65 - 32).to(weight.dtype) / 16
-    own, before = layer(some).double(), base(some).double()
-    left, changed = (own - linear(some, weight, bias).double()).norm(), (own - before).norm()
-    rounding = 8 * torch.finfo(weight.dtype).eps * (own.norm() + before.norm())
-    return bool(left <= 0.05 * changed + rounding)
+def _dropouts(layer: nn.Module) -> list[str]:
+    """What of the layer draws random numbers in training: modules, and PEFT's own probabilities by adapter."""
+    found = [name for name, each in layer.named_modules() if "Dropout" in type(each).__name__ and getattr(each, "p", 1)]
+    for name, by_adapter in vars(layer).items():
+        if name.endswith("dropout") and isinstance(by_adapter, dict) and any(by_adapter.values()):
+            found.append(name)
+    return found
