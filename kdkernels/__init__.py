@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from .layout import Layout
     from .machine import info
     from .objectives import GKD, SFT, TSDKD, VCRD, AdaptiveOpener, DistiLLM2, FusedLinearDistillationLoss
-    from .sources import Head, Logits, TopK
+    from .sources import Head, Logits, TopK, hidden_states
+    from .wrappers import through
 
 __version__ = "0.1.0"
 
@@ -43,10 +44,12 @@ __all__ = [
     "cross_entropy",
     "divergence",
     "entropy",
+    "hidden_states",
     "info",
     "modules",
     "plackett_luce",
     "statistics",
+    "through",
 ]
 _HOMES = {  # the module that each public name comes from
     "divergences": ("JSD", "ForwardKL", "ReverseKL", "SkewKL", "SkewReverseKL"),
@@ -54,7 +57,8 @@ _HOMES = {  # the module that each public name comes from
     "layout": ("Layout",),
     "machine": ("info",),
     "objectives": ("GKD", "SFT", "TSDKD", "VCRD", "AdaptiveOpener", "DistiLLM2", "FusedLinearDistillationLoss"),
-    "sources": ("Head", "Logits", "TopK"),
+    "sources": ("Head", "Logits", "TopK", "hidden_states"),
+    "wrappers": ("through",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 

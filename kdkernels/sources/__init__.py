@@ -5,6 +5,7 @@ from __future__ import annotations
 from .base import Comparison, Costs, Known, Producer, Source, autocasts, packed, row_bytes, take, unpacked
 from .fitting import check_complete, check_student, check_teacher, shared_vocabulary
 from .head import Head
+from .hidden import hidden_states
 from .logits import Logits
 from .topk import TopK
 
@@ -21,6 +22,7 @@ __all__ = [
     "check_complete",
     "check_student",
     "check_teacher",
+    "hidden_states",
     "packed",
     "row_bytes",
     "shared_vocabulary",

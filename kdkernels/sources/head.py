@@ -14,6 +14,7 @@ from ..checks import check_count, check_positive
 from ..compute import fp16, gemm
 from ..kernels import Backend, Rows
 from ..tensors import check_floating, where_the_rows_are
+from ..wrappers import refuse_unprepared
 from .base import Costs, Gradient, Producer, Source, autocast_dtype, check_vocab_size, powers_like, row_bytes, take
 from .from_model import multiplied, tail
 
@@ -141,12 +142,14 @@ class Head(Source):
 
         Raises:
             ValueError: vocab_size exceeds that default.
+            RuntimeError: gradients are on, and the DDP around the model has never run: hidden did not come through it.
             TypeError: the model does something that no Head does, which the message names: its output embedding is more
                 than a linear layer with PEFT's adapters or has hooks, its forward was replaced, it transforms the
                 hidden states, or its logits are more than scaled and capped.
         """
         from .adapted import AdaptedHead  # a head itself
 
+        refuse_unprepared(model, hidden)
         read = tail(model)
         if vocab_size is not None:
             check_count("vocab_size", vocab_size, 1, read.entries)

@@ -1,4 +1,4 @@
-"""Student and objective in one module under DDP, FSDP2 and ZeRO-3: the gradients of full logits in fp64."""
+"""Student and objective under DDP, FSDP and ZeRO: the gradients and updates of full logits in fp64."""
 
 import copy
 import pickle
@@ -12,19 +12,23 @@ from torch.utils.checkpoint import checkpoint
 from kdkernels import ForwardKL, Head, ReverseKL, reference
 from kdkernels.objectives import Output
 
+from . import hugging_face_wrappers as hugging_face
 from .test_processes import finish, start
 from .wrappers import OBJECTIVES, WRAPPERS, Distillation, batch
 
-PROGRAM = str(Path(__file__).with_name("wrappers.py"))
+
+def results(program: str, root: Path) -> list[dict]:
+    """What each of two processes of a program beside this file got."""
+    program = str(Path(__file__).with_name(program))
+    command = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", program)
+    finish(start(command, str(root / "found"), cwd=root), root)
+    return [torch.load(root / f"found.{rank}") for rank in (0, 1)]
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     """What each of two processes got under each wrapper."""
-    root = tmp_path_factory.mktemp("wrappers")
-    command = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", PROGRAM)
-    finish(start(command, str(root / "gradients"), cwd=root), root)
-    return [torch.load(root / f"gradients.{rank}") for rank in (0, 1)]
+    return results("wrappers.py", tmp_path_factory.mktemp("wrappers"))
 
 
 def jeffreys(z_s: list[torch.Tensor], z_t: list[torch.Tensor]) -> torch.Tensor:
@@ -63,6 +67,65 @@ def test_gradients(found, objective, exact, wrapper):
         assert torch.equal(first[name], second[name]), f"{name} differs between the processes"
         assert expected.norm() > 0
         assert (first[name].double() - expected).norm() < 2e-6 * expected.norm(), name
+
+
+# ---- transformers models, through their wrappers ---
+
+
+@pytest.fixture(scope="module")
+def updates(tmp_path_factory):
+    return results("hugging_face_wrappers.py", tmp_path_factory.mktemp("wrappers"))
+
+
+@pytest.fixture(scope="module")
+def truth():
+    """spread -> (loss, gradients) of full logits in fp64, in one process."""
+    out = {}
+    for spread in hugging_face.SPREADS:
+        inputs, labels = hugging_face.batch(spread)
+        student = hugging_face.student(spread).double()
+        teacher = hugging_face.model(3, hugging_face.ENTRIES + 8).double()
+        entries = hugging_face.ENTRIES
+        z_s, z_t = (model(**inputs).logits[..., :entries] for model in (student, teacher))
+        scored = [(row, labels[row, 1:] != -100) for row in range(4) if (labels[row] != -100).any()]
+        z_s, z_t = ([z[row, :-1][where] for row, where in scored] for z in (z_s, z_t))
+        loss = reference.gkd(z_s, z_t, beta=0.5)
+        loss.backward()
+        out[spread] = loss.item(), {name: p.grad for name, p in student.named_parameters()}
+    return out
+
+
+@pytest.mark.parametrize("spread", hugging_face.SPREADS)
+@pytest.mark.parametrize("way", hugging_face.WAYS)
+@pytest.mark.parametrize("wrapper", hugging_face.WRAPPERS)
+def test_loss_and_update_of_a_transformers_model(updates, truth, wrapper, way, spread):
+    loss, gradients = truth[spread]
+    first, second = (process[wrapper, way, spread] for process in updates)
+    assert loss > 0.1 and abs(first["loss"] - loss) < 1e-6
+    assert first["update"].keys() == second["update"].keys() == gradients.keys()
+    for name, expected in gradients.items():
+        assert torch.equal(first["update"][name], second["update"][name]), f"{name} differs between the processes"
+        assert expected.norm() > 1e-4
+        assert (first["update"][name].double() - expected).norm() < 1e-4 * expected.norm(), name
+
+
+def test_these_checks_see_a_model_out_of_its_wrapper(updates, truth):
+    """Hidden states of ddp.module(...): the right loss, and gradients that nobody has reduced."""
+    loss, gradients = truth["uneven"]
+    first, second = (process["DDP", "around", "uneven"] for process in updates)
+    assert abs(first["loss"] - loss) < 1e-6
+    for name, expected in gradients.items():
+        assert not torch.allclose(first["update"][name], second["update"][name])
+        assert (first["update"][name].double() - expected).norm() > 0.1 * expected.norm(), name
+
+
+@pytest.mark.parametrize("wrapper", ["DDP", "accelerate"])
+def test_a_model_out_of_its_wrapper_is_refused(updates, wrapper):
+    for process in updates:
+        around, *inside = process["refused"][wrapper]
+        assert "got Qwen2ForCausalLM in DistributedDataParallel outside" in around and len(inside) == 2
+        for said in inside:
+            assert "got Qwen2ForCausalLM out of a DistributedDataParallel" in said and "kd.through(wrapper" in said
 
 
 # ---- what walks through a forward's output ---
