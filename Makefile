@@ -1,5 +1,5 @@
 # make install | demo | test | test-avx2 | gpu-day | gpu-check | triton-check | test-slow | drills | bench | bench-compare |
-# bench-store | gpu-report | gsm8k | wheel | lint | clean.
+# bench-store | gpu-report | gsm8k | wheel | hub | lint | clean.
 # Everything lives in .venv; nothing outside this folder is touched.
 PYTHON ?= python3
 PY := .venv/bin/python
@@ -10,7 +10,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 
-.PHONY: install demo gsm8k gpu-day gpu-check triton-check test test-avx2 test-slow drills bench bench-compare bench-store gpu-report wheel lint clean
+.PHONY: install demo gsm8k gpu-day gpu-check triton-check test test-avx2 test-slow drills bench bench-compare bench-store gpu-report wheel hub lint clean
 
 install: .venv/installed
 
@@ -98,6 +98,10 @@ gpu-report:
 # dist/: an sdist, and built from it elsewhere, a wheel for every Python from 3.10 on (docs/RELEASING.md).
 wheel: install
 	$(PY) -m build --no-isolation
+
+# build/hub/: the kernel for Hugging Face's kernels hub (docs/RELEASING.md).
+hub: install
+	$(PY) hub/export.py
 
 lint: install
 	$(PY) -m ruff check .
