@@ -41,6 +41,10 @@ def weights_of(dtype: torch.dtype) -> Weights:
     return Weights(weights.dense.to(wide), weights.ids, weights.scatter.to(wide))
 
 
+def stats_of(parts) -> torch.Tensor:
+    return torch.stack([part.stats for part in parts])
+
+
 def from_parts(x_s, x_t, divergence, temperature, weights):
     """Value and gradient as a divided head computes them: a part has its own logits and what all parts add up to."""
     backend = backend_for(x_s.device, x_s.dtype)
@@ -49,7 +53,7 @@ def from_parts(x_s, x_t, divergence, temperature, weights):
         return [backend.statistics(x[:, part].clone(), SCALE, None, temperature, 1, None) for part in PARTS]
 
     students, teachers = rows(x_s), rows(x_t)
-    s_stats, t_stats = merged(students, temperature), merged(teachers, temperature)
+    s_stats, t_stats = (merged(stats_of(parts), temperature) for parts in (students, teachers))
     students = [replace(each, stats=s_stats) for each in students]
     teachers = [replace(each, stats=t_stats) for each in teachers]
     pairs = list(zip(students, teachers, strict=True))
@@ -138,7 +142,7 @@ def test_statistics_are_merged(backend, name, cuts, temperature):
     x[3] = -INF
     rows = backend_for(x.device, F32)
     parts = [rows.statistics(x[:, a:b].clone(), 2.0, None, temperature, 1, None) for a, b in pairwise(cuts)]
-    got, whole = merged(parts, temperature), rows.statistics(x.clone(), 2.0, None, temperature, 1, None)
+    got, whole = merged(stats_of(parts), temperature), rows.statistics(x.clone(), 2.0, None, temperature, 1, None)
     kept = torch.arange(7) != 3
     assert got.dtype == whole.stats.dtype == F32 and torch.equal(got[kept, 0], whole.max[kept])
     nothing = torch.tensor([NAN, NAN, NAN, NAN, 0, 0, NAN])

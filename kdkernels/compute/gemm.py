@@ -59,9 +59,9 @@ class Torch:
         else:
             out.addmm_(hidden, weight.t())
 
-    def multiply(self, a: Tensor, b: Tensor) -> Tensor:
-        """a @ b, in their dtype."""
-        return torch.mm(a, b)
+    def multiply(self, a: Tensor, b: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """a @ b, in ``dtype``: theirs, or a wider one for what is still to be added to."""
+        return torch.mm(a, b) if dtype in (None, a.dtype) else _WIDENED.multiply(a, b, dtype)
 
     def add(self, a: Tensor, b: Tensor, out: Tensor, first: bool) -> None:
         """out += a @ b, or out = a @ b if it is the ``first``; all of one dtype."""
@@ -134,11 +134,11 @@ class Widened(Torch):
             z = torch.mm(hidden, wide.t(), out=some[:, : len(wide)])
             out[:, entries] = z.add_(out[:, entries])
 
-    def multiply(self, a: Tensor, b: Tensor) -> Tensor:
+    def multiply(self, a: Tensor, b: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         sums = torch.zeros(len(a), b.shape[1], device=a.device)
         for (_, columns), (_, rows) in zip(_widened(a.t()), _widened(b), strict=True):
             sums.addmm_(columns.t(), rows)
-        return sums.to(a.dtype)
+        return sums.to(dtype or a.dtype)
 
     def add(self, a: Tensor, b: Tensor, out: Tensor, first: bool) -> None:
         b, some = b.float(), torch.empty(_WIDENED_ENTRIES, b.shape[1], device=a.device)
@@ -189,14 +189,14 @@ class TensorCores(Torch):
         else:
             torch.addmm(out, hidden, weight.t(), out_dtype=out.dtype, out=out)
 
-    def multiply(self, a: Tensor, b: Tensor) -> Tensor:
-        """a @ b, written in fp32 and then rounded.
+    def multiply(self, a: Tensor, b: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """a @ b, written in fp32 and then rounded to ``dtype``.
 
         For few rows and many entries cuBLAS computes several partial sums. torch by default lets it round them to the
         output's dtype before they are added.
         """
         sums = a.new_empty(len(a), b.shape[1], dtype=torch.float32)
-        return torch.mm(a, b, out_dtype=sums.dtype, out=sums).to(a.dtype)
+        return torch.mm(a, b, out_dtype=sums.dtype, out=sums).to(dtype or a.dtype)
 
     def accumulate(self, a: Tensor, b: Tensor, sums: Tensor, out: Tensor, first: bool, last: bool) -> None:
         if first:
@@ -241,8 +241,8 @@ class Native(Torch):
     def extend(self, hidden: Tensor, weight: Tensor, out: Tensor) -> None:
         torch.ops.kdkernels.gemm_(hidden, weight.t(), out, out)
 
-    def multiply(self, a: Tensor, b: Tensor) -> Tensor:
-        out = a.new_empty(len(a), b.shape[1])
+    def multiply(self, a: Tensor, b: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        out = a.new_empty(len(a), b.shape[1], dtype=dtype)
         torch.ops.kdkernels.gemm_(a, b, None, out)
         return out
 

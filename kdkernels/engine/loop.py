@@ -8,7 +8,8 @@ logits. Chunks hold whole responses wherever they fit. A response longer than a 
 
 Memory: ``memory_budget`` bytes (plan.py) bound logits and workspace. Outside it are the gradients that are returned and
 one fp32 [V, H] accumulator for dW: with bf16 weights from two chunks on, with fp16 weights always. So are the copies in
-which autocast casts wider weights and hidden states.
+which autocast casts wider weights and hidden states. Where a group divides the vocabulary, V above is one rank's part,
+and outside the budget there is also dX of the tokens in fp32, until all ranks have added theirs.
 
 Axes: N tokens, n tokens of a part, V vocabulary, H hidden, K candidates.
 """
@@ -24,9 +25,9 @@ import torch
 from torch import Tensor
 
 from ..compute import memory
-from ..kernels import Rows, backend_for
+from ..kernels import Divided, Rows, Shards, backend_for
 from ..sources import Known, autocasts, check_complete, shared_vocabulary
-from . import plan
+from . import agreement, plan
 from .gradient import LogitGradient, side_by_side
 from .spec import Call, Result
 from .terms import View
@@ -36,31 +37,34 @@ from .tokens import Tokens, concatenated
 class _Loop:
     """One pass over all tokens."""
 
-    def __init__(self, call: Call, needs: tuple[bool, ...]):
+    def __init__(self, call: Call, needs: tuple[bool, ...], shards: Shards | None):
         student, teacher, layout = call.student, call.teacher, call.layout
         device, self.operand = student.device, student.dtype
         dtype = student.logits_dtype(call.logits_dtype)
         teacher_dtype = torch.promote_types(dtype, teacher.dtype) if teacher else dtype
         self.call, self.needs, self.differentiates = call, call.terms.needs, any(needs)
         self.backend = backend_for(device, dtype, self.operand)
-        self.vocabulary = vocabulary = shared_vocabulary(student, teacher)
+        if shards:
+            self.backend = Divided(self.backend, shards)
+        self.vocabulary = vocabulary = shards.vocabulary if shards else shared_vocabulary(student, teacher)
+        self.columns = shards.count if shards else vocabulary  # of the logits
         for name, asked in (("k", self.needs.candidates), ("collision", self.needs.collision)):
             if asked > vocabulary:
                 raise ValueError(f"{name}: expected at most the vocabulary's {vocabulary} entries, got {asked}")
-        self.plan = plan.planned(call, self.backend, vocabulary, dtype, teacher_dtype, needs)
+        self.plan = plan.planned(call, self.backend, self.columns, dtype, teacher_dtype, needs)
         self.borders = list(accumulate(count for _, count in call.groups))
 
-        sizes = [((self.plan.rows, vocabulary), dtype)]
+        sizes = [((self.plan.rows, self.columns), dtype)]
         copies = self.plan.copies
-        sizes += [((self.plan.teacher_rows, vocabulary), dtype)] * copies
+        sizes += [((self.plan.teacher_rows, self.columns), dtype)] * copies
         if teacher and teacher.complete:
-            sizes.append(((self.plan.teacher_rows, vocabulary), teacher_dtype))
+            sizes.append(((self.plan.teacher_rows, self.columns), teacher_dtype))
         buffer, *others = memory.matrices(sizes, device)
         self.copies, others = others[:copies], others[copies:]
         pieces = sum(len(chunk.pieces) for chunk in self.plan.chunks)
-        self.student = student.producer(self.backend, layout.index, vocabulary, buffer, needs, pieces)
-        other_buffer = others[0] if others else None
-        self.teacher = teacher and teacher.producer(self.backend, call.teacher_index, vocabulary, other_buffer)
+        self.student = student.producer(self.backend, layout.index, self.columns, buffer, needs, pieces)
+        other_buffer, entries = (others[0], self.columns) if others else (None, vocabulary)
+        self.teacher = teacher and teacher.producer(self.backend, call.teacher_index, entries, other_buffer)
         # Ids outside the vocabulary become ids inside: CPUs have raised an error, asking a GPU would be a sync.
         self.target = None if call.target is None else call.target.clamp(0, vocabulary - 1)
         self.values: list[Tokens] = []
@@ -138,7 +142,7 @@ class _Loop:
             selected = self._select(chunk, known)
         origin, d_logits, powers = chunk.pieces[0].start, None, []
         if self.differentiates:  # the gradient overwrites the logits
-            d_logits = student.logits.view(self.operand)[:, : self.vocabulary]
+            d_logits = student.logits.view(self.operand)[:, : self.columns]
         for tokens in self.plan.split(piece.start, piece.stop, self.borders):
             here = slice(tokens.start - piece.start, tokens.stop - piece.start)
             part, out = known[here], None if d_logits is None else d_logits[here]
@@ -225,12 +229,18 @@ def run(call: Call, needs: tuple[bool, ...] = ()) -> Result | None:
 
     Raises:
         TypeError: the program needs more of the teacher than its K entries.
+        ValueError: on all ranks of the group that divides the student's vocabulary: they make different calls.
     """
+    shards = None
+    if call.student.group is not None:
+        shards = agreement.shards(call, needs)
+        student, teacher = (each and each.part(shards.entries) for each in (call.student, call.teacher))
+        call = replace(call, student=student, teacher=teacher)
     if call.teacher:
         if call.terms.needs.all_entries or not call.terms.has_divergence:
             check_complete(call.teacher, "this needs the teacher's distribution over all entries")
         call.teacher.check_temperature(call.terms.temperature)
     device = call.student.device
     with torch.autocast(device.type, enabled=False) if autocasts(device) else nullcontext():
-        loop = _Loop(call, needs)
+        loop = _Loop(call, needs, shards)
         return loop.run() if loop.plan.chunks else None

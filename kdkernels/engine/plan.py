@@ -18,6 +18,7 @@ from ..compute import memory
 from ..kernels import Backend
 from ..sources import Costs
 from . import gpu
+from .agreement import fewest
 from .spec import Call
 
 logger = logging.getLogger("kdkernels")
@@ -55,26 +56,31 @@ def planned(
     call: Call, backend: Backend, vocabulary: int, dtype: torch.dtype, teacher_dtype: torch.dtype,
     needs: tuple[bool, ...],
 ) -> Plan:  # fmt: skip
-    """The chunks of a call with such logits, and with gradients of those of the student's tensors in ``needs``."""
+    """The chunks of a call with such logits, and with gradients of those of the student's tensors in ``needs``.
+
+    Where a group divides the vocabulary, all its ranks have the same chunks, and ``vocabulary`` is this rank's part.
+    """
     student, teacher, asked, device = call.student, call.teacher, call.terms.needs, call.student.device
     largest = max(1, asked.candidates, asked.collision)
     mine, other = student.costs(backend, vocabulary, dtype, largest, True), Costs(0, 0, 0)
     if teacher:
         largest = max(largest, asked.teacher_collision)
         other = teacher.costs(backend, vocabulary, teacher_dtype, min(largest, vocabulary), False)
-    count = max(1, len(call.layout))
+    count, shards = max(1, len(call.layout)), backend.shards
     fixed = backend.workspace(count, vocabulary) + max(mine.fixed, other.fixed) + mine.kept + other.kept
     fixed += count * (TOKEN_BYTES + CANDIDATE_BYTES * asked.candidates)
     copies = max([call.terms.of(group).copies(teacher) for group, _ in call.groups or ((None, 0),)])
     row, teacher_row = mine.row, other.row + copies * memory.padded(vocabulary, device) * dtype.itemsize
     if teacher and not teacher.complete:  # it has no logits and so no sub-chunks
         row, teacher_row = row + teacher_row, 0
+    if shards:
+        row, teacher_row = row + shards.row_bytes(largest), teacher_row and teacher_row + shards.row_bytes(largest)
     products, budget = _products(call, dtype, needs), call.memory_budget
     wanted = gpu.wanted(device, products)
     if budget is None:
         sums = 4 * vocabulary * products.student if products.d_weight and student.dtype == torch.bfloat16 else 0
         budget = default_budget(wanted, partial(gpu.allowance, device), fixed, row, teacher_row, count, sums)
-    rows, teacher_rows = chunk_rows(budget, fixed, row, teacher_row, count, wanted)
+    rows, teacher_rows = fewest(shards, partial(chunk_rows, budget, fixed, row, teacher_row, count, wanted))
     lengths = call.layout.lengths if call.selects else (len(call.layout),)
     step = gpu.TILE if wanted else 1
     return Plan(chunks(lengths, rows, step), rows, teacher_rows, step, copies)

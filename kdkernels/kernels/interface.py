@@ -12,13 +12,16 @@ import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..compute import gemm
 from ..divergences import Divergence
+
+if TYPE_CHECKING:
+    from .divided import Shards
 
 STATS = 7  # numbers of a row, see Rows
 SUMS = 5  # likewise, see Backend.divergence_sums
@@ -104,13 +107,13 @@ class Rows(Summary):
         return Rows(self.logits[tokens], self.scale, self.softcap, stats, values, indices, gathered)
 
 
-def merged(parts: Sequence[Rows], temperature: float) -> Tensor:
-    """The statistics [C, STATS] of a whole vocabulary, from those that its parts have at this temperature.
+def merged(parts: Tensor, temperature: float) -> Tensor:
+    """The statistics [C, STATS] of a whole vocabulary, from those [parts, C, STATS] of its parts at this temperature.
 
     A part in which every entry of a row is masked contributes nothing. A row that is masked in all parts has the
     statistics of such a row.
     """
-    stats = torch.stack([part.stats for part in parts]).double()  # [parts, C, STATS]
+    stats = parts.double()
     masked = stats[..., 4] == 0
     maxima = stats[..., 0].masked_fill(masked, -torch.inf)
     highest = maxima.amax(0)
@@ -120,7 +123,7 @@ def merged(parts: Sequence[Rows], temperature: float) -> Tensor:
     mean = (stats[..., 6] + behind).masked_fill(masked, 0).mul(totals).sum(0) / total
     log_sum = total.log()
     out = torch.stack([highest, log_sum, log_sum - mean, tempered.log(), total, tempered, mean], dim=1)
-    return torch.where(masked.all(0)[:, None], stats[0], out).to(parts[0].stats.dtype)
+    return torch.where(masked.all(0)[:, None], stats[0], out).to(parts.dtype)
 
 
 def finished(parts: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -172,6 +175,12 @@ class Backend(ABC):
     """
 
     name: ClassVar[str]  # its name in KDKERNELS_BACKEND and kd.info()
+    shards: Shards | None = None  # which entries each rank has, where a group divides the vocabulary (divided.py)
+
+    @property
+    def of_own_entries(self) -> Backend:
+        """The same kernels over this rank's entries alone, where a group divides the vocabulary."""
+        return self
 
     @abstractmethod
     def refusal(self, request: Request) -> str:

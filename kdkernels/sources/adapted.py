@@ -13,8 +13,8 @@ from torch import Tensor
 from ..compute import gemm
 from ..kernels import Backend, Rows
 from ..tensors import check_floating
-from .base import Costs, Gradient, powers_like, take
-from .head import Head, HeadProducer, multiplies
+from .base import Costs, Gradient, take
+from .head import Head, HeadProducer, StateGradient, multiplies
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +37,7 @@ class AdaptedHead(Head):
     outer: Tensor | None = None
 
     names = ("hidden", "weight", "inner", "outer", "bias")
+    entries = ("weight", "outer", "bias")
 
     def __post_init__(self):
         super().__post_init__()
@@ -87,10 +88,9 @@ class AdaptedProducer(HeadProducer):
         self.outer = outer if multiplies(head.outer) else outer.clone(memory_format=torch.contiguous_format)
         self.d_inner = self.d_outer = None
         if needs_inner:
-            self.d_inner = torch.zeros_like(head.inner, memory_format=torch.contiguous_format)
+            self.d_inner = StateGradient(head.inner, backend, self.products, index)
         if needs_outer:
             self.d_outer = gemm.WeightGradient(self.products, head.outer, vocabulary, pieces)
-        self.inner_powers = powers_like(head.inner)
 
     def _inner(self, tokens: slice) -> Tensor:
         return take(self.inner, self.index[tokens])
@@ -104,14 +104,12 @@ class AdaptedProducer(HeadProducer):
     def add(self, tokens: slice, d_logits: Tensor, powers: Tensor | None) -> None:
         super().add(tokens, d_logits, powers)
         if self.d_inner is not None:
-            rows = self.products.multiply(d_logits, self.outer)
-            self.d_inner.view(-1, rows.shape[-1]).index_copy_(0, self.index[tokens], rows)
-            if powers is not None:
-                self.inner_powers.view(-1).index_copy_(0, self.index[tokens], powers)
+            self.d_inner.add(tokens, d_logits, self.outer, powers)
         if self.d_outer is not None:
             self.d_outer.add(d_logits, self._inner(tokens), powers)
 
     def gradients(self) -> tuple[Gradient, ...]:
         hidden, weight, bias = super().gradients()
         outer = (self.d_outer.gradient, self.d_outer.factor) if self.d_outer else (None, 1.0)
-        return hidden, weight, (self.d_inner, self.inner_powers), outer, bias
+        inner = self.d_inner.finished() if self.d_inner else (None, 1.0)
+        return hidden, weight, inner, outer, bias

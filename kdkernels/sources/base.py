@@ -48,6 +48,7 @@ class Source:
     axis: str  # what error messages call the last dimension of the first tensor
     complete: bool = True  # whether it knows all entries of its vocabulary, or K of each token (Producer.entries)
     trainable: bool = False  # whether it may be a student, so that its producer gives gradients of its tensors
+    group = None  # the process group whose ranks divide the vocabulary (kd.Head), where one does
     key: str  # the name that the class is registered under
 
     def __init_subclass__(cls, **options):
@@ -153,6 +154,17 @@ class Source:
         return cls.trusted(**dict(zip(cls.names, tensors, strict=False)))
 
     # ---- in the chunk loop ----
+
+    def part(self, entries: slice) -> Source:
+        """What the chunk loop reads of this source where the ranks of a group divide the vocabulary: these ``entries``
+        alone, which are this rank's. A source that is not ``complete`` keeps its ids, which are those of the whole.
+
+        Raises:
+            TypeError: the class has no way to be divided.
+        """
+        if self.complete:
+            raise TypeError(f"{type(self).__name__}: expected a part method of its own beside a head with a group")
+        return self
 
     def costs(self, backend: Backend, vocabulary: int, dtype: torch.dtype, largest: int, trained: bool) -> Costs:
         """The memory that its producer will need.

@@ -34,6 +34,11 @@ def check_teacher(student: Source, teacher: object, same_positions: bool = True)
             f"teacher: expected at most 32 bits beside a student of {student.dtype}, got {teacher.dtype}; pass the "
             "student's tensors in fp64 too, or the teacher's in fp32"
         )
+    if teacher.group is not None and teacher.group is not student.group:
+        raise ValueError(
+            "teacher: expected the group that divides the student's vocabulary, or none (a whole head, of which each "
+            f"rank multiplies its part), got {'another' if student.group else 'one, and the student has none'}"
+        )
     if same_positions and teacher.shape != student.shape:
         raise ValueError(
             f"teacher: expected {teacher.names[0]} of shape {[*student.shape, teacher.axis]}, got "

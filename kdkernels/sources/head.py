@@ -6,6 +6,7 @@ Axes: N tokens, n tokens of a chunk, V vocabulary, H hidden; [...] leading dimen
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,6 +18,10 @@ from ..tensors import check_floating, where_the_rows_are
 from ..wrappers import refuse_unprepared
 from .base import Costs, Gradient, Producer, Source, autocast_dtype, check_vocab_size, powers_like, row_bytes, take
 from .from_model import multiplied, tail
+from .parallel import check_group, packed_group, unpacked_group
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,10 +35,14 @@ class Head(Source):
         softcap: the soft-cap of the final logits (Gemma 2: 30); None for none.
         scale: a factor on the raw logits (Cohere's ``logit_scale``, Granite's ``1 / logits_scaling``).
         vocab_size: the real vocabulary where ``weight`` is padded; the padding has probability 0.
+        group: a process group whose ranks divide the vocabulary (tensor parallelism, parallel.py): ``weight`` and
+            ``bias`` are this rank's entries, those of all ranks in the order of ranks are the whole lm_head, and
+            ``vocab_size``, which then has to be given, is of the whole. All ranks have the same hidden states, targets
+            and options, and each gets the whole gradient of hidden and that of its own weights.
 
     Raises:
-        TypeError: a tensor is quantized or a shard (the message says how to get a plain one), or hidden, weight and
-            bias have different dtypes and autocast is off.
+        TypeError: a tensor is quantized or a shard (the message says how to get a plain one), hidden, weight and bias
+            have different dtypes and autocast is off, or group is no process group.
         ValueError: shapes or devices do not fit, softcap or scale is not positive, or vocab_size is outside [1, V].
     """
 
@@ -43,8 +52,10 @@ class Head(Source):
     softcap: float | None = None
     scale: float = 1.0
     vocab_size: int | None = None
+    group: ProcessGroup | None = None
 
     names = ("hidden", "weight", "bias")
+    entries = ("weight", "bias")  # those of ``names`` whose first dimension is the vocabulary
     axis = "H"
     trainable = True
 
@@ -74,7 +85,10 @@ class Head(Source):
         if self.softcap is not None:
             check_positive("softcap", self.softcap)
         check_positive("scale", self.scale)
-        check_vocab_size(self.vocab_size, entries, "the rows of weight")
+        if self.group is None:
+            check_vocab_size(self.vocab_size, entries, "the rows of weight")
+        else:
+            check_group(self.group, self.vocab_size)
 
     @property
     def vocabulary(self) -> int:
@@ -98,15 +112,23 @@ class Head(Source):
 
     @property
     def numbers(self) -> list[float]:
-        """Soft-cap (0 for none), scale and vocabulary."""
-        return [self.softcap or 0.0, self.scale, self.vocabulary]
+        """Soft-cap (0 for none), scale, vocabulary and, if there is a group, the bytes of its name."""
+        return [self.softcap or 0.0, self.scale, self.vocabulary, *packed_group(self.group)]
 
     @classmethod
     def unpack(cls, tensors: list[Tensor], numbers: list[float]) -> Head:
         """The source of these tensors and numbers."""
-        softcap, scale, vocabulary = numbers
+        softcap, scale, vocabulary, *name = numbers
         fields = dict(zip(cls.names, tensors, strict=False))
-        return cls.trusted(**fields, softcap=softcap or None, scale=scale, vocab_size=int(vocabulary))
+        group = unpacked_group(name)
+        return cls.trusted(**fields, softcap=softcap or None, scale=scale, vocab_size=int(vocabulary), group=group)
+
+    def part(self, entries: slice) -> Head:
+        """The rows of weight for these entries: all that this rank has, where the head itself has a group."""
+        own = self.__dict__ | {"vocab_size": entries.stop - entries.start, "group": None}
+        if self.group is None:
+            own |= {name: None if (t := getattr(self, name)) is None else t[entries] for name in self.entries}
+        return self.trusted(**own)
 
     def costs(self, backend: Backend, vocabulary: int, dtype: torch.dtype, largest: int, trained: bool) -> Costs:
         """See Source.costs."""
@@ -172,6 +194,41 @@ def multiplies(weight: Tensor) -> bool:
     return 1 in weight.stride()
 
 
+class StateGradient:
+    """The gradient of hidden states [..., H], whose products with a weight [V, H] are logits: dz @ weight of each token.
+
+    Where a group divides the vocabulary, those of all ranks are added up, in fp32 before they are rounded.
+    """
+
+    def __init__(self, states: Tensor, backend: Backend, products: gemm.Torch, index: Tensor):
+        self.products, self.index, self.shards = products, index, backend.shards
+        self.gradient = torch.zeros_like(states, memory_format=torch.contiguous_format)
+        self.powers = powers_like(states)
+        self.parts = None  # [N, H] of this rank
+        if self.shards:
+            wide = torch.promote_types(states.dtype, torch.float32)
+            self.parts = states.new_empty((len(index), states.shape[-1]), dtype=wide)
+
+    def add(self, tokens: slice, d_logits: Tensor, weight: Tensor, powers: Tensor | None) -> None:
+        """See Producer.add."""
+        if self.parts is None:
+            self._put(self.index[tokens], self.products.multiply(d_logits, weight))
+        else:
+            self.parts[tokens] = self.products.multiply(d_logits, weight, self.parts.dtype)
+        if powers is not None:
+            self.powers.view(-1).index_copy_(0, self.index[tokens], powers)
+
+    def _put(self, at: Tensor, rows: Tensor) -> None:
+        self.gradient.view(-1, rows.shape[-1]).index_copy_(0, at, rows)
+
+    def finished(self) -> Gradient:
+        """The gradient of all tokens that were added."""
+        if self.parts is not None:
+            self.shards.add_up_(self.parts)
+            self._put(self.index, self.parts.to(self.gradient.dtype))
+        return self.gradient, self.powers
+
+
 class HeadProducer(Producer):
     """Multiplies hidden states into logits. Its gradients, where ``needs`` asks: of hidden, weight and bias."""
 
@@ -196,12 +253,11 @@ class HeadProducer(Producer):
         self.d_hidden = self.d_weight = self.d_bias = None
         needs_hidden, needs_weight, needs_bias = needs
         if needs_hidden:
-            self.d_hidden = torch.zeros_like(head.hidden, memory_format=torch.contiguous_format)
+            self.d_hidden = StateGradient(head.hidden, backend, self.products, index)
         if needs_weight:
             self.d_weight = gemm.WeightGradient(self.products, head.weight, vocabulary, pieces)
         if needs_bias:
             self.d_bias = torch.zeros_like(head.bias, dtype=torch.promote_types(head.dtype, torch.float32))
-        self.powers = powers_like(head.hidden)
 
     def hidden(self, tokens: slice) -> Tensor:
         return take(self.source, self.index[tokens])
@@ -215,20 +271,18 @@ class HeadProducer(Producer):
 
     def add(self, tokens: slice, d_logits: Tensor, powers: Tensor | None) -> None:
         if self.d_hidden is not None:
-            rows = self.products.multiply(d_logits, self.weight)
-            self.d_hidden.view(-1, rows.shape[-1]).index_copy_(0, self.index[tokens], rows)
-            if powers is not None:
-                self.powers.view(-1).index_copy_(0, self.index[tokens], powers)
+            self.d_hidden.add(tokens, d_logits, self.weight, powers)
         if self.d_weight is not None:
             self.d_weight.add(d_logits, self.hidden(tokens), powers)
         if self.d_bias is not None:
             self.products.add_column_sums(d_logits, powers, self.d_bias[: self.vocabulary])
 
     def gradients(self) -> tuple[Gradient, ...]:
+        hidden = self.d_hidden.finished() if self.d_hidden else (None, 1.0)
         weight = (self.d_weight.gradient, self.d_weight.factor) if self.d_weight else (None, 1.0)
         bias, factor = self.d_bias, 1.0
         if bias is not None:
             if self.source.dtype == torch.float16:
                 factor = fp16.normalized(bias)
             bias = bias.to(self.source.dtype)
-        return (self.d_hidden, self.powers), weight, (bias, factor)
+        return hidden, weight, (bias, factor)

@@ -59,6 +59,10 @@ class Logits(Source):
         """The source of these tensors and numbers."""
         return cls.trusted(logits=tensors[0], vocab_size=int(numbers[0]))
 
+    def part(self, entries: slice) -> Logits:
+        """These columns, which are not copied."""
+        return self.trusted(logits=self.logits[..., entries], vocab_size=entries.stop - entries.start)
+
     def costs(self, backend: Backend, vocabulary: int, dtype: torch.dtype, largest: int, trained: bool) -> Costs:
         """See Source.costs."""
         copied = _copied(vocabulary, self.device) * vocabulary * self.dtype.itemsize
