@@ -81,6 +81,7 @@ def topk_teacher(head: kd.Head, k: int = 5, renormalize: bool = False) -> kd.Top
     log_probs[0, 3] = z[0, 3].log_softmax(-1)[indices[0, 3]]
     indices[1, 2] = torch.tensor([40, 41, 42, 43, 44])[:k]  # all of one rank
     log_probs[1, 2] = z[1, 2].log_softmax(-1)[indices[1, 2]]
+    log_probs[2, 5, 3:] = -torch.inf  # not listed
     return kd.TopK(indices, log_probs, renormalize)
 
 
@@ -245,6 +246,7 @@ def errors(rank: int, group, other) -> dict[str, str]:
         "no tokens on one": lambda: gkd(student, teacher, mask & (rank == 0)),
         "lengths": lambda: kd.TSDKD(k=3)(student, teacher, swapped),
         "terms": lambda: kd.GKD(0.5 + rank / 4)(student, teacher, mask),
+        "denominator": lambda: gkd(student, teacher, mask, denominator=torch.tensor(5 + rank)),
         "options": lambda: kd.TSDKD(k=3, opener=0.5 + rank / 4)(student, teacher, mask),
         "kind of teacher": lambda: gkd(student, topk_teacher(teacher) if rank else teacher, mask),
         "vocab_size": lambda: gkd(replace(student, vocab_size=60 + rank), teacher, mask),

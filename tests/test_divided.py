@@ -132,6 +132,7 @@ ERRORS = {  # what both ranks say, or either of them
     "no tokens on one": f"{SAME} tokens, by rank [18, 0]",
     "lengths": f"{SAME} lengths of responses",
     "terms": f"{SAME} terms",
+    "denominator": f"{SAME} denominator",
     "options": f"{SAME} options of the loss",
     "kind of teacher": f"{SAME} kind of teacher",
     "vocab_size": f"{SAME} vocab_size, by rank [60, 61]",

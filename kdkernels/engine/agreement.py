@@ -31,7 +31,12 @@ def shards(call: Call, needs: tuple[bool, ...]) -> Shards:
     """
     student, teacher, device = call.student, call.teacher, call.student.device
     numbers = _numbers(call, needs)
-    sums = [_sum(student, call.layout.index), _sum(teacher, call.teacher_index), _total(call.target)]
+    sums = [
+        _sum(student, call.layout.index),
+        _sum(teacher, call.teacher_index),
+        _total(call.target),
+        torch.as_tensor(call.scale).double(),
+    ]
     own = torch.tensor([float(each) for each in numbers.values()], dtype=torch.float64).to(device)
     said = gathered(student.group, torch.cat([own, torch.stack([each.to(device) for each in sums])])).tolist()
     for i, name in enumerate(numbers):
@@ -52,7 +57,12 @@ def shards(call: Call, needs: tuple[bool, ...]) -> Shards:
 
 
 _OF_EACH_RANK = ("rows of weight", "rows of the teacher's weight")
-_SUMS = {"hidden states (or logits)": _ALIKE, "the teacher's hidden states (or logits)": _ALIKE, "target": 0.0}
+_SUMS = {  # and how far they may be apart
+    "hidden states (or logits)": _ALIKE,
+    "the teacher's hidden states (or logits)": _ALIKE,
+    "target": 0.0,
+    "denominator": 1e-6,
+}
 
 
 def _numbers(call: Call, needs: tuple[bool, ...]) -> dict[str, float]:
