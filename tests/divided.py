@@ -25,6 +25,7 @@ from truth import Batch
 import kdkernels as kd
 from kdkernels.engine import plan
 from kdkernels.objectives import DivergenceTerm, EntropyTerm, Objective
+from kdkernels.sources.adapted import AdaptedHead
 
 VOCABULARY, PADDING = 61, 3
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
@@ -55,15 +56,22 @@ def borders(ranks: int) -> list[int]:
 
 def shard(head: kd.Head, rank: int, ranks: int, group) -> kd.Head:
     """A rank's part, as leaves of its own."""
-    here = slice(*borders(ranks)[rank : rank + 2])
+    here, tensors = slice(*borders(ranks)[rank : rank + 2]), {}
+    for name, tensor in zip(head.names, head.tensors, strict=True):
+        if tensor is not None:
+            part = tensor.detach()[here] if name in ("weight", "outer", "bias") else tensor.detach()
+            tensors[name] = part.clone().requires_grad_(tensor.requires_grad)
+    return replace(head, **tensors, vocab_size=VOCABULARY, group=group)
 
-    def part(tensor, rows):
-        return tensor if tensor is None else tensor.detach()[rows].clone().requires_grad_(tensor.requires_grad)
 
-    return replace(
-        head, hidden=part(head.hidden, slice(None)), weight=part(head.weight, here), bias=part(head.bias, here),
-        vocab_size=VOCABULARY, group=group,
-    )  # fmt: skip
+def adapted(head: kd.Head, seed: int) -> AdaptedHead:
+    """The head with a low-rank product."""
+    generator = torch.Generator().manual_seed(seed)
+    inner, outer = (
+        torch.randn(*shape, 3, generator=generator).to(head.dtype).requires_grad_(head.weight.requires_grad)
+        for shape in (head.shape, head.weight.shape[:1])
+    )
+    return AdaptedHead(head.hidden, head.weight, head.bias, vocab_size=VOCABULARY, inner=inner, outer=outer)
 
 
 def whole_gradients(found: list[list[Tensor]]) -> list[Tensor]:
@@ -104,6 +112,7 @@ CASES = {
     "gkd, logits": ("gkd", {}, "logits", {}),
     "gkd, frozen head": ("gkd", {}, "whole", {"frozen": ("weight",)}),
     "gkd, frozen trunk": ("gkd", {"bias": True}, "whole", {"frozen": ("hidden",)}),
+    "gkd, adapters": ("gkd", {"bias": True}, "whole", {"adapters": True, "rows": ((4, 3), (5, 2)), "dtypes": ALL}),
     "gkd, pieces": ("gkd", {}, "divided", {"rows": ((4, 3), (5, 2))}),
     "gkd, budget": ("gkd", {}, "whole", {"budget": 3000}),
     "tsd-kd": ("tsd-kd", {"softcap": 5.0}, "divided", {"dtypes": ALL}),
@@ -126,6 +135,8 @@ RUNS = [(name, dtype) for name, (*_, more) in CASES.items() for dtype in more.ge
 def batch_of(name: str, dtype: torch.dtype) -> Batch:
     _, heads, _, more = CASES[name]
     batch = fixed(dtype, vocabulary=VOCABULARY, padding_s=PADDING, padding_t=PADDING, weights=True, **heads)
+    if "adapters" in more:
+        batch = replace(batch, student=adapted(batch.student, 7), teacher=adapted(batch.teacher, 8))
     for each in more.get("frozen", ()):
         getattr(batch.student, each).requires_grad_(False)
     return batch

@@ -64,12 +64,12 @@ def whole(ranks: list[dict]) -> dict:
     for other in others:
         assert torch.equal(first["loss"], other["loss"])
         assert all(torch.equal(value, other["metrics"][name]) for name, value in first["metrics"].items())
-    gradients = {
-        name: torch.cat([each["gradients"][name] for each in ranks]) for name in first["gradients"] if name != "hidden"
-    }
-    if "hidden" in first["gradients"]:
-        gradients["hidden"] = first["gradients"]["hidden"]
-        assert all(torch.equal(gradients["hidden"], other["gradients"]["hidden"]) for other in others)
+    gradients = {}
+    for name, own in first["gradients"].items():
+        parts = [own, *(other["gradients"][name] for other in others)]
+        if name in ("hidden", "inner"):
+            assert all(torch.equal(own, part) for part in parts), f"{name}: other gradients on other ranks"
+        gradients[name] = own if name in ("hidden", "inner") else torch.cat(parts)
     return first | {"gradients": gradients}
 
 

@@ -195,7 +195,7 @@ def multiplies(weight: Tensor) -> bool:
 
 
 class StateGradient:
-    """The gradient of hidden states [..., H], whose products with a weight [V, H] are logits: dz @ weight of each token.
+    """The gradient of hidden states [..., H] whose products with a weight [V, H] are logits: d_logits @ weight.
 
     Where a group divides the vocabulary, those of all ranks are added up, in fp32 before they are rounded.
     """
