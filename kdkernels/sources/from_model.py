@@ -293,7 +293,7 @@ def ask(model: nn.Module, layer: nn.Module, states: tuple, raw: Tensor, **given)
         return recorder.seen, out
     except Exception as error:  # a forward may do anything that stand-ins do not support
         said = f"{type(error).__name__}: {error}".splitlines()[0]
-        others = [name for name, module in copy.named_modules() if _computes(module)]
+        others = [name for name, module in copy.named_modules() if name and _computes(module)]
         others = f", where it has {', '.join(others)}" if others else ""
         raise _refusal(model, f"its forward cannot be followed from trunk to logits{others} ({said})") from error
 
