@@ -23,14 +23,14 @@ FAMILIES = {
     "vision": (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, AutoModelForImageTextToText),
 }
 CHOSEN = {"t5", "bart", "fsmt", "t5gemma", "qwen2_vl", "gemma3", "idefics", "cohere2_vision"}
-# An embedding or a linear layer of its own kind as output layer, a head inside the trunk, none at all, or a forward that
-# wants a picture before anything else.
-REFUSED = """encoder-decoder fsmt prophetnet blip blip-2 idefics instructblip instructblipvideo kosmos-2 kosmos-2.5 llama4 pi0
-    pix2struct vision-encoder-decoder"""
+# An embedding or a linear layer of its own kind as output layer, a head inside the trunk, none at all, or a forward
+# that wants a picture before anything else.
+REFUSED = """encoder-decoder fsmt prophetnet blip blip-2 idefics instructblip instructblipvideo kosmos-2 kosmos-2.5
+    llama4 pi0 pix2struct vision-encoder-decoder"""
 # What transformers cannot build here from a small configuration, or without timm or scipy.
-UNBUILT = """nemo_speechlm vibevoice_asr chameleon cohere_compass cosmos3_edge deepseek_ocr2 emu3 ernie4_5_vl_moe evolla fast_vlm
-    florence2 gemma3n glm5_next granite4_vision granite_docling inkling2 inkling_mm_model molmo2 muse_spark nemotron_h_omni
-    perception_lm"""
+UNBUILT = """nemo_speechlm vibevoice_asr chameleon cohere_compass cosmos3_edge deepseek_ocr2 emu3 ernie4_5_vl_moe evolla
+    fast_vlm florence2 gemma3n glm5_next granite4_vision granite_docling inkling2 inkling_mm_model molmo2 muse_spark
+    nemotron_h_omni perception_lm"""
 # Their forward does not run on text alone, or not with a small configuration.
 UNRUN = """voxtral_realtime diffusion_gemma hunyuan_vl pp_formulanet qwen2_5_omni_thinker qwen3_omni_moe_thinker step3p7
     udop"""
@@ -40,7 +40,8 @@ def rope(*section: int) -> dict:
     return {"text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": section}}}
 
 
-NEEDS = dict.fromkeys("glm46v glm4v glm_ocr glmga paddleocr_vl qwen2_5_vl qwen2_vl".split(), rope(1, 1, 2))
+THREE_PARTS = ("glm46v", "glm4v", "glm_ocr", "glmga", "paddleocr_vl", "qwen2_5_vl", "qwen2_vl")
+NEEDS = dict.fromkeys(THREE_PARTS, rope(1, 1, 2))
 NEEDS["glm4v_moe"] = rope(1, 1, 0)
 CASES = [
     pytest.param(family, kind, marks=() if kind in CHOSEN else pytest.mark.slow)
