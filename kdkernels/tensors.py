@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 _PLAIN = (Tensor, nn.Parameter)
 _DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+READ_INSIDE = "read it inside the wrapped forward, kd.through(wrapper, function, ...)"
 
 
 def check_floating(name: str, tensor: object) -> None:
@@ -35,13 +36,42 @@ def check_integral(name: str, ids: object) -> None:
         raise TypeError(f"{name}: expected an int64 or int32 tensor, got {getattr(ids, 'dtype', type(ids).__name__)}")
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a torch.distributed.tensor.DTensor, found out without importing that."""
+    return hasattr(type(tensor), "full_tensor")
+
+
+def check_gradient(name: str, tensor: Tensor) -> None:
+    """Refuses a tensor gathered from shards where nothing says how the gradients of all processes become one.
+
+    ``full_tensor()`` takes the gradient for the same on every process, and keeps this process's own: under FSDP2, where
+    each has tokens of its own, the shards would get a part of it.
+    """
+    node = None if torch.compiler.is_compiling() else tensor.grad_fn
+    while node is not None and type(node).__name__ != "_ToTorchTensorBackward":  # back over casts, views and the like
+        before = [each for each, _ in node.next_functions if each is not None]
+        node = before[0] if len(before) == 1 else None
+    if node is None or node.grad_placements is not None:
+        return
+    mesh, placements = node.dtensor_spec.mesh, node.dtensor_spec.placements
+    if any(each.is_replicate() and mesh.size(i) > 1 for i, each in enumerate(placements)):
+        raise TypeError(
+            f"{name}: it was gathered from shards without saying how its gradient is put together; pass "
+            f"kd.Head.from_model(model, hidden), which knows, or {name}.full_tensor(grad_placements=...): "
+            "[Partial('avg')] where each process has tokens of its own (FSDP2), [Replicate()] where all have the same "
+            "(tensor parallelism), for each dimension of the mesh"
+        )
+
+
 def _way_out(name: str, tensor: Tensor) -> str | None:
     """What to do about a subclass of Tensor that does not hold its values as such, None where it does."""
     kind = type(tensor)
-    if hasattr(kind, "full_tensor"):  # torch.distributed.tensor.DTensor, without importing it
+    if is_sharded(tensor):
+        if name not in ("weight", "bias"):
+            return f", of which this process holds a shard; pass {name}.full_tensor()"
         return (
-            f", of which this process holds a shard; pass {name}.full_tensor(), or compute {name} inside the forward "
-            "that FSDP2 gathers it for"
+            ", of which this process holds a shard; pass kd.Head.from_model(model, hidden), which "
+            f"gathers it, or {READ_INSIDE}, where FSDP2 has gathered it"
         )
     if getattr(tensor, "quant_state", None) is not None:  # bitsandbytes packs 4 bits into any dtype
         return (
@@ -58,12 +88,21 @@ def _way_out(name: str, tensor: Tensor) -> str | None:
     return f"; pass the tensor of its values ({name}.to(...) or what its class has for it)"
 
 
+def check_still_there(weight: Tensor, width: int) -> None:
+    """Refuses the weight [V, H] of a head that has outlived the forward in which ZeRO-3 or FSDP2 had gathered it."""
+    if weight.shape[1:] != (width,) or (weight.numel() and not weight.untyped_storage().size()):
+        raise RuntimeError(
+            f"weight: it had its values when the head was made, and has none now; use the head where it was read, and "
+            f"{READ_INSIDE}"
+        )
+
+
 def where_the_rows_are(weight: Tensor) -> str:
     """The way out for a weight [V, H] that has another shape because it is elsewhere; empty where nothing says so."""
     if hasattr(weight, "ds_id"):
         return (
-            "; ZeRO-3 holds its rows: read it under deepspeed.zero.GatheredParameters([weight]), or inside the forward "
-            "of the module that the engine wraps"
+            f"; ZeRO-3 holds its rows: {READ_INSIDE}; a frozen one also under "
+            "deepspeed.zero.GatheredParameters([weight])"
         )
     if isinstance(weight, nn.Parameter) and weight.dim() < 2:
         return (

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import output_layer
+from . import output_layer, sharded
 
 
 class Tail(NamedTuple):
@@ -70,13 +70,13 @@ def tail(model: nn.Module) -> Tail:
 
 
 def multiplied(model: nn.Module, layer: nn.Module, hidden: Tensor) -> output_layer.Product:
-    """What the output layer of ``model`` multiplies hidden states [..., H] with, adapters included.
+    """What the output layer of ``model`` multiplies hidden states [..., H] with, adapters included, shards gathered.
 
     Raises:
         TypeError: it is no product with a weight.
     """
     try:
-        return output_layer.product(layer, hidden)
+        return output_layer.product(layer, hidden, partial(sharded.whole, model, layer, hidden))
     except output_layer.NotLinear as error:
         raise _refusal(unwrapped(model), str(error)) from error
 
@@ -172,6 +172,7 @@ def _own_forward(module: nn.Module):
     forward = module.__dict__.get("forward")
     if "_old_forward" in module.__dict__ and _is_plumbing(forward):  # accelerate's, for device_map="auto"
         forward = module._old_forward
+    forward = sharded.before_tensor_parallelism(forward)
     forward = getattr(forward, "_torchdynamo_orig_callable", forward)  # model.forward = torch.compile(model.forward)
     return forward
 

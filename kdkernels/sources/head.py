@@ -14,7 +14,7 @@ from torch import Tensor
 from ..checks import check_count, check_positive
 from ..compute import fp16, gemm
 from ..kernels import Backend, Rows
-from ..tensors import check_floating, where_the_rows_are
+from ..tensors import check_floating, check_gradient, check_still_there, where_the_rows_are
 from ..wrappers import refuse_unprepared
 from .base import Costs, Gradient, Producer, Source, autocast_dtype, check_vocab_size, powers_like, row_bytes, take
 from .from_model import multiplied, tail
@@ -64,6 +64,8 @@ class Head(Source):
             if tensor is None and name == "bias":
                 continue
             check_floating(name, tensor)
+            if name != "hidden":
+                check_gradient(name, tensor)
             if tensor.device != self.hidden.device:
                 lost = "; it has no values there: load it first" if tensor.is_meta else ""
                 raise ValueError(
@@ -242,6 +244,7 @@ class HeadProducer(Producer):
         needs: tuple[bool, ...],
         pieces: int,
     ):
+        check_still_there(head.weight, head.width)
         super().__init__(backend, index, vocabulary, buffer)
         self.source = head.hidden
         weight = head.weight[:vocabulary]

@@ -11,16 +11,22 @@ Axes: V vocabulary, H hidden, R ranks of all active adapters together; [...] lea
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from .sharded import class_of
 
 # Packages of peft.tuners whose layers are linear in the hidden states, each at its own position, draw no random numbers
 # but in dropouts and leave the gradient to autograd. Lily routes, PVeRA draws, OSF projects gradients.
 _LINEAR = "adalora boft deft fourierft hira hra ia3 loha lokr lora miss oft randlora shira trainable_tokens vera"
 # The same of LoRA's variants. Arrow routes, aLoRA begins at a position, MonteCLoRA draws, VeLoRA replaces the gradient.
 _LINEAR_VARIANTS = {"DoraLinearVariant", "KasaLinearVariant"}
+
+Read = Callable[[Tensor], Tensor]
 
 
 class Product(NamedTuple):
@@ -47,20 +53,22 @@ def innermost(layer: nn.Module) -> nn.Module:
     return layer.get_base_layer() if is_adapter(layer) else layer
 
 
-def product(layer: nn.Module, hidden: Tensor) -> Product:
+def product(layer: nn.Module, hidden: Tensor, read: Read) -> Product:
     """What ``layer`` multiplies hidden states [..., H] with, differentiable in its parameters.
+
+    ``read`` makes a plain tensor of a parameter (``sharded.whole``).
 
     Raises:
         NotLinear: it is no such product, or not at the moment.
     """
     layer = _used(layer)
     if not is_adapter(layer):
-        return Product(layer.weight, layer.bias)
+        return _own(layer, read)
     base = layer.get_base_layer()
     if layer.merged or layer.disable_adapters:
         if layer.merged and layer.disable_adapters:
             raise NotLinear("its adapters are disabled but still merged: call unmerge_adapter() on the PEFT model")
-        return Product(base.weight, base.bias)
+        return _own(base, read)
     if not _is_linear(layer) or layer.base_layer is not base:
         raise NotLinear(f"its output layer, {_kind(layer)}, is not known to be linear in the hidden states")
     variants = {type(v).__name__ for name, v in getattr(layer, "lora_variant", {}).items() if name in _active(layer)}
@@ -68,19 +76,24 @@ def product(layer: nn.Module, hidden: Tensor) -> Product:
         raise NotLinear(f"its output layer has an adapter of the kind {', '.join(sorted(variants - _LINEAR_VARIANTS))}")
     low_rank = _kind(layer) == "peft.tuners.lora.layer.Linear" and not variants
     try:
-        return (_low_rank if low_rank else _effective)(layer, base, hidden)
+        return _low_rank(layer, base, hidden, read) if low_rank else _effective(layer, base, hidden)
     except RuntimeError as error:
         said = str(error).splitlines()[0]
         raise NotLinear(f"its output layer, {_kind(layer)}, does not run on these hidden states ({said})") from error
 
 
 def _is_linear(layer: nn.Module) -> bool:
-    package, _, tuner = type(layer).__module__.rpartition(".")[0].rpartition(".")
+    package, _, tuner = class_of(layer).__module__.rpartition(".")[0].rpartition(".")
     return package == "peft.tuners" and tuner in _LINEAR.split()
 
 
 def _kind(layer: nn.Module) -> str:
-    return f"{type(layer).__module__}.{type(layer).__qualname__}"
+    return f"{class_of(layer).__module__}.{class_of(layer).__qualname__}"
+
+
+def _own(layer: nn.Module, read: Read) -> Product:
+    """Of a linear layer."""
+    return Product(read(layer.weight), None if layer.bias is None else read(layer.bias))
 
 
 def _used(layer: nn.Module) -> nn.Module:
@@ -103,25 +116,23 @@ def _active(layer: nn.Module) -> list[str]:
     return [names] if isinstance(names, str) else names
 
 
-def _low_rank(layer: nn.Module, base: nn.Module, hidden: Tensor) -> Product:
-    """Of LoRA. The adapters' own modules make u, so that dropout is the one that the layer itself would have."""
-    inner, outer, bias = [], [], base.bias
+def _low_rank(layer: nn.Module, base: nn.Module, hidden: Tensor, read: Read) -> Product:
+    """Of LoRA. u is made with the adapters' own dropout, which is the one that the layer itself would have."""
+    inner, outer, (weight, bias, *_) = [], [], _own(base, read)
     for name in _active(layer):
         if name not in layer.lora_A:
             continue
-        a, b, scaling = layer.lora_A[name], layer.lora_B[name], layer.scaling[name]
-        u = scaling * a(layer.lora_dropout[name](hidden.to(a.weight.dtype)))
+        a, b, scaling = read(layer.lora_A[name].weight), layer.lora_B[name], layer.scaling[name]
+        u = scaling * linear(layer.lora_dropout[name](hidden.to(a.dtype)), a)
         inner.append(u.to(hidden.dtype))
-        outer.append(b.weight.to(hidden.dtype))
+        outer.append(read(b.weight).to(hidden.dtype))
         if b.bias is not None:
-            shift = (scaling * b.bias).to(hidden.dtype)
+            shift = (scaling * read(b.bias)).to(hidden.dtype)
             bias = shift if bias is None else bias + shift
     if not inner:
-        return Product(base.weight, bias)
+        return Product(weight, bias)
     one = len(inner) == 1
-    return Product(
-        base.weight, bias, inner[0] if one else torch.cat(inner, -1), outer[0] if one else torch.cat(outer, -1)
-    )
+    return Product(weight, bias, inner[0] if one else torch.cat(inner, -1), outer[0] if one else torch.cat(outer, -1))
 
 
 def _effective(layer: nn.Module, base: nn.Module, hidden: Tensor) -> Product:
