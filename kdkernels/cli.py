@@ -47,6 +47,8 @@ def _train(options: argparse.Namespace) -> int:
         return end(UNUSABLE, f"--dry-run: expected one recipe, got {len(sources)}: give it one stage after another")
     try:
         recipes = read_recipes(sources, options.set)
+    except MissingPackage as error:
+        return end(UNUSABLE, error)
     except InputError as error:
         if not launched():
             return end(UNUSABLE, error)

@@ -40,9 +40,9 @@ sys.exit(status)
 RECIPE = str(ROOT / "recipes" / "demo" / "student.toml")
 
 
-def run(*arguments, cwd) -> subprocess.CompletedProcess:
+def run(*arguments, cwd, program: str = PROGRAM) -> subprocess.CompletedProcess:
     environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
-    command = [sys.executable, "-c", PROGRAM, *arguments]
+    command = [sys.executable, "-c", program, *arguments]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=240)
 
 
@@ -71,6 +71,15 @@ def test_answers_that_need_no_torch(tmp_path, arguments, status, told):
     assert done.returncode == status and told in done.stdout + done.stderr
     assert done.stdout.splitlines()[-1] == "asked for: []"
     assert not list(tmp_path.iterdir())
+
+
+def test_without_a_toml_parser(tmp_path):
+    """Python 3.10 has none: recipes name what to install, all else answers."""
+    program = "import sys; sys.modules.update(tomllib=None, tomli=None)" + PROGRAM
+    for arguments in (["--version"], ["--help"], ["train", "--help"], ["new", "mine.toml"]):
+        assert run(*arguments, cwd=tmp_path, program=program).returncode == 0
+    done = run("train", "mine.toml", cwd=tmp_path, program=program)
+    assert done.returncode == 2 and "recipes need tomli on Python 3.10: pip install kdkernels[train]" in done.stderr
 
 
 def test_a_new_recipe_has_every_key_and_is_one(tmp_path, monkeypatch):

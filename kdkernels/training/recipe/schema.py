@@ -12,12 +12,7 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-try:
-    import tomllib
-except ModuleNotFoundError:  # Python 3.10
-    import tomli as tomllib
-
-from kdkernels.errors import InputError
+from kdkernels.errors import InputError, MissingPackage
 
 
 @dataclass(frozen=True)
@@ -28,10 +23,22 @@ class Rule:
     expected: str
 
 
+def toml() -> types.ModuleType:
+    """Python's TOML parser, which 3.10 does not have: there tomli, where it is installed. Raises MissingPackage."""
+    try:
+        import tomllib
+    except ModuleNotFoundError:
+        try:
+            import tomli as tomllib
+        except ModuleNotFoundError as error:
+            raise MissingPackage("recipes need tomli on Python 3.10: pip install kdkernels[train]") from error
+    return tomllib
+
+
 def read_toml(path: str | Path) -> dict[str, Any]:
     """The tables of a TOML file. Raises InputError."""
     try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        return toml().loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     except ValueError as error:  # not TOML, not UTF-8
@@ -55,8 +62,8 @@ def override(tables: dict[str, Any], assignment: str) -> None:
     if any("\ud800" <= character <= "\udfff" for character in text):  # how Python hands on bytes that are not UTF-8
         raise InputError(f"--set {path}: expected UTF-8, got {text!r}")
     try:
-        parsed = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
+        parsed = toml().loads(f"value = {text}")
+    except toml().TOMLDecodeError:
         parsed = {}
     except RecursionError as error:
         raise InputError(f"--set {path}: arrays or tables nested too deeply") from error
