@@ -22,7 +22,7 @@ FAMILIES = {
     "seq2seq": (MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, AutoModelForSeq2SeqLM),
     "vision": (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, AutoModelForImageTextToText),
 }
-CHOSEN = {"t5", "bart", "fsmt", "t5gemma", "qwen2_vl", "gemma3", "idefics", "cohere2_vision"}
+CHOSEN = {"t5", "bart", "fsmt", "t5gemma", "gemma3", "idefics", "cohere2_vision"}
 # An embedding or a linear layer of its own kind as output layer, a head inside the trunk, none at all, or a forward
 # that wants a picture before anything else.
 REFUSED = """encoder-decoder fsmt prophetnet blip blip-2 idefics instructblip instructblipvideo kosmos-2 kosmos-2.5

@@ -190,6 +190,32 @@ class Head(Source):
             **adapter,
         )
 
+    def verify(self, model, /, tokens: int = 8, **inputs) -> float:
+        """Compares this head's logits with those of the model's own forward, at a few tokens.
+
+        For once, before a long training: with a model that ``from_model`` has not seen before, weights or wrappers of
+        one's own, a head that was made by hand. The model's forward runs once over all of ``inputs``, without
+        gradients, and makes all of their logits: a short batch is enough.
+
+            head = kd.Head.from_model(model, kd.hidden_states(model, **inputs))
+            head.verify(model, **inputs)
+
+        Args:
+            model: the model, in the mode (train, eval) and under the wrappers that made the hidden states.
+            tokens: how many are compared, spread over the positions that ``attention_mask`` counts.
+            inputs: what the model's forward takes; the head's hidden states are of the same.
+
+        Returns:
+            The largest difference between two logits, as a part of their token's largest logit.
+
+        Raises:
+            ValueError: they part, further than rounding in their dtype explains (fp64 1e-9, fp32 1e-4, fp16 5e-3, bf16
+                3e-2), at the position and entry that the message names; or the hidden states are not of these inputs.
+        """
+        from .verify import verify
+
+        return verify(self, model, tokens, inputs)
+
 
 def multiplies(weight: Tensor) -> bool:
     """Whether products can read the weight in place, because one of its strides is 1."""
