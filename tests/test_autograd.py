@@ -216,7 +216,7 @@ def test_backward_inside_autocast_casts_nothing(backend):
 
 
 def test_autocast_leaves_fp64_alone():
-    """As PyTorch's does: in bf16 the entropy would err by a thousandth. Beside another dtype it is refused."""
+    """As PyTorch's does: in bf16 the entropy would err by a thousandth. Beside another dtype in one head it is refused."""
     batch = fixed().to(torch.float64)
     expected = loss_of(kd.GKD, batch)
     d_expected = truth.gradients(expected, batch.student)
@@ -225,8 +225,6 @@ def test_autocast_leaves_fp64_alone():
         entropy = kd.entropy(batch.student)
         with pytest.raises(TypeError, match=r"weight: expected dtype torch\.float64"):
             replace(batch.student, weight=batch.student.weight.float())
-        with pytest.raises(TypeError, match=r"teacher: expected dtype torch\.float64"):
-            kd.divergence(batch.student, fixed().teacher, kd.JSD(0.5))
     assert torch.equal(loss, expected) and torch.equal(entropy, kd.entropy(batch.student))
     assert all(map(torch.equal, truth.gradients(loss, batch.student), d_expected))
 
