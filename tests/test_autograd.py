@@ -216,7 +216,7 @@ def test_backward_inside_autocast_casts_nothing(backend):
 
 
 def test_autocast_leaves_fp64_alone():
-    """As PyTorch's does: in bf16 the entropy would err by a thousandth. Beside another dtype in one head it is refused."""
+    """As PyTorch's does: in bf16 the entropy would err by a thousandth. A head of two dtypes is refused."""
     batch = fixed().to(torch.float64)
     expected = loss_of(kd.GKD, batch)
     d_expected = truth.gradients(expected, batch.student)
