@@ -8,6 +8,10 @@ from torch import Tensor, nn
 _PLAIN = (Tensor, nn.Parameter)
 _DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 READ_INSIDE = "read it inside the wrapped forward, kd.through(wrapper, function, ...)"
+_WAYS_OUT = (
+    f"pass kd.Head.from_model(model, hidden), which reads it right; or {READ_INSIDE}, where FSDP2 has gathered it; or, "
+    "of tensor parallelism, kd.Head(hidden, weight.to_local(), vocab_size=..., group=weight.device_mesh.get_group())"
+)
 
 
 def check_floating(name: str, tensor: object) -> None:
@@ -41,8 +45,9 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(type(tensor), "full_tensor")
 
 
-def check_gradient(name: str, tensor: Tensor) -> None:
-    """Refuses a tensor gathered from shards where nothing says how the gradients of all processes become one.
+def check_gradient(name: str, tensor: Tensor, group: object) -> None:
+    """Refuses a tensor gathered from shards where nothing says how the gradients of all processes become one, and one
+    that is a shard itself but has no ``group``.
 
     ``full_tensor()`` takes the gradient for the same on every process, and keeps this process's own: under FSDP2, where
     each has tokens of its own, the shards would get a part of it.
@@ -51,10 +56,14 @@ def check_gradient(name: str, tensor: Tensor) -> None:
     while node is not None and type(node).__name__ != "_ToTorchTensorBackward":  # back over casts, views and the like
         before = [each for each, _ in node.next_functions if each is not None]
         node = before[0] if len(before) == 1 else None
-    if node is None or node.grad_placements is not None:
+    if node is None:
         return
     mesh, placements = node.dtensor_spec.mesh, node.dtensor_spec.placements
-    if any(each.is_replicate() and mesh.size(i) > 1 for i, each in enumerate(placements)):
+    if group is None and any(not each.is_replicate() and mesh.size(i) > 1 for i, each in enumerate(placements)):
+        raise TypeError(f"{name}: got the shard of this process alone; {_WAYS_OUT}")
+    if node.grad_placements is None and any(
+        each.is_replicate() and mesh.size(i) > 1 for i, each in enumerate(placements)
+    ):
         raise TypeError(
             f"{name}: it was gathered from shards without saying how its gradient is put together; pass "
             f"kd.Head.from_model(model, hidden), which knows, or {name}.full_tensor(grad_placements=...): "
@@ -69,10 +78,7 @@ def _way_out(name: str, tensor: Tensor) -> str | None:
     if is_sharded(tensor):
         if name not in ("weight", "bias"):
             return f", of which this process holds a shard; pass {name}.full_tensor()"
-        return (
-            ", of which this process holds a shard; pass kd.Head.from_model(model, hidden), which "
-            f"gathers it, or {READ_INSIDE}, where FSDP2 has gathered it"
-        )
+        return f", of which this process holds a shard; {_WAYS_OUT}"
     if getattr(tensor, "quant_state", None) is not None:  # bitsandbytes packs 4 bits into any dtype
         return (
             f", which is quantized; pass bitsandbytes.functional.dequantize_4bit({name}.data, {name}.quant_state), or "

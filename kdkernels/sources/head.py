@@ -19,6 +19,7 @@ from ..wrappers import refuse_unprepared
 from .base import Costs, Gradient, Producer, Source, autocast_dtype, check_vocab_size, powers_like, row_bytes, take
 from .from_model import multiplied, tail
 from .parallel import check_group, packed_group, unpacked_group
+from .sharded import divided
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -65,7 +66,7 @@ class Head(Source):
                 continue
             check_floating(name, tensor)
             if name != "hidden":
-                check_gradient(name, tensor)
+                check_gradient(name, tensor, self.group)
             if tensor.device != self.hidden.device:
                 lost = "; it has no values there: load it first" if tensor.is_meta else ""
                 raise ValueError(
@@ -159,7 +160,9 @@ class Head(Source):
         that is linear in the hidden states (DoRA, IA3, trainable tokens) by its effective weight.
 
         Args:
-            model: the causal LM; it may be wrapped by DDP, FSDP, DeepSpeed, torch.compile or PEFT.
+            model: the causal LM; it may be wrapped by DDP, FSDP, DeepSpeed, torch.compile or PEFT. Weights that
+                FSDP2 has sharded are gathered, and their gradients reduced; where a tensor-parallel plan divides the
+                rows of the output layer, the head has the plan's group (``sharded.py``).
             hidden: [..., H] the last hidden states of its base model.
             vocab_size: the real vocabulary (the tokenizer's) where the embedding is padded; by default the entries
                 that the model's forward gives a logit.
@@ -177,6 +180,7 @@ class Head(Source):
         read = tail(model)
         if vocab_size is not None:
             check_count("vocab_size", vocab_size, 1, read.entries)
+        hidden, group = divided(read.layer, hidden)
         used = multiplied(model, read.layer, hidden)
         bias = used.bias if used.bias is None or read.factor == 1 else used.bias / read.factor
         adapter = {} if used.inner is None else {"inner": used.inner, "outer": used.outer}
@@ -187,6 +191,7 @@ class Head(Source):
             softcap=read.softcap,
             scale=read.scale * read.factor,
             vocab_size=read.entries if vocab_size is None else vocab_size,
+            group=group,
             **adapter,
         )
 

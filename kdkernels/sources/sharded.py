@@ -13,11 +13,16 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from ..tensors import READ_INSIDE, check_floating, is_sharded
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def whole(model: nn.Module, layer: nn.Module, hidden: Tensor, parameter: Tensor) -> Tensor:
@@ -46,14 +51,11 @@ def whole(model: nn.Module, layer: nn.Module, hidden: Tensor, parameter: Tensor)
     unit = _unit(model, parameter, "sharded_param")
     if unit is not None:
         return _gathered(parameter, unit, hidden.dtype)
-    if _is_planned(layer):
-        raise TypeError(
-            f"weight: {_said(parameter)} of tensor parallelism, which no kd.Head takes; pass "
-            "kd.Logits(model(...).logits)"
-        )
+    if _plan(layer) is not None and _rows_alone(parameter):
+        return parameter.to_local()
     raise TypeError(
         f"weight: {_said(parameter)}, and {type(model).__name__} has no FSDP2 unit of it and no tensor-parallel plan "
-        f"for its output layer; {READ_INSIDE}"
+        f"that divides the rows of its output layer; {READ_INSIDE}, or pass kd.Logits(model(...).logits)"
     )
 
 
@@ -136,9 +138,52 @@ def _around(forward: Callable | None) -> dict:
     return inspect.getclosurevars(forward).nonlocals if ours else {}
 
 
-def _is_planned(layer: nn.Module) -> bool:
-    """Whether a tensor-parallel plan, PyTorch's or transformers', has cut the layer's weights."""
-    hooks = [hook.__module__ for hook in layer._forward_pre_hooks.values()]
-    return bool(_around(layer.__dict__.get("forward"))) or any(
-        module.startswith("torch.distributed.tensor") for module in hooks
-    )
+def divided(layer: nn.Module, hidden: Tensor) -> tuple[Tensor, ProcessGroup | None]:
+    """The processes that divide the rows of an output layer by a tensor-parallel plan, and what it multiplies there.
+
+    Returns:
+        hidden [..., H] as the plan gives it to the layer, whole on each process (a plan for sequence parallelism
+        gathers it), and the group of the processes; hidden as it is and None where there is no such plan.
+
+    Raises:
+        TypeError: the plan takes the input of the layer in pieces, or some of the processes have no row.
+    """
+    inputs = _plan(layer)
+    if inputs is None or not is_sharded(layer.weight) or not _rows_alone(layer.weight):
+        return hidden, None
+    check_floating("hidden", hidden)
+    mesh, rows = layer.weight.device_mesh, layer.weight.shape[0]
+    if -(-rows // mesh.size()) * (mesh.size() - 1) >= rows:
+        raise TypeError(f"weight: expected rows on each of {mesh.size()} processes, got {rows} in all")
+    return inputs(hidden), mesh.get_group()
+
+
+def _rows_alone(weight: Tensor) -> bool:
+    """Whether each process of the mesh has rows of its own, in the order of the ranks."""
+    from torch.distributed.tensor import Shard
+
+    mesh = weight.device_mesh
+    if mesh.ndim != 1 or weight.placements != (Shard(0),):
+        return False
+    return mesh.mesh.tolist() == sorted(mesh.mesh.tolist())
+
+
+def _plan(layer: nn.Module) -> Callable[[Tensor], Tensor] | None:
+    """What a tensor-parallel plan, PyTorch's or transformers', does with the input of the layer that it has cut; None
+    where there is none.
+    """
+    for hook in layer._forward_pre_hooks.values():
+        if hook.__module__.startswith("torch.distributed.tensor"):
+            return lambda hidden: hook(layer, (hidden,)).full_tensor()
+    style = _around(layer.__dict__.get("forward")).get("self")
+    return None if style is None else partial(_transformers_input, layer, style)
+
+
+def _transformers_input(layer: nn.Module, style, hidden: Tensor) -> Tensor:
+    """What a style of transformers' tensor parallelism makes of the layer's input: all of it on each process."""
+    if not style.input_layouts.is_replicate():
+        raise TypeError(
+            f"hidden: expected a tensor-parallel plan whose output layer takes them whole, got {style.input_layouts}; "
+            "pass kd.Logits(model(...).logits)"
+        )
+    return hidden

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 from kdkernels.training import deepspeed_strategy  # before anything else of DeepSpeed: it says on what
@@ -22,13 +23,19 @@ from deepspeed.utils import safe_get_full_grad
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    PrepareModuleOutput,
+    RowwiseParallel,
+    parallelize_module,
+)
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import kdkernels as kd
 from kdkernels import reference
 
-ROWS, LENGTH, HIDDEN, WORDS, ENTRIES = 4, 7, 16, 61, 59  # an odd number of rows, of which two are padding
+ROWS, LENGTH, HIDDEN, WORDS, ENTRIES = 4, 8, 16, 61, 59  # an odd number of rows, of which two are padding
 SPLITS = {  # how many tokens each response has: the first two are of the first process
     "even": (5, 4, 5, 4),
     "uneven": (6, 1, 6, 6),
@@ -39,7 +46,7 @@ SPLITS = {  # how many tokens each response has: the first two are of the first 
 def causal_lm(tied: bool = False, bias: bool = True) -> LlamaForCausalLM:
     torch.manual_seed(3)
     sizes = dict(vocab_size=WORDS, hidden_size=HIDDEN, intermediate_size=24, num_hidden_layers=1)
-    heads = dict(num_attention_heads=2, num_key_value_heads=1, initializer_range=0.3)
+    heads = dict(num_attention_heads=2, num_key_value_heads=2, initializer_range=0.3)
     model = LlamaForCausalLM(LlamaConfig(**sizes, **heads, tie_word_embeddings=tied))
     if bias:
         model.lm_head.bias = nn.Parameter(torch.randn(WORDS))
@@ -103,6 +110,7 @@ class Case:
     model: Callable[[], nn.Module] = causal_lm
     split: str = "even"
     steps: int = 1  # micro-batches whose gradients add up
+    together: bool = False  # both processes have all tokens, as a tensor-parallel group has
     outside: bool = False  # the head is read outside the wrapped forward
     in_bf16: bool = False  # compared with the error of the model's own logits in the same wrapper
     times: float = 1.0  # what the wrapper was told to multiply the mean gradient with
@@ -113,8 +121,9 @@ def reference_of(case: Case) -> dict[str, Tensor]:
     model, loss = case.model().double(), 0.0
     for step in range(case.steps):
         ids, logits, mask = batch(case.split, step)
-        for here in (slice(0, 2), slice(2, 4)):
-            loss = loss + exact(model(input_ids=ids[here]).logits, logits[here], mask[here]) / 2
+        parts = [slice(0, 4)] if case.together else [slice(0, 2), slice(2, 4)]
+        for here in parts:
+            loss = loss + exact(model(input_ids=ids[here]).logits, logits[here], mask[here]) / len(parts)
     loss.backward()
     return {"loss": loss.detach()} | {
         name: p.grad * case.times for name, p in model.named_parameters() if p.requires_grad
@@ -126,7 +135,7 @@ def found(case: Case, through_logits: bool = False) -> dict[str, Tensor]:
     module = Step(case.model(), through_logits)
     wrapped, total = case.wrap(module), 0.0
     for step in range(case.steps):
-        here = slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2)
+        here = slice(0, 4) if case.together else slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2)
         ids, logits, mask = (x[here] for x in batch(case.split, step))
         if case.outside:
             hidden = wrapped.model(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states[-1]
@@ -193,6 +202,40 @@ def zero3(step: Step) -> Callable:
     return engine
 
 
+def tensor_parallel(sequence: bool = False, fsdp: tuple[int, int] | None = None) -> Callable[[Step], Callable]:
+    """sequence: the layer before gives each process a part of the positions; fsdp: the sizes of a mesh of both."""
+
+    def wrap(step: Step) -> Callable:
+        mesh = dist.init_device_mesh("cpu", fsdp or (1, 2), mesh_dim_names=("data", "tensor"))
+        plan = {"lm_head": ColwiseParallel(output_layouts=Replicate())}
+        if sequence:
+            plan["model.norm"] = PrepareModuleOutput(output_layouts=Replicate(), desired_output_layouts=Shard(1))
+            plan["lm_head"] = ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate())
+        parallelize_module(step.model, mesh["tensor"], plan)
+        if fsdp:
+            fully_shard(step, mesh=mesh["data"])
+        return step
+
+    return wrap
+
+
+def planned_by_transformers(step: Step) -> Callable:
+    """The model's own plan, tp_plan="auto": its weights are read from files."""
+    with TemporaryDirectory() as folder:
+        folders = [folder]
+        dist.broadcast_object_list(folders)
+        step.model.save_pretrained(folders[0])  # by the first process
+        dist.barrier()
+        step.model = type(step.model).from_pretrained(folders[0], tp_plan="auto", dtype=torch.float32)
+        dist.barrier()
+    assert isinstance(step.model.lm_head.weight, DTensor)
+    return step
+
+
+def without_bias() -> nn.Module:
+    return causal_lm(bias=False)
+
+
 def tied() -> nn.Module:
     return causal_lm(tied=True, bias=False)
 
@@ -216,6 +259,13 @@ CASES = {
     "root in bf16": Case(fsdp2(bf16=True), in_bf16=True),
     "own unit in bf16": Case(fsdp2(own=True, bf16=True), in_bf16=True),
     "own unit, LoRA": Case(fsdp2(own=True), with_lora),
+    "tensor parallel": Case(tensor_parallel(), together=True),
+    "tensor parallel, accumulated": Case(tensor_parallel(), together=True, split="uneven", steps=2),
+    "tensor parallel, sequence too": Case(tensor_parallel(sequence=True), together=True),
+    "tensor parallel, FSDP2 of one": Case(tensor_parallel(fsdp=(1, 2)), together=True),
+    "tensor parallel of one, FSDP2": Case(tensor_parallel(fsdp=(2, 1)), split="one without"),
+    "tensor parallel, transformers": Case(planned_by_transformers, without_bias, together=True),
+    "tensor parallel, transformers, tied": Case(planned_by_transformers, tied, together=True),
     "ZeRO-3, uneven": Case(zero3, split="uneven"),
     "ZeRO-3, tied, one without tokens": Case(zero3, tied, split="one without"),
 }
@@ -267,10 +317,10 @@ def of_both() -> None:
     head_of(step)
 
 
-def planned() -> None:
+def planned(style: ParallelStyle, words: int = WORDS) -> None:
     step = Step(causal_lm())
-    mesh = dist.init_device_mesh("cpu", (2,))
-    parallelize_module(step.model, mesh, {"lm_head": ColwiseParallel(output_layouts=Replicate())})
+    step.model.resize_token_embeddings(words)
+    parallelize_module(step.model, dist.init_device_mesh("cpu", (2,)), {"lm_head": style})
     head_of(step)
 
 
@@ -324,7 +374,9 @@ REFUSED = {
     ),
     "unknown": unknown,
     "frozen trunk": frozen_trunk,
-    "plan": planned,
+    "shard alone": lambda: kd.Head(torch.zeros(2, HIDDEN), cut(Shard(0)).to_local()),
+    "columns": lambda: planned(RowwiseParallel()),
+    "no row": lambda: planned(ColwiseParallel(), words=1),
     "FSDP2 and plan": of_both,
     "ZeRO-3 outside": lambda: head_of(zero_step()),
     "ZeRO-3 outlived": outlived_zero3,

@@ -1,4 +1,4 @@
-"""Heads read from FSDP2's and ZeRO-3's shards: those of full logits in fp64, or an error with a way out."""
+"""Heads of FSDP2, ZeRO-3 and tensor parallelism: the numbers of full logits in fp64, or an error with a way out."""
 
 import re
 import sys
@@ -41,7 +41,9 @@ TOLD = {
     "full bias": r"TypeError: bias: .*kd.Head.from_model.*bias\.full_tensor\(grad_placements=.*Partial",
     "unknown": "TypeError: weight: got shards .*LlamaForCausalLM has no FSDP2 unit of it.*kd.through",
     "frozen trunk": "RuntimeError: weight: no gradient would reach it: hidden requires none.*kd.through",
-    "plan": "TypeError: weight: got shards .*of tensor parallelism.*kd.Logits",
+    "shard alone": r"TypeError: weight: got the shard of this process alone; .*kd.Head.from_model.*group=",
+    "columns": r"TypeError: weight: got shards .*Shard\(dim=1\).* no .*plan that divides the rows.*kd.Logits",
+    "no row": "TypeError: weight: expected rows on each of 2 processes, got 1 in all",
     "FSDP2 and plan": "TypeError: weight: got shards .*of both FSDP2 and tensor parallelism.*kd.through",
     "ZeRO-3 outside": r"TypeError: weight: expected shape \[V, H\], got \[0\]; ZeRO-3 holds its rows.*kd.through",
     "ZeRO-3 outlived": "RuntimeError: weight: it had its values when the head was made, and has none now.*kd.through",
