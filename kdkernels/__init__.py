@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from . import modules
+    from .distillation import Distillation
     from .divergences import JSD, ForwardKL, ReverseKL, SkewKL, SkewReverseKL
     from .functional import TokenStatistics, cross_entropy, divergence, entropy, plackett_luce, statistics
     from .layout import Layout
@@ -31,6 +32,7 @@ __all__ = [
     "VCRD",
     "AdaptiveOpener",
     "DistiLLM2",
+    "Distillation",
     "ForwardKL",
     "FusedLinearDistillationLoss",
     "Head",
@@ -52,6 +54,7 @@ __all__ = [
     "through",
 ]
 _HOMES = {  # the module that each public name comes from
+    "distillation": ("Distillation",),
     "divergences": ("JSD", "ForwardKL", "ReverseKL", "SkewKL", "SkewReverseKL"),
     "functional": ("TokenStatistics", "cross_entropy", "divergence", "entropy", "plackett_luce", "statistics"),
     "layout": ("Layout",),

@@ -1,56 +1,136 @@
-"""Student and objective as one module, for any trainer: its forward turns a batch into the loss.
+"""Student and objective as one module, for any trainer: its forward turns Hugging Face inputs into the loss.
 
-    module = Distillation(student, kd.GKD(), vocabulary_size(tokenizer))
-    with torch.no_grad():
-        scored = head(teacher, batch, module.vocab_size)
-    module(batch, scored).loss.backward()
-
-Axes: B responses, L length, H hidden.
+Axes: B sequences, L positions, H hidden.
 """
 
+from __future__ import annotations
+
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedModel
-from transformers.modeling_outputs import ModelOutput
 
-from kdkernels.data.batch import Batch
-from kdkernels.objectives import Objective, Output
-from kdkernels.sources import Head, Source
-from kdkernels.sources.from_model import ask, tail, trunk
+from .checks import check_count
+from .layout import Layout
+from .objectives import Objective, Output
+from .sources import Head, Source
+from .sources.from_model import ask, tail, unwrapped
+from .sources.hidden import has_encoder, last_hidden_state, trunk_output
+from .wrappers import is_inside, is_wrapped, through
 
 ROUTER_LOSS = "router_loss"  # among the metrics
 
 
 class Distillation(nn.Module):
-    """Student and objective in one module, so that the engine that wraps it sees every use of every weight, the
-    lm_head's included.
+    """Student and objective in one module: Hugging Face inputs in, loss and metrics out.
+
+    ::
+
+        distillation = kd.Distillation(student, kd.GKD(), vocab_size=len(tokenizer))
+        with torch.no_grad():
+            scored = kd.Head.from_model(teacher, kd.hidden_states(teacher, **inputs), len(tokenizer))
+        distillation(teacher=scored, labels=labels, **inputs).loss.backward()
+
+    Either the module is wrapped (``DDP(distillation)``, ``fully_shard(distillation)``, ``deepspeed.initialize(
+    model=distillation)``, ``accelerator.prepare(distillation)``), or it is made around a student that is wrapped
+    already, as a trainer hands it over: then the forward runs through that wrapper (``kd.through``).
+
+    Args:
+        student: a model of transformers with a language-model head, or what wraps one.
+        objective: kd.GKD(), kd.TSDKD() ...
+        vocab_size: the ids that have a token, the tokenizer's size: entries beyond are padding and have probability 0.
+
+    Raises:
+        TypeError: the student's head is none that ``kd.Head.from_model`` takes, which the message names.
+        ValueError: vocab_size exceeds the entries that the student gives a logit.
     """
 
-    def __init__(self, student: PreTrainedModel, objective: Objective, vocab_size: int):
+    def __init__(self, student: nn.Module, objective: Objective, vocab_size: int):
         super().__init__()
+        if not isinstance(student, nn.Module):
+            raise TypeError(f"student: expected a model of transformers, got {type(student).__name__}")
+        if not isinstance(objective, Objective):
+            raise TypeError(f"objective: expected one like kd.GKD(), got {objective!r}")
+        check_count("vocab_size", vocab_size, 1, tail(student).entries)
         self.student, self.objective, self.vocab_size = student, objective, vocab_size
 
-    def forward(self, batch: Batch, teacher: Source | None, weights: Tensor | None = None) -> Output:
-        """The objective's output (loss, count, metrics) for `batch`; the student's own router loss is part of the loss
-        where its config turns that on.
+    def forward(
+        self,
+        *,
+        teacher: Source | None = None,
+        labels: Tensor | None = None,
+        layout: Layout | None = None,
+        mask: Tensor | None = None,
+        target: Tensor | None = None,
+        weights: Tensor | None = None,
+        from_teacher: Tensor | None = None,
+        denominator: float | Tensor | None = None,
+        **inputs,
+    ) -> Output:
+        """The objective's loss, count and metrics for a batch. The student's own router loss is part of the loss and
+        among the metrics where its config turns that on (``output_router_logits``).
+
+        Which positions count is said by exactly one of labels, layout and mask.
 
         Args:
-            batch: on the student's device.
-            teacher: what a teacher gave for it; None for an objective without one.
+            teacher: what a teacher gives the batch, as a ``kd.Head``, ``kd.Logits`` or ``kd.TopK`` over its positions
+                [B, L], on the student's device; None for an objective without one.
+            labels: [B, L] Hugging Face labels, -100 where a token is not scored; shifted here. Packed texts are told
+                apart by ``position_ids`` [B, L] among the inputs. In encoder-decoder models they also make the
+                decoder's inputs; position t predicts ``labels[t]`` there, and a row is one response.
+            layout: the positions and their responses.
+            mask: [B, L] bool, True where a position predicts a response token, one response a row.
+            target: [B, L], the token that each position predicts, where layout or mask do not know it.
             weights: [B, L], of each token, a factor on the objective's terms; not on the router loss.
+            from_teacher: [B] bool, for objectives that tell authors apart.
+            denominator: what to divide by instead of this batch's own count; the router loss then counts
+                count / denominator, so that it adds up to a mean over batches too.
+            inputs: of the student's forward: input_ids, attention_mask, position_ids, pixel_values ...
+
+        Raises:
+            TypeError, ValueError: naming the argument, what was expected and what came.
         """
-        output = states(self.student, batch)
-        scored = Head.from_model(self.student, output.last_hidden_state, vocab_size=self.vocab_size)
-        from_teacher = batch.from_teacher if self.objective.by_author else None
-        out = self.objective(
-            scored, teacher, batch.layout, target=batch.target, weights=weights, from_teacher=from_teacher
-        )
-        routers = router_loss(self.student, output, batch.attention_mask)
+        given = [name for name, value in (("labels", labels), ("layout", layout), ("mask", mask)) if value is not None]
+        if len(given) != 1:
+            raise TypeError(f"labels, layout, mask: expected exactly one of them, got {' and '.join(given) or 'none'}")
+        if has_encoder(self.student) and labels is not None:
+            inputs["labels"] = labels
+        options = {
+            "target": target,
+            "weights": weights,
+            "from_teacher": from_teacher,
+            "denominator": denominator,
+        }
+        loss = partial(self._loss, teacher, self._layout(labels, layout, mask, inputs), options)
+        if is_wrapped(self.student) and not is_inside(self.student):
+            return through(self.student, loss, **inputs)
+        return loss(**inputs)
+
+    def _layout(self, labels: Tensor | None, layout: Layout | None, mask: Tensor | None, inputs: dict) -> Layout:
+        if layout is not None:
+            if not isinstance(layout, Layout):
+                raise TypeError(f"layout: expected a kd.Layout, got {type(layout).__name__}; a bool tensor is a mask")
+            return layout
+        if mask is not None:
+            return Layout.from_mask(mask)
+        if has_encoder(self.student):
+            return _unshifted(labels)
+        positions = inputs.get("position_ids")
+        several = isinstance(positions, Tensor) and positions.dim() != 2  # of images too: their text starts once
+        return Layout.from_labels(labels, position_ids=None if several else positions)
+
+    def _loss(self, teacher: Source | None, layout: Layout, options: dict, **inputs) -> Output:
+        output = trunk_output(self.student, inputs)
+        hidden = last_hidden_state(self.student, output)
+        scored = Head.from_model(self.student, hidden, vocab_size=self.vocab_size)
+        out = self.objective(scored, teacher, layout, **options)
+        routers = router_loss(self.student, output, inputs.get("attention_mask"))
         if routers is None:
             return out
+        if options["denominator"] is not None:
+            routers = routers * (out.count / options["denominator"])
         return out._replace(loss=out.loss + routers, metrics=out.metrics | {ROUTER_LOSS: routers.detach()})
 
     def metric_reduction(self, metric: str) -> str:
@@ -58,35 +138,38 @@ class Distillation(nn.Module):
         return self.objective.metric_reduction("loss" if metric == ROUTER_LOSS else metric)
 
 
-def head(model: PreTrainedModel, batch: Batch, vocab_size: int) -> Head:
-    """The model's last hidden states [B, L, H] for `batch` with its lm_head, which is left to multiply the positions
-    that matter.
-    """
-    return Head.from_model(model, states(model, batch).last_hidden_state, vocab_size=vocab_size)
+def _unshifted(labels: Tensor) -> Layout:
+    """The layout of an encoder-decoder model's labels, where position t predicts the label at t."""
+    scored = labels != -100
+    layout = Layout.from_mask(scored)
+    return Layout.trusted(layout.index, layout.lengths, layout.shape, labels.flatten()[layout.index].long())
 
 
-def states(model: PreTrainedModel, batch: Batch) -> ModelOutput:
-    """What the model's trunk returns for `batch`: its last hidden states [B, L, H] and, if its config asks for them,
-    the logits of its routers.
-    """
-    return trunk(model)(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-
-
-def router_loss(model: PreTrainedModel, output: ModelOutput, attention_mask: Tensor) -> Tensor | None:
+def router_loss(model: nn.Module, output: object, attention_mask: Tensor | None) -> Tensor | None:
     """What the model's own forward adds to its loss for the experts' load, coefficient included: a scalar that is
     differentiable; None for a model that computes none (its config says `output_router_logits`).
 
-    output: of its trunk, last hidden states [B, L, H] among it; attention_mask: [B, L].
+    output: of its trunk, last hidden states [B, L, H] among it; attention_mask: [B, L], None where every token counts.
+
+    Raises TypeError for an encoder-decoder model that computes one: its encoder's routers are not in that output.
     """
+    model = unwrapped(model)
+    if has_encoder(model):
+        if getattr(model.config, "output_router_logits", False):
+            raise TypeError(
+                f"student: {type(model).__name__} computes a loss of its routers in encoder and decoder, which is left "
+                "out here; set config.output_router_logits = False"
+            )
+        return None
     return beyond_cross_entropy(model, output, attention_mask) if has_router_loss(output) else None
 
 
-def has_router_loss(output: ModelOutput) -> bool:
+def has_router_loss(output: object) -> bool:
     """Whether the trunk that returned `output` was told to report on its routers."""
     return getattr(output, "router_logits", None) is not None
 
 
-def beyond_cross_entropy(model: PreTrainedModel, output: ModelOutput, attention_mask: Tensor) -> Tensor | None:
+def beyond_cross_entropy(model: nn.Module, output: object, attention_mask: Tensor | None) -> Tensor | None:
     """The loss of the model's own forward without its cross-entropy, None where it has no loss.
 
     The forward runs over what its trunk returned, with two positions and logits that are all equal: whatever the labels

@@ -189,8 +189,8 @@ def refuse_outside(model: nn.Module) -> None:
     sharded = any(map(_is_sharded, path))
     if (torch.is_grad_enabled() or sharded) and is_wrapped(model) and not is_inside(model):
         raise RuntimeError(_OUTSIDE.format(" in ".join(type(module).__name__ for module in reversed(path))))
-    ddp = ddp_around(path[-1])
-    if torch.is_grad_enabled() and ddp is not None and DistributedDataParallel._active_ddp_module is not ddp:
+    ddp = ddp_around(path[-1]) if torch.is_grad_enabled() else None
+    if ddp is not None and DistributedDataParallel._active_ddp_module is not ddp:
         raise RuntimeError(_OUTSIDE.format(f"{type(path[-1]).__name__} out of a {type(ddp).__name__}"))
 
 

@@ -22,9 +22,9 @@ ORDER = [
     "functional",
     "modules",
     "objectives",
+    "distillation",
     "__init__",
     "data",
-    "distillation",
     "teachers",
     "rollouts",
     "judges",
@@ -33,7 +33,7 @@ ORDER = [
     "__main__",
     "demo",
 ]
-CORE = LEAVES | set(ORDER[:9])
+CORE = LEAVES | set(ORDER[:10])
 THIRD_PARTY_OF_THE_CORE = {"torch", "triton"}
 
 

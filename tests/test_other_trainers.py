@@ -19,20 +19,20 @@ import kdkernels as kd
 import kdkernels.data
 from kdkernels.data import Batch, collate
 from kdkernels.data import encoding, jsonl, texts, tokenizers
-from kdkernels.distillation import Distillation, head
+from kdkernels.teachers import head
 from kdkernels.rollouts import LocalSampler
 
 torch.manual_seed(0)
 sizes = dict(n_embd=16, n_layer=1, n_head=2, vocab_size=12, n_positions=16, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
 student, teacher = (GPT2LMHeadModel(GPT2Config(**sizes)) for _ in range(2))
-module = Distillation(student, kd.GKD(beta=0.5), vocab_size=11)
+module = kd.Distillation(student, kd.GKD(beta=0.5), vocab_size=11)
 optimizer = torch.optim.SGD(student.parameters(), lr=0.5)
 batch = collate([[1, 2], [3]], [[4, 5, 0], [6, 0]], pad_id=0)
 losses = []
 for _ in range(2):
     with torch.no_grad():
         scored = head(teacher, batch, 11)
-    out = module(batch, scored)
+    out = module(teacher=scored, **batch.fields(by_author=False))
     out.loss.backward()
     for weight in (student.lm_head.weight, student.transformer.ln_f.weight):
         assert weight.grad.abs().sum() > 0

@@ -5,6 +5,7 @@ Axes: B responses, L length of the longest prompt + response (the others are pad
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -32,6 +33,16 @@ class Batch:
         """
         moved = {name: getattr(self, name).to(device) for name in ("input_ids", "attention_mask", "target")}
         return replace(self, **moved)
+
+    @property
+    def inputs(self) -> dict[str, torch.Tensor]:
+        """What a model takes of it."""
+        return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+
+    def fields(self, by_author: bool) -> dict[str, Any]:
+        """What `kd.Distillation` takes of it; the authors only for an objective that tells them apart."""
+        authors = self.from_teacher if by_author else None
+        return {**self.inputs, "layout": self.layout, "target": self.target, "from_teacher": authors}
 
 
 def collate(

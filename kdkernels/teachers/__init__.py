@@ -6,10 +6,9 @@ import torch
 from transformers import PreTrainedModel
 
 from kdkernels.data.batch import Batch
-from kdkernels.distillation import head
-from kdkernels.sources import Source
+from kdkernels.sources import Head, Source, hidden_states
 
-__all__ = ["LocalTeacher", "Teacher"]
+__all__ = ["LocalTeacher", "Teacher", "head"]
 
 
 class Teacher(Protocol):
@@ -17,6 +16,13 @@ class Teacher(Protocol):
 
     def score(self, batch: Batch) -> Source:
         """The source of `batch`, on its device, over its positions [B, L]; no gradient reaches it."""
+
+
+def head(model: PreTrainedModel, batch: Batch, vocab_size: int) -> Head:
+    """The model's last hidden states [B, L, H] for `batch` with its lm_head, which is left to multiply the positions
+    that matter.
+    """
+    return Head.from_model(model, hidden_states(model, **batch.inputs), vocab_size=vocab_size)
 
 
 class LocalTeacher:

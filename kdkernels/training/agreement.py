@@ -11,9 +11,10 @@ from transformers import PreTrainedModel
 
 from kdkernels import Head
 from kdkernels.data import collate
-from kdkernels.distillation import beyond_cross_entropy, has_router_loss, states
+from kdkernels.distillation import beyond_cross_entropy, has_router_loss
 from kdkernels.errors import InputError
 from kdkernels.rollouts.local import evaluating
+from kdkernels.sources.hidden import trunk_output
 
 
 def check_model(key: str, model: PreTrainedModel, tokens: Sequence[int], trained: bool) -> None:
@@ -22,16 +23,15 @@ def check_model(key: str, model: PreTrainedModel, tokens: Sequence[int], trained
     """
     name = f"{key}: {type(model).__name__} (model_type {model.config.model_type})"
     batch = collate([tokens[:1]], [tokens[1:]], pad_id=0).to(model.device)
-    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         try:
             with evaluating(model):
-                own = model(**inputs, use_cache=False).logits.float()
-                output = states(model, batch)
+                own = model(**batch.inputs, use_cache=False).logits.float()
+                output = trunk_output(model, batch.inputs)
                 ours = _logits(Head.from_model(model, output.last_hidden_state))
                 beyond = beyond_cross_entropy(model, output, batch.attention_mask) if trained else None
             if trained:  # some models take other inputs then
-                states(model, batch)
+                trunk_output(model, batch.inputs)
         except Exception as error:  # of any kind: the model's code ran
             raise InputError(f"{name}: the logits behind two tokens could not be computed: {error!r}") from error
     entries = ours.shape[-1]

@@ -67,7 +67,8 @@ class DeepSpeedStrategy:
         return self.engine.device
 
     def forward(self, batch: Batch, teacher: Source | None, weights: Tensor | None) -> Output:
-        return self.engine(batch, teacher, weights)
+        fields = batch.fields(self.module.objective.by_author)
+        return self.engine(teacher=teacher, weights=weights, **fields)
 
     def backward(self, loss: Tensor) -> None:
         # DeepSpeed's own averaging is undone: over processes by the factor, over micro-batches by the option

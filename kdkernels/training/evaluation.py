@@ -13,11 +13,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import kdkernels as kd
 from kdkernels.data import Example, collate
 from kdkernels.data.tokenizers import vocabulary_size
-from kdkernels.distillation import head
 from kdkernels.errors import InputError
 from kdkernels.rollouts import Sampler, write
 from kdkernels.rollouts.local import evaluating
-from kdkernels.teachers import Teacher
+from kdkernels.teachers import Teacher, head
 from kdkernels.training.recipe.config import Config, EvaluationConfig
 
 

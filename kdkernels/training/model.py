@@ -21,9 +21,9 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from kdkernels.data.batch import collate
 from kdkernels.data.texts import render
 from kdkernels.data.tokenizers import train_tokenizer, vocabulary_size
-from kdkernels.distillation import head
 from kdkernels.errors import InputError
 from kdkernels.sources.from_model import tail, trunk
+from kdkernels.teachers import head
 from kdkernels.training.recipe.config import Config
 from kdkernels.training.recipe.schema import refuse_unknown
 from kdkernels.training.weights import check_weights

@@ -54,8 +54,8 @@ def train_poisoned(config, kind: str, steps: Collection[int], rank: int = 0, tim
         )
         return student
 
-    def forward_poisoned(module, *arguments):
-        out = forward(module, *arguments)
+    def forward_poisoned(module, **inputs):
+        out = forward(module, **inputs)
         now["micro_batch"] += 1
         return out._replace(loss=out.loss + torch.inf) if kind == "loss" and poisoned() else out
 

@@ -12,7 +12,8 @@ from transformers import BambaForCausalLM, Llama4Config, MllamaConfig, Qwen2ForC
 import kdkernels as kd
 from kdkernels.data import collate
 from kdkernels.data.tokenizers import vocabulary_size
-from kdkernels.distillation import Distillation, router_loss, states
+from kdkernels.distillation import Distillation, router_loss
+from kdkernels.sources.hidden import trunk_output
 from kdkernels.training import InputError, deepspeed_strategy, distributed, train
 from kdkernels.training.agreement import check_model
 from kdkernels.training.dry_run import plan
@@ -45,7 +46,7 @@ def test_the_loss_is_the_models_own():
     expected = torch.autograd.grad(own.loss, parameters.values())
     assert own.aux_loss > 0.5
 
-    out = Distillation(model, kd.SFT(), model.config.vocab_size)(batch, None)
+    out = Distillation(model, kd.SFT(), model.config.vocab_size)(**batch.fields(by_author=False))
     torch.testing.assert_close(out.loss, own.loss, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(out.metrics["router_loss"], 0.5 * own.aux_loss.detach(), rtol=1e-5, atol=1e-6)
     gradients = torch.autograd.grad(out.loss, parameters.values())
@@ -54,7 +55,7 @@ def test_the_loss_is_the_models_own():
 
     set_everywhere(model, output_router_logits=False)  # then its own forward leaves it out as well
     own = model(batch.input_ids, attention_mask=batch.attention_mask, labels=labels)
-    out = Distillation(model, kd.SFT(), model.config.vocab_size)(batch, None)
+    out = Distillation(model, kd.SFT(), model.config.vocab_size)(**batch.fields(by_author=False))
     torch.testing.assert_close(out.loss, own.loss, rtol=1e-5, atol=1e-6)
     assert "router_loss" not in out.metrics
 
@@ -71,12 +72,11 @@ def test_every_router_loss(kind):
         assert not hasattr(model.config.get_text_config(), "router_aux_loss_coef")
         return
     batch = collate([[5, 6, 7], [8, 5]], [[8, 9, 2], [3]], pad_id=0)
-    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
     labels = batch.input_ids.masked_fill(batch.attention_mask == 0, -100)
-    own = model(**inputs, labels=labels, use_cache=False)
+    own = model(**batch.inputs, labels=labels, use_cache=False)
     logits = own.logits[:, :-1].flatten(0, 1).float()
     expected = own.loss - functional.cross_entropy(logits, labels[:, 1:].flatten(), ignore_index=-100)
-    routers = router_loss(model, states(model, batch), batch.attention_mask)
+    routers = router_loss(model, trunk_output(model, batch.inputs), batch.attention_mask)
     torch.testing.assert_close(torch.zeros(()) if routers is None else routers, expected, rtol=1e-4, atol=1e-5)
     parameters = [p for p in model.parameters() if p.requires_grad]
     if expected.item() > 0.1:
@@ -170,13 +170,13 @@ def test_shards_are_gathered_where_the_head_is_read(how, monkeypatch):
     distributed.start()
     deepspeed_strategy.join()
     batch = collate([[5, 6, 7], [5, 6]], [[8, 9, 2], [3, 2]], pad_id=0)
-    expected = Distillation(tiny("gemma2"), kd.SFT(), 97)(batch, None)
+    expected = Distillation(tiny("gemma2"), kd.SFT(), 97)(**batch.fields(by_author=False))
     module = sharded(Distillation(tiny("gemma2"), kd.SFT(), 97), how)
     weight = (module if how == "FSDP2" else module.module).student.lm_head.weight
     assert isinstance(weight, DTensor) if how == "FSDP2" else weight.shape == (0,)
     with pytest.raises(TypeError, match=r"weight: .*(full_tensor|GatheredParameters)"):
         kd.Head(torch.zeros(1, 16), weight)
-    torch.testing.assert_close(module(batch, None).loss, expected.loss)
+    torch.testing.assert_close(module(**batch.fields(by_author=False)).loss, expected.loss)
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ class Plain:
         self.optimizer = torch.optim.AdamW(module.parameters(), weight_decay=config.optimizer.weight_decay)
 
     def forward(self, batch, teacher, weights):
-        return self.module(batch, teacher, weights)
+        return self.module(teacher=teacher, weights=weights, **batch.fields(self.module.objective.by_author))
 
     def backward(self, loss):
         loss.backward()

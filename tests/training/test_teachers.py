@@ -6,8 +6,7 @@ import torch
 
 import kdkernels as kd
 from kdkernels.data import collate
-from kdkernels.distillation import head
-from kdkernels.teachers import LocalTeacher
+from kdkernels.teachers import LocalTeacher, head
 from kdkernels.training import train, trainer
 from kdkernels.training.model import load_teacher, load_tokenizer
 

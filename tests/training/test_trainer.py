@@ -8,7 +8,8 @@ from transformers import AutoModelForCausalLM
 
 from kdkernels.data import ExampleStream, collate
 from kdkernels.data.tokenizers import vocabulary_size
-from kdkernels.distillation import Distillation, head
+from kdkernels.distillation import Distillation
+from kdkernels.teachers import head
 from kdkernels.training import InputError, train
 from kdkernels.training.inputs import read_examples
 from kdkernels.training.metrics import read_metrics
@@ -93,7 +94,7 @@ def test_a_run_is_what_plain_pytorch_computes(run, load, teacher_set, objective)
         batch = collate([one.prompt_ids for one in picked], [one.response_ids for one in picked], 0)
         with torch.no_grad():
             scored = head(teacher, batch, entries) if teacher else None
-        out = module(batch, scored)
+        out = module(teacher=scored, **batch.fields(by_author=False))
         optimizer.zero_grad()
         out.loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(student.parameters(), 0.05)
