@@ -1,5 +1,6 @@
 """A transformers model under everything that wraps one for training, two processes with half the batch each, one step
-of SGD: run by test_wrappers.py as a program under torch.distributed.run, with a file for the results.
+of SGD: run by test_wrappers.py as a program under torch.distributed.run, with which cases ("few" or "more") and a file
+for the results.
 
 The losses are those of kd.through and of kd.Distillation; the tokens are spread unevenly, or all in one process.
 """
@@ -31,7 +32,10 @@ DDP = {
 FSDP = ("FSDP2", "FSDP2 by layers", "FSDP1")
 ZERO = tuple(f"ZeRO-{stage}" for stage in range(4))
 WRAPPERS = (*DDP, *FSDP, *ZERO, "accelerate")
-WAYS = ("through",)
+WAYS = ("through", "Distillation", "wrapped student")
+CASES = [(wrapper, way, spread) for wrapper in WRAPPERS for way in WAYS for spread in SPREADS]
+OFTEN = ("DDP static graph", "FSDP2 by layers", "ZeRO-2", "ZeRO-3", "accelerate")
+FEW = [case for case in CASES if case[0] in OFTEN and (case[1] == "Distillation") == (case[2] == "all in one")]
 OBJECTIVE = kd.GKD(beta=0.5)
 
 
@@ -68,7 +72,7 @@ def batch(spread: str) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     return {"input_ids": ids, "attention_mask": attention}, labels
 
 
-def wrapped(wrapper: str, module):
+def wrapped(wrapper: str, module: torch.nn.Module):
     """(the wrapped module, whatever steps its optimizer)"""
     if wrapper in ZERO:
         config = {
@@ -120,11 +124,27 @@ def by_through(wrapper, teacher, inputs, labels):
     return kd.through(wrapper, loss, teacher, labels, **inputs)
 
 
+def by_distillation(wrapper, teacher, inputs, labels):
+    return wrapper(teacher=teacher, labels=labels, **inputs)
+
+
+def by_wrapped_student(wrapper, teacher, inputs, labels):
+    return kd.Distillation(wrapper, OBJECTIVE, ENTRIES)(teacher=teacher, labels=labels, **inputs)
+
+
 def around_it(wrapper, teacher, inputs, labels):
     """As nobody should: nothing sees that the forward of DDP does not run."""
     inner = wrapper.module
     hidden = inner.model(**inputs).last_hidden_state
     return OBJECTIVE(kd.Head(hidden, inner.lm_head.weight), teacher, kd.Layout.from_labels(labels))
+
+
+CALLS = {
+    "through": by_through,
+    "Distillation": by_distillation,
+    "wrapped student": by_wrapped_student,
+    "around": around_it,
+}
 
 
 def update(wrapper: str, way: str, spread: str) -> dict:
@@ -140,12 +160,11 @@ def update(wrapper: str, way: str, spread: str) -> dict:
     teacher = kd.Head.from_model(teacher_model, kd.hidden_states(teacher_model, **inputs), ENTRIES + 5)
     module = student(spread)
     before = {name: p.detach().clone() for name, p in module.named_parameters()}
-    module, step = wrapped(wrapper, module)
-    call = around_it if way == "around" else by_through
+    module, step = wrapped(wrapper, kd.Distillation(module, OBJECTIVE, ENTRIES) if way == "Distillation" else module)
     times = 2 if wrapper == "DDP no_sync" else 1
     for last in (False, True)[-times:]:
         with nullcontext() if last or times == 1 else module.no_sync():
-            out = call(module, teacher, inputs, labels)
+            out = CALLS[way](module, teacher, inputs, labels)
             loss = out.loss * share * 2 / times  # wrappers take the mean over two processes
             module.backward(loss) if wrapper in ZERO else loss.backward()
     step()
@@ -174,12 +193,14 @@ def refused(wrapper: str) -> list[str]:
     return said
 
 
-def main(results: str) -> None:
+def main(which: str, results: str) -> None:
     distributed.start()
     deepspeed_strategy.join()
-    cases = [(wrapper, way, spread) for wrapper in WRAPPERS for way in WAYS for spread in SPREADS]
-    found = {case: update(*case) for case in [*cases, ("DDP", "around", "uneven")]}
-    found["refused"] = {wrapper: refused(wrapper) for wrapper in ("DDP", "accelerate")}
+    if which == "few":
+        found = {case: update(*case) for case in [*FEW, ("DDP", "around", "uneven")]}
+        found["refused"] = {wrapper: refused(wrapper) for wrapper in ("DDP", "accelerate")}
+    else:
+        found = {case: update(*case) for case in CASES if case not in FEW}
     torch.save(found, f"{results}.{distributed.rank()}")
     distributed.barrier()
 
@@ -187,4 +208,4 @@ def main(results: str) -> None:
 if __name__ == "__main__":
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
-    main(sys.argv[1])
+    main(*sys.argv[1:])

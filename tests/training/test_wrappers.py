@@ -17,18 +17,18 @@ from .test_processes import finish, start
 from .wrappers import OBJECTIVES, WRAPPERS, Distillation, batch
 
 
-def results(program: str, root: Path) -> list[dict]:
+def results(root: Path, program: str, *arguments: str) -> list[dict]:
     """What each of two processes of a program beside this file got."""
     program = str(Path(__file__).with_name(program))
     command = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", program)
-    finish(start(command, str(root / "found"), cwd=root), root)
+    finish(start(command, *arguments, str(root / "found"), cwd=root), root)
     return [torch.load(root / f"found.{rank}") for rank in (0, 1)]
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     """What each of two processes got under each wrapper."""
-    return results("wrappers.py", tmp_path_factory.mktemp("wrappers"))
+    return results(tmp_path_factory.mktemp("wrappers"), "wrappers.py")
 
 
 def jeffreys(z_s: list[torch.Tensor], z_t: list[torch.Tensor]) -> torch.Tensor:
@@ -74,7 +74,12 @@ def test_gradients(found, objective, exact, wrapper):
 
 @pytest.fixture(scope="module")
 def updates(tmp_path_factory):
-    return results("hugging_face_wrappers.py", tmp_path_factory.mktemp("wrappers"))
+    return results(tmp_path_factory.mktemp("wrappers"), "hugging_face_wrappers.py", "few")
+
+
+@pytest.fixture(scope="module")
+def more_updates(tmp_path_factory):
+    return results(tmp_path_factory.mktemp("wrappers"), "hugging_face_wrappers.py", "more")
 
 
 @pytest.fixture(scope="module")
@@ -95,18 +100,26 @@ def truth():
     return out
 
 
-@pytest.mark.parametrize("spread", hugging_face.SPREADS)
-@pytest.mark.parametrize("way", hugging_face.WAYS)
-@pytest.mark.parametrize("wrapper", hugging_face.WRAPPERS)
-def test_loss_and_update_of_a_transformers_model(updates, truth, wrapper, way, spread):
-    loss, gradients = truth[spread]
-    first, second = (process[wrapper, way, spread] for process in updates)
+def check_updates(updates: list[dict], case: tuple[str, str, str], truth: dict) -> None:
+    loss, gradients = truth[case[-1]]
+    first, second = (process[case] for process in updates)
     assert loss > 0.1 and abs(first["loss"] - loss) < 1e-6
     assert first["update"].keys() == second["update"].keys() == gradients.keys()
     for name, expected in gradients.items():
         assert torch.equal(first["update"][name], second["update"][name]), f"{name} differs between the processes"
         assert expected.norm() > 1e-4
         assert (first["update"][name].double() - expected).norm() < 1e-4 * expected.norm(), name
+
+
+@pytest.mark.parametrize("case", hugging_face.FEW, ids=", ".join)
+def test_loss_and_update_of_a_transformers_model(updates, truth, case):
+    check_updates(updates, case, truth)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [case for case in hugging_face.CASES if case not in hugging_face.FEW], ids=", ".join)
+def test_more_of_them(more_updates, truth, case):
+    check_updates(more_updates, case, truth)
 
 
 def test_these_checks_see_a_model_out_of_its_wrapper(updates, truth):

@@ -1,0 +1,167 @@
+"""kd.Distillation: Hugging Face inputs in, the loss of full logits out. Under wrappers: test_wrappers.py."""
+
+import pytest
+import torch
+from tiny_models import tiny
+from torch import nn
+from transformers import AutoModelForSeq2SeqLM
+
+import kdkernels as kd
+from kdkernels import reference
+
+IDS = torch.tensor([[5, 6, 7, 8, 9], [9, 4, 3, 6, 0]])
+ATTENTION = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]])
+LABELS = torch.tensor([[-100, -100, 7, 8, 9], [-100, 4, 3, 6, -100]])
+TEXT = {"input_ids": IDS, "attention_mask": ATTENTION}
+MASK = torch.tensor([[0, 1, 1, 1, 0], [1, 1, 1, 0, 0]]).bool()
+ENTRIES = 90
+
+
+class Wrapper(nn.Module):
+    def __init__(self, module):
+        super().__init__()
+        self.module, self.calls = module, 0
+
+    def forward(self, *args, **kwargs):
+        self.calls += 1
+        return self.module(*args, **kwargs)
+
+
+def models(kind="qwen2", auto=None):
+    both = [tiny(kind, *(() if auto is None else (auto,))) for _ in range(2)]
+    with torch.no_grad():
+        for p in both[1].parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    for model in both:
+        model.config.decoder_start_token_id = 1
+    return both
+
+
+def scored(teacher, **inputs):
+    with torch.no_grad():
+        return kd.Head.from_model(teacher, kd.hidden_states(teacher, **inputs), ENTRIES)
+
+
+def check(module, teacher_model, inputs, given, picked):
+    """Loss and gradients against the logits of the models' own forwards, at the positions of each response."""
+    student = module.student.module if isinstance(module.student, Wrapper) else module.student
+    out = module(teacher=scored(teacher_model, **inputs), **given, **inputs)
+    parameters = [p for p in student.parameters() if p.requires_grad]
+    got = torch.autograd.grad(out.loss, parameters, allow_unused=True)
+    student, teacher = student.double(), teacher_model.double()
+    z_s, z_t = (model(**inputs, use_cache=False).logits[..., :ENTRIES] for model in (student, teacher))
+    expected = reference.gkd([z_s[where] for where in picked], [z_t[where] for where in picked], beta=0.5)
+    right = torch.autograd.grad(expected, list(student.parameters()), allow_unused=True)
+    assert expected > 1e-3 and abs(out.loss - expected) < 1e-6 and out.count == len(picked)
+    assert sum(g is not None and g.norm() > 1e-4 for g in right) > 4
+    for a, b in zip(got, right, strict=True):
+        assert (a is None) == (b is None) and (a is None or (a - b).norm() < 1e-4 * b.norm() + 1e-7)
+
+
+ROWS = [(0, slice(1, 4)), (1, slice(0, 3))]
+GIVEN = {"labels": LABELS, "layout": kd.Layout.from_labels(LABELS), "mask": MASK}
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("given", GIVEN)
+def test_causal(given, wrapped):
+    student, teacher = models()
+    student = Wrapper(student) if wrapped else student
+    module = kd.Distillation(student, kd.GKD(beta=0.5), ENTRIES)
+    check(module, teacher, TEXT, {given: GIVEN[given]}, ROWS)
+    assert not wrapped or student.calls == 1
+
+
+def test_packed_texts_are_responses_of_their_own():
+    student, teacher = models()
+    inputs = {"input_ids": IDS, "position_ids": torch.tensor([[0, 1, 2, 0, 1], [0, 1, 2, 3, 4]])}
+    module = kd.Distillation(student, kd.GKD(beta=0.5), ENTRIES)
+    picked = [(0, slice(0, 2)), (0, slice(3, 4)), (1, slice(0, 4))]
+    check(module, teacher, inputs, {"labels": IDS}, picked)
+
+
+@pytest.mark.parametrize("kind", ["t5", "mbart"])
+def test_encoder_decoder_labels_are_not_shifted(kind):
+    student, teacher = models(kind, AutoModelForSeq2SeqLM)
+    module = kd.Distillation(student, kd.GKD(beta=0.5), ENTRIES)
+    inputs = TEXT | {"labels": torch.tensor([[3, 8, 2], [7, 5, -100]])}
+    check(module, teacher, inputs, {}, [(0, slice(0, 3)), (1, slice(0, 2))])
+    own = student(**inputs).loss  # a mean over tokens
+    sft = kd.Distillation(student, kd.SFT(), student.config.vocab_size)
+    torch.testing.assert_close(sft(**inputs).loss, own)
+
+
+def routed():
+    model = tiny("mixtral").train()
+    for holder in (model.config, model):
+        for name, value in {"output_router_logits": True, "router_aux_loss_coef": 0.5}.items():
+            if hasattr(holder, name):
+                setattr(holder, name, value)
+    return model
+
+
+def test_a_denominator_divides_the_router_loss_too():
+    """Two halves of a batch add up to its token mean and the mean of their router losses."""
+    module = kd.Distillation(routed(), kd.SFT(), 97)
+    whole = module(labels=LABELS, denominator=12, **TEXT)
+    alone = module(labels=LABELS, **TEXT)
+    assert alone.metrics["router_loss"] > 0.4 and alone.count == 6
+    torch.testing.assert_close(whole.loss, alone.loss / 2)
+    torch.testing.assert_close(whole.metrics["router_loss"], alone.metrics["router_loss"] / 2)
+
+
+def test_routers_of_an_encoder_are_not_left_out_in_silence():
+    model = tiny("switch_transformers", AutoModelForSeq2SeqLM)
+    model.config.decoder_start_token_id = 1
+    module = kd.Distillation(model, kd.SFT(), ENTRIES)
+    assert module(labels=IDS, **TEXT).loss > 0
+    model.config.output_router_logits = True
+    with pytest.raises(TypeError, match=r"student: SwitchTransformers.*output_router_logits = False"):
+        module(labels=IDS, **TEXT)
+
+
+def test_compiled():
+    student, teacher = models()
+    module = kd.Distillation(student, kd.GKD(), ENTRIES)
+    given = {"teacher": scored(teacher, **TEXT), "layout": GIVEN["layout"], **TEXT}
+    assert torch.equal(torch.compile(module, backend="eager")(**given).loss, module(**given).loss)
+
+
+def call(objective=None, student=None, vocab_size=ENTRIES, **given):
+    student = tiny("qwen2") if student is None else student
+    return kd.Distillation(student, objective or kd.SFT(), vocab_size)(**given)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "words"),
+    [
+        ({**TEXT}, TypeError, ["labels, layout, mask", "none"]),
+        ({"labels": LABELS, "layout": GIVEN["layout"], **TEXT}, TypeError, ["exactly one", "labels and layout"]),
+        ({"labels": LABELS, "mask": MASK, **TEXT}, TypeError, ["exactly one", "labels and mask"]),
+        ({"layout": MASK, **TEXT}, TypeError, ["layout", "kd.Layout", "mask"]),
+        ({"labels": LABELS[:, :4], **TEXT}, ValueError, ["[2, 5]", "[2, 4]"]),
+        ({"labels": LABELS, "vocab_size": 98, **TEXT}, ValueError, ["vocab_size", "97", "98"]),
+        ({"labels": LABELS, "vocab_size": 0, **TEXT}, ValueError, ["vocab_size", "0"]),
+        ({"labels": LABELS, "student": nn.Linear(2, 2), **TEXT}, TypeError, ["model", "Linear"]),
+        ({"labels": LABELS, "student": tiny("qwen2").model, **TEXT}, TypeError, ["output embedding", "Qwen2Model"]),
+        ({"labels": LABELS, "student": "qwen2", **TEXT}, TypeError, ["student", "str"]),
+        ({"labels": LABELS, "objective": "GKD", **TEXT}, TypeError, ["objective", "kd.GKD()", "'GKD'"]),
+        ({"labels": LABELS, "objective": kd.GKD(), **TEXT}, TypeError, ["teacher", "NoneType"]),
+        (
+            {
+                "labels": LABELS,
+                "objective": kd.GKD(),
+                "teacher": kd.Logits(torch.ones(2, 5, 97, device="meta")),
+                **TEXT,
+            },
+            ValueError,
+            ["teacher", "cpu", "meta"],
+        ),
+        ({"labels": LABELS, "denominator": 0, **TEXT}, ValueError, ["denominator", "0"]),
+    ],
+)
+def test_what_is_refused(wrong, error, words):
+    with pytest.raises(error) as caught:
+        call(**wrong)
+    for word in words:
+        assert word in str(caught.value)
