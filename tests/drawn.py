@@ -28,7 +28,7 @@ class Shape:
     rows: int
     length: int
     density: float
-    layout: str  # mask, segments or teacher_mask
+    layout: str  # mask, gaps, segments or teacher_mask
     vocabulary: int
     hidden: tuple[int, int]
     padding: tuple[int, int]
@@ -41,6 +41,9 @@ class Shape:
         generator = torch.Generator().manual_seed(self.numbers)
         shape = (self.rows, self.length)
         mask = torch.rand(shape, generator=generator) < self.density
+        if self.layout in ("mask", "teacher_mask"):  # a bool mask of one response has no gaps
+            places, start = torch.arange(self.length), mask.int().argmax(1, keepdim=True)
+            mask = (places >= start) & (places < start + mask.sum(1, keepdim=True))
         batch = random_batch(
             self.numbers, mask, self.vocabulary, *self.hidden, *self.padding, self.bias, self.softcap, self.scale,
             self.weights, dtype,
@@ -54,6 +57,8 @@ class Shape:
             ]
             batch.mask = kd.Layout.from_segments(ids)
             batch.responses = batch.teacher_responses = [r for r in rows if r]
+        elif self.layout == "gaps":
+            batch.mask = kd.Layout.from_segments(mask.long())
         elif self.layout == "teacher_mask":  # the teacher reads a longer prompt
             wide = torch.zeros(self.rows, self.length + 3, dtype=torch.bool)
             wide[:, 3:] = mask
@@ -72,7 +77,7 @@ SHAPES = st.builds(
     rows=st.integers(*ROWS),
     length=st.integers(*LENGTH),
     density=st.sampled_from(DENSITY),
-    layout=st.sampled_from(["mask", "mask", "segments", "teacher_mask"]),
+    layout=st.sampled_from(["mask", "gaps", "segments", "teacher_mask"]),
     vocabulary=st.integers(*VOCABULARY),
     hidden=st.tuples(st.integers(1, 20), st.integers(1, 20)),
     padding=st.tuples(st.sampled_from([0, 5]), st.sampled_from([0, 64])),

@@ -184,6 +184,21 @@ def test_a_packed_sequence_is_scored_as_its_texts_in_sequences_of_their_own(obje
         assert (run(together, parted=False)[1] - gradient).norm() > 0.02 * gradient.norm(), "else nothing is tested"
 
 
+PACKED_MASK = torch.tensor([[0, 1, 1, 1, 0, 0], [1, 1, 0, 1, 1, 0]]).bool()
+
+
+def test_selecting_within_responses_needs_to_know_them():
+    """A mask of packed texts has gaps, as has one of a response with tokens that are not scored: nobody guesses."""
+    student = kd.Logits(torch.randn(2, 6, 11, generator=torch.Generator().manual_seed(0)))
+    objective = kd.TSDKD(k=3, opener=0.5, reduction="tokens")
+    with pytest.raises(ValueError, match=r"^mask: .*gap behind \[1, 1\].*position_ids=.*from_segments\(mask\.long"):
+        objective(student, student, PACKED_MASK)
+    one = objective(student, student, kd.Layout.from_segments(PACKED_MASK.long()))
+    two = objective(student, student, kd.Layout.from_segments(PACKED_MASK * torch.tensor([1, 1, 1, 2, 2, 2])))
+    assert abs(one.loss - two.loss) > 0.02 * abs(one.loss), "else it would not matter"
+    assert kd.GKD()(student, student, PACKED_MASK).count == 2, "one a sequence, whatever lies between"
+
+
 def scores(seed=0, rows=2, length=7, vocabulary=11):
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(rows, length, vocabulary, generator=generator) * 2

@@ -105,9 +105,9 @@ class Objective(Program, Uncompiled):
             student, teacher: kd.Head over hidden states [B, L, H] (the hidden sizes may differ) or kd.Logits [B, L, V];
                 the teacher may be kd.TopK where the objective needs no more. No gradient reaches the teacher.
             mask: [B, L] bool, True where hidden[b, t] *predicts* a response token (the last prompt position is True,
-                the position of the final token False), one response per row, or a ``kd.Layout``, which may have
-                several. Nothing shifts internally. Positions outside are never multiplied by an lm_head. Without any
-                True the loss is 0 and every gradient zero.
+                the position of the final token False), one response per row (without gaps, where the objective selects
+                within responses), or a ``kd.Layout``, which may have several. Nothing shifts internally. Positions
+                outside are never multiplied by an lm_head. Without any True the loss is 0 and every gradient zero.
             target: [B, L] int64 or int32, the token that position t predicts (``kd.Layout.targets`` makes it of Hugging
                 Face labels). By default the tokens of a layout made from labels, where the objective needs them; where
                 it does not, a target adds the metric ``cross_entropy``.
@@ -131,7 +131,7 @@ class Objective(Program, Uncompiled):
         check_student(student)
         check_limits(memory_budget, logits_dtype)
         terms = self.current_terms()
-        layout = _layout("mask", mask, student)
+        layout = _layout("mask", mask, student, whole=self.selects)
         self._check_arguments(terms, student, teacher, layout, target, weights, from_teacher, teacher_mask)
         count = self.count(layout, from_teacher)
         teacher_layout = _teacher_layout(layout, teacher, teacher_mask)
@@ -262,14 +262,32 @@ def weighted(coefficient: Tensor, tokens: Tokens) -> Tensor:
     return coefficient if tokens.weight is None else coefficient * tokens.weight
 
 
-def _layout(name: str, mask: Tensor | Layout, source: Source) -> Layout:
-    layout = mask if isinstance(mask, Layout) else Layout.from_mask(mask)
+def _layout(name: str, mask: Tensor | Layout, source: Source, whole: bool = False) -> Layout:
+    """The layout of a mask. ``whole``: the objective selects within responses, so it matters what is one response."""
+    if isinstance(mask, Layout):
+        layout = mask
+    else:
+        layout = Layout.from_mask(mask.cpu() if isinstance(mask, Tensor) else mask)
+        if whole:
+            _check_whole(name, layout)
     if layout.shape != source.shape:
         raise ValueError(
             f"{name}: expected shape {list(source.shape)} (the leading dimensions of the model), got "
             f"{list(layout.shape)}"
         )
     return layout
+
+
+def _check_whole(name: str, layout: Layout) -> None:
+    """Refuses the layout, on the CPU, of a mask with gaps: it does not say whether these part responses."""
+    gaps = (layout.index.diff() != 1) & (layout.response.diff() == 0)
+    if gaps.any():
+        b, t = divmod(int(layout.index[gaps.nonzero()[0, 0]]), layout.shape[1])
+        raise ValueError(
+            f"{name}: expected one response in a sequence, because the objective selects within responses, got a gap "
+            f"behind [{b}, {t}]; packed texts and turns: kd.Layout.from_labels(labels, position_ids=position_ids) or "
+            "from_segments(ids); one response with tokens that are not scored: kd.Layout.from_segments(mask.long())"
+        )
 
 
 def _scale(denominator: object, count: int, device: torch.device) -> float | Tensor:
