@@ -202,7 +202,7 @@ class TopK(Source):
 
     def costs(self, backend: Backend, vocabulary: int, dtype: torch.dtype, largest: int, trained: bool) -> Costs:
         """See Source.costs."""
-        return Costs(0, 0, 128 * self.indices.shape[-1])  # ids, and a dozen fp64 vectors of outcomes
+        return Costs(0, 0, 144 * self.indices.shape[-1])  # ids, and sixteen fp64 vectors of outcomes
 
     def producer(self, backend, index, vocabulary, buffer, needs=None, pieces=1) -> TopKProducer:
         """See Source.producer."""

@@ -78,9 +78,10 @@ class Columns:
     ids: Tensor | None = None  # [n, M] into K
 
     @classmethod
-    def found(cls, shards: Shards | None, student: Rows, ids: Tensor) -> Columns:
+    def found(cls, shards: Shards | None, student: Rows, ids: Tensor, z: Tensor) -> Columns:
+        """Of ids [n, K], whose z is known."""
         if shards is None:
-            return cls(ids, student.gathered[:, : ids.shape[1]].double())
+            return cls(ids, z)
         columns, mine = shards.local(ids)
         most = min(ids.shape[1], shards.count)
         mine, order = (each[:, :most] for each in mine.to(torch.uint8).sort(dim=1, descending=True, stable=True))
@@ -166,7 +167,7 @@ def divergence(
 ) -> Outcomes:
     """``student.gathered`` begins with z at ``ids``; log_p [n, K] fp64. Uses up the student's logits."""
     z, unlisted, rest = student.gathered[:, : ids.shape[1]].double(), log_p.isneginf(), None
-    columns = Columns.found(backend.shards, student, ids)
+    columns = Columns.found(backend.shards, student, ids, z)
     outcomes, shares = z.masked_fill(unlisted, -math.inf), None
     if not renormalize:
         own = z.new_full((len(z),), -math.inf)
