@@ -103,29 +103,29 @@ class Distillation(nn.Module):
             "from_teacher": from_teacher,
             "denominator": denominator,
         }
-        loss = partial(self._loss, teacher, self._layout(labels, layout, mask, inputs), options)
+        counted = mask if mask is not None else self._layout(labels, layout, inputs)
+        loss = partial(self._loss, teacher, counted, options)
         if is_wrapped(self.student) and not is_inside(self.student):
             return through(self.student, loss, **inputs)
         return loss(**inputs)
 
-    def _layout(self, labels: Tensor | None, layout: Layout | None, mask: Tensor | None, inputs: dict) -> Layout:
+    def _layout(self, labels: Tensor | None, layout: Layout | None, inputs: dict) -> Layout:
         if layout is not None:
             if not isinstance(layout, Layout):
                 raise TypeError(f"layout: expected a kd.Layout, got {type(layout).__name__}; a bool tensor is a mask")
             return layout
-        if mask is not None:
-            return Layout.from_mask(mask)
         if has_encoder(self.student):
             return _unshifted(labels)
         positions = inputs.get("position_ids")
-        several = isinstance(positions, Tensor) and positions.dim() != 2  # of images too: their text starts once
-        return Layout.from_labels(labels, position_ids=None if several else positions)
+        if isinstance(positions, Tensor) and positions.dim() == 3:  # of images too: the first of four are the text's
+            positions = positions[0] if len(positions) == 4 else None
+        return Layout.from_labels(labels, position_ids=positions)
 
-    def _loss(self, teacher: Source | None, layout: Layout, options: dict, **inputs) -> Output:
+    def _loss(self, teacher: Source | None, counted: Layout | Tensor, options: dict, **inputs) -> Output:
         output = trunk_output(self.student, inputs)
         hidden = last_hidden_state(self.student, output)
         scored = Head.from_model(self.student, hidden, vocab_size=self.vocab_size)
-        out = self.objective(scored, teacher, layout, **options)
+        out = self.objective(scored, teacher, counted, **options)
         routers = router_loss(self.student, output, inputs.get("attention_mask"))
         if routers is None:
             return out

@@ -80,6 +80,14 @@ def test_packed_texts_are_responses_of_their_own():
     check(module, teacher, inputs, {"labels": IDS}, picked)
 
 
+def test_positions_of_texts_with_images():
+    """Of four rows the first are the texts', which show packing; three are of images too, which do not restart."""
+    text = torch.tensor([[0, 1, 2, 0, 1], [0, 1, 2, 3, 4]])
+    module = kd.Distillation(models()[0], kd.SFT(), ENTRIES)
+    four, three = (module._layout(IDS, None, {"position_ids": text.expand(n, 2, 5)}) for n in (4, 3))
+    assert four.lengths == (2, 1, 4) and three.lengths == (4, 4)
+
+
 @pytest.mark.parametrize("kind", ["t5", "mbart"])
 def test_encoder_decoder_labels_are_not_shifted(kind):
     student, teacher = models(kind, AutoModelForSeq2SeqLM)
@@ -140,6 +148,17 @@ def call(objective=None, student=None, vocab_size=ENTRIES, **given):
         ({"labels": LABELS, "mask": MASK, **TEXT}, TypeError, ["exactly one", "labels and mask"]),
         ({"layout": MASK, **TEXT}, TypeError, ["layout", "kd.Layout", "mask"]),
         ({"labels": LABELS[:, :4], **TEXT}, ValueError, ["[2, 5]", "[2, 4]"]),
+        ({"labels": IDS, **TEXT, "position_ids": torch.zeros(2, 4).long()}, ValueError, ["position_ids", "[2, 4]"]),
+        (
+            {
+                "mask": torch.tensor([[1, 1, 0, 1, 0], [1, 1, 1, 0, 0]]).bool(),
+                "objective": kd.TSDKD(k=3),
+                "teacher": kd.Logits(torch.ones(2, 5, 97)),
+                **TEXT,
+            },
+            ValueError,
+            ["mask", "gap behind [0, 1]", "position_ids=position_ids"],
+        ),
         ({"labels": LABELS, "vocab_size": 98, **TEXT}, ValueError, ["vocab_size", "97", "98"]),
         ({"labels": LABELS, "vocab_size": 0, **TEXT}, ValueError, ["vocab_size", "0"]),
         ({"labels": LABELS, "student": nn.Linear(2, 2), **TEXT}, TypeError, ["model", "Linear"]),
