@@ -4,9 +4,8 @@
     torch-ext/kdkernels/                  the package that kernel-builder takes
     build/torch-cpu/ build/torch-cuda/    what it makes of it, made here: kernels.get_local_kernel(FOLDER) loads them
 
-The package has the public names. Who loads a kernel has a training loop of their own: what needs more than torch stays
-behind (trainer, data, commands, modules around transformers' models), and so do the C++ kernels, which would have to be
-compiled.
+The package has every public name. Who loads a kernel has a training loop of their own: what needs more than torch stays
+behind (trainer, data, commands), and so do the C++ kernels, which would have to be compiled.
 """
 
 from __future__ import annotations
@@ -31,7 +30,6 @@ sys.path.insert(0, str(HERE.parent))
 import kdkernels as kd  # noqa: E402
 
 GENERAL = tomllib.loads((HERE / "build.toml").read_text())["general"]
-NAMES = [name for name in kd.__all__ if name != "Distillation"]  # it needs transformers
 MAY_IMPORT = {*sys.stdlib_module_names, "torch", "triton"}
 
 OPS = '''"""The namespace of this build's torch operators: several builds can be loaded in one process."""
@@ -72,12 +70,12 @@ def main() -> None:
     for backend in GENERAL["backends"]:
         for name, content in build(files, backend).items():
             write(out / "build" / f"torch-{backend}" / name, content)
-    print(f"{out}: {len(files)} files, {len(NAMES)} public names, builds for {', '.join(GENERAL['backends'])}")
+    print(f"{out}: {len(files)} files, {len(kd.__all__)} public names, builds for {', '.join(GENERAL['backends'])}")
 
 
 def package() -> dict[str, bytes]:
     """The files of torch-ext/kdkernels, by their names in it. _ops.py is kernel-builder's to write."""
-    paths = files_of(units({home(name) for name in NAMES}))
+    paths = files_of(units({home(name) for name in kd.__all__}))
     out = {path.relative_to(PACKAGE).as_posix(): path.read_bytes() for path in paths if path.name != "_ops.py"}
     problems = [f"{name}: {problem}" for name, content in out.items() for problem in refused(content.decode())]
     if problems:
@@ -126,9 +124,9 @@ def refused(source: str) -> list[str]:
 
 
 def init() -> str:
-    places = {name: f".{kd._HOME[name]}" if name in kd._HOME else "." for name in NAMES}
-    imports = [f"from {place} import {name}" for name, place in places.items()]
-    names = "".join(f'    "{name}",\n' for name in NAMES)
+    imports = [f"from .{home} import {', '.join(sorted(names))}" for home, names in sorted(kd._HOMES.items())]
+    imports += [f"from . import {name}" for name in kd.__all__ if name not in kd._HOME]
+    names = "".join(f'    "{name}",\n' for name in kd.__all__)
     lines = [f'"""{kd.__doc__.splitlines()[0]}"""', "", *imports, "", f'__version__ = "{kd.__version__}"']
     return "\n".join([*lines, f"__all__ = [\n{names}]", ""])
 

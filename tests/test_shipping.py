@@ -53,6 +53,8 @@ out = kd.TSDKD()(kd.Head(hidden, weight), teacher, torch.ones(2, 5, dtype=torch.
 out.loss.backward()
 assert torch.isfinite(out.loss) and hidden.grad.abs().max() > 0 and weight.grad.abs().max() > 0
 assert kd.info()["devices"]["cpu"] == "native", kd.info()
+for name in kd.__all__:
+    getattr(kd, name)
 print(kd.__file__)
 print(main(["train", "recipes/first.toml"]))
 print(sorted({"deepspeed", "numpy", "transformers"} & set(sys.modules)))
