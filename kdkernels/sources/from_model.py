@@ -167,9 +167,24 @@ def _is_plumbing(hook: object) -> bool:
     return module.split(".")[0] in ("accelerate", "deepspeed") or module.startswith("torch.distributed.")
 
 
+def _behind_fused_head(forward):
+    """What TRL's trainers put their fused cross-entropy before, which runs only where a call asks for it; accelerate's
+    autocast may be around it.
+    """
+    layer = forward
+    while layer is not None:
+        origin = getattr(layer, "__globals__", {}).get("__name__") or type(layer).__module__
+        if origin == "trl.trainer.utils" and layer.__code__.co_name == "_fused_forward":
+            return layer.__closure__[layer.__code__.co_freevars.index("original_forward")].cell_contents
+        if not origin.startswith(("accelerate.", "torch.amp.")):
+            break
+        layer = getattr(layer, "__wrapped__", None)
+    return forward
+
+
 def _own_forward(module: nn.Module):
     """The forward that was put on this module in place of its class's, without wrappers that only move or compile."""
-    forward = module.__dict__.get("forward")
+    forward = _behind_fused_head(module.__dict__.get("forward"))
     if "_old_forward" in module.__dict__ and _is_plumbing(forward):  # accelerate's, for device_map="auto"
         forward = module._old_forward
     forward = sharded.before_tensor_parallelism(forward)

@@ -1,0 +1,91 @@
+"""The examples beside full logits in fp64: losses within 1e-6, the update of every weight within 1e-4."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from . import runs
+from .conftest import EXAMPLES
+from .full_logits import check
+
+NAMES = {path.stem for path in EXAMPLES.glob("*.py")} - {"stand_ins"}
+ALONE = ("plain", "packed", "peft_lora", "served_teacher")  # nothing in them knows of processes
+TOGETHER = ("hf_trainer", "accelerate_loop", "lightning_module", "trl_gkd", "trl_distillation")
+SHARDED = ("fsdp2", "deepspeed_zero3", "tensor_parallel")  # nothing to see in one process
+NEEDS = {
+    "accelerate": ("hf_trainer", "accelerate_loop"),
+    "deepspeed": ("deepspeed_zero3",),
+    "lightning": ("lightning_module",),
+    "peft": ("peft_lora",),
+    "trl": ("trl_gkd", "trl_distillation"),
+}
+
+
+def need(name: str) -> None:
+    for package, names in NEEDS.items():
+        if name in names:
+            pytest.importorskip(package, reason=f"examples/{name}.py needs {package}: pip install '.[train,examples]'")
+
+
+def test_every_example_is_run_and_short():
+    assert NAMES == {*ALONE, *TOGETHER, *SHARDED} == runs.RUNS.keys()
+    assert max(len((EXAMPLES / f"{name}.py").read_text().splitlines()) for name in NAMES) <= 40
+
+
+@pytest.mark.parametrize("name", [*ALONE, *TOGETHER])
+def test_in_one_process(name):
+    need(name)
+    check(*runs.RUNS[name]())
+
+
+@pytest.fixture(scope="module")
+def of_two(tmp_path_factory):
+    """What each of two processes got in each run."""
+    for name in (*TOGETHER, *SHARDED):
+        need(name)
+    root = tmp_path_factory.mktemp("processes")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    program = ["-m", runs.__name__, str(root / "runs"), *TOGETHER, *SHARDED]
+    paths = map(str, (EXAMPLES.parent / "tests", EXAMPLES.parent, EXAMPLES))
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command + program, cwd=root, env=environment, capture_output=True, text=True, timeout=480)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [torch.load(root / f"runs.{rank}") for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("name", [*TOGETHER, *SHARDED])
+def test_in_two_processes(name, of_two):
+    first, second = (found[name] for found in of_two)
+    check(*first)
+    for weight, change in first[1].items():
+        assert torch.equal(change, second[1][weight]), f"{weight} differs between the processes"
+
+
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in TOGETHER]
+
+
+@pytest.mark.parametrize("name", ["plain", "packed", "peft_lora", *SLOW])  # served_teacher needs a server
+def test_as_it_is_started(name, tmp_path, monkeypatch, capsys):
+    """The whole file as a program, on what it trains without paths."""
+    need(name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [name])
+    runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+    assert "loss" in (said := capsys.readouterr().out) or float(said.strip("[]\n").split(",")[-1]) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*TOGETHER, *SHARDED])
+def test_as_it_is_started_by_torchrun(name, tmp_path):
+    need(name)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = os.environ | {"PYTHONPATH": str(EXAMPLES.parent), "OMP_NUM_THREADS": "1"}
+    command.append(str(EXAMPLES / f"{name}.py"))
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=480)
+    assert done.returncode == 0, done.stdout + done.stderr
