@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kdkernels as kd
+from kdkernels import reference
 
 
 def responses(layout: kd.Layout) -> list[list[int]]:
@@ -182,6 +183,31 @@ def test_a_packed_sequence_is_scored_as_its_texts_in_sequences_of_their_own(obje
     torch.testing.assert_close(packed.metrics, apart.metrics)
     if scored is touching:
         assert (run(together, parted=False)[1] - gradient).norm() > 0.02 * gradient.norm(), "else nothing is tested"
+
+
+def test_tsd_kd_of_packed_texts_is_the_reference():
+    """Openers and most uncertain tokens of each text, value and gradient in fp64."""
+    generator = torch.Generator().manual_seed(3)
+    labels, ids = padded(map(touching, PACKED), -100), padded(map(places, PACKED), 0)
+    z_s, z_t = 2 * torch.randn(2, *labels.shape, 12, generator=generator, dtype=torch.float64)
+    z_s.requires_grad_()
+    layout = kd.Layout.from_labels(labels, position_ids=ids)
+    objective = kd.TSDKD(k=4, opener=0.3, entropy_ratio=0.4)
+    out = objective(kd.Logits(z_s), kd.Logits(z_t), layout)
+    texts, where = [], 0
+    for b, row in enumerate(PACKED):
+        where = b * labels.shape[1]
+        for prompt, response in row:
+            texts.append(slice(where, where + len(prompt) + len(response) - 1))  # the last token predicts nothing
+            where += len(prompt) + len(response)
+    parts = ([z.flatten(0, 1)[text] for text in texts] for z in (z_s, z_t))
+    expected = reference.tsd_kd(*parts, k=4, opener_share=0.3, entropy_ratio=0.4)
+    torch.testing.assert_close(out.loss, expected)
+    got, exact = (torch.autograd.grad(each, z_s)[0] for each in (out.loss, expected))
+    torch.testing.assert_close(got, exact)
+    assert exact.norm() > 0.05 and out.count == 6
+    joined = objective(kd.Logits(z_s), kd.Logits(z_t), kd.Layout.from_labels(labels))
+    assert abs(joined.loss - expected) > 0.02 * expected, "else nothing is tested"
 
 
 PACKED_MASK = torch.tensor([[0, 1, 1, 1, 0, 0], [1, 1, 0, 1, 1, 0]]).bool()

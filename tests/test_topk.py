@@ -133,6 +133,15 @@ def test_padding_up_to_the_whole_vocabulary(name):
     assert (gradient.norm(dim=-1) > 1e-3).all()
 
 
+@pytest.mark.parametrize("kept_in", [F32, BF16])
+def test_entries_that_servers_do_not_know_are_padding(kept_in):
+    torch.manual_seed(0)
+    student, padded = random_student(F64), stored(torch.randn(9, 130, dtype=F64), 12, dtype=kept_in, padded=4)
+    unknown = kd.TopK(padded.indices, padded.log_probs.masked_fill(padded.log_probs.isneginf(), -9999.0))
+    values = [kd.divergence(student, each, kd.ReverseKL()) for each in (padded, unknown)]
+    assert torch.equal(*values) and values[0].isfinite().all()
+
+
 def test_ids_of_int32_are_kept_and_change_nothing(dtype):
     """Beside 16 bits an entry takes 6 bytes; only those of a chunk become int64."""
     torch.manual_seed(0)

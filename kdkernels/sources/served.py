@@ -23,7 +23,9 @@ from torch import Tensor
 
 from ..layout import Layout
 
-UNKNOWN = -9999.0  # what OpenAI and vLLM write for a log-probability that they do not know, or that is -inf
+# OpenAI and vLLM write -9999 for a log-probability that they do not know or that is -inf; bf16 rounds it to -9984. No
+# real one lies below.
+UNKNOWN = -9000.0
 TOKEN_ID = "token_id:"  # begins a token's text where vLLM was asked for return_tokens_as_token_ids
 
 

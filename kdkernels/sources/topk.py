@@ -29,11 +29,11 @@ class TopK(Source):
     that, because a bucket has no temperature. Where K = V there is no bucket.
 
     The ids of a token have to be distinct ids of the shared vocabulary, those of padding included. Padding has a
-    log-probability of -inf: such an entry is not listed and lies in the bucket, or is dropped with it. Rounded
-    probabilities may sum to 1 + 1e-3 (16 bits: 1 + 2e-2) and are then normalised. On CPUs a call raises a ValueError
-    for anything else. On GPUs, where looking would cost a sync, the divergence of such a token is NaN, which the
-    metrics count. The teacher's bucket has at least 2^-23, which fp32 lists lose in rounding: with 0 a single confident
-    token would make a reverse KL infinite.
+    log-probability of -inf: such an entry is not listed and lies in the bucket, or is dropped with it. So is one of
+    -9999, by which servers mean "not known". Rounded probabilities may sum to 1 + 1e-3 (16 bits: 1 + 2e-2) and are then
+    normalised. On CPUs a call raises a ValueError for anything else. On GPUs, where looking would cost a sync, the
+    divergence of such a token is NaN, which the metrics count. The teacher's bucket has at least 2^-23, which fp32
+    lists lose in rounding: with 0 a single confident token would make a reverse KL infinite.
 
     The list of a position is that of the token it predicts: what a server says about the token at t belongs to position
     t - 1. Lists in other places are as good a distribution, and no call can tell. ``from_openai`` and ``from_vllm`` put
@@ -111,7 +111,7 @@ class TopK(Source):
             renormalize: see above.
 
         Returns:
-            A kd.TopK of shape [B, L, K], NaN at positions that the layout does not score.
+            A kd.TopK of shape [B, L, K] on the layout's device, NaN at positions that the layout does not score.
 
         Raises:
             TypeError: texts without a tokenizer.
@@ -143,7 +143,7 @@ class TopK(Source):
             layout, starts, renormalize: as for ``from_openai``.
 
         Returns:
-            A kd.TopK of shape [B, L, K], NaN at positions that the layout does not score.
+            A kd.TopK of shape [B, L, K] on the layout's device, NaN at positions that the layout does not score.
 
         Raises:
             ValueError: no log-probabilities, or other tokens than the layout's, naming the position [b, t].
@@ -230,6 +230,7 @@ class TopKProducer(Producer):
         ids, log_p = take(self.ids, at).long(), take(self.log_probs, at)
         slack = 1e-3 if log_p.dtype.itemsize >= 4 else 2e-2
         log_p = log_p.double()
+        log_p = log_p.masked_fill(log_p <= served.UNKNOWN, -torch.inf)
         ordered, total = ids.sort(-1).values, log_p.exp().sum(-1)
         outside = (ordered[:, 0] < 0) | (ordered[:, -1] >= self.vocabulary)
         twice = (ordered.diff(dim=-1) == 0).any(-1)
