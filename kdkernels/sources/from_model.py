@@ -123,7 +123,8 @@ def _output_layer(model: nn.Module) -> nn.Module:
     layer = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     below = output_layer.innermost(layer)
     # A subclass that multiplies as nn.Linear does will do: parametrized weights (read as multiplied), and FSDP2's.
-    if not isinstance(below, nn.Linear) or type(below).forward is not nn.Linear.forward:
+    plain = isinstance(below, nn.Linear) and type(below).forward is nn.Linear.forward
+    if not plain and not output_layer.is_four_bit(below):
         raise TypeError(
             f"model: expected a plain torch.nn.Linear as output embedding of {_kind(model)}, got "
             f"{type(below).__name__} (of {type(below).__module__}); {_WAY_OUT}"

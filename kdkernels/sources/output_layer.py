@@ -4,13 +4,14 @@
     LoRA, rsLoRA        two products, z = h W^T + u B^T with u = scaling * dropout(h) A^T: W + scaling B A is never made
     any other adapter   the effective weight, by the layer's own arithmetic: what it makes of the unit vectors
 
-PEFT is not imported: its layers are known by the package that they come from.
+None of these packages is imported: layers are known by the package that they come from.
 
 Axes: V vocabulary, H hidden, R ranks of all active adapters together; [...] leading dimensions.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -25,6 +26,14 @@ from .sharded import class_of
 _LINEAR = "adalora boft deft fourierft hira hra ia3 loha lokr lora miss oft randlora shira trainable_tokens vera"
 # The same of LoRA's variants. Arrow routes, aLoRA begins at a position, MonteCLoRA draws, VeLoRA replaces the gradient.
 _LINEAR_VARIANTS = {"DoraLinearVariant", "KasaLinearVariant"}
+# Its layers whose product is the base layer's and B A's.
+_LOW_RANK = {
+    "peft.tuners.lora.layer.Linear",
+    "peft.tuners.lora.bnb.Linear4bit",
+    "peft.tuners.lora.torchao.TorchaoLoraLinear",
+}
+# How torchao names what quantizes a layer's input, in the fields of its weight.
+_OF_INPUTS = ("act_", "activation_", "input_")
 
 Read = Callable[[Tensor], Tensor]
 
@@ -44,7 +53,7 @@ class NotLinear(Exception):
 
 def is_adapter(layer: object) -> bool:
     """Whether it is a layer that PEFT has put in place of another."""
-    return any(each.__module__.partition(".")[0] == "peft" for each in type(layer).__mro__)
+    return _is_from(layer, "peft")
 
 
 def innermost(layer: nn.Module) -> nn.Module:
@@ -61,20 +70,20 @@ def product(layer: nn.Module, hidden: Tensor, read: Read) -> Product:
     Raises:
         NotLinear: it is no such product, or not at the moment.
     """
-    layer = _used(layer)
+    layer, base = _used(layer), innermost(layer)
+    _check_values(base, hidden)
     if not is_adapter(layer):
-        return _own(layer, read)
-    base = layer.get_base_layer()
+        return _own(base, hidden, read)
     if layer.merged or layer.disable_adapters:
         if layer.merged and layer.disable_adapters:
             raise NotLinear("its adapters are disabled but still merged: call unmerge_adapter() on the PEFT model")
-        return _own(base, read)
+        return _own(base, hidden, read)
     if not _is_linear(layer) or layer.base_layer is not base:
         raise NotLinear(f"its output layer, {_kind(layer)}, is not known to be linear in the hidden states")
     variants = {type(v).__name__ for name, v in getattr(layer, "lora_variant", {}).items() if name in _active(layer)}
     if variants - _LINEAR_VARIANTS:
         raise NotLinear(f"its output layer has an adapter of the kind {', '.join(sorted(variants - _LINEAR_VARIANTS))}")
-    low_rank = _kind(layer) == "peft.tuners.lora.layer.Linear" and not variants
+    low_rank = _kind(layer) in _LOW_RANK and not variants
     try:
         return _low_rank(layer, base, hidden, read) if low_rank else _effective(layer, base, hidden)
     except RuntimeError as error:
@@ -91,9 +100,55 @@ def _kind(layer: nn.Module) -> str:
     return f"{class_of(layer).__module__}.{class_of(layer).__qualname__}"
 
 
-def _own(layer: nn.Module, read: Read) -> Product:
-    """Of a linear layer."""
-    return Product(read(layer.weight), None if layer.bias is None else read(layer.bias))
+def _own(layer: nn.Module, hidden: Tensor, read: Read) -> Product:
+    """Of a linear layer. Quantised weights are frozen: all of their values are made, in the dtype of the products."""
+    bias = None if layer.bias is None else read(layer.bias)
+    if is_four_bit(layer):
+        functional = sys.modules["bitsandbytes"].functional
+        values = functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).detach()
+        return Product(values.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype))
+    if _is_of_torchao(layer.weight):
+        return Product(layer.weight.detach().dequantize(), bias)
+    return Product(read(layer.weight), bias)
+
+
+def is_four_bit(layer: object) -> bool:
+    """Whether it is bitsandbytes' linear layer of 4 bits, whose product is that of its weight's values."""
+    return type(layer).__name__ == "Linear4bit" and _is_from(layer, "bitsandbytes")
+
+
+def _check_values(base: nn.Module, hidden: Tensor) -> None:
+    """Raises NotLinear where the values of a layer's weight are not here, or are not all that it multiplies."""
+    weight, out = base.weight, "leave the output layer out of the quantization"
+    if weight.is_meta and not hidden.is_meta and hasattr(base, "_hf_hook"):
+        raise NotLinear(
+            "accelerate has offloaded its output layer and loads it for its own forward alone: give that layer a "
+            "device in device_map"
+        )
+    if is_four_bit(base):
+        state = getattr(weight, "quant_state", None)
+        if state is None:
+            raise NotLinear("its output layer is not quantized yet: move the model to its device first")
+        if getattr(state, "packing_format_for_cpu", False):
+            raise NotLinear(
+                "bitsandbytes has repacked its output layer, which it does on CPUs in a forward in evaluation mode: "
+                f"load it again and call .train(), or {out}"
+            )
+    if not _is_of_torchao(weight):
+        return
+    if weight.requires_grad:
+        raise NotLinear(f"its output layer's {type(weight).__name__} is quantized and trained: {out}")
+    rounded = [name for name, value in vars(weight).items() if name.startswith(_OF_INPUTS) and value is not None]
+    if rounded:
+        raise NotLinear(f"its output layer's {type(weight).__name__} quantizes hidden states too ({rounded[0]}): {out}")
+
+
+def _is_of_torchao(weight: Tensor) -> bool:
+    return type(weight) not in (Tensor, nn.Parameter) and type(weight).__module__.partition(".")[0] == "torchao"
+
+
+def _is_from(thing: object, package: str) -> bool:
+    return any(each.__module__.partition(".")[0] == package for each in type(thing).__mro__)
 
 
 def _used(layer: nn.Module) -> nn.Module:
@@ -118,7 +173,7 @@ def _active(layer: nn.Module) -> list[str]:
 
 def _low_rank(layer: nn.Module, base: nn.Module, hidden: Tensor, read: Read) -> Product:
     """Of LoRA. u is made with the adapters' own dropout, which is the one that the layer itself would have."""
-    inner, outer, (weight, bias, *_) = [], [], _own(base, read)
+    inner, outer, (weight, bias, *_) = [], [], _own(base, hidden, read)
     for name in _active(layer):
         if name not in layer.lora_A:
             continue
