@@ -206,6 +206,19 @@ def test_eight_ranks_are_one(name, dtype):
     assert_same(whole(in_threads(lambda *rank: call(name, dtype, *rank))), one, exact, dtype)
 
 
+def test_two_groups_at_once():
+    """Of four processes, two and two divide a vocabulary; each group has a call of its own."""
+
+    def on_rank(rank, ranks, world):
+        groups = [distributed.new_group([0, 1]), distributed.new_group([2, 3])]
+        return call(("gkd", "tsd-kd")[rank // 2], F32, rank % 2, 2, groups[rank // 2])
+
+    ones = [(alone(name, F32), alone(name, F64)) for name in ("gkd", "tsd-kd")]
+    found = in_threads(on_rank, 4)
+    for i, (one, exact) in enumerate(ones):
+        assert_same(whole(found[2 * i : 2 * i + 2]), one, exact, F32)
+
+
 def test_a_bucket_over_eight_ranks(monkeypatch):
     """Of the teacher's two entries no rank, one or two are a rank's own."""
     monkeypatch.setattr("divided.topk_teacher", few_entries)

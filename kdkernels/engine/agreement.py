@@ -80,11 +80,11 @@ def _numbers(call: Call, needs: tuple[bool, ...]) -> dict[str, float]:
         "lengths of responses": _code(layout.lengths),
         "groups of tokens": _code(call.groups),
         "vocab_size": student.vocabulary,
-        "numbers of the student's head": _code(student.numbers),
+        "numbers of the student's head": _code(_numbers_of(student)),
         "dtype of hidden": _code(student.dtype),
         "width of hidden": student.width,
         "kind of teacher": _code(teacher and (type(teacher).__name__, teacher.dtype, teacher.group is None)),
-        "numbers of the teacher": _code(teacher and teacher.numbers),
+        "numbers of the teacher": _code(teacher and _numbers_of(teacher)),
         "terms": _code((call.terms.by_name, call.terms.needs)),
         "options of the loss": _code(options),
         "tensors that need gradients": _code(needs),
@@ -92,6 +92,11 @@ def _numbers(call: Call, needs: tuple[bool, ...]) -> dict[str, float]:
         "memory_budget": -1 if call.memory_budget is None else call.memory_budget,
         "logits_dtype": _code(call.logits_dtype),
     }
+
+
+def _numbers_of(source: Source) -> list[float]:
+    """Without the name of its group, which each rank may have another of."""
+    return source.trusted(**source.__dict__ | {"group": None}).numbers
 
 
 def _code(thing: object) -> int:
@@ -157,5 +162,8 @@ def fewest(divided: Shards | None, chunk_rows: Callable[[], tuple[int, int]]) ->
     if error:
         raise error
     if not student:
-        raise ValueError("memory_budget: expected one in which one token fits on all ranks of the group; see theirs")
+        raise ValueError(
+            "memory_budget: expected one in which one token fits on all ranks of the group; the error of a rank that "
+            "has no room says how many bytes it needs"
+        )
     return student, teacher

@@ -9,7 +9,8 @@
 - Every rank of the group makes the same call: the same batch, hidden states, targets and options. Ranks that do not all
   get the same error. Hidden states divided along the sequence (sequence parallelism) are gathered before.
 - Loss and metrics come out bitwise the same on all ranks. The gradient of hidden is complete on each of them, so
-  nothing is left to be reduced over the group; the gradients of weight and bias are those of the rank's rows.
+  nothing is left to be reduced over the group; the gradients of weight and bias are those of the rank's rows. A layer
+  that sums gradients over the group (Megatron's ``copy_to_tensor_model_parallel_region``) does not come before it.
 - Other groups (data parallelism) reduce as they would without this one.
 - The rows of all ranks, in the order of ranks, are the lm_head. ``vocab_size`` cuts off padding, which may fill the end
   of the last shard but not all of it.
