@@ -107,12 +107,11 @@ def where_the_rows_are(weight: Tensor) -> str:
     """The way out for a weight [V, H] that has another shape because it is elsewhere; empty where nothing says so."""
     if hasattr(weight, "ds_id"):
         return (
-            f"; ZeRO-3 holds its rows: {READ_INSIDE}; a frozen one also under "
-            "deepspeed.zero.GatheredParameters([weight])"
+            f"; ZeRO-3 holds its rows: {READ_INSIDE}; or outside under "
+            "deepspeed.zero.GatheredParameters([weight]), the backward included"
         )
     if isinstance(weight, nn.Parameter) and weight.dim() < 2:
         return (
-            "; if FSDP shards it: read it inside the forward of the module that FSDP wraps, or under "
-            "FullyShardedDataParallel.summon_full_params"
+            f"; if FSDP shards it: {READ_INSIDE}; a frozen one also under FullyShardedDataParallel.summon_full_params"
         )
     return ""
