@@ -47,11 +47,13 @@ def check(module, teacher_model, inputs, given, picked):
     student = module.student.module if isinstance(module.student, Wrapper) else module.student
     out = module(teacher=scored(teacher_model, **inputs), **given, **inputs)
     parameters = [p for p in student.parameters() if p.requires_grad]
+    trained = [name for name, p in student.named_parameters() if p.requires_grad]
     got = torch.autograd.grad(out.loss, parameters, allow_unused=True)
     student, teacher = student.double(), teacher_model.double()
     z_s, z_t = (model(**inputs, use_cache=False).logits[..., :ENTRIES] for model in (student, teacher))
     expected = reference.gkd([z_s[where] for where in picked], [z_t[where] for where in picked], beta=0.5)
-    right = torch.autograd.grad(expected, list(student.parameters()), allow_unused=True)
+    parameters = dict(student.named_parameters())
+    right = torch.autograd.grad(expected, [parameters[name] for name in trained], allow_unused=True)
     assert expected > 1e-3 and abs(out.loss - expected) < 1e-6 and out.count == len(picked)
     assert sum(g is not None and g.norm() > 1e-4 for g in right) > 4
     for a, b in zip(got, right, strict=True):
@@ -70,6 +72,42 @@ def test_causal(given, wrapped):
     module = kd.Distillation(student, kd.GKD(beta=0.5), ENTRIES)
     check(module, teacher, TEXT, {given: GIVEN[given]}, ROWS)
     assert not wrapped or student.calls == 1
+
+
+def test_checkpointed_layers():
+    """Computed again in the backward, when the function has left the wrapper's forward."""
+    student, teacher = models()
+    name = "activation_checkpointing_enable"  # the old name warns where there is a new one
+    getattr(student.train(), name, student.gradient_checkpointing_enable)()
+    module = kd.Distillation(Wrapper(student), kd.GKD(beta=0.5), ENTRIES)
+    check(module, teacher, TEXT, {"labels": LABELS}, ROWS)
+
+
+def test_autocast_of_the_own_forward():
+    """As accelerate decorates it: everything as in autocast around the call, the head's product too."""
+    student, teacher = models()
+    given = {"teacher": scored(teacher, **TEXT), "labels": LABELS, **TEXT}
+    module = kd.Distillation(student, kd.GKD(beta=0.5), ENTRIES)
+    cast = torch.autocast("cpu", torch.bfloat16)
+    with cast:
+        expected = module(**given)
+    student.forward, weight = cast(type(student).forward).__get__(student), student.lm_head.weight
+    for wrapped in (module, kd.Distillation(Wrapper(student), kd.GKD(beta=0.5), ENTRIES)):
+        out = wrapped(**given)
+        assert torch.equal(out.loss, expected.loss) and not torch.is_autocast_enabled("cpu")
+        a, b = (torch.autograd.grad(each.loss, weight, retain_graph=True)[0] for each in (out, expected))
+        assert torch.equal(a, b) and a.norm() > 0
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # PEFT's use
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_peft(wrapped):
+    peft = pytest.importorskip("peft")
+    student, teacher = models()
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
+    student = peft.get_peft_model(student, config)
+    module = kd.Distillation(Wrapper(student) if wrapped else student, kd.GKD(beta=0.5), ENTRIES)
+    check(module, teacher, TEXT, {"labels": LABELS}, ROWS)
 
 
 def test_packed_texts_are_responses_of_their_own():

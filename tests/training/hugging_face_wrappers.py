@@ -178,13 +178,12 @@ def refused(wrapper: str) -> list[str]:
     """What is said where the hidden states of a model that was taken out of its wrapper are asked for."""
     inputs, _ = batch("uneven")
     module, _ = wrapped(wrapper, model(1))
-    inner, said = module.module, []
-    hidden = inner.model(**inputs).last_hidden_state
-    for call in (
-        lambda: kd.hidden_states(module, **inputs),
-        lambda: kd.hidden_states(inner, **inputs),
-        lambda: kd.Head.from_model(inner, hidden),
-    ):
+    calls, said = [lambda: kd.hidden_states(module, **inputs)], []
+    if wrapper not in FSDP:
+        inner = module.module
+        hidden = inner.model(**inputs).last_hidden_state
+        calls += [lambda: kd.hidden_states(inner, **inputs), lambda: kd.Head.from_model(inner, hidden)]
+    for call in calls:
         try:
             call()
             said.append("")
@@ -198,7 +197,7 @@ def main(which: str, results: str) -> None:
     deepspeed_strategy.join()
     if which == "few":
         found = {case: update(*case) for case in [*FEW, ("DDP", "around", "uneven")]}
-        found["refused"] = {wrapper: refused(wrapper) for wrapper in ("DDP", "accelerate")}
+        found["refused"] = {wrapper: refused(wrapper) for wrapper in ("DDP", "accelerate", "FSDP2", "FSDP1")}
     else:
         found = {case: update(*case) for case in CASES if case not in FEW}
     torch.save(found, f"{results}.{distributed.rank()}")

@@ -141,6 +141,15 @@ def test_a_model_out_of_its_wrapper_is_refused(updates, wrapper):
             assert "got Qwen2ForCausalLM out of a DistributedDataParallel" in said and "kd.through(wrapper" in said
 
 
+@pytest.mark.parametrize(
+    ("wrapper", "name"), [("FSDP2", "FSDPQwen2ForCausalLM"), ("FSDP1", "FullyShardedDataParallel")]
+)
+def test_shards_outside_of_their_forward_are_refused(updates, wrapper, name):
+    for process in updates:
+        (said,) = process["refused"][wrapper]
+        assert name in said and "outside of it" in said and "kd.through(wrapper" in said
+
+
 # ---- what walks through a forward's output ---
 
 
