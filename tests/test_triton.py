@@ -74,6 +74,7 @@ SUITES = {
         on_identical_logits and (srkl or statistics or TSDKD)
         test_bad_input.py
         test_terms.py and (two_divergences or groups or beside)
+        test_adapted.py and every_backend and (GKD or TSDKD)
     """,
 }
 

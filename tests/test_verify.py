@@ -75,6 +75,8 @@ def test_dropout_and_other_inputs():
         head.verify(model, input_ids=IDS[:, 1:])
     with pytest.raises(ValueError, match="tokens: expected an int of at least 1, got 0"):
         head.verify(model, tokens=0, **INPUTS)
+    with pytest.raises(ValueError, match="attention_mask: expected at least one position that counts, got none"):
+        head.verify(model, input_ids=IDS, attention_mask=torch.zeros_like(IDS))
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, for PEFT

@@ -157,7 +157,9 @@ class Head(Source):
 
         PEFT's adapters on the output layer count as they do in the model's forward, and get their gradients
         (``output_layer.py``): a copy that is trained (modules_to_save), LoRA without making its full weight, any other
-        that is linear in the hidden states (DoRA, IA3, trainable tokens) by its effective weight.
+        that is linear in the hidden states (DoRA, IA3, trainable tokens) by its effective weight. Quantised weights
+        that the layer multiplies with as they are (bitsandbytes' 4 bits, torchao's weight-only) are dequantised, all
+        [V, H] of them, and get no gradient.
 
         Args:
             model: the causal LM; it may be wrapped by DDP, FSDP, DeepSpeed, torch.compile or PEFT. Weights that
@@ -171,8 +173,8 @@ class Head(Source):
             ValueError: vocab_size exceeds that default.
             RuntimeError: gradients are on, and the DDP around the model has never run: hidden did not come through it.
             TypeError: the model does something that no Head does, which the message names: its output embedding is more
-                than a linear layer with PEFT's adapters or has hooks, its forward was replaced, it transforms the
-                hidden states, or its logits are more than scaled and capped.
+                than a linear layer with PEFT's adapters, has hooks, is offloaded or quantises hidden states, its
+                forward was replaced, it transforms the hidden states, or its logits are more than scaled and capped.
         """
         from .adapted import AdaptedHead  # a head itself
 

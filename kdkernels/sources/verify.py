@@ -5,6 +5,7 @@ Axes: n tokens, V vocabulary; [...] leading dimensions.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -59,8 +60,9 @@ def _some(mask: object, head: Head, tokens: int) -> Tensor:
     counted = torch.arange(head.shape.numel(), device=head.device)
     if isinstance(mask, Tensor) and mask.shape == head.shape:
         counted = mask.flatten().nonzero()[:, 0]
-    step = max(1, -(-len(counted) // tokens))
-    return counted[::step]
+    if not len(counted):
+        raise ValueError("attention_mask: expected at least one position that counts, got none")
+    return counted[:: math.ceil(len(counted) / tokens)]
 
 
 def _logits(head: Head, index: Tensor) -> Tensor:
