@@ -64,7 +64,8 @@ class FusedLinearDistillationLoss(Uncompiled):
             student_weight, teacher_weight: [V, H] lm_head weights.
             true_labels: [B, L] or [N] integers, the token that each position *predicts* (labels already shifted:
                 ``labels[:, 1:]`` beside ``hidden[:, :-1]``), or ``ignore_index``. Labels of a sequence that follow each
-                other are one response. On a GPU they cost one sync.
+                other are one response: packed texts whose first labels are not ignored need the objective itself, with
+                ``kd.Layout.from_labels(labels, position_ids=position_ids)``. On a GPU they cost one sync.
             student_bias, teacher_bias: [V] or None.
             weights, from_teacher, denominator: as for the objective; weights have the shape of the labels.
 
