@@ -343,6 +343,16 @@ BAD = {
         lambda: kd.TopK.from_vllm([request_output(0), request_output(1, True)], LAYOUT),
         ValueError, ["outputs", "both"],
     ),
+    "no JSON": (lambda: kd.TopK.from_openai("<html>", LAYOUT), ValueError, ["json", "JSON", "<html>"]),
+    "no ids": (
+        lambda: kd.TopK.from_vllm([[None, {"x": -1.0}], by_token(1)], LAYOUT),
+        ValueError, ["outputs", "{id: log-probability}", "'x'"],
+    ),
+    "no lists": (lambda: kd.TopK.from_vllm([[None, 5]] * 2, LAYOUT), ValueError, ["outputs", "log-probability", "5"]),
+    "a mask": (lambda: kd.TopK.from_vllm([by_token(0)], LAYOUT.target >= 0), TypeError, ["layout", "Layout", "Tensor"]),
+    "one start": (
+        lambda: kd.TopK.from_vllm([by_token(0), by_token(1)], LAYOUT, starts=3), TypeError, ["starts", "2", "3"],
+    ),
     "too few texts": (
         lambda: kd.TopK.from_vllm([by_token(0)], LAYOUT), ValueError, ["outputs", "2 sequences", "1 texts"],
     ),

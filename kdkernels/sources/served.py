@@ -121,10 +121,16 @@ def _steps(steps: Iterable, tokens: Sequence[int] | None) -> list[Listed | None]
     tokens = [None] * len(steps) if tokens is None else tokens
     if len(tokens) != len(steps):
         raise ValueError(f"outputs: expected as many lists as the {len(tokens)} tokens, got {len(steps)}")
-    return [
-        Listed(token, [(int(key), _value(value)) for key, value in step.items()]) if step else None
-        for step, token in zip(steps, tokens, strict=True)
-    ]
+    return [_step(step, token) for step, token in zip(steps, tokens, strict=True)]
+
+
+def _step(step: object, token: int | None) -> Listed | None:
+    if not step:
+        return None
+    keys = list(step) if isinstance(step, Mapping) else []
+    if not keys or not all(isinstance(key, int) or key.isdecimal() for key in keys):
+        raise ValueError(f"outputs: expected {{id: log-probability}} or None for each token, got {step!r}")
+    return Listed(token, [(int(key), _value(value)) for key, value in step.items()])
 
 
 def _value(value: object) -> float:
@@ -139,7 +145,10 @@ def _listed(values: object) -> Sequence:
 def _plain(response: object) -> object:
     """A response as JSON text or a client's object as what it says."""
     if isinstance(response, (str, bytes)):
-        return json.loads(response)
+        try:
+            return json.loads(response)
+        except ValueError as error:
+            raise ValueError(f"json: expected a response as JSON, got {response[:40]!r} ...: {error}") from error
     return response.model_dump() if hasattr(response, "model_dump") else response
 
 
@@ -159,6 +168,10 @@ def tensors(
     served: list[Served], reader: Reader, layout: Layout, starts: Sequence[int] | None
 ) -> tuple[Tensor, Tensor]:
     """Ids [B, L, K] int32 and log-probabilities [B, L, K] fp32: NaN at the positions that the layout does not score."""
+    if not isinstance(layout, Layout):
+        raise TypeError(
+            f"layout: expected a kd.Layout such as kd.Layout.from_labels(labels), got {type(layout).__name__}"
+        )
     lists = _of_positions(served, reader.name, layout, starts)
     places = [divmod(flat, layout.shape[1]) for flat in layout.index.tolist()]
     tokens = [None] * len(lists) if layout.token is None else layout.token.tolist()
@@ -208,6 +221,8 @@ def _of_texts(
     texts: list[list[Listed | None]], name: str, layout: Layout, starts: Sequence[int] | None
 ) -> list[Listed]:
     rows, length = layout.shape
+    if starts is not None and not isinstance(starts, (Sequence, Tensor)):
+        raise TypeError(f"starts: expected a position for each of the {rows} sequences, got {starts!r}")
     starts = [0] * rows if starts is None else [int(start) for start in starts]
     if len(texts) != rows or len(starts) != rows:
         raise ValueError(
