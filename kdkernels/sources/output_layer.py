@@ -102,14 +102,14 @@ def _kind(layer: nn.Module) -> str:
 
 def _own(layer: nn.Module, hidden: Tensor, read: Read) -> Product:
     """Of a linear layer. Quantised weights are frozen: all of their values are made, in the dtype of the products."""
-    bias = None if layer.bias is None else read(layer.bias)
-    if is_four_bit(layer):
+    four_bit = is_four_bit(layer)
+    if four_bit:
         functional = sys.modules["bitsandbytes"].functional
-        values = functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).detach()
-        return Product(values.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype))
-    if _is_of_torchao(layer.weight):
-        return Product(layer.weight.detach().dequantize(), bias)
-    return Product(read(layer.weight), bias)
+        weight = functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).detach().to(hidden.dtype)
+    else:
+        weight = layer.weight.detach().dequantize() if _is_of_torchao(layer.weight) else read(layer.weight)
+    bias = None if layer.bias is None else read(layer.bias)
+    return Product(weight, bias.to(hidden.dtype) if four_bit and bias is not None else bias)
 
 
 def is_four_bit(layer: object) -> bool:
