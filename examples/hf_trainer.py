@@ -21,9 +21,7 @@ class Distilling(Trainer):
         labels = inputs.pop("labels")
         with torch.no_grad():
             scored = kd.Head.from_model(self.teacher, kd.hidden_states(self.teacher, **inputs), vocab_size=self.entries)
-        distillation = kd.Distillation(
-            model, self.objective, vocab_size=self.entries
-        )  # around DDP's wrapper, or FSDP's
+        distillation = kd.Distillation(model, self.objective, vocab_size=self.entries)  # model: wrapped by DDP, ...
         out = distillation(**inputs, labels=labels, teacher=scored, denominator=num_items_in_batch)
         shared = num_items_in_batch is not None and self.args.average_tokens_across_devices
         loss = out.loss * self.accelerator.num_processes if shared else out.loss  # DDP divides by as many
