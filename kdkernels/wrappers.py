@@ -40,11 +40,12 @@ def through(wrapper: nn.Module, function: Callable, /, *args, **kwargs) -> Any:
         out = kd.through(model, loss, teacher, **batch)
 
     Inside the function everything is as it was: it may call the model's own forward, and ``through`` of other models.
-    The arguments pass through the wrapper as a batch does, so it may move them to its device and cast them; what must
-    not be cast (a count, weights of tokens) belongs in the function's closure. Of what replaced the model's own forward
-    the autocast of accelerate and of ``torch.autocast`` as decorators is kept; a forward that torch.compile compiled
-    takes no part, the function runs as it is. Hooks on the wrapper and the model see the function's arguments and its
-    result.
+
+    The arguments pass through the wrapper as a batch does, so it may move tensors to its device and cast them; what
+    must not be cast (a count, weights of tokens) belongs in the function's closure. Sources and layouts stay as they
+    are. Of what replaced the model's own forward the autocast of accelerate and of ``torch.autocast`` as decorators is
+    kept; a forward that torch.compile compiled takes no part, the function runs as it is. Hooks on the wrapper and the
+    model see the function's arguments and its result.
 
     Args:
         wrapper: the model as it is trained: wrapped, with FSDP2's ``fully_shard`` applied, or plain. A module that
@@ -85,7 +86,7 @@ def through(wrapper: nn.Module, function: Callable, /, *args, **kwargs) -> Any:
             if COMPILED in module._modules:
                 _swap(swapped, module, "forward", module._modules[COMPILED])
         run.take_place()
-        out = wrapper(*args, **kwargs)
+        out = wrapper(*map(_held, args), **{name: _held(value) for name, value in kwargs.items()})
         if run.calls == 0:
             raise RuntimeError(f"wrapper: expected its forward to call {run.name}, {type(wrapper).__name__} did not")
     return out
@@ -116,7 +117,7 @@ class _Run:
             with ExitStack() as entered:
                 for context in self.autocasts:
                     entered.enter_context(context)
-                out = self.function(*args, **kwargs)
+                out = self.function(*map(_given, args), **{name: _given(value) for name, value in kwargs.items()})
         finally:
             _RUNNING.pop()
         self.take_place()
@@ -127,6 +128,23 @@ class _Run:
                     f"one), got {type(leaf).__name__}, in which no wrapper looks for tensors"
                 )
         return out
+
+
+class _Held:
+    """An argument that no wrapper looks into."""
+
+    def __init__(self, value: object):
+        self.value = value
+
+
+def _held(value: object) -> object:
+    """A kd.Head, kd.TopK or kd.Layout, whose tensors some wrappers would cast (FSDP1) and others refuse (Fabric)."""
+    parameters = getattr(type(value), "__dataclass_params__", None)
+    return _Held(value) if parameters is not None and parameters.frozen else value
+
+
+def _given(value: object) -> object:
+    return value.value if isinstance(value, _Held) else value
 
 
 def _swap(swapped: ExitStack, module: nn.Module, name: str, value: object) -> None:
@@ -183,7 +201,8 @@ def refuse_outside(model: nn.Module) -> None:
     forward, so that gradients would not be reduced, or weights not be gathered.
 
     What wraps a model cannot be seen from the model. DDP is looked for among all objects, once a model and where there
-    are several processes; DeepSpeed's engine and FSDP1 around a model that was taken out of them are not found.
+    are several processes (.4 s). Models that were taken out of DeepSpeed's engine or FSDP1 need no looking: ZeRO 0 to 2
+    reduce all the same, ZeRO-3 and FSDP1 have no weights there to compute with.
     """
     path = list(modules_within(model))
     sharded = any(map(_is_sharded, path))

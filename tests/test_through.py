@@ -78,6 +78,16 @@ def test_wrappers_see_arguments_and_result():
     assert torch.equal(wrapper(x), model.layer(x))
 
 
+def test_no_wrapper_looks_into_sources_and_layouts():
+    """FSDP1 would cast their tensors, Lightning's Fabric refuses them."""
+    head, layout = kd.Head(torch.ones(1, 2), torch.ones(3, 2)), kd.Layout.from_mask(torch.ones(1, 2).bool())
+    wrapper, x = Outer(Model()), torch.ones(1)
+    same = kd.through(wrapper, lambda a, b, *, c: [a is head, b is x, c is layout], head, x, c=layout)
+    assert same == [True] * 3
+    (first, second), named = wrapper.seen[0]
+    assert second is x and not any(isinstance(value, (kd.Head, kd.Layout)) for value in (first, *named.values()))
+
+
 def test_the_function_may_have_any_argument():
     assert kd.through(Model(), lambda wrapper, function: wrapper + function, wrapper=1, function=2) == 3
 

@@ -36,7 +36,7 @@ def hidden_states(model: nn.Module, /, **inputs) -> Tensor:
         TypeError: the model has no trunk below its head, or prompt learning of PEFT (prompt tuning, prefix tuning,
             p-tuning), X-LoRA or activated LoRA, which act in PEFT's own forward.
         RuntimeError: gradients are on, and the model is outside of the forward of its wrapper. DDP around a model that
-            was taken out of it is found too, if it was there at the first call; DeepSpeed and FSDP1 are not.
+            was taken out of it is found too, if it was there at the first call.
     """
     return last_hidden_state(model, trunk_output(model, inputs))
 
