@@ -44,27 +44,24 @@ def test_in_one_process(name):
     check(*runs.RUNS[name]())
 
 
-@pytest.fixture(scope="module")
-def of_two(tmp_path_factory):
-    """What each of two processes got in each run."""
-    for name in (*TOGETHER, *SHARDED):
+def test_in_two_processes(tmp_path):
+    """One start for all of them: that takes longer than what they compute."""
+    names = (*TOGETHER, *SHARDED)
+    for name in names:
         need(name)
-    root = tmp_path_factory.mktemp("processes")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    program = ["-m", runs.__name__, str(root / "runs"), *TOGETHER, *SHARDED]
+    program = ["-m", runs.__name__, str(tmp_path / "runs"), *names]
     paths = map(str, (EXAMPLES.parent / "tests", EXAMPLES.parent, EXAMPLES))
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command + program, cwd=root, env=environment, capture_output=True, text=True, timeout=480)
+    done = subprocess.run(command + program, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=480)
     assert done.returncode == 0, done.stdout + done.stderr
-    return [torch.load(root / f"runs.{rank}") for rank in (0, 1)]
-
-
-@pytest.mark.parametrize("name", [*TOGETHER, *SHARDED])
-def test_in_two_processes(name, of_two):
-    first, second = (found[name] for found in of_two)
-    check(*first)
-    for weight, change in first[1].items():
-        assert torch.equal(change, second[1][weight]), f"{weight} differs between the processes"
+    first, second = (torch.load(tmp_path / f"runs.{rank}") for rank in (0, 1))
+    assert first.keys() == second.keys() == {*names}
+    for name, run in first.items():
+        print(name)  # what fails is what was printed last
+        check(*run)
+        for weight, change in run[1].items():
+            assert torch.equal(change, second[name][1][weight]), f"{weight} differs between the processes"
 
 
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in TOGETHER]
