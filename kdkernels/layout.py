@@ -160,8 +160,8 @@ class Layout:
 
         Raises:
             TypeError: labels or position_ids are not integers, or ignore_index is not an int.
-            ValueError: labels have not two dimensions, position_ids have another shape or leave places out before a
-                scored token.
+            ValueError: labels have not two dimensions or a negative one that is not ignore_index; position_ids have
+                another shape or leave places out before a scored token.
         """
         _check_integers("labels", labels, signed=True)
         position_ids = position_ids.cpu() if isinstance(position_ids, Tensor) else position_ids
@@ -170,6 +170,11 @@ class Layout:
         first = scored & ~scored.roll(1, dims=1)  # the last position of a sequence is never scored
         layout = cls.from_segments(first.cumsum(1) * scored)
         token = targets.flatten()[layout.index]
+        if len(token) and int(token.min()) < 0:
+            raise ValueError(
+                f"labels: expected ids of tokens, or {ignore_index} where a token is not scored, got "
+                f"{int(token.min())}; say ignore_index={int(token.min())} if that is what it means"
+            )
         return cls.trusted(layout.index, layout.lengths, layout.shape, token).to(labels.device)
 
     @staticmethod

@@ -204,6 +204,7 @@ def refuse_outside(model: nn.Module) -> None:
     are several processes (.4 s). Models that were taken out of DeepSpeed's engine or FSDP1 need no looking: ZeRO 0 to 2
     reduce all the same, ZeRO-3 and FSDP1 have no weights there to compute with.
     """
+    _check_model(model)
     path = list(modules_within(model))
     sharded = any(map(_is_sharded, path))
     if (torch.is_grad_enabled() or sharded) and is_wrapped(model) and not is_inside(model):
@@ -217,10 +218,16 @@ def refuse_unprepared(model: nn.Module, hidden: Tensor) -> None:
     """Raises a RuntimeError where ``hidden``, states of ``model`` that require a gradient, cannot have come through the
     DDP around it, because that one's forward has never run. Found as in ``refuse_outside``.
     """
+    _check_model(model)
     *_, inner = modules_within(model)
     ddp = ddp_around(inner) if hidden.requires_grad else None
     if ddp is not None and not ddp._lazy_init_ran:
         raise RuntimeError(_OUTSIDE.format(f"{type(inner).__name__} out of a {type(ddp).__name__}"))
+
+
+def _check_model(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a model of transformers, got {type(model).__name__}")
 
 
 _OUTSIDE = (

@@ -115,7 +115,19 @@ WRONG = {
         lambda x, y: call(kd.GKD(), x, y.flatten()), ValueError, r"true_labels: .* \[2, 3\], got \[6\]"
     ),
     "no labels": (lambda x, y: call(kd.GKD(), x, None), ValueError, r"true_labels: .*, got NoneType"),
-    "labels of floats": (lambda x, y: call(kd.GKD(), x, y.float()), TypeError, "labels: expected a signed integer"),
+    "labels of floats": (lambda x, y: call(kd.GKD(), x, y.float()), TypeError, "true_labels: .* got torch.float32"),
+    "labels without a sign": (
+        lambda x, y: call(kd.GKD(), x, y.to(torch.uint8)), TypeError, "true_labels: .* got torch.uint8"
+    ),
+    "a vocabulary of floats": (
+        lambda x, y: kd.FusedLinearDistillationLoss(kd.GKD(), vocab_size=7.0), TypeError, "vocab_size: .* got 7.0"
+    ),
+    "no vocabulary": (
+        lambda x, y: kd.FusedLinearDistillationLoss(kd.GKD(), vocab_size=0), ValueError, "vocab_size: .* got 0"
+    ),
+    "what to ignore": (
+        lambda x, y: kd.FusedLinearDistillationLoss(kd.GKD(), ignore_index=1.5), TypeError, "ignore_index: .* got 1.5"
+    ),
     "no teacher": (
         lambda x, y: kd.FusedLinearDistillationLoss(kd.GKD())(x, x[0], None, None, y), TypeError, "teacher: expected"
     ),

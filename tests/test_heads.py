@@ -242,3 +242,13 @@ def test_distributed_tensors():
     finally:
         if ours:
             dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("of", ["student", "teacher"])
+def test_dtypes_that_only_autocast_makes_one_are_refused_where_it_is_off(of):
+    heads = {name: kd.Head(torch.randn(1, 3, 4), torch.randn(5, 4)) for name in ("student", "teacher")}
+    with torch.autocast("cpu", torch.bfloat16):
+        heads[of] = kd.Head(torch.randn(1, 3, 4).bfloat16(), torch.randn(5, 4))
+        assert kd.divergence(**heads, divergence=kd.ForwardKL()).isfinite().all()
+    with pytest.raises(TypeError, match=r"^weight: expected dtype torch.bfloat16 .* got torch.float32; .*autocast"):
+        kd.divergence(**heads, divergence=kd.ForwardKL())

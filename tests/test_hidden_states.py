@@ -175,6 +175,14 @@ def test_prompt_learning_is_refused(peft, config, name):
 
 
 def test_what_is_refused():
+    for model in (None, "a path"):
+        with pytest.raises(TypeError, match=r"^model: expected a model of transformers, got"):
+            kd.hidden_states(model, **TEXT)
+        with pytest.raises(TypeError, match=r"^model: expected a model of transformers, got"):
+            kd.Head.from_model(model, torch.zeros(1, 2))
+    model = tiny("qwen2")
+    with pytest.raises(TypeError, match=r"^hidden: expected last hidden states .*, got BaseModelOutputWithPast"):
+        kd.Head.from_model(model, model.base_model(**TEXT))
     with pytest.raises(TypeError, match="no base model below its head"):
         kd.hidden_states(nn.Linear(2, 2), input_ids=IDS)
     with pytest.raises(TypeError, match=r"adapter_names: .*PEFT"):

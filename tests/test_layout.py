@@ -227,6 +227,7 @@ def positioned(position_ids) -> kd.Layout:
         (lambda: kd.Layout.from_labels(torch.ones(2, 3)), TypeError, ["labels", "int", "float32"]),
         (lambda: kd.Layout.from_labels([[1]]), TypeError, ["labels", "list"]),
         (lambda: kd.Layout.from_labels(torch.ones(3, dtype=torch.int64)), ValueError, ["labels", "[B, L]", "[3]"]),
+        (lambda: kd.Layout.from_labels(torch.tensor([[3, 4, -1]])), ValueError, ["labels", "-100", "ignore_index=-1"]),
         (lambda: kd.Layout.targets(torch.ones(2, 3)), TypeError, ["labels", "int", "float32"]),
         (lambda: positioned([0, 1, 2]), TypeError, ["position_ids", "integer", "list"]),
         (lambda: positioned(torch.ones(2, 3)), TypeError, ["position_ids", "integer", "float32"]),

@@ -37,7 +37,7 @@ def models(heads: int):
 
 def test_before_and_after_are_the_same_loss_and_gradient():
     before, after = blocks()[0].split("# after", 1)
-    names = {"kd": kd, "jsd": jsd, "student_model": models(2), "teacher_model": models(4).requires_grad_(False)}
+    names = {"torch": torch, "jsd": jsd, "student_model": models(2), "teacher_model": models(4).requires_grad_(False)}
     names["ids"], names["mask"] = torch.randint(97, (2, 7)), torch.arange(7).expand(2, 7) > 2
     losses, gradients = [], []
     for code in (before, "# after" + after):
@@ -55,6 +55,7 @@ def test_before_and_after_are_the_same_loss_and_gradient():
 def test_the_other_code_runs():
     heads = [torch.nn.Linear(8, 151665 // 1000, bias=False), torch.nn.Linear(16, 151665 // 1000, bias=False)]
     names = {
+        "kd": kd,
         "student_lm_head": heads[0],
         "teacher_lm_head": heads[1],
         "hidden_s": torch.randn(2, 7, 8, requires_grad=True),

@@ -10,8 +10,10 @@ from dataclasses import replace
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ..checks import check_count
 from ..layout import Layout
 from ..sources import Head
+from ..tensors import check_integral
 from .base import Objective, Uncompiled
 
 
@@ -33,12 +35,17 @@ class FusedLinearDistillationLoss(Uncompiled):
 
     Raises:
         TypeError: objective is none, or an option is no int.
+        ValueError: vocab_size is less than 1.
     """
 
     def __init__(self, objective: Objective, vocab_size: int | None = None, ignore_index: int = -100):
         super().__init__()
         if not isinstance(objective, Objective):
             raise TypeError(f"objective: expected one such as kd.GKD(reduction='tokens'), got {objective!r}")
+        if vocab_size is not None:
+            check_count("vocab_size", vocab_size, 1)
+        if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+            raise TypeError(f"ignore_index: expected an int, got {ignore_index!r}")
         self.objective, self.vocab_size, self.ignore_index = objective, vocab_size, ignore_index
 
     def forward(
@@ -62,7 +69,7 @@ class FusedLinearDistillationLoss(Uncompiled):
                 objective knows no responses: reduction "tokens" or "sum", no selection, no authors. The hidden sizes
                 may differ. An objective without a teacher takes None.
             student_weight, teacher_weight: [V, H] lm_head weights.
-            true_labels: [B, L] or [N] integers, the token that each position *predicts* (labels already shifted:
+            true_labels: [B, L] or [N] int64 or int32, the token that each position *predicts* (labels already shifted:
                 ``labels[:, 1:]`` beside ``hidden[:, :-1]``), or ``ignore_index``. Labels of a sequence that follow each
                 other are one response: packed texts whose first labels are not ignored need the objective itself, with
                 ``kd.Layout.from_labels(labels, position_ids=position_ids)``. On a GPU they cost one sync.
@@ -85,6 +92,7 @@ class FusedLinearDistillationLoss(Uncompiled):
         if not isinstance(true_labels, Tensor) or true_labels.shape != student.shape:
             got = list(true_labels.shape) if isinstance(true_labels, Tensor) else type(true_labels).__name__
             raise ValueError(f"true_labels: expected a label for each position {list(student.shape)}, got {got}")
+        check_integral("true_labels", true_labels)
         if len(student.shape) == 1:
             self._check_needs_no_responses()
             student, teacher = (one and replace(one, hidden=one.hidden[None]) for one in (student, teacher))

@@ -72,8 +72,8 @@ class Head(Source):
                 raise ValueError(
                     f"{name}: expected device {self.hidden.device} (that of hidden), got {tensor.device}{lost}"
                 )
-            if tensor.dtype != self.hidden.dtype and not all(autocast_dtype(t) for t in (tensor, self.hidden)):
-                raise TypeError(f"{name}: expected dtype {self.hidden.dtype} (that of hidden), got {tensor.dtype}")
+            if not all(autocast_dtype(t) for t in (tensor, self.hidden)):
+                self._check_dtype(name)
         if self.weight.dim() != 2 or 0 in self.weight.shape:
             way_out = where_the_rows_are(self.weight)
             kind = TypeError if way_out else ValueError
@@ -93,6 +93,14 @@ class Head(Source):
         else:
             check_group(self.group, self.vocab_size)
 
+    def _check_dtype(self, name: str) -> None:
+        tensor = getattr(self, name)
+        if tensor is not None and tensor.dtype != self.dtype:
+            raise TypeError(
+                f"{name}: expected dtype {self.dtype} (that of hidden), got {tensor.dtype}; they may differ only where "
+                "autocast is on, for the head as for the loss"
+            )
+
     @property
     def vocabulary(self) -> int:
         """How many entries have a probability: ``vocab_size``, or all of weight's."""
@@ -109,6 +117,8 @@ class Head(Source):
         """
         dtype = autocast_dtype(self.hidden)
         if dtype is None:
+            for name in self.names:  # the head may have been made where autocast was on
+                self._check_dtype(name)
             return self
         narrow = {name: getattr(self, name).to(dtype) for name in self.names if getattr(self, name) is not None}
         return replace(self, **narrow)
@@ -178,6 +188,11 @@ class Head(Source):
         """
         from .adapted import AdaptedHead  # a head itself
 
+        if not isinstance(hidden, Tensor):
+            raise TypeError(
+                "hidden: expected last hidden states [..., H], such as kd.hidden_states(model, **inputs), got "
+                f"{type(hidden).__name__}"
+            )
         refuse_unprepared(model, hidden)
         read = tail(model)
         if vocab_size is not None:
