@@ -186,6 +186,8 @@ def is_inside(model: nn.Module) -> bool:
     path = list(modules_within(model))
     if any(path[-1] is running for running in _RUNNING) or DistributedDataParallel._active_ddp_module in path:
         return True
+    if _is_recomputed():
+        return True
     return any(_is_sharded(module) and _forward_runs(module) for module in path)
 
 
@@ -209,9 +211,8 @@ def refuse_outside(model: nn.Module) -> None:
     sharded = any(map(_is_sharded, path))
     if (torch.is_grad_enabled() or sharded) and is_wrapped(model) and not is_inside(model):
         raise RuntimeError(_OUTSIDE.format(" in ".join(type(module).__name__ for module in reversed(path))))
-    ddp = ddp_around(path[-1]) if torch.is_grad_enabled() else None
-    if ddp is not None and DistributedDataParallel._active_ddp_module is not ddp:
-        raise RuntimeError(_OUTSIDE.format(f"{type(path[-1]).__name__} out of a {type(ddp).__name__}"))
+    if torch.is_grad_enabled() and _is_left_out(path[-1]):
+        _refuse_left_out(path[-1])
 
 
 def refuse_unprepared(model: nn.Module, hidden: Tensor) -> None:
@@ -221,8 +222,31 @@ def refuse_unprepared(model: nn.Module, hidden: Tensor) -> None:
     _check_model(model)
     *_, inner = modules_within(model)
     ddp = ddp_around(inner) if hidden.requires_grad else None
-    if ddp is not None and not ddp._lazy_init_ran:
-        raise RuntimeError(_OUTSIDE.format(f"{type(inner).__name__} out of a {type(ddp).__name__}"))
+    if ddp is not None and not ddp._lazy_init_ran and _is_left_out(inner):
+        _refuse_left_out(inner)
+
+
+def _is_left_out(model: nn.Module) -> bool:
+    """Whether DDP is to reduce the gradients of ``model``, and neither its forward runs nor, in a backward, what was
+    checkpointed in it.
+    """
+    active, ddp = DistributedDataParallel._active_ddp_module, ddp_around(model)
+    if ddp is None or active is ddp or _is_recomputed():
+        return False
+    around = active is not None and any(module is model for module in active.modules())  # one that was made later
+    return not around and any(parameter.requires_grad for parameter in model.parameters())
+
+
+def _refuse_left_out(model: nn.Module) -> None:
+    gc.collect()  # a DDP that nobody uses any more reduces nothing; it stays in a cycle until then
+    ddp = ddp_around(model)
+    if ddp is not None:
+        raise RuntimeError(_OUTSIDE.format(f"{type(model).__name__} out of a {type(ddp).__name__}"))
+
+
+def _is_recomputed() -> bool:
+    """Whether a backward runs, in which what was checkpointed is computed again."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def _check_model(model: object) -> None:
@@ -238,9 +262,10 @@ _OUTSIDE = (
 
 
 def ddp_around(model: nn.Module) -> DistributedDataParallel | None:
-    """The DDP that reduces the gradients of ``model``: looked for in the first call where there are several processes.
+    """The DDP that reduces the gradients of ``model``: looked for in the first call where there are several processes,
+    and again when the one that was found is gone.
 
-    A DDP made later is not found, nor one that compiled autograd serves.
+    A DDP made after a call that found none is not found, nor one that compiled autograd serves.
     """
     if (
         torch.compiler.is_compiling()
@@ -248,7 +273,8 @@ def ddp_around(model: nn.Module) -> DistributedDataParallel | None:
         or torch.distributed.get_world_size() < 2
     ):
         return None
-    if model not in _AROUND:
+    known = _AROUND.get(model)
+    if known is None or (isinstance(known, weakref.ref) and known() is None):  # another may be there by now
         every = (found for found in gc.get_objects() if issubclass(type(found), DistributedDataParallel))
         around = [ddp for ddp in every if any(module is model for module in ddp.modules())]
         _AROUND[model] = weakref.ref(around[0]) if around and not around[0]._use_python_reducer else lambda: None

@@ -5,19 +5,24 @@ for the results.
 The losses are those of kd.through and of kd.Distillation; the tokens are spread unevenly, or all in one process.
 """
 
+import gc
 import os
 import sys
 from contextlib import nullcontext
+from functools import partial
 
 from kdkernels.training import deepspeed_strategy, distributed  # before anything else of DeepSpeed: it says on what
 
 import deepspeed  # isort: skip
 import torch
+from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import kdkernels as kd
+from kdkernels.wrappers import ddp_around
 
 ENTRIES, LENGTH = 40, 7
 # responses of the two processes, two each: first position that predicts, tokens
@@ -34,8 +39,10 @@ ZERO = tuple(f"ZeRO-{stage}" for stage in range(4))
 WRAPPERS = (*DDP, *FSDP, *ZERO, "accelerate")
 WAYS = ("through", "Distillation", "wrapped student")
 CASES = [(wrapper, way, spread) for wrapper in WRAPPERS for way in WAYS for spread in SPREADS]
+CHECKPOINTED = [(wrapper, "checkpointed", "uneven") for wrapper in ("DDP", "FSDP2 by layers")]
 OFTEN = ("DDP static graph", "FSDP2 by layers", "ZeRO-2", "ZeRO-3", "accelerate")
 FEW = [case for case in CASES if case[0] in OFTEN and (case[1] == "Distillation") == (case[2] == "all in one")]
+FEW += CHECKPOINTED
 OBJECTIVE = kd.GKD(beta=0.5)
 
 
@@ -72,7 +79,7 @@ def batch(spread: str) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     return {"input_ids": ids, "attention_mask": attention}, labels
 
 
-def wrapped(wrapper: str, module: torch.nn.Module):
+def wrapped(wrapper: str, module: nn.Module):
     """(the wrapped module, whatever steps its optimizer)"""
     if wrapper in ZERO:
         config = {
@@ -124,6 +131,16 @@ def by_through(wrapper, teacher, inputs, labels):
     return kd.through(wrapper, loss, teacher, labels, **inputs)
 
 
+def by_checkpointed(wrapper, teacher, inputs, labels):
+    """The backward computes hidden states and head once more."""
+
+    def loss(ids, attention):
+        hidden = kd.hidden_states(wrapper, input_ids=ids, attention_mask=attention)
+        return OBJECTIVE(kd.Head.from_model(wrapper, hidden, ENTRIES), teacher, kd.Layout.from_labels(labels))
+
+    return kd.through(wrapper, partial(checkpoint, loss, use_reentrant=False), *inputs.values())
+
+
 def by_distillation(wrapper, teacher, inputs, labels):
     return wrapper(teacher=teacher, labels=labels, **inputs)
 
@@ -141,6 +158,7 @@ def around_it(wrapper, teacher, inputs, labels):
 
 CALLS = {
     "through": by_through,
+    "checkpointed": by_checkpointed,
     "Distillation": by_distillation,
     "wrapped student": by_wrapped_student,
     "around": around_it,
@@ -178,18 +196,43 @@ def refused(wrapper: str) -> list[str]:
     """What is said where the hidden states of a model that was taken out of its wrapper are asked for."""
     inputs, _ = batch("uneven")
     module, _ = wrapped(wrapper, model(1))
-    calls, said = [lambda: kd.hidden_states(module, **inputs)], []
+    calls = [lambda: kd.hidden_states(module, **inputs)]
     if wrapper not in FSDP:
         inner = module.module
         hidden = inner.model(**inputs).last_hidden_state
         calls += [lambda: kd.hidden_states(inner, **inputs), lambda: kd.Head.from_model(inner, hidden)]
-    for call in calls:
-        try:
-            call()
-            said.append("")
-        except RuntimeError as error:
-            said.append(str(error))
+    return [error_of(call) for call in calls]
+
+
+def allowed() -> dict[str, str]:
+    """What is said where a model belongs to a DDP, and nothing is amiss."""
+    inputs, _ = batch("uneven")
+    both = nn.ModuleList([model(1), model(3).requires_grad_(False)])
+    keep = DistributedDataParallel(both)
+    again, ddps = model(1), []
+    gc.disable()
+    for _ in range(2):  # the first is garbage, in a cycle, when the second is made
+        ddps = [DistributedDataParallel(again)]
+        ddps[0].itself = ddps
+        ddp_around(again)
+    calls = {
+        "frozen part": lambda: kd.hidden_states(both[1], **inputs),
+        "second DDP": lambda: kd.through(ddps[0], lambda: kd.hidden_states(again, **inputs)),
+    }
+    said = {name: error_of(call) for name, call in calls.items()}
+    ddps = None
+    said["no DDP any more"] = error_of(lambda: kd.hidden_states(again, **inputs))
+    gc.enable()
+    assert keep.module is both
     return said
+
+
+def error_of(call) -> str:
+    try:
+        call()
+    except RuntimeError as error:
+        return str(error)
+    return ""
 
 
 def main(which: str, results: str) -> None:
@@ -198,6 +241,7 @@ def main(which: str, results: str) -> None:
     if which == "few":
         found = {case: update(*case) for case in [*FEW, ("DDP", "around", "uneven")]}
         found["refused"] = {wrapper: refused(wrapper) for wrapper in ("DDP", "accelerate", "FSDP2", "FSDP1")}
+        found["allowed"] = allowed()
     else:
         found = {case: update(*case) for case in CASES if case not in FEW}
     torch.save(found, f"{results}.{distributed.rank()}")

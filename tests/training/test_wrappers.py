@@ -141,6 +141,11 @@ def test_a_model_out_of_its_wrapper_is_refused(updates, wrapper):
             assert "got Qwen2ForCausalLM out of a DistributedDataParallel" in said and "kd.through(wrapper" in said
 
 
+@pytest.mark.parametrize("what", ["frozen part", "second DDP", "no DDP any more"])
+def test_what_is_allowed_of_a_model_in_a_ddp(updates, what):
+    assert [process["allowed"][what] for process in updates] == ["", ""]
+
+
 @pytest.mark.parametrize(
     ("wrapper", "name"), [("FSDP2", "FSDPQwen2ForCausalLM"), ("FSDP1", "FullyShardedDataParallel")]
 )
