@@ -246,7 +246,7 @@ def _refuse_left_out(model: nn.Module) -> None:
 
 def _is_recomputed() -> bool:
     """Whether a backward runs, in which what was checkpointed is computed again."""
-    return torch._C._current_graph_task_id() != -1
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _check_model(model: object) -> None:

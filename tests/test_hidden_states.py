@@ -135,6 +135,12 @@ def test_a_wrapper_outside_of_its_forward_is_refused():
     assert torch.equal(kd.hidden_states(torch.compile(model, backend="eager"), **TEXT), expected)
 
 
+def test_inside_a_graph_of_torch_compile():
+    model = tiny("qwen2")
+    compiled = torch.compile(lambda: kd.hidden_states(model, **TEXT), backend="eager", fullgraph=True)
+    assert torch.equal(compiled(), kd.hidden_states(model, **TEXT))
+
+
 OLD_NAME = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # PEFT's use
 
 
