@@ -35,7 +35,8 @@ class Distillation(nn.Module):
 
     Either the module is wrapped (``DDP(distillation)``, ``fully_shard(distillation)``, ``deepspeed.initialize(
     model=distillation)``, ``accelerator.prepare(distillation)``), or it is made around a student that is wrapped
-    already, as a trainer hands it over: then the forward runs through that wrapper (``kd.through``).
+    already, as a trainer hands it over: then the forward runs through that wrapper (``kd.through``). FSDP1 and DDP with
+    mixed precision cast all that they are given, a teacher too; around a wrapped student it stays as it is.
 
     Args:
         student: a model of transformers with a language-model head, or what wraps one.
@@ -83,7 +84,7 @@ class Distillation(nn.Module):
             layout: the positions and their responses.
             mask: [B, L] bool, True where a position predicts a response token, one response a row.
             target: [B, L], the token that each position predicts, where layout or mask do not know it.
-            weights: [B, L], of each token, a factor on the objective's terms; not on the router loss.
+            weights: [B, L] fp32 or fp64, of each token, a factor on the objective's terms; not on the router loss.
             from_teacher: [B] bool, for objectives that tell authors apart.
             denominator: what to divide by instead of this batch's own count; the router loss then counts
                 count / denominator, so that it adds up to a mean over batches too.
@@ -95,6 +96,11 @@ class Distillation(nn.Module):
         given = [name for name, value in (("labels", labels), ("layout", layout), ("mask", mask)) if value is not None]
         if len(given) != 1:
             raise TypeError(f"labels, layout, mask: expected exactly one of them, got {' and '.join(given) or 'none'}")
+        if isinstance(weights, Tensor) and weights.is_floating_point() and weights.dtype.itemsize < 4:
+            raise TypeError(
+                f"weights: expected float32 or float64, got {weights.dtype}; a wrapper with mixed precision casts what "
+                "it is given: make the Distillation around the wrapped student, whose forward is not given weights"
+            )
         if has_encoder(self.student) and labels is not None:
             inputs["labels"] = labels
         options = {

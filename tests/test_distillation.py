@@ -214,6 +214,12 @@ def call(objective=None, student=None, vocab_size=ENTRIES, **given):
             ValueError,
             ["teacher", "cpu", "meta"],
         ),
+        (
+            {"labels": LABELS, "weights": torch.ones(2, 5).bfloat16(), **TEXT},
+            TypeError,
+            ["weights", "around the wrapped"],
+        ),
+        ({"labels": LABELS, "denominator": torch.tensor(257.0).half(), **TEXT}, ValueError, ["denominator", "an int"]),
         ({"labels": LABELS, "denominator": 0, **TEXT}, ValueError, ["denominator", "0"]),
     ],
 )

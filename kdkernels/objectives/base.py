@@ -300,6 +300,11 @@ def _scale(denominator: object, count: int, device: torch.device) -> float | Ten
                 "denominator: expected a number, or a tensor [] of one that requires no gradient, got "
                 f"{denominator.dtype} {list(denominator.shape)}{' with gradient' * denominator.requires_grad}"
             )
+        if denominator.dtype.is_floating_point and denominator.dtype.itemsize < 4:
+            raise ValueError(
+                f"denominator: expected a number that was not rounded, got {denominator.dtype}, which has not every "
+                "count; where a wrapper casts what it is given, pass an int, a float or a tensor of an integer"
+            )
         if denominator.device.type == "cpu":
             denominator = denominator.item()
         elif denominator.device != device or denominator.dtype == torch.bool:
