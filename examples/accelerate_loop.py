@@ -31,6 +31,6 @@ def train(accelerator, student, teacher, entries, batches, optimizer):
 
 if __name__ == "__main__":
     student, teacher, tokenizer = models(*sys.argv[1:])
-    accelerator = Accelerator(gradient_accumulation_steps=2)
+    accelerator = Accelerator(gradient_accumulation_steps=2, cpu=not torch.cuda.is_available())
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
     print(train(accelerator, student, teacher, len(tokenizer), loader(tokenizer), optimizer))

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO-3:  deepspeed examples/deepspeed_zero3.py [student teacher]  (or torchrun)"""
+"""DeepSpeed's ZeRO-3:  deepspeed --no_local_rank examples/deepspeed_zero3.py [student teacher]  (or torchrun)"""
 
 import sys
 

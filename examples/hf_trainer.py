@@ -30,7 +30,8 @@ class Distilling(Trainer):
 
 if __name__ == "__main__":
     student, teacher, tokenizer = models(*sys.argv[1:])
-    args = TrainingArguments("runs/hf_trainer", per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    args = TrainingArguments("runs/hf_trainer", use_cpu=not torch.cuda.is_available(), **options)
     data = {"train_dataset": rows(tokenizer), "data_collator": DataCollatorForSeq2Seq(tokenizer)}
     trainer = Distilling(teacher=teacher, entries=len(tokenizer), model=student, args=args, **data)
     print(trainer.train())

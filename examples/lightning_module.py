@@ -1,5 +1,6 @@
 """Lightning:  python examples/lightning_module.py [student teacher]  (or torchrun)"""
 
+import os
 import sys
 
 import lightning
@@ -33,6 +34,7 @@ class Distilling(lightning.LightningModule):
 if __name__ == "__main__":
     student, teacher, tokenizer = models(*sys.argv[1:])
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
-    trainer = lightning.Trainer(max_epochs=1, accumulate_grad_batches=2, default_root_dir="runs/lightning")
+    options = {"devices": os.environ.get("LOCAL_WORLD_SIZE", "auto"), "default_root_dir": "runs/lightning"}
+    trainer = lightning.Trainer(max_epochs=1, accumulate_grad_batches=2, **options)
     trainer.fit(Distilling(student, teacher, len(tokenizer), optimizer), loader(tokenizer))
     print(trainer.callback_metrics)

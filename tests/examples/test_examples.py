@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -77,6 +78,15 @@ def test_as_it_is_started(name, tmp_path, monkeypatch, capsys):
     assert "loss" in (said := capsys.readouterr().out) or float(said.strip("[]\n").split(",")[-1]) > 0
 
 
+# Of two processes: half as many steps as of one. Two that know nothing of each other would both take all.
+HALF = {
+    "hf_trainer": "global_step=9,",
+    "accelerate_loop": r"\[[\d.]+(, [\d.]+){5}\]",
+    "lightning_module": "6/6",
+    "trl_gkd": "global_step=9,",
+}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*TOGETHER, *SHARDED])
 def test_as_it_is_started_by_torchrun(name, tmp_path):
@@ -87,3 +97,4 @@ def test_as_it_is_started_by_torchrun(name, tmp_path):
     command.append(str(EXAMPLES / f"{name}.py"))
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=480)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(HALF.get(name, ""), done.stdout), done.stdout
