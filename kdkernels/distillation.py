@@ -18,9 +18,10 @@ from .objectives import Objective, Output
 from .sources import Head, Source
 from .sources.from_model import ask, tail, unwrapped
 from .sources.hidden import has_encoder, last_hidden_state, trunk_output
-from .wrappers import is_inside, is_wrapped, through
+from .wrappers import Held, given_to, is_inside, is_wrapped, through
 
 ROUTER_LOSS = "router_loss"  # among the metrics
+KEPT = ("teacher", "weights", "denominator")  # as they are given, whatever mixed precision does to inputs
 
 
 class Distillation(nn.Module):
@@ -56,6 +57,11 @@ class Distillation(nn.Module):
             raise TypeError(f"objective: expected one like kd.GKD(), got {objective!r}")
         check_count("vocab_size", vocab_size, 1, tail(student).entries)
         self.student, self.objective, self.vocab_size = student, objective, vocab_size
+
+    def __call__(self, *args, **kwargs) -> Output:
+        """FSDP2 casts the arguments of the module that it is applied to, before its forward."""
+        kept = {name: Held(kwargs[name]) for name in KEPT if name in kwargs}
+        return super().__call__(*args, **kwargs | kept)
 
     def forward(
         self,
@@ -93,6 +99,7 @@ class Distillation(nn.Module):
         Raises:
             TypeError, ValueError: naming the argument, what was expected and what came.
         """
+        teacher, weights, denominator = map(given_to, (teacher, weights, denominator))
         given = [name for name, value in (("labels", labels), ("layout", layout), ("mask", mask)) if value is not None]
         if len(given) != 1:
             raise TypeError(f"labels, layout, mask: expected exactly one of them, got {' and '.join(given) or 'none'}")

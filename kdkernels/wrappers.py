@@ -117,7 +117,7 @@ class _Run:
             with ExitStack() as entered:
                 for context in self.autocasts:
                     entered.enter_context(context)
-                out = self.function(*map(_given, args), **{name: _given(value) for name, value in kwargs.items()})
+                out = self.function(*map(given_to, args), **{name: given_to(value) for name, value in kwargs.items()})
         finally:
             _RUNNING.pop()
         self.take_place()
@@ -130,7 +130,7 @@ class _Run:
         return out
 
 
-class _Held:
+class Held:
     """An argument that no wrapper looks into."""
 
     def __init__(self, value: object):
@@ -140,11 +140,11 @@ class _Held:
 def _held(value: object) -> object:
     """A kd.Head, kd.TopK or kd.Layout, whose tensors some wrappers would cast (FSDP1) and others refuse (Fabric)."""
     parameters = getattr(type(value), "__dataclass_params__", None)
-    return _Held(value) if parameters is not None and parameters.frozen else value
+    return Held(value) if parameters is not None and parameters.frozen else value
 
 
-def _given(value: object) -> object:
-    return value.value if isinstance(value, _Held) else value
+def given_to(value: object) -> object:
+    return value.value if isinstance(value, Held) else value
 
 
 def _swap(swapped: ExitStack, module: nn.Module, name: str, value: object) -> None:

@@ -16,7 +16,7 @@ from kdkernels.training import deepspeed_strategy, distributed  # before anythin
 import deepspeed  # isort: skip
 import torch
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -227,6 +227,17 @@ def allowed() -> dict[str, str]:
     return said
 
 
+def rounded() -> list[float]:
+    """Of FSDP2 in bf16: what weights and a denominator make of the loss, beside what they should."""
+    inputs, labels = batch("uneven")
+    module = kd.Distillation(model(1), kd.SFT(), ENTRIES)
+    fully_shard(module, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    weights, count = torch.full(labels.shape, 1.002), torch.tensor(257.0)
+    given = ({}, {"weights": weights}, {"denominator": 1}, {"denominator": count})
+    plain, weighted, total, divided = (module(labels=labels, **inputs, **each).loss.item() for each in given)
+    return [weighted / plain / 1.002, divided / total * 257]
+
+
 def error_of(call) -> str:
     try:
         call()
@@ -241,7 +252,7 @@ def main(which: str, results: str) -> None:
     if which == "few":
         found = {case: update(*case) for case in [*FEW, ("DDP", "around", "uneven")]}
         found["refused"] = {wrapper: refused(wrapper) for wrapper in ("DDP", "accelerate", "FSDP2", "FSDP1")}
-        found["allowed"] = allowed()
+        found["allowed"], found["rounded"] = allowed(), rounded()
     else:
         found = {case: update(*case) for case in CASES if case not in FEW}
     torch.save(found, f"{results}.{distributed.rank()}")

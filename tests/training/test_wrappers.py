@@ -141,6 +141,11 @@ def test_a_model_out_of_its_wrapper_is_refused(updates, wrapper):
             assert "got Qwen2ForCausalLM out of a DistributedDataParallel" in said and "kd.through(wrapper" in said
 
 
+def test_mixed_precision_rounds_inputs_alone(updates):
+    for process in updates:
+        assert process["rounded"] == pytest.approx([1, 1], rel=1e-5)
+
+
 @pytest.mark.parametrize("what", ["frozen part", "second DDP", "no DDP any more"])
 def test_what_is_allowed_of_a_model_in_a_ddp(updates, what):
     assert [process["allowed"][what] for process in updates] == ["", ""]
