@@ -45,8 +45,9 @@ alone = lru_cache(call)  # what one process gives
 def assert_same(got: dict, one: dict, exact: dict, dtype: torch.dtype) -> None:
     """As near to fp64 as one process is, with room for the order of sums; ``got`` has whole gradients."""
     eps = torch.finfo(dtype).eps
+    # In fp32 one process is off by 1 to 13 eps, by which case and which instruction set is chance.
     assert got["metrics"].keys() == one["metrics"].keys() and got["gradients"].keys() == one["gradients"].keys()
-    room = 1e-13 if dtype == F64 else 4 * eps
+    room = {F64: 1e-13, F32: 16 * eps}.get(dtype, 4 * eps)
     for name, value in one["metrics"].items():
         value, truth = float(value), float(exact["metrics"][name])
         allowed = 2 * abs(value - truth) + (room if dtype == F64 else 2e-6) * max(1, abs(truth))
