@@ -218,6 +218,7 @@ OURS = ("kdkernels",)
 BOTH = ("kdkernels", "kdkernels, bf16 logits")
 DENSE = ("eager PyTorch", "torch.compile", "checkpointed chunks")
 LIGER = ("Liger JSD, compiled", "Liger JSD", "Liger Triton JSD")
+TRL = ("TRL GKD", "TRL chunked JSD")
 PEERS = (*DENSE, *LIGER, "TRL GKD", "torch linear_cross_entropy", "cut-cross-entropy")
 ROOM = tuple(f"kdkernels in the memory of {name}" for name in ("torch.compile", *LIGER, "TRL GKD"))
 
@@ -225,7 +226,7 @@ THREE = ("JSD(0.9)", "TSD-KD", "VCRD")
 
 SETS = {
     "tiny": [
-        Case(TINY, 64, tuple(LOSSES), (*OURS, "kdkernels per token", *PEERS), "float32", seconds=0),
+        Case(TINY, 64, tuple(LOSSES), (*OURS, "kdkernels per token", *PEERS, "TRL chunked JSD"), "float32", seconds=0),
         Case(TINY, 128, THREE, (*OURS, "kdkernels, fp32 logits"), "bfloat16", response=64, seconds=0),
         Case(TINY, 64, ("JSD(0.9)",), OURS, "float32", trained=False, seconds=0),
     ],
@@ -254,6 +255,10 @@ SETS = {
         Case(QWEN_WORDS, 256, ("JSD(0.9)",), ("kdkernels, fp32 logits",), trained=False, seconds=20),
     ],
     "readme": [Case(QWEN_SMALL, 512, ("cross-entropy", "JSD(0.9)", "TSD-KD"), (*OURS, *PEERS), seconds=0)],
+    "trl": [
+        Case(QWEN_WORDS, 512, ("JSD(0.9)",), (*OURS, *TRL), "float32", seconds=0),
+        Case(QWEN_SMALL, 512, ("JSD(0.9)",), (*OURS, *TRL), seconds=0),
+    ],
     "cpu-fp32": [Case(QWEN_SMALL, 4096, ("JSD(0.9)", "TSD-KD"), OURS, "float32", seconds=0)],
     "gpu": [
         # what is wanted most comes first: what has a limit, the frozen head, the other losses, the peers, other shapes

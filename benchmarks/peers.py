@@ -213,6 +213,19 @@ class TrlGkd(Implementation):
         return GKDTrainer.generalized_jsd_loss(z_s, z_t, labels=batch.target, beta=0.9)
 
 
+class TrlChunked(Implementation):
+    """DistillationTrainer's loss from hidden states, 256 rows at a time."""
+
+    name, losses, module = "TRL chunked JSD", ("JSD(0.9)",), "trl.trainer.distillation_trainer"
+
+    def forward(self, batch: Batch, loss: Loss) -> Tensor:
+        from trl.trainer.distillation_trainer import _chunked_divergence_loss as chunked
+
+        operands = batch.hidden_s, batch.hidden_t, batch.weight_s, batch.weight_t
+        caps = {f"{who}_final_logit_softcapping": batch.softcap for who in ("student", "teacher")}
+        return chunked(*operands, torch.ones_like(batch.target), beta=0.9, **caps)[0]
+
+
 class TorchCrossEntropy(Implementation):
     name, losses, softcap = "torch linear_cross_entropy", ("cross-entropy",), False
 
@@ -259,6 +272,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
         LigerChunked(compiled=False),
         LigerTriton(),
         TrlGkd(),
+        TrlChunked(),
         TorchCrossEntropy(),
         CutCrossEntropy(),
     )

@@ -358,3 +358,19 @@ def test_without_units_for_16_bits_the_yardstick_is_fp32(monkeypatch):
 
 def test_no_limit_without_a_loss():
     assert all(loss in cases.LOSSES and math.isfinite(limit) for (_, loss, *_), limit in report.LIMITS.items())
+
+
+def test_a_divided_vocabulary_beside_one_process():
+    """The script of docs/RESULTS.md: two processes are as near to fp64 as one, with half the weights each."""
+    options = ("--vocabulary", "3001", "--tokens", "8")
+    command = [sys.executable, str(ROOT / "benchmarks/divided.py"), *options]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("|")]
+    table = {name: [float(value) for value in values] for name, *values in rows if values[-1][0].isdigit()}
+    for name in ("loss", "dX", "dW"):
+        eager, one, two = table[name]
+        assert 0 < two < 2 * max(eager, one) < 1e-5
+    for name in ("weights", "dW"):
+        one, each = table[name]
+        assert 0 < each <= one / 2 + 1
