@@ -367,10 +367,11 @@ def test_a_divided_vocabulary_beside_one_process():
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
     rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("|")]
-    table = {name: [float(value) for value in values] for name, *values in rows if values[-1][0].isdigit()}
-    for name in ("loss", "dX", "dW"):
-        eager, one, two = table[name]
+    errors = {name: [float(each) for each in values] for name, *values in rows[2:5]}
+    assert [*errors] == ["loss", "dX", "dW"]
+    for eager, one, two in errors.values():
         assert 0 < two < 2 * max(eager, one) < 1e-5
-    for name in ("weights", "dW"):
-        one, each = table[name]
+    sizes = {name: [float(each) for each in values] for name, *values in rows[7:9]}
+    assert [*sizes] == ["weights", "dW"]
+    for one, each in sizes.values():
         assert 0 < each <= one / 2 + 1
