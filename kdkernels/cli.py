@@ -11,8 +11,8 @@ from pathlib import Path
 import kdkernels
 from kdkernels.errors import MissingPackage
 from kdkernels.training import Config, InputError, with_reason
-from kdkernels.training.exits import DONE, STATUSES, UNFORESEEN, UNUSABLE, end
-from kdkernels.training.launcher import first, launched
+from kdkernels.training.processes.exits import DONE, STATUSES, UNFORESEEN, UNUSABLE, end
+from kdkernels.training.processes.launcher import first, launched
 from kdkernels.training.recipe.new import write_recipe
 from kdkernels.training.recipe.read import read_recipes, section_class
 

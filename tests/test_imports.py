@@ -112,8 +112,8 @@ def test_the_check_sees_what_is_planted():
     assert planted("kdkernels.functional", "import transformers")
     assert planted("kdkernels.data.batch", "from kdkernels.training.recipe.config import Config")
     assert planted("kdkernels.judges", "from kdkernels.training.step import Parts")
-    assert planted("kdkernels.rollouts.local", "from kdkernels.training import distributed")
-    assert planted("kdkernels.distillation", "def f():\n    from kdkernels.training import distributed")
+    assert planted("kdkernels.rollouts.local", "from kdkernels.training.processes import distributed")
+    assert planted("kdkernels.distillation", "def f():\n    from kdkernels.training.processes import distributed")
     assert planted("kdkernels.sources", "def f():\n    from numpy import array")
     assert planted("kdkernels.helpers", "")
     assert not planted(

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from kdkernels.demo.phases import Cost, Phase, directory
-from kdkernels.training.metrics import read_metrics
-from kdkernels.training.run_directory import RunDirectory
+from kdkernels.training.run.directory import RunDirectory
+from kdkernels.training.run.metrics import read_metrics
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,15 @@ from pathlib import Path
 from transformers.utils.logging import disable_progress_bar
 
 from kdkernels.errors import InputError
-from kdkernels.training import distributed
-from kdkernels.training.atomic import writing
 from kdkernels.training.dry_run import plan
 from kdkernels.training.errors import DiskError, Stopped
-from kdkernels.training.exits import DISK, DIVERGED, DONE, INTERRUPTED, LOST, UNFORESEEN, UNUSABLE, end
-from kdkernels.training.launcher import first
+from kdkernels.training.processes import distributed
+from kdkernels.training.processes.exits import DISK, DIVERGED, DONE, INTERRUPTED, LOST, UNFORESEEN, UNUSABLE, end
+from kdkernels.training.processes.launcher import first
 from kdkernels.training.recipe.config import Config
 from kdkernels.training.recipe.read import complete
-from kdkernels.training.run_directory import RunDirectory
+from kdkernels.training.run.atomic import writing
+from kdkernels.training.run.directory import RunDirectory
 from kdkernels.training.stages import train_stages
 from kdkernels.training.trainer import train
 

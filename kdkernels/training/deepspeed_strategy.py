@@ -21,7 +21,7 @@ from kdkernels.distillation import Distillation
 from kdkernels.errors import InputError
 from kdkernels.objectives import Output
 from kdkernels.sources import Source
-from kdkernels.training import distributed
+from kdkernels.training.processes import distributed
 from kdkernels.training.recipe.config import Config
 
 # DeepSpeed would compile an all-reduce for CPU processes on its first use: a minute, a need for ninja, and a lock that

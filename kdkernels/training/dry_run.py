@@ -3,15 +3,15 @@
 from pathlib import Path
 
 from kdkernels.data.tokenizers import vocabulary_size
-from kdkernels.training import distributed
 from kdkernels.training.deepspeed_strategy import accumulation_steps
 from kdkernels.training.inputs import build_objective, read_inputs
-from kdkernels.training.lock import refuse_if_locked
-from kdkernels.training.model import load_student, load_teacher
+from kdkernels.training.models.loading import load_student, load_teacher
 from kdkernels.training.needs import check_disk, check_output, describe, describe_dtype, needs
+from kdkernels.training.processes import distributed
 from kdkernels.training.recipe.config import Config
 from kdkernels.training.recipe.schema import to_toml
-from kdkernels.training.run_directory import RunDirectory
+from kdkernels.training.run.directory import RunDirectory
+from kdkernels.training.run.lock import refuse_if_locked
 
 
 def plan(config: Config, resume: bool = False) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 import torch
 
-from kdkernels.training import distributed
+from kdkernels.training.processes import distributed
 from kdkernels.training.strategy import Strategy
 
 

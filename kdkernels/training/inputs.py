@@ -11,7 +11,7 @@ from kdkernels.errors import InputError
 from kdkernels.judges import Judge
 from kdkernels.objectives import Objective
 from kdkernels.training.evaluation import expected_answer
-from kdkernels.training.model import load_tokenizer
+from kdkernels.training.models.loading import load_tokenizer
 from kdkernels.training.recipe.config import Config, DataConfig
 from kdkernels.training.recipe.resolve import NO_JUDGE
 

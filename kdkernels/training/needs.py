@@ -14,9 +14,9 @@ from torch import nn
 
 from kdkernels.compute import gemm
 from kdkernels.errors import InputError
-from kdkernels.training import distributed
+from kdkernels.training.processes import distributed
 from kdkernels.training.recipe.config import Config
-from kdkernels.training.run_directory import RunDirectory
+from kdkernels.training.run.directory import RunDirectory
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,13 @@ import gc
 from collections.abc import Sequence
 from pathlib import Path
 
-from kdkernels.training import distributed
 from kdkernels.training.deepspeed_strategy import accumulation_steps
 from kdkernels.training.inputs import build_objective
-from kdkernels.training.metrics import evaluations
+from kdkernels.training.processes import distributed
 from kdkernels.training.recipe.config import Config
 from kdkernels.training.recipe.read import complete, read_recipes
-from kdkernels.training.run_directory import RunDirectory
+from kdkernels.training.run.directory import RunDirectory
+from kdkernels.training.run.metrics import evaluations
 from kdkernels.training.trainer import Result, train
 
 

@@ -18,7 +18,7 @@ from kdkernels.data import Batch, Example, collate
 from kdkernels.judges import Judge
 from kdkernels.rollouts import Sampler, write
 from kdkernels.teachers import Teacher
-from kdkernels.training import distributed
+from kdkernels.training.processes import distributed
 from kdkernels.training.recipe.config import Config, OptimizerConfig
 from kdkernels.training.strategy import Strategy
 

@@ -24,23 +24,24 @@ from kdkernels.judges import Judge
 from kdkernels.objectives import Objective
 from kdkernels.rollouts import LocalSampler
 from kdkernels.teachers import LocalTeacher
-from kdkernels.training import checkpoint, distributed
-from kdkernels.training.agreement import check_model
-from kdkernels.training.atomic import write_directory
 from kdkernels.training.deepspeed_strategy import DeepSpeedStrategy, accumulation_steps
 from kdkernels.training.errors import DiskError, Stopped
 from kdkernels.training.evaluation import evaluate, summarize
 from kdkernels.training.finite import first_nonfinite, nonfinite
-from kdkernels.training.identity import Identity
 from kdkernels.training.inputs import build_objective, read_inputs
-from kdkernels.training.metrics import EVALUATION, MetricsLog, evaluations
-from kdkernels.training.model import load_student, load_teacher
+from kdkernels.training.models.agreement import check_model
+from kdkernels.training.models.loading import load_student, load_teacher
 from kdkernels.training.needs import check_disk, describe_dtype, needs
+from kdkernels.training.processes import distributed
+from kdkernels.training.processes.termination import Termination
 from kdkernels.training.recipe.config import Config
-from kdkernels.training.report import write_report
-from kdkernels.training.run_directory import RunDirectory, Start
+from kdkernels.training.run import checkpoint
+from kdkernels.training.run.atomic import write_directory
+from kdkernels.training.run.directory import RunDirectory, Start
+from kdkernels.training.run.identity import Identity
+from kdkernels.training.run.metrics import EVALUATION, MetricsLog, evaluations
+from kdkernels.training.run.report import write_report
 from kdkernels.training.step import Parts, train_step
-from kdkernels.training.termination import Termination
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from kdkernels.training import Config, load_config
-from kdkernels.training.model import load_student, load_tokenizer
+from kdkernels.training.models.loading import load_student, load_tokenizer
 
 RECIPE = """
 [run]

@@ -17,10 +17,11 @@ from kdkernels.distillation import Distillation
 from kdkernels.judges import Judge
 from kdkernels.rollouts import LocalSampler
 from kdkernels.teachers import LocalTeacher
-from kdkernels.training import distributed, load_config, step
+from kdkernels.training import load_config, step
 from kdkernels.training.deepspeed_strategy import DeepSpeedStrategy
 from kdkernels.training.inputs import read_examples
-from kdkernels.training.model import load_student, load_teacher, load_tokenizer
+from kdkernels.training.models.loading import load_student, load_teacher, load_tokenizer
+from kdkernels.training.processes import distributed
 from kdkernels.training.recipe.config import Config
 
 EXAMPLES = 8

@@ -15,7 +15,8 @@ import torch
 
 from kdkernels.distillation import Distillation
 from kdkernels.rollouts import LocalSampler
-from kdkernels.training import distributed, load_config, train, trainer
+from kdkernels.training import load_config, train, trainer
+from kdkernels.training.processes import distributed
 
 
 def digest(engine) -> str:

@@ -14,11 +14,12 @@ from kdkernels.data import collate
 from kdkernels.data.tokenizers import vocabulary_size
 from kdkernels.distillation import Distillation, router_loss
 from kdkernels.sources.hidden import trunk_output
-from kdkernels.training import InputError, deepspeed_strategy, distributed, train
-from kdkernels.training.agreement import check_model
+from kdkernels.training import InputError, deepspeed_strategy, train
 from kdkernels.training.dry_run import plan
-from kdkernels.training.metrics import read_metrics
-from kdkernels.training.model import load_tokenizer
+from kdkernels.training.models.agreement import check_model
+from kdkernels.training.models.loading import load_tokenizer
+from kdkernels.training.processes import distributed
+from kdkernels.training.run.metrics import read_metrics
 
 
 def set_everywhere(model, **options):

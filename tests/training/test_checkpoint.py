@@ -10,9 +10,11 @@ import torch
 
 from kdkernels.data.tokenizers import vocabulary_size
 from kdkernels.distillation import Distillation
-from kdkernels.training import InputError, checkpoint, distributed, train
+from kdkernels.training import InputError, train
 from kdkernels.training.deepspeed_strategy import DeepSpeedStrategy
-from kdkernels.training.model import load_student, load_tokenizer
+from kdkernels.training.models.loading import load_student, load_tokenizer
+from kdkernels.training.processes import distributed
+from kdkernels.training.run import checkpoint
 
 from .conftest import final_weights
 

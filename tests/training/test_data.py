@@ -12,7 +12,7 @@ from kdkernels.data.texts import render
 from kdkernels.data.tokenizers import train_tokenizer
 from kdkernels.training import InputError
 from kdkernels.training.inputs import read_examples, read_inputs
-from kdkernels.training.model import load_tokenizer
+from kdkernels.training.models.loading import load_tokenizer
 
 from .conftest import GKD
 from .families import byte_level, llama, metaspace, word_pieces

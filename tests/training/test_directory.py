@@ -14,12 +14,14 @@ import pytest
 import torch
 
 from kdkernels.cli import main
-from kdkernels.training import InputError, distributed, lock, train
+from kdkernels.training import InputError, train
 from kdkernels.training.errors import Stopped
-from kdkernels.training.identity import identify
-from kdkernels.training.metrics import read_metrics
-from kdkernels.training.model import load_student, load_tokenizer
-from kdkernels.training.run_directory import BEGINNING, RunDirectory
+from kdkernels.training.models.loading import load_student, load_tokenizer
+from kdkernels.training.processes import distributed
+from kdkernels.training.run import lock
+from kdkernels.training.run.directory import BEGINNING, RunDirectory
+from kdkernels.training.run.identity import identify
+from kdkernels.training.run.metrics import read_metrics
 
 from .conftest import GKD, final_weights
 
@@ -178,7 +180,7 @@ def test_the_trained_tokenizer_stays_the_runs_own(load, interrupted, tmp_path, m
     def trained_again(*_):
         raise AssertionError("the tokenizer was trained again")
 
-    monkeypatch.setattr("kdkernels.training.model.train_tokenizer", trained_again)
+    monkeypatch.setattr("kdkernels.training.models.loading.train_tokenizer", trained_again)
     result = train(load(*interrupted), resume=True)
     kept = [(result.output / place / "tokenizer.json").read_bytes() for place in ("tokenizer", "final")]
     assert kept[0] == kept[1]

@@ -12,7 +12,7 @@ from kdkernels.teachers import LocalTeacher
 from kdkernels.training import InputError
 from kdkernels.training.evaluation import evaluate, find_answer, summarize
 from kdkernels.training.inputs import read_examples
-from kdkernels.training.model import load_student, load_teacher, load_tokenizer
+from kdkernels.training.models.loading import load_student, load_teacher, load_tokenizer
 
 from .conftest import GKD
 

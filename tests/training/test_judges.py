@@ -6,7 +6,7 @@ import torch
 from kdkernels.cli import main
 from kdkernels.training import InputError, train
 from kdkernels.training.dry_run import plan
-from kdkernels.training.metrics import read_metrics
+from kdkernels.training.run.metrics import read_metrics
 
 from .conftest import GKD
 from .engine_steps import engine_gradients, exact_gradients

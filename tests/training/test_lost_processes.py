@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from kdkernels.cli import main
-from kdkernels.training import InputError, distributed, train
+from kdkernels.training import InputError, train
+from kdkernels.training.processes import distributed
 
 from .test_processes import COMMAND
 
@@ -132,7 +133,7 @@ def test_a_process_leaves_its_group_before_it_ends(tmp_path):
 import sys
 import torch.distributed as dist
 from kdkernels import cli
-from kdkernels.training import distributed
+from kdkernels.training.processes import distributed
 distributed.start()
 assert dist.is_initialized()
 assert cli.main(["train", "missing.toml"]) == cli.UNUSABLE

@@ -15,7 +15,7 @@ from kdkernels.data.tokenizers import vocabulary_size
 from kdkernels.distillation import Distillation
 from kdkernels.teachers import head
 from kdkernels.training import InputError
-from kdkernels.training.model import load_student, load_teacher, load_tokenizer
+from kdkernels.training.models.loading import load_student, load_teacher, load_tokenizer
 from kdkernels.training.recipe.config import StudentConfig, TokenizerConfig
 
 from .conftest import GKD

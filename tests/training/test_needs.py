@@ -9,8 +9,8 @@ import pytest
 from kdkernels.cli import main
 from kdkernels.compute import gemm
 from kdkernels.training import InputError, needs, train
-from kdkernels.training.checkpoint import complete
-from kdkernels.training.model import load_student, load_tokenizer
+from kdkernels.training.models.loading import load_student, load_tokenizer
+from kdkernels.training.run.checkpoint import complete
 
 from .conftest import GKD
 

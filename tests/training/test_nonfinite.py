@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM
 
 from kdkernels.rollouts import LocalSampler
 from kdkernels.training import InputError, train, trainer
-from kdkernels.training.checkpoint import complete
 from kdkernels.training.finite import first_nonfinite
-from kdkernels.training.metrics import read_metrics
-from kdkernels.training.model import load_student, load_tokenizer
+from kdkernels.training.models.loading import load_student, load_tokenizer
+from kdkernels.training.run.checkpoint import complete
+from kdkernels.training.run.metrics import read_metrics
 
 from .conftest import GKD
 from .poison import train_poisoned

@@ -13,8 +13,8 @@ import torch
 
 from kdkernels.cli import main
 from kdkernels.training import load_config, train
-from kdkernels.training.metrics import read_metrics
-from kdkernels.training.model import load_student, load_tokenizer
+from kdkernels.training.models.loading import load_student, load_tokenizer
+from kdkernels.training.run.metrics import read_metrics
 
 from .conftest import GKD, final_weights
 

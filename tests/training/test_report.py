@@ -7,9 +7,9 @@ import pytest
 
 from kdkernels.cli import main
 from kdkernels.training import train
-from kdkernels.training.metrics import read_metrics
-from kdkernels.training.report import render_report
-from kdkernels.training.run_directory import RunDirectory
+from kdkernels.training.run.directory import RunDirectory
+from kdkernels.training.run.metrics import read_metrics
+from kdkernels.training.run.report import render_report
 
 from .test_processes import finish, start
 

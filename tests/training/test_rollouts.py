@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from kdkernels.data.tokenizers import vocabulary_size
 from kdkernels.rollouts import LocalSampler
 from kdkernels.training import train, trainer
-from kdkernels.training.metrics import read_metrics
-from kdkernels.training.model import load_student, load_tokenizer
+from kdkernels.training.models.loading import load_student, load_tokenizer
+from kdkernels.training.run.metrics import read_metrics
 
 from .conftest import GKD
 

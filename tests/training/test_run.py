@@ -4,9 +4,10 @@ import shutil
 
 import pytest
 
-from kdkernels.training import atomic, checkpoint, distributed
-from kdkernels.training.metrics import MetricsLog, evaluations, read_metrics
-from kdkernels.training.run_directory import RunDirectory
+from kdkernels.training.processes import distributed
+from kdkernels.training.run import atomic, checkpoint
+from kdkernels.training.run.directory import RunDirectory
+from kdkernels.training.run.metrics import MetricsLog, evaluations, read_metrics
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ from deepspeed import DeepSpeedEngine
 
 from kdkernels.cli import main
 from kdkernels.training import InputError, stages, trainer
-from kdkernels.training.metrics import read_metrics
+from kdkernels.training.run.metrics import read_metrics
 from kdkernels.training.stages import run_stages
 
 from .conftest import RECIPE, final_weights

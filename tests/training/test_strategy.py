@@ -9,7 +9,7 @@ import torch
 
 import kdkernels.training
 from kdkernels.training import train, trainer
-from kdkernels.training.metrics import read_metrics
+from kdkernels.training.run.metrics import read_metrics
 
 from .conftest import GKD, final_weights
 

@@ -8,7 +8,7 @@ import kdkernels as kd
 from kdkernels.data import collate
 from kdkernels.teachers import LocalTeacher, head
 from kdkernels.training import train, trainer
-from kdkernels.training.model import load_teacher, load_tokenizer
+from kdkernels.training.models.loading import load_teacher, load_tokenizer
 
 from .conftest import GKD
 

@@ -13,8 +13,8 @@ from kdkernels.distillation import Distillation
 from kdkernels.teachers import head
 from kdkernels.training import InputError, train
 from kdkernels.training.inputs import read_examples
-from kdkernels.training.metrics import read_metrics
-from kdkernels.training.model import load_student, load_teacher, load_tokenizer
+from kdkernels.training.models.loading import load_student, load_teacher, load_tokenizer
+from kdkernels.training.run.metrics import read_metrics
 from kdkernels.training.step import rate, student_writes
 
 from .conftest import GKD
@@ -222,7 +222,7 @@ def test_on_policy_training_reaches_the_teacher(run, tmp_path):
 
 
 def test_a_batch_that_the_processes_cannot_share(load, monkeypatch):
-    monkeypatch.setattr("kdkernels.training.distributed.world_size", lambda: 3)
+    monkeypatch.setattr("kdkernels.training.processes.distributed.world_size", lambda: 3)
     with pytest.raises(InputError, match=r"\[train\] batch_size: expected a multiple of 6 .*2 x 3 processes.*got 4"):
         train(load())
 

@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM
 
 from kdkernels.cli import main
 from kdkernels.training import InputError
-from kdkernels.training.model import load_teacher, load_tokenizer
-from kdkernels.training.weights import check_weights
+from kdkernels.training.models.loading import load_teacher, load_tokenizer
+from kdkernels.training.models.weights import check_weights
 
 from .conftest import GKD
 

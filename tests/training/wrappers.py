@@ -6,7 +6,8 @@ import os
 import sys
 from contextlib import nullcontext
 
-from kdkernels.training import deepspeed_strategy, distributed  # before anything else of DeepSpeed: it says on what
+from kdkernels.training import deepspeed_strategy  # before anything else of DeepSpeed: it says on what
+from kdkernels.training.processes import distributed
 
 import deepspeed  # isort: skip
 import torch

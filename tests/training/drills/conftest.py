@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from kdkernels.training import distributed, load_config
-from kdkernels.training.metrics import read_metrics
-from kdkernels.training.model import load_student, load_tokenizer
+from kdkernels.training import load_config
+from kdkernels.training.models.loading import load_student, load_tokenizer
+from kdkernels.training.processes import distributed
+from kdkernels.training.run.metrics import read_metrics
 
 from ..conftest import final_weights, write_task
 from .drill import Worker, compile_faults

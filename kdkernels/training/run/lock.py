@@ -16,8 +16,8 @@ from datetime import datetime
 from pathlib import Path
 
 from kdkernels.errors import InputError
-from kdkernels.training.atomic import NO_SPACE, is_full
 from kdkernels.training.errors import DiskError
+from kdkernels.training.run.atomic import NO_SPACE, is_full
 
 NAME = "run.lock"
 

@@ -24,12 +24,20 @@ from transformers import PreTrainedTokenizerBase
 
 from kdkernels.data.jsonl import json_line
 from kdkernels.errors import InputError
-from kdkernels.training import checkpoint, distributed, lock
-from kdkernels.training.atomic import UNFINISHED, remove_unfinished, write_bytes, write_directory, write_text, writing
-from kdkernels.training.identity import TOKENIZER, Identity, differences, identify, sources
+from kdkernels.training.processes import distributed
 from kdkernels.training.recipe.config import FINAL, Config
 from kdkernels.training.recipe.resolve import PATHS
 from kdkernels.training.recipe.schema import read_toml, to_tables, to_toml
+from kdkernels.training.run import checkpoint, lock
+from kdkernels.training.run.atomic import (
+    UNFINISHED,
+    remove_unfinished,
+    write_bytes,
+    write_directory,
+    write_text,
+    writing,
+)
+from kdkernels.training.run.identity import TOKENIZER, Identity, differences, identify, sources
 
 BEGINNING = {"step": 0, "position": 0, "skipped_steps": 0}
 

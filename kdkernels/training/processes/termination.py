@@ -6,8 +6,8 @@ from contextlib import AbstractContextManager
 
 import torch
 
-from kdkernels.training import distributed
 from kdkernels.training.errors import Stopped
+from kdkernels.training.processes import distributed
 
 _EARLY = "stopped by SIGTERM before training began"
 

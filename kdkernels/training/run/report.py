@@ -5,11 +5,11 @@ import resource
 from collections.abc import Mapping, Sequence
 
 from kdkernels.data import Examples
-from kdkernels.training import distributed
-from kdkernels.training.atomic import write_text
-from kdkernels.training.metrics import evaluations, read_metrics
+from kdkernels.training.processes import distributed
 from kdkernels.training.recipe.config import Config
-from kdkernels.training.run_directory import RunDirectory
+from kdkernels.training.run.atomic import write_text
+from kdkernels.training.run.directory import RunDirectory
+from kdkernels.training.run.metrics import evaluations, read_metrics
 
 
 def write_report(run: RunDirectory, config: Config, data: Sequence[Examples], start: int) -> None:

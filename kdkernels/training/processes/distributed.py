@@ -12,7 +12,7 @@ from torch.distributed import distributed_c10d
 
 from kdkernels.errors import InputError
 from kdkernels.training.errors import DiskError
-from kdkernels.training.launcher import LAUNCHER, launched
+from kdkernels.training.processes.launcher import LAUNCHER, launched
 
 T = TypeVar("T")
 

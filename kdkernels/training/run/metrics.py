@@ -12,9 +12,9 @@ from tqdm import tqdm
 
 from kdkernels.data.jsonl import json_line
 from kdkernels.errors import InputError
-from kdkernels.training import distributed
-from kdkernels.training.atomic import append, writing
-from kdkernels.training.run_directory import RunDirectory
+from kdkernels.training.processes import distributed
+from kdkernels.training.run.atomic import append, writing
+from kdkernels.training.run.directory import RunDirectory
 
 SHOWN = ("loss", "student_entropy", "teacher_entropy", "gate", "tokens_per_second")
 EVALUATION = "evaluation/"  # what an evaluation measured is logged under this prefix
@@ -35,7 +35,7 @@ class MetricsLog:
             self.file = run.metrics.open("ab", buffering=0)  # what is not written is not kept for later
         self.board = None
         if importlib.util.find_spec("tensorboard") is not None:
-            from kdkernels.training.tensorboard import EventFile
+            from kdkernels.training.run.tensorboard import EventFile
 
             self.board = EventFile(run.tensorboard, first_step=last_step + 1 if last_step else 0)
         self.bar = tqdm(

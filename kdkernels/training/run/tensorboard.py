@@ -15,7 +15,7 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from kdkernels.training.atomic import append, writing
+from kdkernels.training.run.atomic import append, writing
 
 
 class EventFile:

@@ -14,8 +14,8 @@ from io import FileIO
 from pathlib import Path
 from typing import TypeVar
 
-from kdkernels.training import distributed
 from kdkernels.training.errors import DiskError
+from kdkernels.training.processes import distributed
 
 UNFINISHED = "unfinished-"
 NO_SPACE = "no space left on the disk"

@@ -24,9 +24,9 @@ from kdkernels.data.tokenizers import train_tokenizer, vocabulary_size
 from kdkernels.errors import InputError
 from kdkernels.sources.from_model import tail, trunk
 from kdkernels.teachers import head
+from kdkernels.training.models.weights import check_weights
 from kdkernels.training.recipe.config import Config
 from kdkernels.training.recipe.schema import refuse_unknown
-from kdkernels.training.weights import check_weights
 
 
 def load_tokenizer(config: Config, trained: Path | None = None) -> PreTrainedTokenizerBase:

@@ -10,8 +10,8 @@ from pathlib import Path
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from kdkernels.errors import InputError
-from kdkernels.training.hashes import sha256_of_all
 from kdkernels.training.recipe.config import Config
+from kdkernels.training.run.hashes import sha256_of_all
 
 MODEL_FILES = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja")
 TOKENIZER = "[tokenizer]"

@@ -21,9 +21,9 @@ import numpy as np
 import torch
 
 from kdkernels.errors import InputError
-from kdkernels.training import distributed
-from kdkernels.training.atomic import remove, write_directory, writing
-from kdkernels.training.hashes import HashedFile, sha256_of_all
+from kdkernels.training.processes import distributed
+from kdkernels.training.run.atomic import remove, write_directory, writing
+from kdkernels.training.run.hashes import HashedFile, sha256_of_all
 from kdkernels.training.strategy import Strategy
 
 PREFIX, PROGRESS = "step-", "progress.json"
