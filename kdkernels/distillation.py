@@ -100,22 +100,10 @@ class Distillation(nn.Module):
             TypeError, ValueError: naming the argument, what was expected and what came.
         """
         teacher, weights, denominator = map(given_to, (teacher, weights, denominator))
-        given = [name for name, value in (("labels", labels), ("layout", layout), ("mask", mask)) if value is not None]
-        if len(given) != 1:
-            raise TypeError(f"labels, layout, mask: expected exactly one of them, got {' and '.join(given) or 'none'}")
-        if isinstance(weights, Tensor) and weights.is_floating_point() and weights.dtype.itemsize < 4:
-            raise TypeError(
-                f"weights: expected float32 or float64, got {weights.dtype}; a wrapper with mixed precision casts what "
-                "it is given: make the Distillation around the wrapped student, whose forward is not given weights"
-            )
+        _check_given({"labels": labels, "layout": layout, "mask": mask}, weights)
         if has_encoder(self.student) and labels is not None:
             inputs["labels"] = labels
-        options = {
-            "target": target,
-            "weights": weights,
-            "from_teacher": from_teacher,
-            "denominator": denominator,
-        }
+        options = {"target": target, "weights": weights, "from_teacher": from_teacher, "denominator": denominator}
         counted = mask if mask is not None else self._layout(labels, layout, inputs)
         loss = partial(self._loss, teacher, counted, options)
         if is_wrapped(self.student) and not is_inside(self.student):
@@ -149,6 +137,18 @@ class Distillation(nn.Module):
     def metric_reduction(self, metric: str) -> str:
         """As `Objective.metric_reduction`; the router loss is a term of the loss."""
         return self.objective.metric_reduction("loss" if metric == ROUTER_LOSS else metric)
+
+
+def _check_given(positions: dict[str, object], weights: object) -> None:
+    """Of what says which positions count, one is given; and weights are not rounded."""
+    given = [name for name, value in positions.items() if value is not None]
+    if len(given) != 1:
+        raise TypeError(f"{', '.join(positions)}: expected exactly one of them, got {' and '.join(given) or 'none'}")
+    if isinstance(weights, Tensor) and weights.is_floating_point() and weights.dtype.itemsize < 4:
+        raise TypeError(
+            f"weights: expected float32 or float64, got {weights.dtype}; a wrapper with mixed precision casts what "
+            "it is given: make the Distillation around the wrapped student, whose forward is not given weights"
+        )
 
 
 def _unshifted(labels: Tensor) -> Layout:

@@ -321,22 +321,13 @@ def statistics(
     rows = _check_rows(rows, student)
     student, teacher = (source and source.autocast().detach() for source in (student, teacher))
     values = operators.token_statistics(
-        *packed(student),
-        *packed(teacher),
-        target,
-        rows,
-        topk,
-        collision,
-        memory_budget,
-        logits_dtype,
+        *packed(student), *packed(teacher), target, rows, topk, collision, memory_budget, logits_dtype
     )
     names = operators.statistic_names(topk, target is not None, collision)
-    other = (
-        None
-        if teacher is None
-        else _statistics(operators.statistic_names(0, target is not None, collision), values[len(names) :])
-    )
-    return _statistics(names, values[: len(names)], other)
+    if teacher is None:
+        return _statistics(names, values)
+    of_teacher = operators.statistic_names(0, target is not None, collision)
+    return _statistics(names, values[: len(names)], _statistics(of_teacher, values[len(names) :]))
 
 
 def _statistics(names: list[str], values: list[Tensor], teacher: TokenStatistics | None = None) -> TokenStatistics:

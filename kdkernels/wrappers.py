@@ -63,6 +63,22 @@ def through(wrapper: nn.Module, function: Callable, /, *args, **kwargs) -> Any:
         RuntimeError: it is called for a model within the function that runs in it; the wrapper's forward does not call
             the module in it exactly once.
     """
+    path = _path_to_model(wrapper, function)
+    with ExitStack() as swapped:
+        run = _Run(path[-1], function, swapped)
+        for module in path:
+            _swap(swapped, module, "_compiled_call_impl", None)  # model.compile()
+            if COMPILED in module._modules:
+                _swap(swapped, module, "forward", module._modules[COMPILED])
+        run.take_place()
+        out = wrapper(*map(_held, args), **{name: _held(value) for name, value in kwargs.items()})
+        if run.calls == 0:
+            raise RuntimeError(f"wrapper: expected its forward to call {run.name}, {type(wrapper).__name__} did not")
+    return out
+
+
+def _path_to_model(wrapper: nn.Module, function: Callable) -> list[nn.Module]:
+    """The modules from the wrapper to the model in it, after ``through``'s checks of what it is given."""
     if not isinstance(wrapper, nn.Module):
         raise TypeError(f"wrapper: expected a torch.nn.Module, got {type(wrapper).__name__}")
     if not callable(function):
@@ -79,17 +95,7 @@ def through(wrapper: nn.Module, function: Callable, /, *args, **kwargs) -> Any:
             f"wrapper: a function runs in the forward of this {type(model).__name__} already; call what you need "
             "there directly"
         )
-    with ExitStack() as swapped:
-        run = _Run(model, function, swapped)
-        for module in path:
-            _swap(swapped, module, "_compiled_call_impl", None)  # model.compile()
-            if COMPILED in module._modules:
-                _swap(swapped, module, "forward", module._modules[COMPILED])
-        run.take_place()
-        out = wrapper(*map(_held, args), **{name: _held(value) for name, value in kwargs.items()})
-        if run.calls == 0:
-            raise RuntimeError(f"wrapper: expected its forward to call {run.name}, {type(wrapper).__name__} did not")
-    return out
+    return path
 
 
 class _Run:

@@ -60,6 +60,11 @@ class Objective(Program, Uncompiled):
         "prompts"     sum_r len_r L_r / prompts, of an objective that tells authors apart
         "sum"         sum_r len_r L_r
 
+    ``Output.count`` is the number of responses, tokens or prompts of a batch. A call's ``denominator`` takes its place
+    (and that of "sum", which is 1): the number in all batches of an optimizer step, accumulation and processes
+    included, so that these batches' losses add up to the loss of the step. Hugging Face's ``num_items_in_batch`` counts
+    tokens: it belongs to "tokens". Where a wrapper averages the gradients of P processes (DDP), multiply the loss by P.
+
     A subclass has ``terms`` by name (an attribute or a property), and ``coefficients`` says what each counts in L_r at
     each token, whatever the reduction; the gradients of all terms are written together. What a term contributes to the
     loss is among the metrics under its name. A term of the group "teacher" or "student" counts in responses that this
@@ -115,12 +120,8 @@ class Objective(Program, Uncompiled):
             from_teacher: [B] bool, rows whose response the teacher wrote. Required where terms have a group, an error
                 elsewhere. On the CPU it costs no sync.
             teacher_mask: the teacher's positions where they differ from the student's, equally many per response.
-            denominator: what to divide by instead of this batch's own responses, tokens or prompts (``Output.count``;
-                nothing for "sum"): the number in all batches of an optimizer step, accumulation and processes included,
-                so that these batches' losses add up to the loss of the step. A number above 0 or a tensor [] of one,
-                such as Hugging Face's ``num_items_in_batch``, which counts tokens: it belongs to "tokens". Where a
-                wrapper averages the gradients of P processes (DDP), multiply the loss by P. On GPUs, where looking
-                would cost a sync, the loss of a wrong one is NaN.
+            denominator: a number above 0, or a tensor [] of one, to divide by instead of this batch's own count (see
+                ``objectives.Objective``). On GPUs, where looking would cost a sync, the loss of a wrong one is NaN.
             memory_budget: bytes for logits and workspace (default 384 MiB on CPUs, on GPUs by their speed:
                 ``kd.info()["memory_budget"]``).
             logits_dtype: default: that of the operands on CPUs, float32 on GPUs.
@@ -128,6 +129,30 @@ class Objective(Program, Uncompiled):
         Raises:
             TypeError, ValueError: naming the argument, what was expected and what came.
         """
+        given = student, teacher, mask, target, weights, from_teacher, teacher_mask, denominator
+        call, count = self._call(*given, memory_budget, logits_dtype)
+        loss, result = evaluate(call)
+        metrics = {}
+        if result is not None:
+            metrics = {"loss": loss.detach(), **self.metrics(result.tokens), "nonfinite_tokens": result.nonfinite()}
+            for name, value in result.terms.items():
+                metrics[name] = value.to(loss.dtype)
+        return Output(loss, torch.full((), count, device=student.device), metrics)
+
+    def _call(
+        self,
+        student: Source,
+        teacher: Source | None,
+        mask: Tensor | Layout,
+        target: Tensor | None,
+        weights: Tensor | None,
+        from_teacher: Tensor | None,
+        teacher_mask: Tensor | Layout | None,
+        denominator: float | Tensor | None,
+        memory_budget: int | None,
+        logits_dtype: torch.dtype | None,
+    ) -> tuple[Call, int]:
+        """What ``forward`` was given, checked and over the tokens of the layout, and the batch's own count."""
         check_student(student)
         check_limits(memory_budget, logits_dtype)
         terms = self.current_terms()
@@ -155,13 +180,7 @@ class Objective(Program, Uncompiled):
             memory_budget=memory_budget,
             logits_dtype=logits_dtype,
         )
-        loss, result = evaluate(call)
-        metrics = {}
-        if result is not None:
-            metrics = {"loss": loss.detach(), **self.metrics(result.tokens), "nonfinite_tokens": result.nonfinite()}
-            for name, value in result.terms.items():
-                metrics[name] = value.to(loss.dtype)
-        return Output(loss, torch.full((), count, device=student.device), metrics)
+        return call, count
 
     def _check_arguments(
         self,

@@ -80,8 +80,7 @@ class FusedLinearDistillationLoss(Uncompiled):
             [] the loss; without any label that counts 0, with gradients of zero.
 
         Raises:
-            TypeError, ValueError: naming the argument (or hidden, weight, bias of a ``kd.Head``), what was expected and
-                what came.
+            TypeError, ValueError: naming the argument (or a ``kd.Head``'s), what was expected and what came.
         """
         if isinstance(student_input, Tensor) and student_input.dim() not in (2, 3):
             raise ValueError(f"student_input: expected [B, L, H] or [N, H], got {list(student_input.shape)}")
@@ -97,10 +96,8 @@ class FusedLinearDistillationLoss(Uncompiled):
             self._check_needs_no_responses()
             student, teacher = (one and replace(one, hidden=one.hidden[None]) for one in (student, teacher))
             true_labels, weights = true_labels[None], weights if weights is None else weights[None]
-        layout = self._layout(true_labels)
-        return self.objective(
-            student, teacher, layout, weights=weights, from_teacher=from_teacher, denominator=denominator
-        ).loss
+        options = {"weights": weights, "from_teacher": from_teacher, "denominator": denominator}
+        return self.objective(student, teacher, self._layout(true_labels), **options).loss
 
     def _check_needs_no_responses(self) -> None:
         """Of an objective whose positions come in one line: where a response ends is lost there."""

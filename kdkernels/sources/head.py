@@ -161,30 +161,27 @@ class Head(Source):
     def from_model(cls, model, hidden: Tensor, vocab_size: int | None = None) -> Head:
         """The head of a transformers causal LM, with bias, soft-cap and scale as its own forward applies them.
 
-        ``from_model.py`` says how these are found out. Every call notices a model that has changed. Code that
-        torch.compile has compiled does not, because it has the numbers built in: after a change to the model's config,
-        forward or hooks call ``torch.compiler.reset()``.
+        ``from_model.py`` says how these are found out, in every call. Code that torch.compile has compiled has them
+        built in: after a change to the model's config, forward or hooks call ``torch.compiler.reset()``.
 
-        PEFT's adapters on the output layer count as they do in the model's forward, and get their gradients
-        (``output_layer.py``): a copy that is trained (modules_to_save), LoRA without making its full weight, any other
-        that is linear in the hidden states (DoRA, IA3, trainable tokens) by its effective weight. Quantised weights
-        that the layer multiplies with as they are (bitsandbytes' 4 bits, torchao's weight-only) are dequantised, all
-        [V, H] of them, and get no gradient.
+        PEFT's adapters on the output layer count as in the model's forward, and get gradients (``output_layer.py``): a
+        copy that is trained (modules_to_save), LoRA without making its full weight, any other that is linear (DoRA,
+        IA3, trainable tokens) by its effective weight. Quantised weights that the layer multiplies with as they are
+        (bitsandbytes' 4 bits, torchao's weight-only) are dequantised, all [V, H] of them, and get no gradient.
 
         Args:
             model: the causal LM; it may be wrapped by DDP, FSDP, DeepSpeed, torch.compile or PEFT. Weights that
                 FSDP2 has sharded are gathered, and their gradients reduced; where a tensor-parallel plan divides the
                 rows of the output layer, the head has the plan's group (``sharded.py``).
             hidden: [..., H] the last hidden states of its base model.
-            vocab_size: the real vocabulary (the tokenizer's) where the embedding is padded; by default the entries
-                that the model's forward gives a logit.
+            vocab_size: the tokenizer's, where the embedding is padded; by default the entries that get a logit.
 
         Raises:
             ValueError: vocab_size exceeds that default.
             RuntimeError: gradients are on, and the DDP around the model has never run: hidden did not come through it.
-            TypeError: the model does something that no Head does, which the message names: its output embedding is more
-                than a linear layer with PEFT's adapters, has hooks, is offloaded or quantises hidden states, its
-                forward was replaced, it transforms the hidden states, or its logits are more than scaled and capped.
+            TypeError: the model does what no Head does, and the message names: its output layer is more than linear
+                with PEFT's adapters, has hooks, is offloaded or quantises hidden states; its forward was replaced; it
+                transforms the hidden states, or its logits are more than scaled and capped.
         """
         from .adapted import AdaptedHead  # a head itself
 
