@@ -49,6 +49,8 @@ class Distillation(nn.Module):
         ValueError: vocab_size exceeds the entries that the student gives a logit.
     """
 
+    accepts_loss_kwargs = False  # says to transformers' Trainer: divide this loss by the micro-batches of a step
+
     def __init__(self, student: nn.Module, objective: Objective, vocab_size: int):
         super().__init__()
         if not isinstance(student, nn.Module):

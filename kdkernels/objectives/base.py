@@ -20,6 +20,7 @@ from ..engine.tokens import Tokens
 from ..functional import check_ids, check_limits
 from ..layout import SHIFT, Layout
 from ..sources import Source, check_student, check_teacher
+from ..trainers import check_divided
 
 OWN_METRICS = {"loss", "nonfinite_tokens"}  # which no term's may replace
 AUTHORS = ("teacher", "student")  # groups of tokens, by who wrote their response
@@ -155,6 +156,7 @@ class Objective(Program, Uncompiled):
         """What ``forward`` was given, checked and over the tokens of the layout, and the batch's own count."""
         check_student(student)
         check_limits(memory_budget, logits_dtype)
+        check_divided(self.reduction, denominator)
         terms = self.current_terms()
         layout = _layout("mask", mask, student, whole=self.selects)
         self._check_arguments(terms, student, teacher, layout, target, weights, from_teacher, teacher_mask)

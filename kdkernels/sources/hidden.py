@@ -59,7 +59,7 @@ def trunk_output(model: nn.Module, inputs: dict) -> object:
     """
     refuse_outside(model)
     *_, outermost = modules_within(model)
-    _refuse_prompts(outermost, inputs)
+    _refuse_beyond_trunk(outermost, inputs)
     inner = unwrapped(model)
     inputs = inputs | {"use_cache": False}
     with ExitStack() as entered:
@@ -103,8 +103,8 @@ def _until_trunk(model: nn.Module, inputs: dict) -> object:
     raise TypeError(f"model: expected {type(model).__name__} to call its {type(trunk(model)).__name__}, it did not")
 
 
-def _refuse_prompts(model: nn.Module, inputs: dict) -> None:
-    """Raises a TypeError for what PEFT does in its own forward."""
+def _refuse_beyond_trunk(model: nn.Module, inputs: dict) -> None:
+    """Raises a TypeError for what PEFT does in its own forward, and for what only a loss needs."""
     configs = getattr(model, "peft_config", None)
     for config in configs.values() if isinstance(configs, dict) else ():
         kind = str(getattr(config.peft_type, "value", config.peft_type))
@@ -117,3 +117,5 @@ def _refuse_prompts(model: nn.Module, inputs: dict) -> None:
     for name in OF_PEFT:
         if name in inputs:
             raise TypeError(f"{name}: expected inputs of the model, this is one of PEFT's own forward")
+    if "num_items_in_batch" in inputs:  # transformers' count of the tokens in a step
+        raise TypeError("num_items_in_batch: expected inputs of the model, this is the denominator of an objective")
