@@ -10,9 +10,10 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 
 from .checks import check_count
+from .errors import InputError
 from .layout import Layout
 from .objectives import Objective, Output
 from .sources import Head, Source
@@ -21,6 +22,7 @@ from .sources.hidden import has_encoder, last_hidden_state, trunk_output
 from .wrappers import Held, given_to, is_inside, is_wrapped, through
 
 ROUTER_LOSS = "router_loss"  # among the metrics
+PACKED = ("cu_seq_lens_q", "seq_idx")  # inputs that say of packed texts where they start
 KEPT = ("teacher", "weights", "denominator")  # as they are given, whatever mixed precision does to inputs
 
 
@@ -89,7 +91,7 @@ class Distillation(nn.Module):
             labels: [B, L] Hugging Face labels, -100 where a token is not scored; shifted here. Packed texts are told
                 apart by ``position_ids`` [B, L] among the inputs. In encoder-decoder models they also make the
                 decoder's inputs; position t predicts ``labels[t]`` there, and a row is one response.
-            layout: the positions and their responses.
+            layout: the positions and their responses, each within one of packed texts.
             mask: [B, L] bool, True where a position predicts a response token, one response a row.
             target: [B, L], the token that each position predicts, where layout or mask do not know it.
             weights: [B, L] fp32 or fp64, of each token, a factor on the objective's terms; not on the router loss.
@@ -106,23 +108,27 @@ class Distillation(nn.Module):
         if has_encoder(self.student) and labels is not None:
             inputs["labels"] = labels
         options = {"target": target, "weights": weights, "from_teacher": from_teacher, "denominator": denominator}
-        counted = mask if mask is not None else self._layout(labels, layout, inputs)
+        counted = self._counted(labels, layout, mask, inputs)
         loss = partial(self._loss, teacher, counted, options)
         if is_wrapped(self.student) and not is_inside(self.student):
             return through(self.student, loss, **inputs)
         return loss(**inputs)
 
-    def _layout(self, labels: Tensor | None, layout: Layout | None, inputs: dict) -> Layout:
-        if layout is not None:
-            if not isinstance(layout, Layout):
-                raise TypeError(f"layout: expected a kd.Layout, got {type(layout).__name__}; a bool tensor is a mask")
-            return layout
+    def _counted(
+        self, labels: Tensor | None, layout: Layout | None, mask: Tensor | None, inputs: dict
+    ) -> Layout | Tensor:
+        if layout is not None and not isinstance(layout, Layout):
+            raise TypeError(f"layout: expected a kd.Layout, got {type(layout).__name__}; a bool tensor is a mask")
         if has_encoder(self.student):
-            return _unshifted(labels)
-        positions = inputs.get("position_ids")
-        if isinstance(positions, Tensor) and positions.dim() == 3:  # of images too: the first of four are the text's
-            positions = positions[0] if len(positions) == 4 else None
-        return Layout.from_labels(labels, position_ids=positions)
+            return _unshifted(labels) if labels is not None else layout if layout is not None else mask
+        positions = _positions_of_texts(inputs)
+        if labels is not None:
+            return Layout.from_labels(labels, position_ids=positions)
+        if mask is not None:
+            _check_texts("mask", Layout.from_mask(mask), positions)
+            return mask
+        _check_texts("layout", layout, positions)
+        return layout
 
     def _loss(self, teacher: Source | None, counted: Layout | Tensor, options: dict, **inputs) -> Output:
         output = trunk_output(self.student, inputs)
@@ -150,6 +156,42 @@ def _check_given(positions: dict[str, object], weights: object) -> None:
         raise TypeError(
             f"weights: expected float32 or float64, got {weights.dtype}; a wrapper with mixed precision casts what "
             "it is given: make the Distillation around the wrapped student, whose forward is not given weights"
+        )
+
+
+def _positions_of_texts(inputs: dict) -> Tensor | None:
+    """[B, L] or [1, L] the place of each token in its text, where the student's inputs say it."""
+    positions = inputs.get("position_ids")
+    if not isinstance(positions, Tensor):
+        for name in PACKED:
+            if inputs.get(name) is not None:
+                raise InputError(
+                    f"position_ids: expected them beside {name}, which packs texts into a sequence, to tell their "
+                    "responses apart; DataCollatorWithFlattening(return_position_ids=True) makes them"
+                )
+        return None
+    if positions.dim() == 3:  # of images too: the first of four are the text's
+        return positions[0] if len(positions) == 4 else None
+    return positions
+
+
+def _check_texts(name: str, layout: Layout, positions: Tensor | None) -> None:
+    """Refuses a response that goes on in the next of packed texts, on the CPU: elsewhere looking would cost a sync."""
+    if positions is None or positions.device.type != "cpu":
+        return
+    if positions.shape not in (layout.shape, (1, layout.shape[1])):
+        return  # another error, of the model or of the objective
+    layout = layout.to("cpu")
+    starts = pad(positions.expand(layout.shape).diff(dim=1) < 1, (1, 1))
+    text = starts.cumsum(1)[:, 1:].flatten()[layout.index]  # of the token that is predicted
+    first = text[layout.position == 0][layout.response]
+    beyond = (text != first) | starts[:, 1:].flatten()[layout.index]
+    if beyond.any():
+        b, t = divmod(int(layout.index[beyond.nonzero()[0, 0]]), layout.shape[1])
+        raise InputError(
+            f"{name}: expected each response within one of the texts that position_ids show, got one that is scored "
+            f"at [{b}, {t}] too, in another text or where the next one starts; give labels, or "
+            "kd.Layout.from_labels(labels, position_ids=position_ids)"
         )
 
 

@@ -112,17 +112,49 @@ def test_peft(wrapped):
 
 def test_packed_texts_are_responses_of_their_own():
     student, teacher = models()
-    inputs = {"input_ids": IDS, "position_ids": torch.tensor([[0, 1, 2, 0, 1], [0, 1, 2, 3, 4]])}
     module = kd.Distillation(student, kd.GKD(beta=0.5), ENTRIES)
     picked = [(0, slice(0, 2)), (0, slice(3, 4)), (1, slice(0, 4))]
-    check(module, teacher, inputs, {"labels": IDS}, picked)
+    check(module, teacher, PACKED, {"labels": IDS}, picked)
+
+
+PACKED = {"input_ids": IDS, "position_ids": torch.tensor([[0, 1, 2, 0, 1], [0, 1, 2, 3, 4]])}
+
+
+def test_a_response_ends_with_its_text():
+    """Of a mask or a layout that does not know of packed texts: one response where there are two, or the last token of
+    a text that predicts the first of the next.
+    """
+    module = kd.Distillation(models()[0], kd.SFT(), ENTRIES)
+    one = torch.tensor([[1, 1, 0, 1, 0], [1, 1, 1, 1, 0]]).bool()
+    touching = torch.tensor([[0, 0, 1, 0, 0], [1, 1, 1, 1, 0]]).bool()
+    wrong = {
+        "mask": (one, touching),
+        "layout": (kd.Layout.from_mask(one), kd.Layout.from_segments(touching.long()), kd.Layout.from_labels(IDS)),
+    }
+    for name, values in wrong.items():
+        for value in values:
+            with pytest.raises(ValueError, match=rf"{name}: expected each response.*\[0, [23]\].*position_ids="):
+                module(**{name: value}, target=IDS, **PACKED)
+    right = kd.Layout.from_labels(IDS, position_ids=PACKED["position_ids"])
+    assert module(layout=right, **PACKED).loss == module(labels=IDS, **PACKED).loss > 0.1
+    padded = {"input_ids": IDS, "attention_mask": ATTENTION.flip(0), "position_ids": torch.tensor([[0, 1, 2, 3, 4]])}
+    ahead = padded | {"position_ids": torch.tensor([[1, 0, 1, 2, 3], [1, 1, 0, 1, 2]])}
+    for inputs in (padded, ahead):
+        assert module(mask=torch.arange(5).expand(2, 5) > 2, target=IDS, **inputs).count == 4
+
+
+@pytest.mark.parametrize("name", ["cu_seq_lens_q", "seq_idx"])
+def test_packed_texts_without_position_ids(name):
+    module = kd.Distillation(models()[0], kd.SFT(), ENTRIES)
+    with pytest.raises(ValueError, match=rf"position_ids: expected them beside {name}"):
+        module(labels=IDS, input_ids=IDS, **{name: torch.tensor([0, 3, 5])})
 
 
 def test_positions_of_texts_with_images():
     """Of four rows the first are the texts', which show packing; three are of images too, which do not restart."""
     text = torch.tensor([[0, 1, 2, 0, 1], [0, 1, 2, 3, 4]])
     module = kd.Distillation(models()[0], kd.SFT(), ENTRIES)
-    four, three = (module._layout(IDS, None, {"position_ids": text.expand(n, 2, 5)}) for n in (4, 3))
+    four, three = (module._counted(IDS, None, None, {"position_ids": text.expand(n, 2, 5)}) for n in (4, 3))
     assert four.lengths == (2, 1, 4) and three.lengths == (4, 4)
 
 
@@ -187,6 +219,7 @@ def call(objective=None, student=None, vocab_size=ENTRIES, **given):
         ({"layout": MASK, **TEXT}, TypeError, ["layout", "kd.Layout", "mask"]),
         ({"labels": LABELS[:, :4], **TEXT}, ValueError, ["[2, 5]", "[2, 4]"]),
         ({"labels": IDS, **TEXT, "position_ids": torch.zeros(2, 4).long()}, ValueError, ["position_ids", "[2, 4]"]),
+        ({"mask": MASK[:, :4], **TEXT, "position_ids": IDS}, ValueError, ["mask", "[2, 5]", "[2, 4]"]),
         (
             {
                 "mask": torch.tensor([[1, 1, 0, 1, 0], [1, 1, 1, 0, 0]]).bool(),
