@@ -121,6 +121,7 @@ def _add_train(commands) -> None:
 def _keys() -> str:
     """The keys of a recipe, a section a line."""
     lines = ["keys of a recipe (docs/RECIPES.md says what each means):"]
+    lines.append("  extends: another recipe; it stands above all sections")
     for section in fields(Config):
         names = [entry.name for entry in fields(section_class(section.type))]
         names = [name if name != "options" else "the options of that objective" for name in names]

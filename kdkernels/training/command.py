@@ -14,6 +14,7 @@ from kdkernels.training.processes import distributed
 from kdkernels.training.processes.exits import DISK, DIVERGED, DONE, INTERRUPTED, LOST, UNFORESEEN, UNUSABLE, end
 from kdkernels.training.processes.launcher import first
 from kdkernels.training.recipe.config import Config
+from kdkernels.training.recipe.extends import lineage
 from kdkernels.training.recipe.read import complete
 from kdkernels.training.run.atomic import writing
 from kdkernels.training.run.directory import RunDirectory
@@ -46,7 +47,7 @@ def _run(recipes: list[Config] | InputError, sources: Sequence[str], resume: boo
     try:
         configs = _agreed(recipes, sources)
         if dry_run:
-            text = plan(*configs, resume=resume)
+            text = plan(*configs, resume=resume, recipes=lineage(*sources))
             with writing(Path("standard output")):
                 print(text, flush=True)
         else:

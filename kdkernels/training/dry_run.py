@@ -1,5 +1,6 @@
 """What a recipe would do, found out without training: everything is read and checked, nothing is written."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from kdkernels.data.tokenizers import vocabulary_size
@@ -14,8 +15,11 @@ from kdkernels.training.run.directory import RunDirectory
 from kdkernels.training.run.lock import refuse_if_locked
 
 
-def plan(config: Config, resume: bool = False) -> str:
-    """The resolved recipe and what it comes to. Raises InputError where training would."""
+def plan(config: Config, resume: bool = False, recipes: Sequence[Path] = ()) -> str:
+    """The resolved recipe and what it comes to. Raises InputError where training would.
+
+    recipes: the file that it was read from, and those that it extends.
+    """
     distributed.start()
     objective = build_objective(config)
     run = RunDirectory(config.run.output)
@@ -30,6 +34,7 @@ def plan(config: Config, resume: bool = False) -> str:
     needed = needs(config, models["student"], models.get("teacher"), start.progress["step"])
     check_disk(run, needed)
     lines = [to_toml(config), "# plan", *map(str, inputs.data)]
+    lines[:0] = [f"# {' extends '.join(map(str, recipes))}"] if len(recipes) > 1 else []
     lines += [inputs.examples.first, f"tokenizer: {vocabulary_size(inputs.tokenizer)} tokens"]
     lines += [f"{name}: {model.num_parameters():,} parameters" for name, model in models.items()]
     lines += [

@@ -5,6 +5,7 @@
 Whatever is wrong with a recipe (a key nobody knows, a value of the wrong type, a model directory or data file that is
 not there) is found here, before any model is loaded, and told as one `InputError` naming the file, the key, what was
 expected and what came. Relative paths start at the current directory, a `~` in front is the home directory.
+`extends` (extends.py) names another recipe, from the recipe's own directory, over which this one is laid.
 
 Reading has two parts: `read_recipe` checks names, types and files, and needs neither torch nor DeepSpeed; `complete`
 makes the objective, which imports torch, checks the values of its options and fills in what follows from it.
@@ -21,8 +22,9 @@ from typing import Any, Literal
 
 from kdkernels.errors import InputError
 from kdkernels.training.recipe.config import FINAL, Config, ObjectiveConfig
+from kdkernels.training.recipe.extends import EXTENDS, read_tables
 from kdkernels.training.recipe.resolve import model_paths, resolve, resolve_objective
-from kdkernels.training.recipe.schema import override, parse_table, read_toml, refuse_unknown, show
+from kdkernels.training.recipe.schema import override, parse_table, refuse_unknown, show
 from kdkernels.training.recipe.signatures import known_objectives, objective_options
 
 
@@ -45,12 +47,12 @@ def read_recipe(path: str | Path, overrides: Iterable[str] = (), coming: Collect
     Raises:
         InputError: the recipe cannot be used.
     """
-    tables = read_toml(path)
+    tables = read_tables(path)
     for assignment in overrides:
         override(tables, assignment)
     source = str(path)
     known = {section.name: section for section in fields(Config)}
-    refuse_unknown(tables, known, f"{source}:", "section")
+    refuse_unknown(tables, [*known, EXTENDS], f"{source}:", "section")
     sections = {}
     for name, section in known.items():
         if name in tables:

@@ -9,10 +9,16 @@ from kdkernels.training.recipe.resolve import NO_JUDGE
 from kdkernels.training.recipe.schema import describe, toml_value
 from kdkernels.training.recipe.signatures import known_objectives, objective_options
 
+EXTENDING = """\
+Above its first section a recipe may name another one, as `extends = "other.toml"` (the path starts at the recipe's own
+directory): it then is that recipe, but for the keys that it sets itself. An `[objective]` of another `name` replaces
+the whole section. `kdkernels train RECIPE.toml --dry-run` shows what comes of it."""
+
 
 def reference() -> str:
     """Every section, key, type and default of a recipe, as Markdown."""
     lines = ["# Recipes", "", "Every section and key. Written by `python -m kdkernels.training.recipe.reference`."]
+    lines += ["", EXTENDING]
     for section in fields(Config):
         kind = section_class(section.type)
         lines += ["", f"## [{section.name}]", "", inspect.getdoc(kind), ""]

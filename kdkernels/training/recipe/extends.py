@@ -1,0 +1,81 @@
+"""A recipe that extends another: `extends = "other.toml"`, above its first section."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from kdkernels.errors import InputError
+from kdkernels.training.recipe.schema import read_toml, show
+
+EXTENDS = "extends"
+
+
+def read_tables(path: str | Path) -> dict[str, Any]:
+    """The tables of the recipe at `path`, laid key by key over those of the recipe that it extends, if it does.
+
+    The one exception: an [objective] of another name replaces the section, since the options there are not its own.
+
+    Raises:
+        InputError: a recipe that cannot be read, or recipes that extend each other in a circle.
+    """
+    tables = {}
+    for _, own in reversed(list(_chain(Path(path)))):
+        _lay(own, over=tables)
+    return tables
+
+
+def lineage(path: str | Path) -> list[Path]:
+    """The recipe at `path`, the one that it extends, the one that that one extends, and so on. Raises InputError."""
+    return [file for file, _ in _chain(Path(path))]
+
+
+def _chain(path: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Each recipe's path and what it says itself."""
+    seen = []
+    while path is not None:
+        tables = read_toml(path)
+        seen.append(path)
+        base = _base(path, tables.pop(EXTENDS, None))
+        if base is not None and base.resolve() in [one.resolve() for one in seen]:
+            raise InputError(f"{path}: extends: recipes extend each other in a circle: {_arrows([*seen, base])}")
+        yield path, tables
+        path = base
+
+
+def _base(path: Path, name: object) -> Path | None:
+    """Where the recipe lies that the one at `path` extends; None where it extends none."""
+    if name is None:
+        return None
+    if type(name) is not str or not name.strip() or "\0" in name:
+        raise InputError(f"{path}: extends: expected a path, which is not empty, got {show(name)}")
+    try:
+        base = path.parent / Path(name).expanduser()
+        found = base.is_file()
+    except RuntimeError as error:
+        raise InputError(f"{path}: extends: no home directory is known for {name}: write it out") from error
+    except OSError as error:
+        raise InputError(f"{path}: extends: cannot be read: {error.strerror}: {show(name)}") from error
+    if not found:
+        raise InputError(f"{path}: extends: no such recipe: {base} (a relative path starts where {path.name} is)")
+    return base
+
+
+def _arrows(paths: list[Path]) -> str:
+    return " -> ".join(map(str, paths))
+
+
+def _lay(tables: Mapping[str, Any], over: dict[str, Any]) -> None:
+    """Lays `tables` over the others, key by key; an [objective] of another name replaces what is there."""
+    mine, other = tables.get("objective"), over.get("objective")
+    both = isinstance(mine, Mapping) and isinstance(other, Mapping)
+    if both and "name" in mine and mine["name"] != other.get("name"):
+        del over["objective"]
+    _merge(tables, over)
+
+
+def _merge(table: Mapping[str, Any], over: dict[str, Any]) -> None:
+    for key, value in table.items():
+        if isinstance(value, Mapping) and isinstance(over.get(key), dict):
+            _merge(value, over[key])
+        else:
+            over[key] = value
