@@ -19,7 +19,7 @@ def train(accelerator, student, teacher, entries, batches, optimizer):
     for batch in batches:
         labels = batch.pop("labels")
         with torch.no_grad():
-            scored = kd.Head.from_model(teacher, kd.hidden_states(teacher, **batch), vocab_size=entries)
+            scored = kd.Head.of(teacher, **batch, vocab_size=entries)
         with accelerator.accumulate(module):
             out = module(**batch, labels=labels, teacher=scored)
             accelerator.backward(out.loss)

@@ -23,8 +23,7 @@ def train(engine, teacher, batches):
     for batch in batches:
         labels = batch.pop("labels")
         with torch.no_grad():
-            hidden = kd.hidden_states(teacher, **batch)
-            scored = kd.Head.from_model(teacher, hidden, vocab_size=engine.module.vocab_size)
+            scored = kd.Head.of(teacher, **batch, vocab_size=engine.module.vocab_size)
         out = engine(**batch, labels=labels, teacher=scored)
         engine.backward(out.loss)
         engine.step()

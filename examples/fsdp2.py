@@ -24,7 +24,7 @@ def train(module, teacher, batches, optimizer):
     for batch in batches:
         labels = batch.pop("labels")
         with torch.no_grad():
-            scored = kd.Head.from_model(teacher, kd.hidden_states(teacher, **batch), vocab_size=module.vocab_size)
+            scored = kd.Head.of(teacher, **batch, vocab_size=module.vocab_size)
         out = module(**batch, labels=labels, teacher=scored)
         out.loss.backward()
         optimizer.step()

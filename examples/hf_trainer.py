@@ -20,7 +20,7 @@ class Distilling(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         labels = inputs.pop("labels")
         with torch.no_grad():
-            scored = kd.Head.from_model(self.teacher, kd.hidden_states(self.teacher, **inputs), vocab_size=self.entries)
+            scored = kd.Head.of(self.teacher, **inputs, vocab_size=self.entries)
         distillation = kd.Distillation(model, self.objective, vocab_size=self.entries)  # model: wrapped by DDP, ...
         out = distillation(**inputs, labels=labels, teacher=scored, denominator=num_items_in_batch)
         shared = num_items_in_batch is not None and self.args.average_tokens_across_devices

@@ -22,7 +22,7 @@ class Distilling(lightning.LightningModule):
     def training_step(self, batch):
         labels, teacher = batch.pop("labels"), self.frozen[0].to(self.device)
         with torch.no_grad():
-            scored = kd.Head.from_model(teacher, kd.hidden_states(teacher, **batch), vocab_size=self.entries)
+            scored = kd.Head.of(teacher, **batch, vocab_size=self.entries)
         out = self.distillation(**batch, labels=labels, teacher=scored)
         self.log_dict(out.metrics, sync_dist=True)
         return out.loss

@@ -17,8 +17,8 @@ def train(student, teacher, entries, batches, optimizer):
     for batch in batches:
         labels = batch.pop("labels")
         with torch.no_grad():
-            from_teacher = kd.Head.from_model(teacher, kd.hidden_states(teacher, **batch), vocab_size=entries)
-        from_student = kd.Head.from_model(student, kd.hidden_states(student, **batch), vocab_size=entries)
+            from_teacher = kd.Head.of(teacher, **batch, vocab_size=entries)
+        from_student = kd.Head.of(student, **batch, vocab_size=entries)
         out = objective(from_student, from_teacher, kd.Layout.from_labels(labels))
         out.loss.backward()
         optimizer.step()

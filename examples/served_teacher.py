@@ -24,7 +24,7 @@ def train(student, entries, batches, optimizer, ask):
         layout, real = kd.Layout.from_labels(batch.pop("labels")), batch["attention_mask"].bool()
         texts = [ids[here].tolist() for ids, here in zip(batch["input_ids"], real, strict=True)]
         from_teacher = kd.TopK.from_vllm(ask(texts), layout, starts=real.int().argmax(1).tolist())
-        from_student = kd.Head.from_model(student, kd.hidden_states(student, **batch), vocab_size=entries)
+        from_student = kd.Head.of(student, **batch, vocab_size=entries)
         out = objective(from_student, from_teacher, layout)
         out.loss.backward()
         optimizer.step()

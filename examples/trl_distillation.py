@@ -25,8 +25,8 @@ class Distilling(DistillationTrainer):
         own = inputs["completion_mask"].mul(inputs.get("tool_mask", 1)).bool()  # the tokens that the student wrote
         layout = kd.Layout.from_labels(ids.masked_fill(~torch.cat([inputs["prompt_mask"] > 1, own], 1), -100))
         with torch.no_grad():
-            from_teacher = kd.Head.from_model(teacher, kd.hidden_states(teacher, **batch), vocab_size=self.entries)
-        from_student = kd.Head.from_model(student, kd.hidden_states(student, **batch), vocab_size=self.entries)
+            from_teacher = kd.Head.of(teacher, **batch, vocab_size=self.entries)
+        from_student = kd.Head.of(student, **batch, vocab_size=self.entries)
         out = self.objective(from_student, from_teacher, layout, denominator=num_items_in_batch)
         return out.loss, out.metrics.get("student_entropy", 0.0) * own.sum(), own.sum()
 

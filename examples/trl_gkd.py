@@ -22,7 +22,7 @@ class Distilling(GKDTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         batch, teacher = {name: inputs[name] for name in ("input_ids", "attention_mask")}, self.teacher_model.eval()
         with torch.no_grad():
-            scored = kd.Head.from_model(teacher, kd.hidden_states(teacher, **batch), vocab_size=self.entries)
+            scored = kd.Head.of(teacher, **batch, vocab_size=self.entries)
         distillation = kd.Distillation(model, self.objective, vocab_size=self.entries)
         out = distillation(**batch, labels=inputs["labels"], teacher=scored)
         return (out.loss, out) if return_outputs else out.loss

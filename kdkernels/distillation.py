@@ -33,7 +33,7 @@ class Distillation(nn.Module):
 
         distillation = kd.Distillation(student, kd.GKD(), vocab_size=len(tokenizer))
         with torch.no_grad():
-            scored = kd.Head.from_model(teacher, kd.hidden_states(teacher, **inputs), len(tokenizer))
+            scored = kd.Head.of(teacher, **inputs, vocab_size=len(tokenizer))
         distillation(teacher=scored, labels=labels, **inputs).loss.backward()
 
     Either the module is wrapped (``DDP(distillation)``, ``fully_shard(distillation)``, ``deepspeed.initialize(

@@ -34,7 +34,7 @@ def through(wrapper: nn.Module, function: Callable, /, *args, **kwargs) -> Any:
     of all that the function uses, as they do for the model's own forward::
 
         def loss(teacher, labels, **inputs):
-            student = kd.Head.from_model(model, kd.hidden_states(model, **inputs))
+            student = kd.Head.of(model, **inputs)
             return kd.GKD()(student, teacher, kd.Layout.from_labels(labels))
 
         out = kd.through(model, loss, teacher, **batch)

@@ -39,7 +39,7 @@ def models(kind="qwen2", auto=None):
 
 def scored(teacher, **inputs):
     with torch.no_grad():
-        return kd.Head.from_model(teacher, kd.hidden_states(teacher, **inputs), ENTRIES)
+        return kd.Head.of(teacher, **inputs, vocab_size=ENTRIES)
 
 
 def check(module, teacher_model, inputs, given, picked):

@@ -197,3 +197,17 @@ def test_what_is_refused():
     model.config.return_dict = False
     with pytest.raises(TypeError, match=r"last_hidden_state.*return_dict"):
         kd.hidden_states(model, **TEXT)
+
+
+def test_a_head_over_them_in_one_call():
+    model = tiny("qwen2")
+    inputs = {"input_ids": torch.tensor([[5, 6, 7]]), "position_ids": torch.tensor([[0, 1, 0]])}
+    head = kd.Head.of(model, **inputs, vocab_size=90)
+    expected = kd.Head.from_model(model, kd.hidden_states(model, **inputs), vocab_size=90)
+    assert torch.equal(head.hidden, expected.hidden) and head.weight is model.lm_head.weight
+    assert head.vocab_size == 90 and kd.Head.of(model, **inputs).vocab_size == 97
+    assert head.hidden.requires_grad
+    with torch.no_grad():
+        assert not kd.Head.of(model, **inputs).hidden.requires_grad
+    with pytest.raises(TypeError, match="Linear"):
+        kd.Head.of(torch.nn.Linear(2, 2), **inputs)

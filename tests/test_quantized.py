@@ -36,7 +36,7 @@ def check(model) -> kd.Head:
     """Value and the gradient of the trunk are those of the model's own logits; the head itself gets none."""
     trunk = [p for n, p in model.named_parameters() if "norm" in n and p.requires_grad]
     logits = model(IDS, use_cache=False).logits
-    head = kd.Head.from_model(model, kd.hidden_states(model, input_ids=IDS))
+    head = kd.Head.of(model, input_ids=IDS)
     expected, got = loss(kd.Logits(logits)), loss(head)
     assert truth.relative(got.detach(), expected.detach()) < 1e-5
     for mine, its in zip(torch.autograd.grad(got, trunk), torch.autograd.grad(expected, trunk), strict=True):
@@ -202,7 +202,7 @@ def with_adapter(model, **options):
 def check_adapter(model) -> kd.Head:
     trained = [p for p in model.parameters() if p.requires_grad]
     expected = torch.autograd.grad(loss(kd.Logits(model(IDS, use_cache=False).logits)), trained)
-    head = kd.Head.from_model(model, kd.hidden_states(model, input_ids=IDS))
+    head = kd.Head.of(model, input_ids=IDS)
     for mine, its in zip(torch.autograd.grad(loss(head), trained), expected, strict=True):
         assert its.norm() > 0 and truth.relative(mine, its) < 1e-4
     return head

@@ -50,7 +50,7 @@ class Distilling(transformers.Trainer):
     def call(self, model, inputs):
         """The objective by kd.Distillation, as a function of the options it is called with."""
         with torch.no_grad():
-            teacher = kd.Head.from_model(TEACHER, kd.hidden_states(TEACHER, input_ids=inputs["input_ids"]))
+            teacher = kd.Head.of(TEACHER, input_ids=inputs["input_ids"])
         module = kd.Distillation(model, self.objective, VOCABULARY)
         return lambda **options: module(teacher=teacher, **inputs, **options)
 
@@ -236,7 +236,7 @@ def test_distillation_as_the_trainers_model():
         def _prepare_inputs(self, inputs):
             ids = inputs["input_ids"]
             with torch.no_grad():
-                teacher = kd.Head.from_model(TEACHER, kd.hidden_states(TEACHER, input_ids=ids))
+                teacher = kd.Head.of(TEACHER, input_ids=ids)
             return {**inputs, "teacher": teacher}
 
     trainer = Plain(model=kd.Distillation(copy.deepcopy(STUDENT), kd.GKD(BETA), VOCABULARY))

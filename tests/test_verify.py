@@ -16,7 +16,7 @@ INPUTS = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
 
 
 def made(model, **inputs) -> kd.Head:
-    return kd.Head.from_model(model, kd.hidden_states(model, **inputs))
+    return kd.Head.of(model, **inputs)
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_dropout_and_other_inputs():
 def test_a_padded_vocabulary_and_an_adapter():
     model = tiny("inkling_text")  # its forward cuts its logits off
     assert made(model, **INPUTS).verify(model, **INPUTS) < 1e-5
-    cut = kd.Head.from_model(model, kd.hidden_states(model, **INPUTS), vocab_size=70)
+    cut = kd.Head.of(model, **INPUTS, vocab_size=70)
     assert cut.verify(model, **INPUTS) < 1e-5
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(tiny("llama"), peft.LoraConfig(target_modules=["lm_head"], r=2))

@@ -18,6 +18,7 @@ from ..tensors import check_floating, check_gradient, check_still_there, where_t
 from ..wrappers import refuse_unprepared
 from .base import Costs, Gradient, Producer, Source, autocast_dtype, check_vocab_size, powers_like, row_bytes, take
 from .from_model import multiplied, tail
+from .hidden import hidden_states
 from .parallel import check_group, packed_group, unpacked_group
 from .sharded import divided
 
@@ -209,6 +210,22 @@ class Head(Source):
             **adapter,
         )
 
+    @classmethod
+    def of(cls, model, /, *, vocab_size: int | None = None, **inputs) -> Head:
+        """The head of a transformers model over the last hidden states that it has for ``inputs``.
+
+            with torch.no_grad():
+                teacher = kd.Head.of(teacher_model, input_ids=ids, attention_mask=attention)
+
+        ``from_model`` and ``kd.hidden_states`` in one call: they say which models, and what they raise. Gradients are
+        those of the mode that it is called in: a teacher's forward needs no graph.
+
+        Args:
+            model, vocab_size: as for ``from_model``.
+            inputs: what the model's forward takes, as for ``kd.hidden_states``.
+        """
+        return cls.from_model(model, hidden_states(model, **inputs), vocab_size=vocab_size)
+
     def verify(self, model, /, tokens: int = 8, **inputs) -> float:
         """Compares this head's logits with those of the model's own forward, at a few tokens.
 
@@ -216,7 +233,7 @@ class Head(Source):
         one's own, a head that was made by hand. The model's forward runs once over all of ``inputs``, without
         gradients, and makes all of their logits: a short batch is enough.
 
-            head = kd.Head.from_model(model, kd.hidden_states(model, **inputs))
+            head = kd.Head.of(model, **inputs)
             head.verify(model, **inputs)
 
         Args:

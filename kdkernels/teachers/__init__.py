@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedModel
 
 from kdkernels.data.batch import Batch
-from kdkernels.sources import Head, Source, hidden_states
+from kdkernels.sources import Head, Source
 
 __all__ = ["LocalTeacher", "Teacher", "head"]
 
@@ -22,7 +22,7 @@ def head(model: PreTrainedModel, batch: Batch, vocab_size: int) -> Head:
     """The model's last hidden states [B, L, H] for `batch` with its lm_head, which is left to multiply the positions
     that matter.
     """
-    return Head.from_model(model, hidden_states(model, **batch.inputs), vocab_size=vocab_size)
+    return Head.of(model, vocab_size=vocab_size, **batch.inputs)
 
 
 class LocalTeacher:

@@ -126,7 +126,7 @@ def weights(wrapper: str, module) -> dict[str, torch.Tensor]:
 
 def by_through(wrapper, teacher, inputs, labels):
     def loss(teacher, labels, **inputs):
-        scored = kd.Head.from_model(wrapper, kd.hidden_states(wrapper, **inputs), ENTRIES)
+        scored = kd.Head.of(wrapper, **inputs, vocab_size=ENTRIES)
         return OBJECTIVE(scored, teacher, kd.Layout.from_labels(labels))
 
     return kd.through(wrapper, loss, teacher, labels, **inputs)
@@ -176,7 +176,7 @@ def update(wrapper: str, way: str, spread: str) -> dict:
     here = slice(2 * rank, 2 * rank + 2)
     inputs, labels = {name: value[here] for name, value in inputs.items()}, labels[here]
     teacher_model = model(3, ENTRIES + 8).requires_grad_(False)
-    teacher = kd.Head.from_model(teacher_model, kd.hidden_states(teacher_model, **inputs), ENTRIES + 5)
+    teacher = kd.Head.of(teacher_model, **inputs, vocab_size=ENTRIES + 5)
     module = student(spread)
     before = {name: p.detach().clone() for name, p in module.named_parameters()}
     module, step = wrapped(wrapper, kd.Distillation(module, OBJECTIVE, ENTRIES) if way == "Distillation" else module)
