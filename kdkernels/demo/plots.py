@@ -22,7 +22,7 @@ CURVES = {
     "student_entropy": "student entropy (nats)",
     "teacher_entropy": "teacher entropy (nats)",
     "gate": "gate, mean",
-    "response_length": "response length (tokens)",
+    "student_length": "response length (tokens)",
 }
 SMOOTHING = 15  # steps
 

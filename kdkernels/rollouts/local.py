@@ -25,12 +25,7 @@ class LocalSampler:
 
     @property
     def ends(self) -> tuple[int, ...]:
-        """The ids any of which ends a response: the tokenizer's end-of-sequence token first, then those that the
-        checkpoint's generation_config names beside it (chat models end a turn with one and a text with another).
-        """
-        named = self.model.generation_config.eos_token_id
-        named = named if isinstance(named, (list, tuple)) else [] if named is None else [named]
-        return tuple(dict.fromkeys((self.tokenizer.eos_token_id, *map(int, named))))
+        return end_ids(self.model, self.tokenizer)
 
     def generate(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, greedy: bool = False
@@ -72,6 +67,15 @@ class LocalSampler:
 
     def close(self) -> None:
         """Nothing: the model is the trainer's."""
+
+
+def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The ids any of which ends a response of `model`: the tokenizer's end-of-sequence token first, then those that the
+    checkpoint's generation_config names beside it (chat models end a turn with one and a text with another).
+    """
+    named = model.generation_config.eos_token_id
+    named = named if isinstance(named, (list, tuple)) else [] if named is None else [named]
+    return tuple(dict.fromkeys((tokenizer.eos_token_id, *map(int, named))))
 
 
 class TokenDistribution(LogitsProcessor):

@@ -9,9 +9,19 @@ from transformers.utils.logging import disable_progress_bar
 
 from kdkernels.errors import InputError
 from kdkernels.training.dry_run import plan
-from kdkernels.training.errors import DiskError, Stopped
+from kdkernels.training.errors import Collapsed, DiskError, Stopped
 from kdkernels.training.processes import distributed
-from kdkernels.training.processes.exits import DISK, DIVERGED, DONE, INTERRUPTED, LOST, UNFORESEEN, UNUSABLE, end
+from kdkernels.training.processes.exits import (
+    COLLAPSED,
+    DISK,
+    DIVERGED,
+    DONE,
+    INTERRUPTED,
+    LOST,
+    UNFORESEEN,
+    UNUSABLE,
+    end,
+)
 from kdkernels.training.processes.launcher import first
 from kdkernels.training.recipe.config import Config
 from kdkernels.training.recipe.extends import lineage
@@ -58,6 +68,8 @@ def _run(recipes: list[Config] | InputError, sources: Sequence[str], resume: boo
                         print(f"model: {result.final}\nreport: {RunDirectory(result.output).report}", flush=True)
     except FloatingPointError as error:
         return end(DIVERGED, error)
+    except Collapsed as error:
+        return end(COLLAPSED, error)
     except (InputError, OSError) as error:
         return end(UNUSABLE, error)
     except DiskError as error:

@@ -6,6 +6,7 @@ from pathlib import Path
 from kdkernels.data.tokenizers import vocabulary_size
 from kdkernels.training.deepspeed_strategy import accumulation_steps
 from kdkernels.training.inputs import build_objective, read_inputs
+from kdkernels.training.models.ends import describe_ends
 from kdkernels.training.models.loading import load_student, load_teacher
 from kdkernels.training.needs import check_disk, check_output, describe, describe_dtype, needs
 from kdkernels.training.processes import distributed
@@ -43,6 +44,7 @@ def plan(config: Config, resume: bool = False, recipes: Sequence[Path] = ()) -> 
         if path is not None and not Path(path).is_dir()
     ]
     lines += describe(run, needed) + describe_dtype(config)
+    lines += describe_ends(config, inputs.tokenizer, models["student"], models.get("teacher"))
     responses = config.train.steps * config.train.batch_size
     longest = max(config.data.max_response_tokens, config.rollout.max_new_tokens)
     lines.append(

@@ -5,6 +5,10 @@ class DiskError(Exception):
     """What the disk did not take: the message names the path and says why."""
 
 
+class Collapsed(Exception):
+    """The student stayed beyond a limit of [collapse] for too long: the message says which."""
+
+
 class Stopped(SystemExit):
     """The run was asked to end (SIGTERM) and can be continued: the message says from where.
 

@@ -80,7 +80,7 @@ def train_step(
         "lr": lr,
         "gradient_norm": gradient_norm,
         "tokens": tokens,
-        "response_length": tokens / len(examples),
+        f"{'student' if by_student else 'teacher'}_length": tokens / len(examples),
     } | clock.metrics(tokens), defect
 
 

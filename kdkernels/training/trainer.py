@@ -24,12 +24,14 @@ from kdkernels.judges import Judge
 from kdkernels.objectives import Objective
 from kdkernels.rollouts import LocalSampler
 from kdkernels.teachers import LocalTeacher
+from kdkernels.training.collapse import Collapse
 from kdkernels.training.deepspeed_strategy import DeepSpeedStrategy, accumulation_steps
-from kdkernels.training.errors import DiskError, Stopped
+from kdkernels.training.errors import Collapsed, DiskError, Stopped
 from kdkernels.training.evaluation import evaluate, summarize
 from kdkernels.training.finite import first_nonfinite, nonfinite
 from kdkernels.training.inputs import build_objective, read_inputs
 from kdkernels.training.models.agreement import check_model
+from kdkernels.training.models.ends import describe_ends
 from kdkernels.training.models.loading import load_student, load_teacher
 from kdkernels.training.needs import check_disk, describe_dtype, needs
 from kdkernels.training.processes import distributed
@@ -69,6 +71,7 @@ def train(config: Config, resume: bool = False, judge: Judge | None = None) -> R
         InputError: data, models or a run directory that cannot be used, or an objective that needs a judge without one.
         FloatingPointError: the run diverged: too many steps in a row had to be skipped ([train] max_skipped_steps), or
             what would be saved is not finite.
+        Collapsed: the student stayed beyond a limit of [collapse] for too long.
         DiskError: what the disk did not take.
         Stopped: after SIGTERM.
     """
@@ -106,6 +109,7 @@ class _Training:
         self.config, self.run = config, run
         self.first = self.step = start.progress["step"]
         self.skipped, self.in_a_row, self.unsaved = start.progress["skipped_steps"], 0, False
+        self.collapse = Collapse(config, start.progress["steps_beyond_limits"])
         with distributed.together():
             self.inputs = read_inputs(config, objective, start.tokenizer)
             student, teacher = _load_models(config, run, self.inputs.tokenizer, done=self.first)
@@ -122,6 +126,7 @@ class _Training:
         with distributed.together():
             tokens = (*examples[0].prompt_ids, *examples[0].response_ids, tokenizer.eos_token_id)[:2]
             _check_models(config, student, teacher, tokens)
+            self.warnings = [*describe_dtype(config), *describe_ends(config, tokenizer, student, teacher)]
         self.stream = ExampleStream(len(examples), config.run.seed, start.progress["position"])
         self.resumed = start.checkpoint is not None
         self.made_from = self._begin(start)
@@ -146,7 +151,7 @@ class _Training:
         config, inputs, steps = self.config, self.inputs, self.config.train.steps
         termination.at_once = False
         with MetricsLog(self.run, steps, last_step=self.first) as log:
-            log.say(*inputs.data, inputs.examples.first, *describe_dtype(config))
+            log.say(*inputs.data, inputs.examples.first, *self.warnings)
             if inputs.held_out and not self.resumed:
                 log.write(0, self._evaluation())
             while self.step < steps:
@@ -162,6 +167,9 @@ class _Training:
                     log.say(f"step {self.step}: {defect}: skipped")
                 if self.in_a_row > config.train.max_skipped_steps:
                     raise self._diverged(f"{defect}; {self.in_a_row} steps in a row ([train] max_skipped_steps)")
+                collapsed = None if defect else self.collapse.see(values)
+                if collapsed:
+                    raise Collapsed(f"step {self.step}: {collapsed}: the student collapsed; see {self.run.metrics}")
                 stop = termination.asked()
                 # after the last step too: final/ may not fit on the disk
                 due = _due(self.step, config.checkpoint.every) or (last and config.checkpoint.every > 0)
@@ -212,6 +220,7 @@ class _Training:
             return
         self._check_finite()
         progress = {"step": self.step, "position": self.stream.position, "skipped_steps": self.skipped}
+        progress["steps_beyond_limits"] = self.collapse.in_a_row
         run, keep = self.run, self.config.checkpoint.keep
         checkpoint.save(self.parts.strategy, run.checkpoints, progress, self.made_from, run.metrics, keep)
         self.unsaved = False

@@ -17,7 +17,7 @@ METRICS = {"loss": 0.5, "direct": 0.1, "student_entropy": 0.3, "teacher_entropy"
 def make_arm(phase, seeds, shares=SHARES):
     right = np.zeros((1 if phase is TEACHER else seeds, PROBLEMS), dtype=bool)
     right[:, : int(PROBLEMS * shares.get(phase.name, 0.6))] = True
-    line = METRICS | {"tokens": 40, "response_length": 38.0, "time/rollout": 2.0, "time/student": 1.0}
+    line = METRICS | {"tokens": 40, "student_length": 38.0, "time/rollout": 2.0, "time/student": 1.0}
     if phase.solutions:
         del line["teacher_entropy"]
     steps = tuple([line | {"step": step} for step in (1, 2, 3)] for _ in right)

@@ -217,7 +217,7 @@ def test_on_policy_training_reaches_the_teacher(run, tmp_path):
     assert result.evaluations[40]["kl"] < 0.6 * result.evaluations[0]["kl"]
     lines = read_metrics(result.output / "metrics.jsonl")[1:]
     assert all(line["time/rollout"] > 0 and line["time/teacher"] > 0 for line in lines)
-    assert all(1 <= line["response_length"] <= 6 for line in lines)
+    assert all(1 <= line["student_length"] <= 6 for line in lines)
     assert {"student_entropy", "teacher_entropy", "direct"} <= lines[0].keys()
 
 

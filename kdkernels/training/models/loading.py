@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -11,6 +11,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -34,7 +35,7 @@ def load_tokenizer(config: Config, trained: Path | None = None) -> PreTrainedTok
     `trained` where the run did that earlier, or else trained now. Raises InputError.
     """
     if trained is not None:
-        return _read_tokenizer(str(trained), "[tokenizer] of the run")
+        return read_tokenizer(str(trained), "[tokenizer] of the run")
     if config.tokenizer.kind is not None:
         data = config.data
         texts = [prompt + response for _, prompt, response in render(data.train, data.prompt, data.response)]
@@ -42,7 +43,7 @@ def load_tokenizer(config: Config, trained: Path | None = None) -> PreTrainedTok
             return train_tokenizer(texts, config.tokenizer.kind, config.tokenizer.vocab_size)
         except ValueError as error:
             raise InputError(f"[tokenizer] trained on {config.data.train}: {error}") from error
-    tokenizer = _read_tokenizer(config.tokenizer.path, "[tokenizer] path")
+    tokenizer = read_tokenizer(config.tokenizer.path, "[tokenizer] path")
     if tokenizer.eos_token_id is None:
         raise InputError(f"[tokenizer] path: the tokenizer {config.tokenizer.path} has no end-of-sequence token")
     return tokenizer
@@ -101,6 +102,9 @@ def _read_model(path: str, key: str, config: Config, tokenizer: PreTrainedTokeni
         if report["missing_keys"]:
             missing = sorted(report["missing_keys"])
             raise InputError(f"{key}: {len(missing)} weights are missing in {path}, for instance {missing[0]}")
+    elif model.can_generate():
+        with suppress(OSError):  # without a file of its own, it follows from the configuration
+            model.generation_config = GenerationConfig.from_pretrained(path)
     with _named(key):  # without weights, this is all that can be known of its head
         entries = tail(model).entries
         trunk(model)
@@ -159,7 +163,7 @@ def _check_positions(configuration: PreTrainedConfig, key: str, config: Config) 
 
 def _check_tokenizer(path: str, key: str, config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuses a model whose own tokenizer is another one than the recipe's."""
-    own, expected = _read_tokenizer(path, key).get_vocab(), tokenizer.get_vocab()
+    own, expected = read_tokenizer(path, key).get_vocab(), tokenizer.get_vocab()
     if own != expected:
         differ = sorted(set(own.items()) ^ set(expected.items()))
         recipes = f"that of {config.tokenizer.path}" if config.tokenizer.path else f"one trained on {config.data.train}"
@@ -169,7 +173,7 @@ def _check_tokenizer(path: str, key: str, config: Config, tokenizer: PreTrainedT
         )
 
 
-def _read_tokenizer(path: str, key: str) -> PreTrainedTokenizerBase:
+def read_tokenizer(path: str, key: str) -> PreTrainedTokenizerBase:
     """The tokenizer at `path`, as it was saved.
 
     AutoTokenizer prefers the class that goes with the model's type (beside a Qwen2 model it puts Qwen2's pre-tokenizer

@@ -3,7 +3,7 @@
 import os
 import sys
 
-DONE, DIVERGED, UNUSABLE, DISK, LOST, UNFORESEEN, INTERRUPTED = 0, 1, 2, 3, 4, 70, 130
+DONE, DIVERGED, UNUSABLE, DISK, LOST, COLLAPSED, UNFORESEEN, INTERRUPTED = 0, 1, 2, 3, 4, 5, 70, 130
 STATUSES = """\
 exit status, each but the first with a line that says why:
   0    the run is finished; or SIGTERM came, a checkpoint was written after the step under way, and --resume goes on
@@ -11,6 +11,7 @@ exit status, each but the first with a line that says why:
   2    recipe, data, models or the run's directory cannot be used (another run may be in it), or the command line
   3    the disk did not take what the run had to write, for want of space or else
   4    another process of the run ended or stopped answering
+  5    the student collapsed: its entropy or the length of its responses left the limits of [collapse]
   70   an error that none of these is, with a traceback: out of memory, or a fault of kdkernels
   130  interrupted (Ctrl-C)
 """

@@ -146,6 +146,27 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CollapseConfig:
+    """A run whose student is beyond one of these limits for `steps` steps in a row has collapsed and stops (0: it goes
+    on). Judged are the steps whose responses the student writes; where it writes none, all steps, by its entropy.
+
+    `min_entropy`, `max_entropy`: of the student's distributions, the mean over the step's tokens in nats. `min_length`,
+    `max_length`: tokens of a response that the student writes, the end-of-sequence token included, the mean over the
+    step.
+
+    The defaults stop no healthy run: they stop one whose student is certain of every token to the sixth decimal, or
+    writes next to nothing (`min_length` is 2, or rollout.max_new_tokens where that is less). Set limits of your own
+    around what metrics.jsonl shows as student_entropy and student_length.
+    """
+
+    steps: CountOrZero = 50
+    min_entropy: PositiveOrZero = 1e-6
+    max_entropy: PositiveOrZero | None = None
+    min_length: PositiveOrZero | None = None
+    max_length: PositiveOrZero | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     """A checkpoint after `every` steps and the last one (0: none; a tenth of the steps by default), and on SIGTERM; the
     newest `keep` stay. One takes the disk space of the weights and the optimizer's state; a crashed run goes on from
@@ -203,6 +224,7 @@ class Config:
     objective: ObjectiveConfig
     optimizer: OptimizerConfig
     train: TrainConfig
+    collapse: CollapseConfig = CollapseConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig | None = None
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from kdkernels.errors import InputError
-from kdkernels.training.recipe.config import Config, EvaluationConfig, RolloutConfig, TokenizerConfig
+from kdkernels.training.recipe.config import CollapseConfig, Config, EvaluationConfig, RolloutConfig, TokenizerConfig
 
 
 def resolve(config: Config, coming: Collection[str] = ()) -> Config:
@@ -34,6 +34,7 @@ def resolve(config: Config, coming: Collection[str] = ()) -> Config:
 def resolve_objective(config: Config) -> Config:
     """The resolved recipe with what follows from its objective checked and filled in."""
     config = replace(config, rollout=_rollout(config))
+    config = replace(config, collapse=_collapse(config))
     if config.data.response is None and (config.rollout.student_fraction < 1 or config.evaluation is not None):
         raise InputError(
             "[data] key 'response' is missing; only a recipe whose student writes every response can do without, "
@@ -143,6 +144,25 @@ def _rollout(config: Config) -> RolloutConfig:
     if rollout.max_new_tokens is None:
         rollout = replace(rollout, max_new_tokens=config.data.max_response_tokens)
     return rollout
+
+
+def _collapse(config: Config) -> CollapseConfig:
+    limits, longest = config.collapse, config.rollout.max_new_tokens
+    if config.rollout.student_fraction == 0:
+        for name in ("min_length", "max_length"):
+            if getattr(limits, name) is not None:
+                raise InputError(f"[collapse] {name} is of what the student writes; rollout.student_fraction is 0")
+    elif limits.min_length is None:
+        limits = replace(limits, min_length=float(min(2, longest)))
+    if limits.min_length is not None and limits.min_length > longest:  # whatever the student writes
+        raise InputError(
+            f"[collapse] min_length: expected at most rollout.max_new_tokens = {longest}, got {limits.min_length:g}"
+        )
+    for name in ("entropy", "length"):
+        low, high = getattr(limits, f"min_{name}"), getattr(limits, f"max_{name}")
+        if low is not None and high is not None and high <= low:
+            raise InputError(f"[collapse] max_{name}: expected more than min_{name} = {low:g}, got {high:g}")
+    return limits
 
 
 def _evaluation(config: Config) -> EvaluationConfig | None:

@@ -39,7 +39,7 @@ from kdkernels.training.run.atomic import (
 )
 from kdkernels.training.run.identity import TOKENIZER, Identity, differences, identify, sources
 
-BEGINNING = {"step": 0, "position": 0, "skipped_steps": 0}
+BEGINNING = {"step": 0, "position": 0, "skipped_steps": 0, "steps_beyond_limits": 0}
 
 
 @dataclass(frozen=True)
