@@ -87,8 +87,9 @@ class RunDirectory:
         """Where the run begins, all that it is made from being what it was; all processes call this together, and
         nothing is written.
 
-        Raises InputError where a new run would write into an old one, where a resumed one has another recipe or is made
-        from anything else than the interrupted one, and where no checkpoint can be read.
+        To resume where nothing is there yet is to begin. Raises InputError where a new run would write into an old one,
+        where a resumed one has another recipe or is made from anything else than the interrupted one, and where no
+        checkpoint can be read.
         """
         distributed.by_first(lambda: self._check(config, resume))
         found = checkpoint.newest_sound(self.checkpoints) if resume else None
@@ -177,9 +178,7 @@ class RunDirectory:
     def _check(self, config: Config, resume: bool) -> None:
         """Raises InputError where the directory is not that of an unfinished run of this recipe, or not free."""
         here = f"{self.root} is not empty"
-        if resume:
-            if not self.config.is_file():
-                raise InputError(f"--resume: no run in {self.root}: {self.config.name} is missing")
+        if resume and self.config.is_file():
             recipe = read_toml(self.config)
             if not all(isinstance(table, dict) for table in recipe.values()):
                 raise InputError(f"--resume: {self.config} is damaged: expected nothing but tables")
@@ -210,15 +209,9 @@ class RunDirectory:
         began_with, progress = None, BEGINNING
         if found is not None:
             began_with, progress = found[1].inputs, BEGINNING | found[1].progress
-        elif resume and self.final.is_dir():
-            raise InputError(
-                f"--resume: the run in {self.root} is finished, its model is in {self.final}, and it kept no "
-                "checkpoint: there is nothing left to do"
-            )
         elif resume:
-            warnings.warn(
-                f"--resume: no checkpoint yet in {self.root}: the run starts from its beginning", stacklevel=2
-            )
+            missing = "checkpoint" if self.config.is_file() else "run"
+            warnings.warn(f"--resume: no {missing} yet in {self.root}: the run starts from its beginning", stacklevel=2)
             began_with = _read_json(self.inputs) if self.inputs.is_file() else None
         inputs, tokenizer = self._identities(config, began_with)
         return Start(found and found[0], progress, inputs, tokenizer)
