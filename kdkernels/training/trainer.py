@@ -43,6 +43,7 @@ from kdkernels.training.run.directory import RunDirectory, Start
 from kdkernels.training.run.identity import Identity
 from kdkernels.training.run.metrics import EVALUATION, MetricsLog, evaluations
 from kdkernels.training.run.report import write_report
+from kdkernels.training.run.samples import Samples
 from kdkernels.training.step import Parts, train_step
 
 
@@ -123,12 +124,14 @@ class _Training:
             student, teacher = _load_models(config, run, self.inputs.tokenizer, done=self.first)
         tokenizer, examples = self.inputs.tokenizer, self.inputs.examples.usable
         entries = vocabulary_size(tokenizer)
+        sampler = LocalSampler(student, tokenizer)
         self.parts = Parts(
             strategy=DeepSpeedStrategy(config, Distillation(student, objective, entries)),
             teacher=None if teacher is None else LocalTeacher(teacher, entries),
-            sampler=LocalSampler(student, tokenizer),
+            sampler=sampler,
             judge=judge,
             pad_id=tokenizer.eos_token_id,
+            samples=Samples(config, run, tokenizer, sampler.ends),
         )
         held.callback(self.parts.sampler.close)
         with distributed.together():
@@ -220,7 +223,7 @@ class _Training:
         except FloatingPointError as error:
             raise self._diverged(f"evaluation: {error}") from error
         records = sorted(itertools.chain(*distributed.gathered(own)), key=lambda record: record["line"])
-        self.run.write_records(self.step, records)
+        self.run.write_records(self.run.evaluation(self.step), records)
         return {EVALUATION + name: value for name, value in summarize(records).items()}
 
     def _save_if_due(self) -> None:

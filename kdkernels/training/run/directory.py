@@ -7,6 +7,7 @@ metrics.jsonl            one line per step (step 0: the evaluation before traini
 tensorboard/             the same numbers, where TensorBoard is installed
 checkpoints/step-000123/
 evaluation-000123.jsonl  one line per held-out problem, after that step
+rollouts-000123.jsonl    some of what the student wrote in that step
 final/                   model and tokenizer, as transformers reads them
 report.md                before and after
 run.lock                 the run that is at work here
@@ -69,6 +70,10 @@ class RunDirectory:
         self.checkpoints = self.root / "checkpoints"
         self.final = self.root / FINAL
         self.report = self.root / "report.md"
+
+    def rollouts(self, step: int) -> Path:
+        """Where some of what the student wrote in `step` is."""
+        return self.root / f"rollouts-{step:06d}.jsonl"
 
     def evaluation(self, step: int) -> Path:
         """Where the records of the evaluation after `step` are."""
@@ -171,9 +176,9 @@ class RunDirectory:
             return f"--resume writes {self.final}: all steps are trained, and are in {there[-1]}"
         return f"--resume goes on from {there[-1]}"
 
-    def write_records(self, step: int, records: Iterable[dict[str, Any]]) -> None:
-        """Writes the records of the evaluation after `step`; all processes call this together. Raises DiskError."""
-        distributed.by_first(lambda: write_text(self.evaluation(step), "".join(map(json_line, records))))
+    def write_records(self, path: Path, records: Iterable[dict[str, Any]]) -> None:
+        """Makes `records` the lines of the file `path`; all processes call this together. Raises DiskError."""
+        distributed.by_first(lambda: write_text(path, "".join(map(json_line, records))))
 
     def _check(self, config: Config, resume: bool) -> None:
         """Raises InputError where the directory is not that of an unfinished run of this recipe, or not free."""
