@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers.utils.logging import disable_progress_bar
 
-from kdkernels.errors import InputError
+from kdkernels.errors import InputError, MissingPackage
 from kdkernels.training.dry_run import plan
 from kdkernels.training.errors import Collapsed, DiskError, Stopped
 from kdkernels.training.processes import distributed
@@ -70,7 +70,7 @@ def _run(recipes: list[Config] | InputError, sources: Sequence[str], resume: boo
         return end(DIVERGED, error)
     except Collapsed as error:
         return end(COLLAPSED, error)
-    except (InputError, OSError) as error:
+    except (InputError, MissingPackage, OSError) as error:
         return end(UNUSABLE, error)
     except DiskError as error:
         return end(DISK, error)

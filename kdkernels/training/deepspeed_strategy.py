@@ -106,7 +106,7 @@ class DeepSpeedStrategy:
         engine = self.engine
         optimizer = {name: value for name, value in engine.optimizer.state_dict().items() if name not in DERIVED}
         shared = {
-            "module": engine.module.state_dict(),
+            "module": {n: t for n, t in engine.module.state_dict().items() if n not in self._frozen()},
             "counters": {name: getattr(engine, name) for name in COUNTERS},
         }
         if engine.zero_optimization():
@@ -115,7 +115,8 @@ class DeepSpeedStrategy:
 
     def load_state(self, shared: dict[str, Any], own: dict[str, Any]) -> None:
         engine = self.engine
-        engine.module.load_state_dict(shared["module"])
+        frozen = {n: t for n, t in engine.module.state_dict().items() if n in self._frozen()}
+        engine.module.load_state_dict(frozen | shared["module"])
         if engine.zero_optimization():
             shares = [None] * distributed.world_size()  # each process reads its own share only
             shares[distributed.rank()] = own["optimizer"]
@@ -124,6 +125,10 @@ class DeepSpeedStrategy:
             engine.optimizer.load_state_dict(shared["optimizer"])
         for name in COUNTERS:
             setattr(engine, name, shared["counters"][name])
+
+    def _frozen(self) -> set[str]:
+        """The names of the weights that are not trained, such as those below an adapter: no checkpoint has them."""
+        return {n for n, p in self.module.named_parameters(remove_duplicate=False) if not p.requires_grad}
 
 
 def join() -> None:

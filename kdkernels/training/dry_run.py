@@ -27,8 +27,6 @@ def plan(config: Config, resume: bool = False, recipes: Sequence[Path] = ()) -> 
     accumulation_steps(config)
     check_output(run.root)
     refuse_if_locked(run.root)
-    if resume and run.is_finished(config):
-        return f"{to_toml(config)}# plan\n{run.root}: the run is finished, nothing is left to do; model: {run.final}"
     start = run.find_start(config, resume)
     inputs = read_inputs(config, objective, start.tokenizer)
     models = {"student": load_student(config, inputs.tokenizer, meta=True)}
@@ -40,6 +38,9 @@ def plan(config: Config, resume: bool = False, recipes: Sequence[Path] = ()) -> 
     lines[:0] = [f"# {' extends '.join(map(str, recipes))}"] if len(recipes) > 1 else []
     lines += [inputs.examples.first, f"tokenizer: {vocabulary_size(inputs.tokenizer)} tokens"]
     lines += [f"{name}: {model.num_parameters():,} parameters" for name, model in models.items()]
+    if config.student.adapter is not None:
+        trained = sum(one.numel() for one in models["student"].parameters() if one.requires_grad)
+        lines.append(f"student's adapter: {trained:,} parameters, which alone are trained")
     lines += [
         f"{name}: {path} is not on this disk: its weights were not looked at"
         for name, path in (("student", config.student.path), ("teacher", config.teacher and config.teacher.path))

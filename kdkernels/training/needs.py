@@ -41,26 +41,27 @@ def needs(config: Config, student: nn.Module, teacher: nn.Module | None, done: i
     """The needs of a run of `config` with these models (on the meta device, if need be) on as many processes as there
     are, `done` of whose steps are trained.
     """
-    weights, width = _count(student), 2 if config.run.dtype == "bfloat16" else 4
+    weights, trained = _count(student), sum(p.numel() for p in student.parameters() if p.requires_grad)
+    width = 2 if config.run.dtype == "bfloat16" else 4
     stage = config.deepspeed.zero_stage
     master = 4 if stage > 0 or width < 4 else 0  # float32 weights beside the model's own
     shares = distributed.world_size() if stage > 0 else 1
-    gradients = weights * width
+    gradients = trained * width
     if stage == 1 and width < 4:
-        gradients += 4 * weights  # of all micro-batches so far, in float32
+        gradients += 4 * trained  # of all micro-batches so far, in float32
     elif stage > 0:
-        gradients += 4 * weights // shares
+        gradients += 4 * trained // shares
     memory = {
         "student": weights * width,
         "gradients": gradients,
-        "optimizer": (8 + master) * weights // shares,
+        "optimizer": (8 + master) * trained // shares,
         **({} if teacher is None else {"teacher": _count(teacher) * width}),
     }
     every = config.checkpoint.every
     return Needs(
         memory,
-        checkpoint=(width + master + 8) * weights,
-        final=width * weights,
+        checkpoint=(width + master + 8) * trained,
+        final=width * (trained if config.student.adapter and not config.student.adapter.merge else weights),
         # the last step has one in any case
         written=-(-config.train.steps // every) if every and done < config.train.steps else 0,
         keep=config.checkpoint.keep,

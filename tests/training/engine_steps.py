@@ -48,7 +48,8 @@ def engine_gradients(config: Config, judge: Judge | None = None) -> dict[str, to
     found, step_once = {}, strategy.step
 
     def capturing(*arguments):
-        found.update({n: safe_get_full_grad(p).double().clone() for n, p in student.named_parameters()})
+        trained = ((n, p) for n, p in student.named_parameters() if p.requires_grad)
+        found.update({n: safe_get_full_grad(p).double().clone() for n, p in trained})
         return step_once(*arguments)
 
     strategy.step = capturing
@@ -89,7 +90,7 @@ def exact_gradients(config: Config, judge: Judge | None = None) -> dict[str, tor
             "VCRD": lambda: reference.vcrd(z_s, z_t, [True] * len(z_s), weights),
         }[name]()
     loss.backward()
-    return {name: parameter.grad for name, parameter in student.named_parameters()}
+    return {name: parameter.grad for name, parameter in student.named_parameters() if parameter.requires_grad}
 
 
 def main(arguments: Sequence[str]) -> None:

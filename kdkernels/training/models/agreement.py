@@ -14,6 +14,7 @@ from kdkernels.data import collate
 from kdkernels.distillation import beyond_cross_entropy, has_router_loss
 from kdkernels.errors import InputError
 from kdkernels.rollouts.local import evaluating
+from kdkernels.sources.adapted import AdaptedHead
 from kdkernels.sources.hidden import trunk_output
 
 
@@ -31,7 +32,7 @@ def check_model(key: str, model: PreTrainedModel, tokens: Sequence[int], trained
                 ours = _logits(Head.from_model(model, output.last_hidden_state))
                 beyond = beyond_cross_entropy(model, output, batch.attention_mask) if trained else None
             if trained:  # some models take other inputs then
-                trunk_output(model, batch.inputs)
+                Head.from_model(model, trunk_output(model, batch.inputs).last_hidden_state)
         except Exception as error:  # of any kind: the model's code ran
             raise InputError(f"{name}: the logits behind two tokens could not be computed: {error!r}") from error
     entries = ours.shape[-1]
@@ -52,5 +53,8 @@ def check_model(key: str, model: PreTrainedModel, tokens: Sequence[int], trained
 
 def _logits(head: Head) -> Tensor:
     """The head's equation, in its dtype: [..., vocabulary]."""
-    z = linear(head.hidden, head.weight, head.bias).float() * head.scale
+    z = linear(head.hidden, head.weight, head.bias)
+    if isinstance(head, AdaptedHead):
+        z = z + linear(head.inner, head.outer)
+    z = z.float() * head.scale
     return (z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap))[..., : head.vocabulary]

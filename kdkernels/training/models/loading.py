@@ -25,8 +25,10 @@ from kdkernels.data.tokenizers import train_tokenizer, vocabulary_size
 from kdkernels.errors import InputError
 from kdkernels.sources.from_model import tail, trunk
 from kdkernels.teachers import head
+from kdkernels.training.models.adapters import attach, merge, read
 from kdkernels.training.models.weights import check_weights
-from kdkernels.training.recipe.config import Config
+from kdkernels.training.recipe.config import AdapterConfig, Config
+from kdkernels.training.recipe.resolve import adapter_base
 from kdkernels.training.recipe.schema import refuse_unknown
 
 
@@ -63,7 +65,7 @@ def load_student(config: Config, tokenizer: PreTrainedTokenizerBase, *, meta: bo
             has_tokenizer = bool(get_tokenizer_config(path))
         if has_tokenizer:
             _check_tokenizer(path, key, config, tokenizer)
-    return _read_model(path, key, config, tokenizer, meta).train()
+    return _read_model(path, key, config, tokenizer, meta, config.student.adapter).train()
 
 
 def load_teacher(config: Config, tokenizer: PreTrainedTokenizerBase, *, meta: bool = False) -> PreTrainedModel:
@@ -86,7 +88,27 @@ def _fresh_model(config: Config, tokenizer: PreTrainedTokenizerBase, meta: bool)
     return model
 
 
-def _read_model(path: str, key: str, config: Config, tokenizer: PreTrainedTokenizerBase, meta: bool) -> PreTrainedModel:
+def _read_model(
+    path: str,
+    key: str,
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    meta: bool,
+    adapter: AdapterConfig | None = None,
+) -> PreTrainedModel:
+    """The model at `path`, with the recipe's `adapter` where it has one. Where `path` holds an adapter itself, that one
+    is trained further, or else merged into its base.
+    """
+    base = adapter_base(path)
+    model = _read_whole(base or path, key, config, tokenizer, meta)
+    if adapter is not None:
+        attach(model, adapter, base or path, trained=Path(path) if base else None, key=key)
+    elif base and not meta:
+        model = merge(model, *read(Path(path), key), Path(path), key)
+    return model
+
+
+def _read_whole(path: str, key: str, config: Config, tokenizer: PreTrainedTokenizerBase, meta: bool) -> PreTrainedModel:
     with _named(key):
         configuration = AutoConfig.from_pretrained(path)
     _check_positions(configuration, key, config)

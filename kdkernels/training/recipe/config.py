@@ -15,6 +15,7 @@ CountOrZero = Annotated[int, Rule(lambda value: value >= 0, "an integer >= 0")]
 VocabularySize = Annotated[int, Rule(lambda value: 1 <= value <= 10**7, "an integer from 1 to 10^7")]
 Seed = Annotated[int, Rule(lambda value: value >= 0, "an integer from 0 to 2^63 - 1")]
 LearningRate = Annotated[float, Rule(lambda value: 0 < value <= 1e30, "a number > 0 and at most 1e30")]
+Positive = Annotated[float, Rule(lambda value: 0 < value < float("inf"), "a finite number > 0")]
 PositiveOrZero = Annotated[float, Rule(lambda value: 0 <= value < float("inf"), "a finite number >= 0")]
 Place = Annotated[str, Rule(lambda value: value.strip() and "\0" not in value, "a path, which is not empty")]
 Share = Annotated[float, Rule(lambda value: 0 <= value <= 1, "a number from 0 to 1")]
@@ -37,16 +38,38 @@ class RunConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """A low-rank adapter of PEFT on the model at [student] `path`, whose own weights stay as they are: z = W h +
+    alpha / r * B A h in each layer that has one. Checkpoints and final/ hold the adapter alone, as PEFT reads it.
+
+    `target_modules`: the last parts of the names of linear layers; "lm_head" is the output layer and "all-linear" all
+    others, whatever the model calls them. `dropout`: of the adapter's inputs. `merge`: final/ is a whole model, with
+    W + alpha / r * B A in place of W (an output layer that has an adapter is then no longer tied to the embedding).
+    """
+
+    kind: Literal["lora", "dora"] = "lora"
+    r: Count = 16
+    alpha: Positive = 32.0
+    dropout: Momentum = 0.0
+    target_modules: tuple[str, ...] = ("all-linear",)
+    merge: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class StudentConfig:
     """A pretrained model (`path`: directory or hub name) or fresh weights (`architecture`: a transformers configuration
     with its `model_type`).
 
+    `path` may be the directory of an adapter: with an `adapter` of the same settings it is trained further, without one
+    it is merged into its base, all of which is trained.
     `pad_vocab_to`: embedding and head of a fresh model get the tokenizer's size rounded up to a multiple of it.
+    `adapter`: what is trained instead of the whole model; [student.adapter] says how.
     """
 
     path: Place | None = None
     architecture: dict | None = None
     pad_vocab_to: Count = 1
+    adapter: AdapterConfig | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,16 +116,10 @@ class RolloutConfig:
     as the teacher's. Default: 1 where the objective has a teacher, 1/2 where it distinguishes teacher and student
     responses, else 0. `max_new_tokens`: tokens after which an unfinished rollout stops;
     `data.max_response_tokens` by default.
-
-    `samples`: so many rollouts of a step are kept as texts in rollouts-000123.jsonl (4 by default, batch_size where
-    that is less; 0: none), at the first step whose responses the student writes and at every `samples_every`-th of
-    these steps (a tenth of train.steps by default).
     """
 
     student_fraction: Share | None = None
     max_new_tokens: Count | None = None
-    samples: CountOrZero | None = None
-    samples_every: Count | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

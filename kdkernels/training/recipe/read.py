@@ -24,7 +24,7 @@ from kdkernels.errors import InputError
 from kdkernels.training.recipe.config import FINAL, Config, ObjectiveConfig
 from kdkernels.training.recipe.extends import EXTENDS, read_tables
 from kdkernels.training.recipe.resolve import model_paths, resolve, resolve_objective
-from kdkernels.training.recipe.schema import override, parse_table, refuse_unknown, show
+from kdkernels.training.recipe.schema import override, parse_section, parse_table, refuse_unknown, show
 from kdkernels.training.recipe.signatures import known_objectives, objective_options
 
 
@@ -59,7 +59,7 @@ def read_recipe(path: str | Path, overrides: Iterable[str] = (), coming: Collect
             if not isinstance(tables[name], Mapping):
                 raise InputError(f"{source}: [{name}] expected a table, got {show(tables[name])}")
             kind = section_class(section.type)
-            parse = _parse_objective if kind is ObjectiveConfig else _parse_section
+            parse = _parse_objective if kind is ObjectiveConfig else parse_section
             sections[name] = parse(kind, tables[name], f"{source}: [{name}]")
         elif section.default is MISSING:
             raise InputError(f"{source}: section [{name}] is missing")
@@ -106,7 +106,7 @@ def complete(config: Config, source: str) -> Config:
 
 def section_class(kind: Any) -> type:
     """The dataclass of a section whose field in Config has the type `kind`: itself, or itself or None."""
-    return next(option for option in (*typing.get_args(kind), kind) if inspect.isclass(option))
+    return next((option for option in (*typing.get_args(kind), kind) if inspect.isclass(option)), kind)
 
 
 @contextmanager
@@ -116,10 +116,6 @@ def _naming(source: str) -> Iterator[None]:
         yield
     except InputError as error:
         raise InputError(f"{source}: {error}") from error
-
-
-def _parse_section(kind: type, table: Mapping[str, Any], place: str):
-    return kind(**parse_table(table, {entry.name: (entry.type, entry.default) for entry in fields(kind)}, place))
 
 
 def _parse_objective(kind: type, table: Mapping[str, Any], place: str) -> ObjectiveConfig:

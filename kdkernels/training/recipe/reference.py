@@ -1,7 +1,7 @@
 """docs/RECIPES.md from the dataclasses: python -m kdkernels.training.recipe.reference > docs/RECIPES.md"""
 
 import inspect
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, is_dataclass
 
 from kdkernels.training.recipe.config import Config, ObjectiveConfig
 from kdkernels.training.recipe.read import section_class
@@ -24,6 +24,11 @@ def reference() -> str:
         lines += ["", f"## [{section.name}]", "", inspect.getdoc(kind), ""]
         known = {entry.name: (entry.type, entry.default) for entry in fields(kind) if entry.name != "options"}
         lines += _table(known)
+        for entry in fields(kind):
+            inner = section_class(entry.type)
+            if is_dataclass(inner):
+                keys = {one.name: (one.type, one.default) for one in fields(inner)}
+                lines += ["", f"### [{section.name}.{entry.name}]", "", inspect.getdoc(inner), "", *_table(keys)]
         if kind is ObjectiveConfig:
             for name in known_objectives():
                 options = objective_options(name)

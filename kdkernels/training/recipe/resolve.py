@@ -3,6 +3,7 @@
 Raises InputError naming the section and key; the caller adds the recipe's name.
 """
 
+import json
 import os
 import re
 from collections.abc import Callable, Collection
@@ -10,14 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from kdkernels.errors import InputError
-from kdkernels.training.recipe.config import (
-    CollapseConfig,
-    Config,
-    EvaluationConfig,
-    RolloutConfig,
-    TokenizerConfig,
-    TrainConfig,
-)
+from kdkernels.training.recipe.config import CollapseConfig, Config, EvaluationConfig, RolloutConfig, TokenizerConfig
 
 
 def resolve(config: Config, coming: Collection[str] = ()) -> Config:
@@ -88,6 +82,10 @@ def _check_student(config: Config) -> None:
         raise InputError(
             '[student] architecture: expected a model_type, as in {model_type = "qwen2", hidden_size = 64}'
         )
+    if student.path is None and student.adapter is not None:
+        raise InputError("[student.adapter] belongs to a model at [student] path: fresh weights have nothing to adapt")
+    if student.adapter is not None and not student.adapter.target_modules:
+        raise InputError('[student.adapter] target_modules: expected at least one, as in ["all-linear", "lm_head"]')
     if student.path is not None and student.pad_vocab_to != 1:
         raise InputError(
             "[student] pad_vocab_to belongs to an architecture; the model at path has its vocabulary already"
@@ -150,23 +148,6 @@ def _rollout(config: Config) -> RolloutConfig:
         )
     if rollout.max_new_tokens is None:
         rollout = replace(rollout, max_new_tokens=config.data.max_response_tokens)
-    return _samples(rollout, config.train)
-
-
-def _samples(rollout: RolloutConfig, train: TrainConfig) -> RolloutConfig:
-    if rollout.student_fraction == 0:
-        for name in ("samples", "samples_every"):
-            if getattr(rollout, name) is not None:
-                raise InputError(f"[rollout] {name} is of what the student writes; student_fraction is 0")
-        return rollout
-    if rollout.samples is None:
-        rollout = replace(rollout, samples=min(4, train.batch_size))
-    if rollout.samples_every is None:
-        rollout = replace(rollout, samples_every=max(1, train.steps // 10))
-    if rollout.samples > train.batch_size:
-        raise InputError(
-            f"[rollout] samples: expected at most train.batch_size = {train.batch_size}, got {rollout.samples}"
-        )
     return rollout
 
 
@@ -240,12 +221,32 @@ def model_paths(config: Config) -> dict[str, str]:
     return {key: path for key, path in paths.items() if path is not None}
 
 
+def adapter_base(path: str) -> str | None:
+    """Where the base model is of the adapter in the directory `path`; None where there is no adapter. Raises InputError
+    for one that does not say it.
+    """
+    file = Path(path) / "adapter_config.json"
+    if not file.is_file():
+        return None
+    try:
+        base = json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        if isinstance(base, str) and base:
+            return base
+        problem = f"got {base!r}"
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        problem = f"{type(error).__name__}: {error}"
+    raise InputError(f"{file}: expected base_model_name_or_path, the model that the adapter belongs to; {problem}")
+
+
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")  # name or owner/name
 
 
 def _check_model(key: str, path: str) -> None:
     """Refuses a directory without a model in it, and a missing one unless `path` may be a name on the hub."""
     if _is(key, Path(path), Path.is_dir):
+        base = adapter_base(path)
+        if base is not None:
+            return _check_model(f"{key} {path}: base_model_name_or_path", base)
         if not any(_is(key, Path(path) / name, Path.is_file) for name in ("config.json", "tokenizer_config.json")):
             raise InputError(f"{key}: no model in directory {path}: config.json is missing")
     elif not HUB_NAME.fullmatch(path) or Path(Path(path).parts[0]).is_dir():

@@ -8,7 +8,7 @@ import math
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -103,6 +103,11 @@ def parse_table(table: Mapping[str, Any], known: Mapping[str, tuple[Any, Any]], 
     return values
 
 
+def parse_section(kind: type, table: Mapping[str, Any], place: str) -> Any:
+    """The dataclass `kind` with the values of `table`. Raises InputError."""
+    return kind(**parse_table(table, {entry.name: (entry.type, entry.default) for entry in fields(kind)}, place))
+
+
 NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "a string", dict: "a table"}
 UNIONS = (types.UnionType, typing.Union)
 
@@ -119,7 +124,7 @@ def describe(kind: Any) -> str:
         return f"an array of {items}, each {describe(args[0])}"
     if origin in UNIONS:
         return describe(_in_toml(args))
-    return NAMES[kind]
+    return NAMES[dict if is_dataclass(kind) else kind]
 
 
 def parse_value(value: Any, kind: Any, place: str) -> Any:
@@ -131,7 +136,11 @@ def parse_value(value: Any, kind: Any, place: str) -> Any:
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin in UNIONS:
         return parse_value(value, _in_toml(args), place)
-    if origin is Annotated:
+    if is_dataclass(kind):
+        if isinstance(value, Mapping):
+            section, _, key = place.rpartition("] ")
+            return parse_section(kind, value, f"{section}.{key}]")
+    elif origin is Annotated:
         if _fits(value, args[0]) and kind.__metadata__[0].holds(value):
             return parse_value(value, args[0], place)
     elif origin is tuple:
@@ -196,14 +205,18 @@ def to_tables(config: Any) -> dict[str, dict[str, Any]]:
     for section in fields(config):
         values = getattr(config, section.name)
         if values is not None:
-            table = {entry.name: getattr(values, entry.name) for entry in fields(values)}
-            table |= table.pop("options", {})
-            tables[section.name] = {
-                key: list(value) if isinstance(value, tuple) else value
-                for key, value in table.items()
-                if value is not None
-            }
+            table = _to_table(values)
+            tables[section.name] = table | table.pop("options", {})
     return tables
+
+
+def _to_table(values: Any) -> dict[str, Any]:
+    found = {entry.name: getattr(values, entry.name) for entry in fields(values)}
+    return {
+        key: list(value) if isinstance(value, tuple) else _to_table(value) if is_dataclass(value) else value
+        for key, value in found.items()
+        if value is not None
+    }
 
 
 def to_toml(config: Any) -> str:

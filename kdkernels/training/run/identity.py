@@ -11,6 +11,7 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 
 from kdkernels.errors import InputError
 from kdkernels.training.recipe.config import Config
+from kdkernels.training.recipe.resolve import adapter_base
 from kdkernels.training.run.hashes import sha256_of_all
 
 MODEL_FILES = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja")
@@ -30,7 +31,9 @@ def sources(config: Config, trained_tokenizer: Path | None) -> dict[str, str]:
         "[tokenizer] path": config.tokenizer.path,
         TOKENIZER: trained_tokenizer and str(trained_tokenizer),
     }
-    return {key: path for key, path in paths.items() if path is not None}
+    paths = {key: path for key, path in paths.items() if path is not None}
+    bases = {f"{key} (its base)": adapter_base(path) for key, path in paths.items()}
+    return paths | {key: base for key, base in bases.items() if base is not None}
 
 
 def identify(sources: dict[str, str]) -> dict[str, Identity]:
