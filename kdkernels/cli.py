@@ -21,7 +21,7 @@ examples:
   kdkernels new recipe.toml                             write a recipe with every key explained
   kdkernels train recipe.toml --dry-run                 check everything, show the plan, train nothing
   kdkernels train recipe.toml --set train.steps=100     train, with one key of the recipe changed
-  kdkernels train recipe.toml --resume                  go on after a crash, bit for bit
+  kdkernels train recipe.toml --resume                  go on after a crash, bit for bit; begin if there is nothing yet
   kdkernels train first.toml second.toml                train in stages; the same again goes on after a crash
   torchrun --nproc-per-node 8 -m kdkernels train recipe.toml
 """

@@ -27,6 +27,8 @@ def plan(config: Config, resume: bool = False, recipes: Sequence[Path] = ()) -> 
     accumulation_steps(config)
     check_output(run.root)
     refuse_if_locked(run.root)
+    if resume and run.is_finished(config):
+        return f"{to_toml(config)}# plan\n{run.root}: the run is finished, nothing is left to do; model: {run.final}"
     start = run.find_start(config, resume)
     inputs = read_inputs(config, objective, start.tokenizer)
     models = {"student": load_student(config, inputs.tokenizer, meta=True)}

@@ -10,7 +10,6 @@ from kdkernels.training.processes import distributed
 from kdkernels.training.recipe.config import Config
 from kdkernels.training.recipe.read import complete, read_recipes
 from kdkernels.training.run.directory import RunDirectory
-from kdkernels.training.run.metrics import evaluations
 from kdkernels.training.trainer import Result, train
 
 
@@ -47,8 +46,5 @@ def train_stages(configs: Sequence[Config]) -> list[Result]:
 
 def _run(config: Config) -> Result:
     distributed.limit_waiting(config.run.timeout_seconds)
-    run = RunDirectory(config.run.output)
-    if run.is_finished(config):
-        return Result(run.root, run.final, evaluations(run.metrics))
     gc.collect()  # an engine refers to itself: that of the stage before would stay in memory beside this one's
-    return train(config, resume=run.config.is_file())
+    return train(config, resume=RunDirectory(config.run.output).config.is_file())

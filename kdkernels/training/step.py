@@ -20,18 +20,22 @@ from kdkernels.rollouts import Sampler, write
 from kdkernels.teachers import Teacher
 from kdkernels.training.processes import distributed
 from kdkernels.training.recipe.config import Config, OptimizerConfig
+from kdkernels.training.run.samples import Samples
 from kdkernels.training.strategy import Strategy
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What a step works with. `pad_id` fills up the shorter responses of a batch."""
+    """What a step works with. `pad_id` fills up the shorter responses of a batch; `samples` keeps some of what the
+    student writes.
+    """
 
     strategy: Strategy
     teacher: Teacher | None
     sampler: Sampler
     judge: Judge | None
     pad_id: int
+    samples: Samples | None = None
 
 
 def train_step(
@@ -47,22 +51,23 @@ def train_step(
     lr = config.optimizer.lr * rate(config.optimizer, step - 1, config.train.steps)
     share = examples[distributed.rank() :: distributed.world_size()]
     prompts = [example.prompt_ids for example in share]
-    by_student = student_writes(step, config.rollout.student_fraction)
+    written = student_steps(step, config.rollout.student_fraction)
+    author = "student" if written > student_steps(step - 1, config.rollout.student_fraction) else "teacher"
     try:
         with clock("rollout"):
             responses = [example.response_ids for example in share]
-            if by_student:
-                parts.sampler.sync()
-                with distributed.together():
-                    entries = strategy.module.vocab_size
-                    responses = write(parts.sampler, prompts, config.rollout.max_new_tokens, entries)
+            if author == "student":
+                responses = _rollout(parts, prompts, config.rollout.max_new_tokens)
     except FloatingPointError as error:
         return {"loss": math.nan, "lr": lr, "gradient_norm": math.nan, "tokens": 0} | clock.metrics(0), str(error)
 
-    batches = _micro_batches(prompts, responses, config.train.micro_batch_size, parts.pad_id, not by_student)
+    if author == "student" and apply and parts.samples is not None:
+        parts.samples.keep(step, written, share, responses)
+    batches = _micro_batches(prompts, responses, config.train.micro_batch_size, parts.pad_id, author == "teacher")
     counts = [objective.count(batch.layout, batch.from_teacher) for batch in batches]
-    tokens = sum(len(batch.layout) for batch in batches)
-    count, tokens = distributed.total(torch.tensor([sum(counts), tokens], device=strategy.device)).tolist()
+    finished = sum(response[-1] in parts.sampler.ends for response in responses)
+    own = torch.tensor([sum(counts), sum(map(len, responses)), finished], device=strategy.device)
+    count, tokens, finished = distributed.total(own).tolist()
 
     sums = defaultdict(float)
     for batch, own_count in zip(batches, counts, strict=True):
@@ -80,8 +85,16 @@ def train_step(
         "lr": lr,
         "gradient_norm": gradient_norm,
         "tokens": tokens,
-        f"{'student' if by_student else 'teacher'}_length": tokens / len(examples),
+        f"{author}_length": tokens / len(examples),
+        f"{author}_finished": finished / len(examples),
     } | clock.metrics(tokens), defect
+
+
+def _rollout(parts: Parts, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
+    """What the student writes to this process's prompts. Raises FloatingPointError, on all processes."""
+    parts.sampler.sync()
+    with distributed.together():
+        return write(parts.sampler, prompts, max_new_tokens, parts.strategy.module.vocab_size)
 
 
 def _micro_batches(
@@ -127,9 +140,9 @@ def rate(config: OptimizerConfig, step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
-def student_writes(step: int, fraction: float) -> bool:
-    """Whether the student writes the responses of `step` (1, 2, ...): the given fraction of steps, evenly spread."""
-    return math.floor(step * fraction) > math.floor((step - 1) * fraction)
+def student_steps(step: int, fraction: float) -> int:
+    """Of the steps 1 ... `step`, those whose responses the student writes: the given fraction, evenly spread."""
+    return math.floor(step * fraction)
 
 
 class Clock:

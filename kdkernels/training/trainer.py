@@ -39,11 +39,12 @@ from kdkernels.training.processes import distributed
 from kdkernels.training.processes.termination import Termination
 from kdkernels.training.recipe.config import Config
 from kdkernels.training.run import checkpoint
-from kdkernels.training.run.atomic import write_directory
+from kdkernels.training.run.atomic import write_directory, writing
 from kdkernels.training.run.directory import RunDirectory, Start
 from kdkernels.training.run.identity import Identity
 from kdkernels.training.run.metrics import EVALUATION, MetricsLog, evaluations
 from kdkernels.training.run.report import write_report
+from kdkernels.training.run.samples import Samples
 from kdkernels.training.step import Parts, train_step
 
 
@@ -56,6 +57,11 @@ class Result:
     final: Path
     evaluations: dict[int, dict[str, float | None]]
 
+    @classmethod
+    def of(cls, run: RunDirectory) -> "Result":
+        """That of the finished run in its directory."""
+        return cls(run.root, run.final, evaluations(run.metrics))
+
 
 def train(config: Config, resume: bool = False, judge: Judge | None = None) -> Result:
     """Trains the recipe's student.
@@ -64,7 +70,8 @@ def train(config: Config, resume: bool = False, judge: Judge | None = None) -> R
 
     Args:
         config: a recipe, as `load_config` gives it.
-        resume: goes on from the latest checkpoint in the run's directory.
+        resume: goes on from the latest checkpoint in the run's directory, or begins where there is none. Of a run that
+            is finished nothing is left to do.
         judge: gives the tokens of each micro-batch their weights, on every process. A run that is resumed needs the
             same one again, which nothing can check.
 
@@ -80,6 +87,8 @@ def train(config: Config, resume: bool = False, judge: Judge | None = None) -> R
     objective = build_objective(config, judge)
     run = RunDirectory(config.run.output)
     accumulation_steps(config)
+    if resume and run.is_finished(config):
+        return _finished(run)
     with Termination() as termination, run.locked(), ExitStack() as held:
         termination.stop_at_once()  # not while the directory was locked: the lock would have stayed
         start = run.find_start(config, resume)
@@ -116,12 +125,14 @@ class _Training:
             student, teacher = _load_models(config, run, self.inputs.tokenizer, done=self.first)
         tokenizer, examples = self.inputs.tokenizer, self.inputs.examples.usable
         entries = vocabulary_size(tokenizer)
+        sampler = LocalSampler(student, tokenizer)
         self.parts = Parts(
             strategy=DeepSpeedStrategy(config, Distillation(student, objective, entries)),
             teacher=None if teacher is None else LocalTeacher(teacher, entries),
-            sampler=LocalSampler(student, tokenizer),
+            sampler=sampler,
             judge=judge,
             pad_id=tokenizer.eos_token_id,
+            samples=Samples(config, run, tokenizer, sampler.ends),
         )
         held.callback(self.parts.sampler.close)
         with distributed.together():
@@ -193,7 +204,7 @@ class _Training:
         write_report(run, config, self.inputs.data, self.first)
         # the last thing: a run that has it is finished
         write_directory(run.final, lambda directory: _save_final(config, student, self.inputs.tokenizer, directory))
-        return Result(run.root, run.final, evaluations(run.metrics))
+        return Result.of(run)
 
     def _batch(self) -> list[Example]:
         """The examples of the next step, of all processes."""
@@ -213,7 +224,7 @@ class _Training:
         except FloatingPointError as error:
             raise self._diverged(f"evaluation: {error}") from error
         records = sorted(itertools.chain(*distributed.gathered(own)), key=lambda record: record["line"])
-        self.run.write_records(self.step, records)
+        self.run.write_records(self.run.evaluation(self.step), records)
         return {EVALUATION + name: value for name, value in summarize(records).items()}
 
     def _save_if_due(self) -> None:
@@ -234,6 +245,17 @@ class _Training:
 
     def _diverged(self, what: str) -> FloatingPointError:
         return FloatingPointError(f"step {self.step}: {what}: the run diverged; see {self.run.metrics}")
+
+
+def _finished(run: RunDirectory) -> Result:
+    """The result of a run that came to its end earlier."""
+
+    def say() -> None:
+        with writing(Path("standard output")):
+            print(f"{run.root}: the run is finished, nothing is left to do", flush=True)
+
+    distributed.by_first(say)
+    return Result.of(run)
 
 
 def _load_models(

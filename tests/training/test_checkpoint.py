@@ -157,6 +157,7 @@ def test_resuming_executes_nothing(load, tmp_path, name, stage):
     dtype = "float32" if stage == 1 else "bfloat16"
     overrides = (f"deepspeed.zero_stage={stage}", f"run.dtype={dtype}", "checkpoint.every=1")
     result = train(load(*overrides))
+    shutil.rmtree(result.final)
     newest = result.output / "checkpoints" / "step-000003"
     state = torch.load(newest / name, weights_only=True)
     torch.save(state | {"extra": Code(tmp_path / "executed")}, newest / name)

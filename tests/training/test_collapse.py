@@ -103,6 +103,7 @@ def test_entropy_and_length_of_both_models_for_every_objective(load, teacher_set
     )
     for line, author in zip(lines, authors, strict=True):
         assert line[f"{author}_length"] == line["tokens"] / 4
+        assert line[f"{author}_finished"] == 1 if author == "teacher" else 0 <= line["student_finished"] <= 1
 
 
 def test_end_tokens_that_differ_are_told(load, recipe, teacher_set, tmp_path, capsys):

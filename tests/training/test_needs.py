@@ -103,11 +103,12 @@ def test_memory_beyond_what_there_is_is_told(recipe, teacher_set, capsys, monkey
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("units", [False, True])
-def test_what_bfloat16_costs_without_units_for_it_is_told_once(recipe, capsys, monkeypatch, dtype, units):
+def test_what_bfloat16_costs_without_units_for_it_is_told_once(recipe, tmp_path, capsys, monkeypatch, dtype, units):
     monkeypatch.setattr(gemm, "_has_units", lambda operand: units)
     expected = int(dtype == "bfloat16" and not units)
     arguments = ["train", str(recipe), f"--set=run.dtype={dtype}", "--set=train.steps=2"]
     for way in (["--dry-run"], [], ["--resume"]):
+        shutil.rmtree(tmp_path / "run" / "final", ignore_errors=True)
         assert main([*arguments, *way]) == 0
         printed = capsys.readouterr().out
         assert printed.count('set dtype = "float32"') == printed.count("has no units for bfloat16") == expected

@@ -149,6 +149,7 @@ def test_skipped_steps_survive_a_resumption_and_delay_the_checkpoint(load):
     assert [path.name for path in checkpoints] == ["step-000003", "step-000004", "step-000005"]
     shutil.rmtree(checkpoints[-1])
     expected, lines = weights(result.final), read_metrics(result.output / "metrics.jsonl")
+    shutil.rmtree(result.final)
     again = train(config, resume=True)
     resumed = read_metrics(again.output / "metrics.jsonl")
     assert [line["skipped_steps"] for line in resumed] == [line["skipped_steps"] for line in lines] == [0, 1, 1, 1, 1]

@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -127,6 +128,7 @@ def test_two_processes_compute_what_one_does(recipe, teacher_set, tmp_path, stag
     assert records == [8, 8]
 
     # the last step again, from the checkpoint of both processes
+    shutil.rmtree(run / "final")
     (run / "metrics.jsonl").write_text("".join((run / "metrics.jsonl").read_text().splitlines(keepends=True)[:-1]))
     finish(start(launcher, *arguments, "--resume", cwd=tmp_path), tmp_path)
     assert [line["step"] for line in read_metrics(run / "metrics.jsonl")] == [0, 1, 2, 3]
@@ -171,7 +173,6 @@ def test_a_dry_run_tells_everything_and_writes_nothing(recipe, teacher_set, tmp_
     ("arguments", "expected"),
     [
         (["--set", "train.stepz=3"], "did you mean 'steps'?"),
-        (["--resume"], "--resume: no run in"),
         (["--set", "data.prompt='{nothing}'"], "line 1: field 'nothing' of [data] prompt is missing"),
         (["--set", "student.architecture.hidden_size=15"], "[student] architecture: RuntimeError: "),
         (["--set", "student.architecture.hidden_size=x"], "[student] architecture: StrictDataclassField"),
@@ -203,6 +204,7 @@ def test_more_candidates_than_words(recipe, teacher_set, capsys):
 def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(load):
     whole = train(load())
     weights = final_weights(whole.output)
+    shutil.rmtree(whole.final)
     (whole.output / "checkpoints" / "step-000003" / "process-00000.pt").unlink()
     with pytest.warns(UserWarning, match=r"step-000003 is damaged: .*process-00000\.pt"):
         again = train(load(), resume=True)

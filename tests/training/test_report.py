@@ -1,6 +1,7 @@
 """report.md: every line against logs whose numbers are known, and against runs."""
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -85,6 +86,7 @@ def test_several_processes_and_a_resumed_run_say_what_their_numbers_are_of(rende
 def test_a_resumed_run_reports_all_of_its_steps(load):
     whole = train(load("train.steps=4", "checkpoint.every=2")).output
     before = (whole / "report.md").read_text().splitlines()
+    shutil.rmtree(whole / "final")
     again = train(load("train.steps=4", "checkpoint.every=2"), resume=True).output
     after = (again / "report.md").read_text().splitlines()
     tokens = sum(line["tokens"] for line in read_metrics(again / "metrics.jsonl"))
@@ -104,7 +106,7 @@ def test_two_processes_report_both(recipe, tmp_path):
 
 
 def test_a_dry_run_of_a_resumed_run_writes_nothing(recipe, load, tmp_path, capsys):
-    train(load())
+    shutil.rmtree(train(load()).final)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     assert main(["train", str(recipe), "--resume", "--dry-run"]) == 0
     assert "disk: at most" in capsys.readouterr().out

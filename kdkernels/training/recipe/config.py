@@ -116,10 +116,16 @@ class RolloutConfig:
     as the teacher's. Default: 1 where the objective has a teacher, 1/2 where it distinguishes teacher and student
     responses, else 0. `max_new_tokens`: tokens after which an unfinished rollout stops;
     `data.max_response_tokens` by default.
+
+    `samples`: so many rollouts of a step are kept as texts in rollouts-000123.jsonl (4 by default, batch_size where
+    that is less; 0: none), at the first step whose responses the student writes and at every `samples_every`-th of
+    these steps (a tenth of train.steps by default).
     """
 
     student_fraction: Share | None = None
     max_new_tokens: Count | None = None
+    samples: CountOrZero | None = None
+    samples_every: Count | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

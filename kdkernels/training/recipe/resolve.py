@@ -11,7 +11,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from kdkernels.errors import InputError
-from kdkernels.training.recipe.config import CollapseConfig, Config, EvaluationConfig, RolloutConfig, TokenizerConfig
+from kdkernels.training.recipe.config import (
+    CollapseConfig,
+    Config,
+    EvaluationConfig,
+    RolloutConfig,
+    TokenizerConfig,
+    TrainConfig,
+)
 
 
 def resolve(config: Config, coming: Collection[str] = ()) -> Config:
@@ -148,6 +155,23 @@ def _rollout(config: Config) -> RolloutConfig:
         )
     if rollout.max_new_tokens is None:
         rollout = replace(rollout, max_new_tokens=config.data.max_response_tokens)
+    return _samples(rollout, config.train)
+
+
+def _samples(rollout: RolloutConfig, train: TrainConfig) -> RolloutConfig:
+    if rollout.student_fraction == 0:
+        for name in ("samples", "samples_every"):
+            if getattr(rollout, name) is not None:
+                raise InputError(f"[rollout] {name} is of what the student writes; student_fraction is 0")
+        return rollout
+    if rollout.samples is None:
+        rollout = replace(rollout, samples=min(4, train.batch_size))
+    if rollout.samples_every is None:
+        rollout = replace(rollout, samples_every=max(1, train.steps // 10))
+    if rollout.samples > train.batch_size:
+        raise InputError(
+            f"[rollout] samples: expected at most train.batch_size = {train.batch_size}, got {rollout.samples}"
+        )
     return rollout
 
 

@@ -7,6 +7,7 @@ metrics.jsonl            one line per step (step 0: the evaluation before traini
 tensorboard/             the same numbers, where TensorBoard is installed
 checkpoints/step-000123/
 evaluation-000123.jsonl  one line per held-out problem, after that step
+rollouts-000123.jsonl    some of what the student wrote in that step
 final/                   model and tokenizer, as transformers reads them
 report.md                before and after
 run.lock                 the run that is at work here
@@ -70,6 +71,10 @@ class RunDirectory:
         self.final = self.root / FINAL
         self.report = self.root / "report.md"
 
+    def rollouts(self, step: int) -> Path:
+        """Where some of what the student wrote in `step` is."""
+        return self.root / f"rollouts-{step:06d}.jsonl"
+
     def evaluation(self, step: int) -> Path:
         """Where the records of the evaluation after `step` are."""
         return self.root / f"evaluation-{step:06d}.jsonl"
@@ -87,8 +92,9 @@ class RunDirectory:
         """Where the run begins, all that it is made from being what it was; all processes call this together, and
         nothing is written.
 
-        Raises InputError where a new run would write into an old one, where a resumed one has another recipe or is made
-        from anything else than the interrupted one, and where no checkpoint can be read.
+        To resume where nothing is there yet is to begin. Raises InputError where a new run would write into an old one,
+        where a resumed one has another recipe or is made from anything else than the interrupted one, and where no
+        checkpoint can be read.
         """
         distributed.by_first(lambda: self._check(config, resume))
         found = checkpoint.newest_sound(self.checkpoints) if resume else None
@@ -170,16 +176,14 @@ class RunDirectory:
             return f"--resume writes {self.final}: all steps are trained, and are in {there[-1]}"
         return f"--resume goes on from {there[-1]}"
 
-    def write_records(self, step: int, records: Iterable[dict[str, Any]]) -> None:
-        """Writes the records of the evaluation after `step`; all processes call this together. Raises DiskError."""
-        distributed.by_first(lambda: write_text(self.evaluation(step), "".join(map(json_line, records))))
+    def write_records(self, path: Path, records: Iterable[dict[str, Any]]) -> None:
+        """Makes `records` the lines of the file `path`; all processes call this together. Raises DiskError."""
+        distributed.by_first(lambda: write_text(path, "".join(map(json_line, records))))
 
     def _check(self, config: Config, resume: bool) -> None:
         """Raises InputError where the directory is not that of an unfinished run of this recipe, or not free."""
         here = f"{self.root} is not empty"
-        if resume:
-            if not self.config.is_file():
-                raise InputError(f"--resume: no run in {self.root}: {self.config.name} is missing")
+        if resume and self.config.is_file():
             recipe = read_toml(self.config)
             if not all(isinstance(table, dict) for table in recipe.values()):
                 raise InputError(f"--resume: {self.config} is damaged: expected nothing but tables")
@@ -210,15 +214,9 @@ class RunDirectory:
         began_with, progress = None, BEGINNING
         if found is not None:
             began_with, progress = found[1].inputs, BEGINNING | found[1].progress
-        elif resume and self.final.is_dir():
-            raise InputError(
-                f"--resume: the run in {self.root} is finished, its model is in {self.final}, and it kept no "
-                "checkpoint: there is nothing left to do"
-            )
         elif resume:
-            warnings.warn(
-                f"--resume: no checkpoint yet in {self.root}: the run starts from its beginning", stacklevel=2
-            )
+            missing = "checkpoint" if self.config.is_file() else "run"
+            warnings.warn(f"--resume: no {missing} yet in {self.root}: the run starts from its beginning", stacklevel=2)
             began_with = _read_json(self.inputs) if self.inputs.is_file() else None
         inputs, tokenizer = self._identities(config, began_with)
         return Start(found and found[0], progress, inputs, tokenizer)
