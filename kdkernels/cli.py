@@ -20,6 +20,7 @@ EXAMPLES = """\
 examples:
   kdkernels new recipe.toml                             write a recipe with every key explained
   kdkernels train recipe.toml --dry-run                 check everything, show the plan, train nothing
+  kdkernels train recipe.toml --dry-run --gpus 8        the same for another machine
   kdkernels train recipe.toml --set train.steps=100     train, with one key of the recipe changed
   kdkernels train recipe.toml --resume                  go on after a crash, bit for bit; begin if there is nothing yet
   kdkernels train first.toml second.toml                train in stages; the same again goes on after a crash
@@ -45,8 +46,10 @@ def _train(options: argparse.Namespace) -> int:
     sources = options.recipes
     if options.dry_run and len(sources) > 1:
         return end(UNUSABLE, f"--dry-run: expected one recipe, got {len(sources)}: give it one stage after another")
+    if (options.gpus is not None or options.save is not None) and not options.dry_run:
+        return end(UNUSABLE, "--gpus and --save say what a plan is for, and where it goes: add --dry-run")
     try:
-        recipes = read_recipes(sources, options.set)
+        recipes = read_recipes(sources, options.set, options.dry_run)
     except MissingPackage as error:
         return end(UNUSABLE, error)
     except InputError as error:
@@ -61,7 +64,8 @@ def _train(options: argparse.Namespace) -> int:
             from kdkernels.training import command  # torch, DeepSpeed, transformers: seconds
     except MissingPackage as error:
         return end(UNUSABLE, error)
-    return command.run(recipes, sources, resume=options.resume, dry_run=options.dry_run)
+    dry_run = command.DryRun(options.gpus, options.save) if options.dry_run else None
+    return command.run(recipes, sources, resume=options.resume, dry_run=dry_run)
 
 
 def _new(options: argparse.Namespace) -> int:
@@ -116,6 +120,17 @@ def _add_train(commands) -> None:
     command.add_argument(
         "--dry-run", action="store_true", help="check everything, print the resolved recipe and the plan, train nothing"
     )
+    command.add_argument(
+        "--gpus", metavar="N", type=_count, help="with --dry-run: the plan is for N GPUs, not for this machine"
+    )
+    command.add_argument("--save", metavar="FILE", type=Path, help="with --dry-run: a new file for what is printed")
+
+
+def _count(text: str) -> int:
+    """An integer >= 1. Raises ArgumentTypeError."""
+    if not (text.isascii() and text.isdecimal() and len(text) <= 6 and int(text) >= 1):
+        raise argparse.ArgumentTypeError(f"expected an integer from 1 to 999999, got {text!r}")
+    return int(text)
 
 
 def _keys() -> str:

@@ -3,6 +3,7 @@
 import sys
 import traceback
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from transformers.utils.logging import disable_progress_bar
@@ -32,14 +33,25 @@ from kdkernels.training.stages import train_stages
 from kdkernels.training.trainer import train
 
 
-def run(recipes: list[Config] | InputError, sources: Sequence[str], *, resume: bool, dry_run: bool) -> int:
+@dataclass(frozen=True)
+class DryRun:
+    """`gpus`: plans for so many, each with a process, instead of the processes that there are. `save`: a file for what
+    is printed."""
+
+    gpus: int | None = None
+    save: Path | None = None
+
+
+def run(
+    recipes: list[Config] | InputError, sources: Sequence[str], *, resume: bool, dry_run: DryRun | None = None
+) -> int:
     """Does what the recipes say.
 
     Args:
         recipes: what `read_recipes` returned, or raised in this process: others may have been able to read theirs.
         sources: the recipes' paths, for error messages.
         resume: goes on from the newest checkpoint, as stages do in any case.
-        dry_run: prints the plan of the one recipe instead of training.
+        dry_run: prints the plan of the one recipe instead of training; what is asked of it.
 
     Returns:
         The exit status (exits.STATUSES).
@@ -50,16 +62,19 @@ def run(recipes: list[Config] | InputError, sources: Sequence[str], *, resume: b
     return status
 
 
-def _run(recipes: list[Config] | InputError, sources: Sequence[str], resume: bool, dry_run: bool) -> int:
+def _run(recipes: list[Config] | InputError, sources: Sequence[str], resume: bool, dry_run: DryRun | None) -> int:
     if not sys.stderr.isatty():
         disable_progress_bar()
     configs = []
     try:
         configs = _agreed(recipes, sources)
         if dry_run:
-            text = plan(*configs, resume=resume, recipes=lineage(*sources))
-            with writing(Path("standard output")):
-                print(text, flush=True)
+            text = plan(*configs, resume=resume, recipes=lineage(*sources), gpus=dry_run.gpus)
+            if first():
+                if dry_run.save is not None:
+                    _save(text, dry_run.save)
+                with writing(Path("standard output")):
+                    print(text, flush=True)
         else:
             results = train_stages(configs) if len(configs) > 1 else [train(*configs, resume=resume)]
             if first():
@@ -92,6 +107,16 @@ def _run(recipes: list[Config] | InputError, sources: Sequence[str], resume: boo
         traceback.print_exc()  # Python itself would end with the status of a run that diverged
         return end(UNFORESEEN, f"an error that nobody foresaw: {type(error).__name__}: {error}")
     return DONE
+
+
+def _save(text: str, path: Path) -> None:
+    try:
+        with path.open("x", encoding="utf-8") as file, writing(path):
+            file.write(text + "\n")
+    except FileExistsError as error:
+        raise InputError(f"--save {path}: expected a file that is not there yet, got one") from error
+    except OSError as error:
+        raise InputError(f"--save {path}: cannot be written: {error.strerror}") from error
 
 
 def _way_on(configs: Sequence[Config]) -> str:

@@ -137,15 +137,16 @@ def join() -> None:
     deepspeed.init_distributed(verbose=False)
 
 
-def accumulation_steps(config: Config) -> int:
-    """Micro-batches per process and step. Raises InputError if the batch is no multiple of what the processes take at
-    once, or if there are too many to add up.
+def accumulation_steps(config: Config, processes: int | None = None) -> int:
+    """Micro-batches per process and step, on as many processes as there are, or as are given. Raises InputError if the
+    batch is no multiple of what the processes take at once, or if there are too many to add up.
     """
-    at_once = config.train.micro_batch_size * distributed.world_size()
+    processes = processes or distributed.world_size()
+    at_once = config.train.micro_batch_size * processes
     if config.train.batch_size % at_once:
         raise InputError(
             f"[train] batch_size: expected a multiple of {at_once} (micro_batch_size {config.train.micro_batch_size} x "
-            f"{distributed.world_size()} processes), got {config.train.batch_size}"
+            f"{processes} processes), got {config.train.batch_size}"
         )
     steps = config.train.batch_size // at_once
     in_bfloat16 = config.run.dtype == "bfloat16" and config.deepspeed.zero_stage == 0

@@ -1,60 +1,152 @@
-"""What a recipe would do, found out without training: everything is read and checked, nothing is written."""
+"""What a recipe would do, found out without training: everything is read and checked, nothing is written.
 
-from collections.abc import Sequence
+Models that are not on this machine are planned with all the same where their configurations are known (elsewhere.py).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from transformers import PreTrainedModel
+
 from kdkernels.data.tokenizers import vocabulary_size
+from kdkernels.engine import predict
+from kdkernels.sources.from_model import tail
 from kdkernels.training.deepspeed_strategy import accumulation_steps
-from kdkernels.training.inputs import build_objective, read_inputs
+from kdkernels.training.inputs import read_inputs
 from kdkernels.training.models.ends import describe_ends
 from kdkernels.training.models.loading import load_student, load_teacher
-from kdkernels.training.needs import check_disk, check_output, describe, describe_dtype, needs
+from kdkernels.training.needs import check_disk, check_output, describe, describe_dtype, needs, text
 from kdkernels.training.processes import distributed
 from kdkernels.training.recipe.config import Config
+from kdkernels.training.recipe.elsewhere import described
+from kdkernels.training.recipe.resolve import NO_JUDGE
 from kdkernels.training.recipe.schema import to_toml
 from kdkernels.training.run.directory import RunDirectory
 from kdkernels.training.run.lock import refuse_if_locked
 
+Models = dict[str, PreTrainedModel]
+GPU = "A100"  # that the chunks of the loss are shown for where the run is not one of this machine
 
-def plan(config: Config, resume: bool = False, recipes: Sequence[Path] = ()) -> str:
-    """The resolved recipe and what it comes to. Raises InputError where training would.
 
-    recipes: the file that it was read from, and those that it extends.
+def plan(config: Config, resume: bool = False, recipes: Sequence[Path] = (), gpus: int | None = None) -> str:
+    """The resolved recipe and, in comments, what it comes to. Raises InputError where training would, but for a judge
+    that is missing, and for files of other machines.
+
+    Args:
+        recipes: the file that the recipe was read from, and those that it extends.
+        gpus: plans for so many processes with a GPU each, not for those that there are.
     """
     distributed.start()
-    objective = build_objective(config)
-    run = RunDirectory(config.run.output)
-    accumulation_steps(config)
-    check_output(run.root)
-    refuse_if_locked(run.root)
-    if resume and run.is_finished(config):
-        return f"{to_toml(config)}# plan\n{run.root}: the run is finished, nothing is left to do; model: {run.final}"
-    start = run.find_start(config, resume)
-    inputs = read_inputs(config, objective, start.tokenizer)
-    models = {"student": load_student(config, inputs.tokenizer, meta=True)}
-    if config.teacher is not None:
-        models["teacher"] = load_teacher(config, inputs.tokenizer, meta=True)
-    needed = needs(config, models["student"], models.get("teacher"), start.progress["step"])
-    check_disk(run, needed)
-    lines = [to_toml(config), "# plan", *map(str, inputs.data)]
-    lines[:0] = [f"# {' extends '.join(map(str, recipes))}"] if len(recipes) > 1 else []
-    lines += [inputs.examples.first, f"tokenizer: {vocabulary_size(inputs.tokenizer)} tokens"]
-    lines += [f"{name}: {model.num_parameters():,} parameters" for name, model in models.items()]
+    processes = gpus or distributed.world_size()
+    accumulation_steps(config, processes)
+    objective, run, elsewhere = config.objective.build(), RunDirectory(config.run.output), described(config, recipes)
+    if resume and not elsewhere and run.is_finished(config):
+        return f"{to_toml(config)}# plan\n# {run.root}: the run is finished, nothing is left to do; model: {run.final}"
+    lines = [f"objective: {config.objective.name} with these options {NO_JUDGE}"] if objective.needs_weights else []
+    if elsewhere:
+        models, vocabulary, read = _from_descriptions(config, elsewhere)
+        needed = needs(config, models["student"], models.get("teacher"), processes=processes)
+    else:
+        models, vocabulary, read, done = _from_here(config, run, resume)
+        needed = needs(config, models["student"], models.get("teacher"), done, processes)
+        check_disk(run, needed)
+    lines += read + [_describe_model(name, model) for name, model in models.items()]
     if config.student.adapter is not None:
         trained = sum(one.numel() for one in models["student"].parameters() if one.requires_grad)
         lines.append(f"student's adapter: {trained:,} parameters, which alone are trained")
+    lines += _describe_step(config, processes)
+    lines += _describe_loss(config, models, vocabulary, gpus is not None or bool(elsewhere))
+    lines += describe(run, needed, here=not (elsewhere or gpus)) + describe_dtype(config)
+    lines += [f"{name}: {path}" for name, path in {"run": run.root, "metrics": run.metrics, "model": run.final}.items()]
+    chain = [" extends ".join(map(str, recipes))] if len(recipes) > 1 else []
+    return "\n".join([*_comments(chain), to_toml(config), *_comments(["plan", *lines])])
+
+
+def _comments(lines: Sequence[str]) -> list[str]:
+    """What is printed is a recipe itself."""
+    return [f"# {line}".rstrip() for text in lines for line in text.splitlines()]
+
+
+def _from_here(config: Config, run: RunDirectory, resume: bool) -> tuple[Models, int, list[str], int]:
+    """Models on the meta device, the tokenizer's vocabulary, what was read, and the steps that are trained already."""
+    check_output(run.root)
+    refuse_if_locked(run.root)
+    start = run.find_start(config, resume)
+    inputs = read_inputs(config, config.objective.build(), start.tokenizer)
+    models, vocabulary = _models(config, inputs.tokenizer), vocabulary_size(inputs.tokenizer)
+    lines = [*map(str, inputs.data), inputs.examples.first, f"tokenizer: {vocabulary} tokens"]
     lines += [
         f"{name}: {path} is not on this disk: its weights were not looked at"
         for name, path in (("student", config.student.path), ("teacher", config.teacher and config.teacher.path))
         if path is not None and not Path(path).is_dir()
     ]
-    lines += describe(run, needed) + describe_dtype(config)
     lines += describe_ends(config, inputs.tokenizer, models["student"], models.get("teacher"))
-    responses = config.train.steps * config.train.batch_size
-    longest = max(config.data.max_response_tokens, config.rollout.max_new_tokens)
-    lines.append(
-        f"{config.train.steps} steps of {config.train.batch_size} responses: "
-        f"{responses / len(inputs.examples.usable):.2f} epochs, at most {responses * longest:,} response tokens"
+    epochs = config.train.steps * config.train.batch_size / len(inputs.examples.usable)
+    lines.append(f"{epochs:.2f} epochs")
+    return models, vocabulary, lines, start.progress["step"]
+
+
+def _from_descriptions(config: Config, elsewhere: Mapping[str, Path]) -> tuple[Models, int, list[str]]:
+    """As `_from_here`, where models are not on this machine: from their configurations, reading nothing else."""
+    names = {"[student] path": config.student.path, "[teacher] path": config.teacher and config.teacher.path}
+    lines = [f"{key}: {names[key]} is not on this machine: planned with {file}" for key, file in elsewhere.items()]
+    unread = [config.data.train, *([config.evaluation.data] if config.evaluation else [])]
+    lines.append(f"not looked at, whether there or not: tokenizer {config.tokenizer.path}, data {', '.join(unread)}")
+    student = elsewhere.get("[student] path", config.student.path)
+    config = replace(config, student=replace(config.student, path=str(student)))
+    if "[teacher] path" in elsewhere:
+        config = replace(config, teacher=replace(config.teacher, path=str(elsewhere["[teacher] path"])))
+    models = _models(config, None)
+    return models, min(tail(model).entries for model in models.values()), lines
+
+
+def _models(config: Config, tokenizer) -> Models:
+    models = {"student": load_student(config, tokenizer, meta=True)}
+    if config.teacher is not None:
+        models["teacher"] = load_teacher(config, tokenizer, meta=True)
+    return models
+
+
+def _describe_model(name: str, model: PreTrainedModel) -> str:
+    head = tail(model)
+    weight = " x ".join(map(str, head.layer.weight.shape))
+    softcap = "" if head.softcap is None else f", logits soft-capped at {head.softcap:g}"
+    return f"{name}: {type(model).__name__}, {model.num_parameters():,} parameters, head {weight}{softcap}"
+
+
+def _describe_step(config: Config, processes: int) -> list[str]:
+    """What a step takes of the processes, at most."""
+    train, accumulation = config.train, accumulation_steps(config, processes)
+    prompt, response = config.data.max_prompt_tokens, _longest_response(config)
+    return [
+        f"{train.steps} steps of {train.batch_size} responses (on each of {processes} processes {accumulation} "
+        f"micro-batches of {train.micro_batch_size}), at most {train.steps * train.batch_size * response:,} response "
+        "tokens",
+        f"micro-batch: tokens {train.micro_batch_size} x {prompt + response} (prompt {prompt}, response {response}) "
+        "at most",
+    ]
+
+
+def _longest_response(config: Config) -> int:
+    return max(config.data.max_response_tokens, config.rollout.max_new_tokens)
+
+
+def _describe_loss(config: Config, models: Models, vocabulary: int, away: bool) -> list[str]:
+    """What the loss of a micro-batch would take as logits and, on the GPU of another machine, takes in chunks."""
+    tokens = config.train.micro_batch_size * _longest_response(config)
+    size = text(4 * tokens * vocabulary)
+    whole = f"loss: {tokens} tokens x {vocabulary} entries at most, {size} as whole float32 logits of one model"
+    if not (away and "teacher" in models):
+        return [whole]
+    call = predict.Call(
+        predict.known(GPU),
+        tokens,
+        models["student"].get_output_embeddings().weight.shape[1],
+        models["teacher"].get_output_embeddings().weight.shape[1],
+        vocabulary,
     )
-    lines += [f"{name}: {path}" for name, path in {"run": run.root, "metrics": run.metrics, "model": run.final}.items()]
-    return "\n".join(lines)
+    return [
+        f"{whole}; on an {GPU} in chunks of {call.rows.student} tokens (the teacher's of "
+        f"{call.rows.teacher}), {text(call.memory)} for both"
+    ]

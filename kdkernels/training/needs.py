@@ -37,15 +37,17 @@ class Needs:
         return max(min(self.written, self.keep + 1) * self.checkpoint, kept * self.checkpoint + self.final)
 
 
-def needs(config: Config, student: nn.Module, teacher: nn.Module | None, done: int = 0) -> Needs:
-    """The needs of a run of `config` with these models (on the meta device, if need be) on as many processes as there
-    are, `done` of whose steps are trained.
+def needs(
+    config: Config, student: nn.Module, teacher: nn.Module | None, done: int = 0, processes: int | None = None
+) -> Needs:
+    """The needs of a run of `config` with these models (on the meta device, if need be) on as many `processes` as are
+    given, or as there are; `done` of its steps are trained.
     """
     weights, trained = _count(student), sum(p.numel() for p in student.parameters() if p.requires_grad)
     width = 2 if config.run.dtype == "bfloat16" else 4
     stage = config.deepspeed.zero_stage
     master = 4 if stage > 0 or width < 4 else 0  # float32 weights beside the model's own
-    shares = distributed.world_size() if stage > 0 else 1
+    shares = (processes or distributed.world_size()) if stage > 0 else 1
     gradients = trained * width
     if stage == 1 and width < 4:
         gradients += 4 * trained  # of all micro-batches so far, in float32
@@ -94,17 +96,20 @@ def describe_disk(needed: Needs) -> str:
     return f"{checkpoints}a model of {text(needed.final)}"
 
 
-def describe(run: RunDirectory, needed: Needs) -> list[str]:
-    """Lines of a plan: what is needed and what there is."""
+def describe(run: RunDirectory, needed: Needs, here: bool = True) -> list[str]:
+    """Lines of a plan: what is needed and, if the run is one of this machine, `here`, what there is."""
     memory, parts = sum(needed.memory.values()), needed.memory.items()
+    lines = [
+        f"memory: {text(memory)} for each process ({', '.join(f'{name} {text(part)}' for name, part in parts)}), "
+        "activations and logits on top",
+        f"disk: at most {text(needed.disk())} ({describe_disk(needed)})",
+    ]
+    if not here:
+        return lines
     there = free_memory()
     warning = "" if there is None or memory <= there else "; more than there is"
-    free = "unknown" if there is None else text(there)
-    return [
-        f"memory: {text(memory)} for each process ({', '.join(f'{name} {text(part)}' for name, part in parts)}), "
-        f"activations and logits on top; free for each: {free}{warning}",
-        f"disk: at most {text(needed.disk())} ({describe_disk(needed)}); free: {text(free_disk(run.root))}",
-    ]
+    free = ["unknown" if there is None else text(there), text(free_disk(run.root))]
+    return [f"{lines[0]}; free for each: {free[0]}{warning}", f"{lines[1]}; free: {free[1]}"]
 
 
 def describe_dtype(config: Config) -> list[str]:

@@ -1,5 +1,7 @@
 """A judge's weights in a run: those of the papers' formulas, and what happens where there is no judge."""
 
+import re
+
 import pytest
 import torch
 
@@ -52,9 +54,11 @@ def test_a_run_asks_its_judge_about_every_batch(load, teacher_set):
 
 def test_an_objective_that_needs_a_judge_is_refused_without_one(load, recipe, teacher_set, tmp_path, capsys):
     expected = r"^\[objective\] VCRD with these options needs a judge.s weight for each token.*likelihood_ratio.*judge="
-    for act in (train, plan):
-        with pytest.raises(InputError, match=expected):
-            act(load(*VCRD, teacher_set))
+    with pytest.raises(InputError, match=expected):
+        train(load(*VCRD, teacher_set))
+    said = r"# objective: VCRD with these options needs a judge.s weight for each token.*likelihood_ratio.*judge="
+    assert re.search(said, plan(load(*VCRD, teacher_set)))  # a plan of what Python can run
+    assert "judge" not in plan(load(*VCRD, teacher_set, "objective.weighting=uniform"))
     assert main(["train", str(recipe), *(f"--set={text}" for text in (*VCRD, teacher_set))]) == 2
     assert "with these options needs a judge" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

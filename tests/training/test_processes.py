@@ -162,10 +162,16 @@ def test_a_dry_run_tells_everything_and_writes_nothing(recipe, teacher_set, tmp_
     assert 'name = "GKD"\nbeta = 0.9' in printed
     config = load_config(recipe, [*GKD, teacher_set])
     student = load_student(config, load_tokenizer(config)).num_parameters()
-    assert f"student: {student:,} parameters" in printed and "teacher: " in printed
+    assert f"student: Qwen2ForCausalLM, {student:,} parameters, head " in printed and "teacher: " in printed
     assert "32 examples; left out 0" in printed
-    assert "  text    '0+0=' | ''\n  tokens  0 + 0 = | \n  4 tokens | none: nobody reads the responses" in printed
-    assert "3 steps of 4 responses: 0.38 epochs, at most 72 response tokens" in printed
+    assert "#   text    '0+0=' | ''\n#   tokens  0 + 0 = |\n#   4 tokens | none: nobody reads the responses" in printed
+    assert "# 0.38 epochs\n" in printed
+    assert "3 steps of 4 responses (on each of 1 processes 2 micro-batches of 2), at most 72 response tokens" in printed
+    assert "micro-batch: tokens 2 x 14 (prompt 8, response 6) at most" in printed
+    assert "loss: 12 tokens x 16 entries at most, 768 bytes as whole float32 logits of one model\n" in printed
+    resolved = tmp_path / "resolved.toml"
+    resolved.write_text(printed)
+    assert load_config(resolved) == config  # what is printed is a recipe
     assert f"run: {tmp_path / 'run'}" in printed
 
 

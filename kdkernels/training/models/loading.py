@@ -51,16 +51,17 @@ def load_tokenizer(config: Config, trained: Path | None = None) -> PreTrainedTok
     return tokenizer
 
 
-def load_student(config: Config, tokenizer: PreTrainedTokenizerBase, *, meta: bool = False) -> PreTrainedModel:
+def load_student(config: Config, tokenizer: PreTrainedTokenizerBase | None, *, meta: bool = False) -> PreTrainedModel:
     """The student, read from its path or with fresh weights, in training mode. Raises InputError.
 
     Fresh weights are float32 until the strategy gives them the run's dtype: a seed draws the same weights for all.
-    meta: without weights, on the meta device, to check as much as can be without them.
+    meta: without weights, on the meta device, to check as much as can be without them. tokenizer: None where it is not
+    known and the student has a path, which may then be that of a configuration alone.
     """
     path, key = config.student.path, "[student] path"
     if path is None:
         return _fresh_model(config, tokenizer, meta).train()
-    if path != config.tokenizer.path:
+    if tokenizer is not None and path != config.tokenizer.path:
         with _named(key):
             has_tokenizer = bool(get_tokenizer_config(path))
         if has_tokenizer:
@@ -68,12 +69,13 @@ def load_student(config: Config, tokenizer: PreTrainedTokenizerBase, *, meta: bo
     return _read_model(path, key, config, tokenizer, meta, config.student.adapter).train()
 
 
-def load_teacher(config: Config, tokenizer: PreTrainedTokenizerBase, *, meta: bool = False) -> PreTrainedModel:
+def load_teacher(config: Config, tokenizer: PreTrainedTokenizerBase | None, *, meta: bool = False) -> PreTrainedModel:
     """The frozen teacher in evaluation mode; its tokenizer must give every token the id that `tokenizer` gives it.
-    Raises InputError. meta: as in `load_student`.
+    Raises InputError. meta, and no tokenizer: as in `load_student`.
     """
     path, key = config.teacher.path, "[teacher] path"
-    _check_tokenizer(path, key, config, tokenizer)
+    if tokenizer is not None:
+        _check_tokenizer(path, key, config, tokenizer)
     return _read_model(path, key, config, tokenizer, meta).eval().requires_grad_(False)
 
 
@@ -92,7 +94,7 @@ def _read_model(
     path: str,
     key: str,
     config: Config,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     meta: bool,
     adapter: AdapterConfig | None = None,
 ) -> PreTrainedModel:
@@ -108,7 +110,9 @@ def _read_model(
     return model
 
 
-def _read_whole(path: str, key: str, config: Config, tokenizer: PreTrainedTokenizerBase, meta: bool) -> PreTrainedModel:
+def _read_whole(
+    path: str, key: str, config: Config, tokenizer: PreTrainedTokenizerBase | None, meta: bool
+) -> PreTrainedModel:
     with _named(key):
         configuration = AutoConfig.from_pretrained(path)
     _check_positions(configuration, key, config)
@@ -130,7 +134,7 @@ def _read_whole(path: str, key: str, config: Config, tokenizer: PreTrainedTokeni
     with _named(key):  # without weights, this is all that can be known of its head
         entries = tail(model).entries
         trunk(model)
-    needed = vocabulary_size(tokenizer)
+    needed = 0 if tokenizer is None else vocabulary_size(tokenizer)
     if entries < needed:
         raise InputError(
             f"{key}: expected a vocabulary of at least {needed}, that of the tokenizer, got {entries} in {path}"

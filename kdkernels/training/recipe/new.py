@@ -12,7 +12,7 @@ from kdkernels.training.recipe.schema import describe, toml_value
 START = """\
 # Distils a teacher into a student. Change the paths and numbers below; lines in comments show the defaults.
 # `kdkernels train THIS_FILE --dry-run` checks it all and trains nothing.
-# A first line extends = "other.toml" takes over what another recipe says and this one does not; its path starts here.
+# A first line extends = "other.toml" takes over what another recipe, found from this file, says and this one does not.
 """
 SET = {  # what a recipe cannot do without, and a start for what most want to change
     "run": {"output": "runs/mine"},

@@ -22,8 +22,9 @@ from typing import Any, Literal
 
 from kdkernels.errors import InputError
 from kdkernels.training.recipe.config import FINAL, Config, ObjectiveConfig
-from kdkernels.training.recipe.extends import EXTENDS, read_tables
-from kdkernels.training.recipe.resolve import model_paths, resolve, resolve_objective
+from kdkernels.training.recipe.elsewhere import described
+from kdkernels.training.recipe.extends import EXTENDS, lineage, read_tables
+from kdkernels.training.recipe.resolve import check_paths, model_paths, resolve, resolve_objective
 from kdkernels.training.recipe.schema import override, parse_section, parse_table, refuse_unknown, show
 from kdkernels.training.recipe.signatures import known_objectives, objective_options
 
@@ -39,10 +40,13 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     return complete(read_recipe(path, overrides), str(path))
 
 
-def read_recipe(path: str | Path, overrides: Iterable[str] = (), coming: Collection[str] = ()) -> Config:
+def read_recipe(
+    path: str | Path, overrides: Iterable[str] = (), coming: Collection[str] = (), dry_run: bool = False
+) -> Config:
     """As `load_config`, but for the values of the objective's options and the defaults that follow from it.
 
-    `coming`: real paths of models that may be missing, as they are made before the recipe runs.
+    `coming`: real paths of models that may be missing, as they are made before the recipe runs. `dry_run`: all files
+    may be missing where the models that are not on this machine are described beside the recipe (elsewhere.py).
 
     Raises:
         InputError: the recipe cannot be used.
@@ -64,19 +68,22 @@ def read_recipe(path: str | Path, overrides: Iterable[str] = (), coming: Collect
         elif section.default is MISSING:
             raise InputError(f"{source}: section [{name}] is missing")
     with _naming(source):
-        return resolve(Config(**sections), coming)
+        config = resolve(Config(**sections))
+        if not (dry_run and described(config, lineage(path))):
+            check_paths(config, coming)
+    return config
 
 
-def read_recipes(paths: Sequence[str | Path], overrides: Iterable[str] = ()) -> list[Config]:
+def read_recipes(paths: Sequence[str | Path], overrides: Iterable[str] = (), dry_run: bool = False) -> list[Config]:
     """`read_recipe` of each recipe of a training in stages. A later one may start from the model of an earlier one,
-    which need not be there yet.
+    which need not be there yet. `dry_run`: as there.
 
     Raises:
         InputError: one cannot be used, starts from a model that it or a later one makes, or has the output of another.
     """
     configs, outputs = [], {}
     for path in paths:
-        config = read_recipe(path, overrides, [os.path.join(output, FINAL) for output in outputs])
+        config = read_recipe(path, overrides, [os.path.join(output, FINAL) for output in outputs], dry_run)
         output = os.path.realpath(config.run.output)
         if output in outputs:
             raise InputError(

@@ -21,10 +21,8 @@ from kdkernels.training.recipe.config import (
 )
 
 
-def resolve(config: Config, coming: Collection[str] = ()) -> Config:
-    """The recipe checked, and its defaults filled in, but for what follows from the objective. `coming`: real
-    paths of models that may be missing.
-    """
+def resolve(config: Config) -> Config:
+    """The recipe checked, and its defaults filled in, but for what follows from the objective and for its paths."""
     config = _expand_home(config)
     _check_student(config)
     _check_train(config)
@@ -35,7 +33,6 @@ def resolve(config: Config, coming: Collection[str] = ()) -> Config:
     if config.deepspeed.zero_stage is None:
         stage = 1 if config.run.dtype == "bfloat16" else 0
         config = replace(config, deepspeed=replace(config.deepspeed, zero_stage=stage))
-    _check_paths(config, coming)
     return config
 
 
@@ -224,7 +221,8 @@ def _evaluation(config: Config) -> EvaluationConfig | None:
     return evaluation
 
 
-def _check_paths(config: Config, coming: Collection[str]) -> None:
+def check_paths(config: Config, coming: Collection[str] = ()) -> None:
+    """Raises InputError for a file or model that is not there. `coming`: real paths of models that may be missing."""
     _is("[run] output", Path(config.run.output) / "config.toml", Path.exists)  # whether there is such a path at all
     files = {"[data] train": config.data.train, "[evaluation] data": config.evaluation and config.evaluation.data}
     for key, path in files.items():
