@@ -25,6 +25,7 @@ examples:
   kdkernels train recipe.toml --resume                  go on after a crash, bit for bit; begin if there is nothing yet
   kdkernels train first.toml second.toml                train in stages; the same again goes on after a crash
   torchrun --nproc-per-node 8 -m kdkernels train recipe.toml
+  kdkernels report runs/a runs/b                        compare runs, in Markdown and a figure
 """
 
 
@@ -77,6 +78,36 @@ def _new(options: argparse.Namespace) -> int:
     return DONE
 
 
+def _report(options: argparse.Namespace) -> int:
+    from kdkernels.training.run.compare import read_runs, render
+
+    text, figure = Path(f"{options.output}.md"), Path(f"{options.output}.png")
+    try:
+        runs = read_runs(options.runs)
+        report = render(runs)
+        if options.figure:
+            _draw(runs, figure)
+        text.write_text(report + (f"\n![{figure.name}]({figure.name})\n" if options.figure else ""), encoding="utf-8")
+    except (InputError, MissingPackage) as error:
+        return end(UNUSABLE, error)
+    except OSError as error:
+        return end(UNUSABLE, f"--output: {error.filename} cannot be written: {error.strerror}")
+    print(report)
+    print(", ".join(map(str, [text, figure] if options.figure else [text])))
+    return DONE
+
+
+def _draw(runs: Sequence, path: Path) -> None:
+    try:
+        from kdkernels.training.run.figure import draw  # seconds
+    except ModuleNotFoundError as error:
+        if error.name.startswith("kdkernels"):
+            raise
+        needs = f"the figure needs {error.name}: pip install kdkernels[report], or --no-figure"
+        raise MissingPackage(needs) from error
+    draw(runs, path)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="kdkernels",
@@ -87,6 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"kdkernels {kdkernels.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_train(commands)
+    _add_report(commands)
     new = commands.add_parser("new", help="write a commented recipe", description="Writes a commented recipe.")
     new.set_defaults(run=_new)
     new.add_argument("recipe", metavar="RECIPE.toml")
@@ -131,6 +163,26 @@ def _count(text: str) -> int:
     if not (text.isascii() and text.isdecimal() and len(text) <= 6 and int(text) >= 1):
         raise argparse.ArgumentTypeError(f"expected an integer from 1 to 999999, got {text!r}")
     return int(text)
+
+
+def _add_report(commands) -> None:
+    command = commands.add_parser(
+        "report",
+        help="compare runs",
+        description="Compares runs, ended or not: losses, entropies, lengths, evaluations, seconds by phase, and the "
+        "settings that differ. Prints Markdown, and writes it with a figure.",
+    )
+    command.set_defaults(run=_report)
+    command.add_argument("runs", metavar="RUN", nargs="+", help="the directory of a run ([run] output of its recipe)")
+    command.add_argument(
+        "--output",
+        metavar="NAME",
+        default="kdkernels-report",
+        help="writes NAME.md and NAME.png, over older ones (default: %(default)s)",
+    )
+    command.add_argument(
+        "--no-figure", dest="figure", action="store_false", help="no figure, which needs matplotlib (kdkernels[report])"
+    )
 
 
 def _keys() -> str:

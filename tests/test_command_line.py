@@ -54,6 +54,12 @@ def run(*arguments, cwd, program: str = PROGRAM) -> subprocess.CompletedProcess:
         (["train", "--help"], 0, "[optimizer] lr, betas, weight_decay"),
         (["train", "--help"], 0, "130  interrupted"),
         (["train"], 2, "RECIPE.toml"),
+        (["report", "--help"], 0, "kdkernels[report]"),
+        (
+            ["report", "nowhere"],
+            2,
+            "nowhere: expected the directory of a run ([run] output), but config.toml is missing",
+        ),
         (["train", "nowhere.toml"], 2, "kdkernels: nowhere.toml: cannot be read: No such file"),
         (["train", RECIPE, "--set=trian.steps=1"], 2, "unknown section 'trian'; did you mean 'train'?"),
         (["train", RECIPE, "--set=train.stepz=1"], 2, "[train] unknown key 'stepz'; did you mean 'steps'?"),

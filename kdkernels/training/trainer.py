@@ -42,7 +42,8 @@ from kdkernels.training.run import checkpoint
 from kdkernels.training.run.atomic import write_directory, writing
 from kdkernels.training.run.directory import RunDirectory, Start
 from kdkernels.training.run.identity import Identity
-from kdkernels.training.run.metrics import EVALUATION, MetricsLog, evaluations
+from kdkernels.training.run.log import MetricsLog
+from kdkernels.training.run.metrics import EVALUATION, evaluations, read_metrics
 from kdkernels.training.run.report import write_report
 from kdkernels.training.run.samples import Samples
 from kdkernels.training.step import Parts, train_step
@@ -60,7 +61,7 @@ class Result:
     @classmethod
     def of(cls, run: RunDirectory) -> "Result":
         """That of the finished run in its directory."""
-        return cls(run.root, run.final, evaluations(run.metrics))
+        return cls(run.root, run.final, evaluations(read_metrics(run.metrics)))
 
 
 def train(config: Config, resume: bool = False, judge: Judge | None = None) -> Result:

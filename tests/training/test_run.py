@@ -7,7 +7,8 @@ import pytest
 from kdkernels.training.processes import distributed
 from kdkernels.training.run import atomic, checkpoint
 from kdkernels.training.run.directory import RunDirectory
-from kdkernels.training.run.metrics import MetricsLog, evaluations, read_metrics
+from kdkernels.training.run.log import MetricsLog
+from kdkernels.training.run.metrics import evaluations, read_metrics
 
 
 @pytest.fixture(autouse=True)
@@ -94,7 +95,7 @@ def test_the_log_forgets_what_came_after_the_checkpoint(tmp_path):
     lines = read_metrics(run.metrics)
     assert [line["step"] for line in lines] == [0, 1, 2, 3]
     assert [line.get("loss") for line in lines] == [None, 0.5, 1.0, 7.0]
-    assert evaluations(run.metrics) == {0: {"kl": 3.0}, 3: {"kl": 1.0}}
+    assert evaluations(lines) == {0: {"kl": 3.0}, 3: {"kl": 1.0}}
 
 
 def test_without_a_terminal_progress_is_a_few_plain_lines(tmp_path, capsys):

@@ -1,85 +1,18 @@
-"""What a run says while it trains: metrics.jsonl, TensorBoard where it is installed, and a progress bar (plain lines
-without a terminal).
-"""
+"""metrics.jsonl as it is read again: without torch."""
 
-import importlib.util
+import itertools
 import json
-import math
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from tqdm import tqdm
-
-from kdkernels.data.jsonl import json_line
 from kdkernels.errors import InputError
-from kdkernels.training.processes import distributed
-from kdkernels.training.run.atomic import append, writing
-from kdkernels.training.run.directory import RunDirectory
 
-SHOWN = ("loss", "student_entropy", "teacher_entropy", "gate", "tokens_per_second")
+Line = dict[str, float | None]  # of a metrics.jsonl: a step and its numbers, None for one that was not finite
 EVALUATION = "evaluation/"  # what an evaluation measured is logged under this prefix
-PLAIN_LINES = 20  # progress lines of a whole run where there is no terminal
+TIME = "time/"  # seconds of a phase
 
 
-class MetricsLog:
-    """The log of a run of `steps` steps, which goes on after `last_step`.
-
-    All processes have one, that of rank 0 writes. Its methods raise DiskError.
-    """
-
-    def __init__(self, run: RunDirectory, steps: int, last_step: int = 0):
-        self.steps, self.active = steps, distributed.rank() == 0
-        if not self.active:
-            return
-        with writing(run.metrics):
-            self.file = run.metrics.open("ab", buffering=0)  # what is not written is not kept for later
-        self.board = None
-        if importlib.util.find_spec("tensorboard") is not None:
-            from kdkernels.training.run.tensorboard import EventFile
-
-            self.board = EventFile(run.tensorboard, first_step=last_step + 1 if last_step else 0)
-        self.bar = tqdm(
-            total=steps, initial=last_step, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True
-        )
-
-    def write(self, step: int, values: dict[str, float]) -> None:
-        """Adds the line of `step`; it outlives the process from here on. A value that is not finite is null there."""
-        if not self.active:
-            return
-        append(self.file, json_line({"step": step} | values).encode())
-        if self.board is not None:
-            self.board.write(step, {name: value for name, value in values.items() if math.isfinite(value)})
-        shown = {name: f"{values[name]:.4g}" for name in SHOWN if name in values}
-        self.bar.set_postfix(shown, refresh=False)
-        self.bar.update(step - self.bar.n)
-        evaluated = {name: f"{value:.4g}" for name, value in values.items() if name.startswith(EVALUATION)}
-        plain = (
-            self.bar.disable and step > 0 and (step == self.steps or step % math.ceil(self.steps / PLAIN_LINES) == 0)
-        )
-        for part in (shown if plain else {}, evaluated):
-            if part:
-                self.say(f"step {step}/{self.steps}  " + "  ".join(f"{name} {value}" for name, value in part.items()))
-
-    def say(self, *lines: object) -> None:
-        """Lines for people, beside the progress bar."""
-        if self.active:
-            with writing(Path("standard output")):
-                for line in lines:
-                    self.bar.write(str(line), file=sys.stdout)
-                sys.stdout.flush()
-
-    def __enter__(self) -> "MetricsLog":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.active:
-            self.bar.close()
-            self.file.close()
-            if self.board is not None:
-                self.board.close()
-
-
-def read_metrics(path: Path) -> list[dict[str, float | None]]:
+def read_metrics(path: Path) -> list[Line]:
     """The complete lines of a metrics.jsonl, in order, without a last one that an interrupted run left unfinished. None
     is a number that was not finite. Raises InputError for a line that is no JSON object with a step.
     """
@@ -94,12 +27,29 @@ def read_metrics(path: Path) -> list[dict[str, float | None]]:
     return lines
 
 
-def evaluations(path: Path) -> dict[int, dict[str, float | None]]:
-    """The evaluations in a metrics.jsonl, by step. None is a number that was not finite."""
-    lines = {
+def by_outcome(lines: Sequence[Line]) -> tuple[list[Line], list[Line]]:
+    """The lines of steps that were trained, and of those that were skipped; the evaluation before them is neither."""
+    steps, trained, skipped = [line for line in lines if line["step"] > 0], [], []
+    for before, line in itertools.pairwise([{}, *steps]):
+        more = (line.get("skipped_steps") or 0) > (before.get("skipped_steps") or 0)
+        (skipped if more else trained).append(line)
+    return trained, skipped
+
+
+def phases(lines: Sequence[Line]) -> dict[str, float]:
+    """The seconds that the lines' steps spent in each phase."""
+    names = dict.fromkeys(name for line in sorted(lines, key=lambda line: line["step"]) for name in line)
+    return {
+        name.removeprefix(TIME): sum(line.get(name) or 0 for line in lines) for name in names if name.startswith(TIME)
+    }
+
+
+def evaluations(lines: Sequence[Line]) -> dict[int, dict[str, float | None]]:
+    """The evaluations among the lines of a metrics.jsonl, by step. None is a number that was not finite."""
+    found = {
         line["step"]: {
             name.removeprefix(EVALUATION): value for name, value in line.items() if name.startswith(EVALUATION)
         }
-        for line in read_metrics(path)
+        for line in lines
     }
-    return {step: values for step, values in lines.items() if values}
+    return {step: values for step, values in found.items() if values}

@@ -1,6 +1,5 @@
 """report.md: what a run was, what it was given, and what its evaluations measured before and after."""
 
-import itertools
 import resource
 from collections.abc import Mapping, Sequence
 
@@ -9,7 +8,7 @@ from kdkernels.training.processes import distributed
 from kdkernels.training.recipe.config import Config
 from kdkernels.training.run.atomic import write_text
 from kdkernels.training.run.directory import RunDirectory
-from kdkernels.training.run.metrics import evaluations, read_metrics
+from kdkernels.training.run.metrics import by_outcome, evaluations, phases, read_metrics
 
 
 def write_report(run: RunDirectory, config: Config, data: Sequence[Examples], start: int) -> None:
@@ -24,11 +23,10 @@ def render_report(
     run: RunDirectory, config: Config, data: Sequence[Examples], start: int, peaks: Sequence[float]
 ) -> str:
     """The report as Markdown. `peaks`: of the resident memory of each process, in MiB."""
-    steps = [line for line in read_metrics(run.metrics) if line["step"] > 0]
-    skipped = [line["step"] for before, line in itertools.pairwise([{}, *steps]) if _skipped(line) > _skipped(before)]
-    trained = [line for line in steps if line["step"] not in set(skipped)]
-    phases = dict.fromkeys(name for line in steps for name in line if name.startswith("time/"))
-    seconds = {name.removeprefix("time/"): sum(line.get(name) or 0 for line in steps) for name in phases}
+    log = read_metrics(run.metrics)
+    trained, skipped = by_outcome(log)
+    steps = trained + skipped
+    seconds = phases(steps)
     spent = ", ".join(f"{phase} {value:.1f}" for phase, value in seconds.items())
     since = f" since it was resumed after step {start}" if start else ""
     lines = [
@@ -40,7 +38,7 @@ def render_report(
     if len(steps) < config.train.steps:
         lines.append(f"- of {config.train.steps} steps: the log has lost the others, which nothing below counts")
     if skipped:
-        first = ", ".join(map(str, skipped[:10])) + (", ..." if len(skipped) > 10 else "")
+        first = ", ".join(str(line["step"]) for line in skipped[:10]) + (", ..." if len(skipped) > 10 else "")
         lines.append(f"- {len(skipped)} more steps skipped, their loss or gradient was not finite: {first}")
     lines += [
         f"- seconds in the steps, evaluations and checkpoints not counted{_first(len(peaks))}: "
@@ -51,11 +49,7 @@ def render_report(
     if config.evaluation is not None and config.evaluation.limit is not None:
         lines.append(f"- evaluated on the first {config.evaluation.limit} of the held-out examples at most")
     lines += ["", "```", data[0].first, "```", ""]
-    return "\n".join([*lines, *_table(evaluations(run.metrics))])
-
-
-def _skipped(line: Mapping[str, float | None]) -> float:
-    return line.get("skipped_steps") or 0
+    return "\n".join([*lines, *_table(evaluations(log))])
 
 
 def _first(processes: int) -> str:

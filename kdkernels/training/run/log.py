@@ -1,0 +1,77 @@
+"""What a run says while it trains: metrics.jsonl, TensorBoard where it is installed, and a progress bar (plain lines
+without a terminal).
+"""
+
+import importlib.util
+import math
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from kdkernels.data.jsonl import json_line
+from kdkernels.training.processes import distributed
+from kdkernels.training.run.atomic import append, writing
+from kdkernels.training.run.directory import RunDirectory
+from kdkernels.training.run.metrics import EVALUATION
+
+SHOWN = ("loss", "student_entropy", "teacher_entropy", "gate", "tokens_per_second")
+PLAIN_LINES = 20  # progress lines of a whole run where there is no terminal
+
+
+class MetricsLog:
+    """The log of a run of `steps` steps, which goes on after `last_step`.
+
+    All processes have one, that of rank 0 writes. Its methods raise DiskError.
+    """
+
+    def __init__(self, run: RunDirectory, steps: int, last_step: int = 0):
+        self.steps, self.active = steps, distributed.rank() == 0
+        if not self.active:
+            return
+        with writing(run.metrics):
+            self.file = run.metrics.open("ab", buffering=0)  # what is not written is not kept for later
+        self.board = None
+        if importlib.util.find_spec("tensorboard") is not None:
+            from kdkernels.training.run.tensorboard import EventFile
+
+            self.board = EventFile(run.tensorboard, first_step=last_step + 1 if last_step else 0)
+        self.bar = tqdm(
+            total=steps, initial=last_step, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True
+        )
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Adds the line of `step`; it outlives the process from here on. A value that is not finite is null there."""
+        if not self.active:
+            return
+        append(self.file, json_line({"step": step} | values).encode())
+        if self.board is not None:
+            self.board.write(step, {name: value for name, value in values.items() if math.isfinite(value)})
+        shown = {name: f"{values[name]:.4g}" for name in SHOWN if name in values}
+        self.bar.set_postfix(shown, refresh=False)
+        self.bar.update(step - self.bar.n)
+        evaluated = {name: f"{value:.4g}" for name, value in values.items() if name.startswith(EVALUATION)}
+        plain = (
+            self.bar.disable and step > 0 and (step == self.steps or step % math.ceil(self.steps / PLAIN_LINES) == 0)
+        )
+        for part in (shown if plain else {}, evaluated):
+            if part:
+                self.say(f"step {step}/{self.steps}  " + "  ".join(f"{name} {value}" for name, value in part.items()))
+
+    def say(self, *lines: object) -> None:
+        """Lines for people, beside the progress bar."""
+        if self.active:
+            with writing(Path("standard output")):
+                for line in lines:
+                    self.bar.write(str(line), file=sys.stdout)
+                sys.stdout.flush()
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.active:
+            self.bar.close()
+            self.file.close()
+            if self.board is not None:
+                self.board.close()
