@@ -1,6 +1,8 @@
 """Teachers: what scores a batch for the student to learn from."""
 
-from typing import Protocol
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Protocol, TypeVar
 
 import torch
 from transformers import PreTrainedModel
@@ -8,7 +10,9 @@ from transformers import PreTrainedModel
 from kdkernels.data.batch import Batch
 from kdkernels.sources import Head, Source
 
-__all__ = ["LocalTeacher", "Teacher", "head"]
+__all__ = ["LocalTeacher", "Teacher", "as_it_is", "head"]
+
+T = TypeVar("T")
 
 
 class Teacher(Protocol):
@@ -25,13 +29,30 @@ def head(model: PreTrainedModel, batch: Batch, vocab_size: int) -> Head:
     return Head.of(model, vocab_size=vocab_size, **batch.inputs)
 
 
-class LocalTeacher:
-    """A frozen model in this process; `vocab_size`: the ids that have a token, which it shares with the student."""
+def as_it_is(function: Callable[[], T]) -> T:
+    """Calls `function`: the model's weights are always where its forward looks for them."""
+    return function()
 
-    def __init__(self, model: PreTrainedModel, vocab_size: int):
-        self.model, self.vocab_size = model, vocab_size
+
+class LocalTeacher:
+    """A frozen model in this process.
+
+    Args:
+        model: the teacher.
+        vocab_size: the ids that have a token, which it shares with the student.
+        present: calls a function while the model's weights are where its forward looks for them.
+    """
+
+    def __init__(self, model: PreTrainedModel, vocab_size: int, present: Callable[[Callable[[], Any]], Any] = as_it_is):
+        self.model, self.vocab_size, self.present = model, vocab_size, present
 
     @torch.no_grad()
     def score(self, batch: Batch) -> Source:
-        """The model's last hidden states with its lm_head."""
-        return head(self.model, batch, self.vocab_size)
+        """The model's last hidden states with its lm_head, which stays where it was in the forward."""
+        return self.present(lambda: _held(head(self.model, batch, self.vocab_size)))
+
+
+def _held(source: Head) -> Head:
+    """The same tensors, whatever becomes of the parameters that they come from."""
+    tensors = {name: getattr(source, name) for name in source.names}
+    return replace(source, **{name: one.detach() for name, one in tensors.items() if one is not None})

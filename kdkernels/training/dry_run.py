@@ -103,7 +103,7 @@ def _from_descriptions(config: Config, elsewhere: Mapping[str, Path]) -> tuple[M
 
 def _models(config: Config, tokenizer) -> Models:
     models = {"student": load_student(config, tokenizer, meta=True)}
-    if config.teacher is not None:
+    if config.teacher is not None and config.teacher.path is not None:
         models["teacher"] = load_teacher(config, tokenizer, meta=True)
     return models
 

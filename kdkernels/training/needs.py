@@ -44,7 +44,7 @@ def needs(
     given, or as there are; `done` of its steps are trained.
     """
     weights, trained = _count(student), sum(p.numel() for p in student.parameters() if p.requires_grad)
-    width = 2 if config.run.dtype == "bfloat16" else 4
+    width = _width(config.run.dtype)
     stage = config.deepspeed.zero_stage
     master = 4 if stage > 0 or width < 4 else 0  # float32 weights beside the model's own
     shares = (processes or distributed.world_size()) if stage > 0 else 1
@@ -57,7 +57,7 @@ def needs(
         "student": weights * width,
         "gradients": gradients,
         "optimizer": (8 + master) * trained // shares,
-        **({} if teacher is None else {"teacher": _count(teacher) * width}),
+        **({} if teacher is None else {"teacher": _count(teacher) * _width(config.teacher.dtype)}),
     }
     every = config.checkpoint.every
     return Needs(
@@ -114,10 +114,12 @@ def describe(run: RunDirectory, needed: Needs, here: bool = True) -> list[str]:
 
 def describe_dtype(config: Config) -> list[str]:
     """A line where the run's dtype makes the models slow on this machine."""
-    if config.run.dtype != "bfloat16" or distributed.device().type != "cpu" or not gemm.torch_crawls(torch.bfloat16):
+    dtypes = {"[run] dtype": config.run.dtype, "[teacher] dtype": config.teacher and config.teacher.dtype}
+    key = next((key for key, dtype in dtypes.items() if dtype == "bfloat16"), None)
+    if key is None or distributed.device().type != "cpu" or not gemm.torch_crawls(torch.bfloat16):
         return []
     return [
-        "[run] dtype: this CPU has no units for bfloat16, and PyTorch multiplies the models' matrices 5 to 100 times "
+        f"{key}: this CPU has no units for bfloat16, and PyTorch multiplies the models' matrices 5 to 100 times "
         'slower than in float32: set dtype = "float32" (--dry-run shows the memory it takes)'
     ]
 
@@ -157,6 +159,11 @@ def _nearest(path: Path) -> Path:
 
 def _size(directory: Path) -> int:
     return sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
+
+
+def _width(dtype: str) -> int:
+    """Bytes of a number."""
+    return getattr(torch, dtype).itemsize
 
 
 def _count(model: nn.Module) -> int:

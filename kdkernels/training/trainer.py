@@ -34,6 +34,7 @@ from kdkernels.training.models import adapters
 from kdkernels.training.models.agreement import check_model
 from kdkernels.training.models.ends import describe_ends
 from kdkernels.training.models.loading import load_student, load_teacher
+from kdkernels.training.models.placement import place
 from kdkernels.training.needs import check_disk, describe_dtype, needs
 from kdkernels.training.processes import distributed
 from kdkernels.training.processes.termination import Termination
@@ -129,7 +130,7 @@ class _Training:
         sampler = LocalSampler(student, tokenizer)
         self.parts = Parts(
             strategy=DeepSpeedStrategy(config, Distillation(student, objective, entries)),
-            teacher=None if teacher is None else LocalTeacher(teacher, entries),
+            teacher=place(config, teacher, student, entries),
             sampler=sampler,
             judge=judge,
             pad_id=tokenizer.eos_token_id,
@@ -138,7 +139,7 @@ class _Training:
         held.callback(self.parts.sampler.close)
         with distributed.together():
             tokens = (*examples[0].prompt_ids, *examples[0].response_ids, tokenizer.eos_token_id)[:2]
-            _check_models(config, student, teacher, tokens)
+            _check_models(config, student, self.parts.teacher, tokens)
             self.warnings = [*describe_dtype(config), *describe_ends(config, tokenizer, student, teacher)]
         self.stream = ExampleStream(len(examples), config.run.seed, start.progress["position"])
         self.resumed = start.checkpoint is not None
@@ -265,7 +266,7 @@ def _load_models(
     """Student and teacher, of finite weights, where the disk can hold the run, of which `done` steps are trained."""
     _seed(config.run.seed)
     student = load_student(config, tokenizer)
-    teacher = load_teacher(config, tokenizer).to(distributed.device()) if config.teacher else None
+    teacher = load_teacher(config, tokenizer) if config.teacher and config.teacher.path else None
     check_disk(run, needs(config, student, teacher, done))
     for section, model in (("student", student), ("teacher", teacher)):
         name = None if model is None else first_nonfinite(model.state_dict().items())
@@ -275,11 +276,12 @@ def _load_models(
 
 
 def _check_models(
-    config: Config, student: PreTrainedModel, teacher: PreTrainedModel | None, tokens: Sequence[int]
+    config: Config, student: PreTrainedModel, teacher: LocalTeacher | None, tokens: Sequence[int]
 ) -> None:
     check_model("[student] path" if config.student.path else "[student] architecture", student, tokens, trained=True)
     if teacher is not None:
-        check_model("[teacher] path", teacher, tokens, trained=False)
+        key = "[teacher] base" if config.teacher.base else "[teacher] path"
+        teacher.present(lambda: check_model(key, teacher.model, tokens, trained=False))
 
 
 def _due(step: int, every: int) -> bool:

@@ -16,11 +16,11 @@ from kdkernels.data.tokenizers import vocabulary_size
 from kdkernels.distillation import Distillation
 from kdkernels.judges import Judge
 from kdkernels.rollouts import LocalSampler
-from kdkernels.teachers import LocalTeacher
 from kdkernels.training import load_config, step
 from kdkernels.training.deepspeed_strategy import DeepSpeedStrategy
 from kdkernels.training.inputs import read_examples
 from kdkernels.training.models.loading import load_student, load_teacher, load_tokenizer
+from kdkernels.training.models.placement import place
 from kdkernels.training.processes import distributed
 from kdkernels.training.recipe.config import Config
 
@@ -32,7 +32,7 @@ def models(config: Config):
     tokenizer = load_tokenizer(config)
     torch.manual_seed(config.run.seed)
     student = load_student(config, tokenizer).to(getattr(torch, config.run.dtype))
-    teacher = load_teacher(config, tokenizer) if config.teacher else None
+    teacher = load_teacher(config, tokenizer) if config.teacher and config.teacher.path else None
     examples = read_examples(config.data, config.data.train, tokenizer).usable
     chosen = [examples[i] for i in torch.randperm(len(examples), generator=torch.Generator().manual_seed(1))[:EXAMPLES]]
     return tokenizer, student, teacher, chosen
@@ -42,7 +42,7 @@ def engine_gradients(config: Config, judge: Judge | None = None) -> dict[str, to
     """name -> gradient before clipping of one step on the examples; "norm": what the trainer logs."""
     distributed.start()
     tokenizer, student, teacher, examples = models(config)
-    scorer = LocalTeacher(teacher, vocabulary_size(tokenizer)) if teacher else None
+    scorer = place(config, teacher, student, vocabulary_size(tokenizer))
     strategy = DeepSpeedStrategy(config, Distillation(student, config.objective.build(), vocabulary_size(tokenizer)))
     parts = step.Parts(strategy, scorer, LocalSampler(student, tokenizer), judge, tokenizer.eos_token_id)
     found, step_once = {}, strategy.step

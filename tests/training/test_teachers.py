@@ -7,7 +7,8 @@ import torch
 import kdkernels as kd
 from kdkernels.data import collate
 from kdkernels.teachers import LocalTeacher, head
-from kdkernels.training import train, trainer
+from kdkernels.training import train
+from kdkernels.training.models import placement
 from kdkernels.training.models.loading import load_teacher, load_tokenizer
 
 from .conftest import GKD
@@ -32,7 +33,7 @@ def test_a_run_takes_a_teacher_that_is_no_model(load, teacher_set, monkeypatch):
             seen.append(batch)
             return kd.Logits(torch.zeros(*batch.input_ids.shape, self.vocab_size))
 
-    monkeypatch.setattr(trainer, "LocalTeacher", Uniform)
+    monkeypatch.setattr(placement, "LocalTeacher", Uniform)
     result = train(load(*GKD, teacher_set, "train.steps=2"))
     lines = [json.loads(line) for line in (result.output / "metrics.jsonl").read_text().splitlines()]
     assert seen and len(lines) == 2

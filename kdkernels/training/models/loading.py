@@ -66,17 +66,17 @@ def load_student(config: Config, tokenizer: PreTrainedTokenizerBase | None, *, m
             has_tokenizer = bool(get_tokenizer_config(path))
         if has_tokenizer:
             _check_tokenizer(path, key, config, tokenizer)
-    return _read_model(path, key, config, tokenizer, meta, config.student.adapter).train()
+    return _read_model(path, key, config, tokenizer, meta, config.run.dtype, config.student.adapter).train()
 
 
 def load_teacher(config: Config, tokenizer: PreTrainedTokenizerBase | None, *, meta: bool = False) -> PreTrainedModel:
-    """The frozen teacher in evaluation mode; its tokenizer must give every token the id that `tokenizer` gives it.
-    Raises InputError. meta, and no tokenizer: as in `load_student`.
+    """The frozen model at [teacher] path in evaluation mode; its tokenizer must give every token the id that
+    `tokenizer` gives it. Raises InputError. meta, and no tokenizer: as in `load_student`.
     """
     path, key = config.teacher.path, "[teacher] path"
     if tokenizer is not None:
         _check_tokenizer(path, key, config, tokenizer)
-    return _read_model(path, key, config, tokenizer, meta).eval().requires_grad_(False)
+    return _read_model(path, key, config, tokenizer, meta, config.teacher.dtype).eval().requires_grad_(False)
 
 
 def _fresh_model(config: Config, tokenizer: PreTrainedTokenizerBase, meta: bool) -> PreTrainedModel:
@@ -96,13 +96,14 @@ def _read_model(
     config: Config,
     tokenizer: PreTrainedTokenizerBase | None,
     meta: bool,
+    dtype: str,
     adapter: AdapterConfig | None = None,
 ) -> PreTrainedModel:
     """The model at `path`, with the recipe's `adapter` where it has one. Where `path` holds an adapter itself, that one
     is trained further, or else merged into its base.
     """
     base = adapter_base(path)
-    model = _read_whole(base or path, key, config, tokenizer, meta)
+    model = _read_whole(base or path, key, config, tokenizer, meta, dtype)
     if adapter is not None:
         attach(model, adapter, base or path, trained=Path(path) if base else None, key=key)
     elif base and not meta:
@@ -111,7 +112,7 @@ def _read_model(
 
 
 def _read_whole(
-    path: str, key: str, config: Config, tokenizer: PreTrainedTokenizerBase | None, meta: bool
+    path: str, key: str, config: Config, tokenizer: PreTrainedTokenizerBase | None, meta: bool, dtype: str
 ) -> PreTrainedModel:
     with _named(key):
         configuration = AutoConfig.from_pretrained(path)
@@ -123,7 +124,7 @@ def _read_whole(
     if not meta:
         with _named(key):
             model, report = AutoModelForCausalLM.from_pretrained(
-                path, config=configuration, dtype=getattr(torch, config.run.dtype), output_loading_info=True
+                path, config=configuration, dtype=getattr(torch, dtype), output_loading_info=True
             )
         if report["missing_keys"]:
             missing = sorted(report["missing_keys"])

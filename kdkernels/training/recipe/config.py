@@ -26,7 +26,7 @@ ZeroStage = Annotated[int, Rule(lambda value: 0 <= value <= 2, "0, 1 or 2 (ZeRO-
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """`output`: the run's directory. `dtype`: of both models' weights; with bfloat16 the optimizer keeps float32 master
+    """`output`: the run's directory. `dtype`: of the models' weights; with bfloat16 the optimizer keeps float32 master
     weights. `timeout_seconds`: a process that waits longer for the others ends with an error; it must exceed what one
     process does alone, such as writing final/ or the longest rollout of a step.
     """
@@ -74,9 +74,17 @@ class StudentConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
-    """`path`: directory or hub name of a model that shares the student's tokenizer."""
+    """`path`: directory or hub name of a model that shares the student's tokenizer (an adapter's directory: merged into
+    its base), or `base = true`: the student as it was, its adapter left out of the forward, which takes no weights.
 
-    path: Place
+    `placement`: "replicated" on every process's device; "cpu" in its CPU memory, copied to the device for each
+    micro-batch. `dtype`: of its weights, [run] dtype by default.
+    """
+
+    path: Place | None = None
+    base: bool = False
+    placement: Literal["replicated", "cpu"] = "replicated"
+    dtype: Literal["float32", "bfloat16"] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

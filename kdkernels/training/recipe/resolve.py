@@ -16,6 +16,7 @@ from kdkernels.training.recipe.config import (
     Config,
     EvaluationConfig,
     RolloutConfig,
+    TeacherConfig,
     TokenizerConfig,
     TrainConfig,
 )
@@ -27,7 +28,7 @@ def resolve(config: Config) -> Config:
     _check_student(config)
     _check_train(config)
     _check_optimizer(config)
-    config = replace(config, tokenizer=_tokenizer(config), evaluation=_evaluation(config))
+    config = replace(config, teacher=_teacher(config), tokenizer=_tokenizer(config), evaluation=_evaluation(config))
     if config.checkpoint.every is None:
         config = replace(config, checkpoint=replace(config.checkpoint, every=max(1, config.train.steps // 10)))
     if config.deepspeed.zero_stage is None:
@@ -108,6 +109,22 @@ def _check_optimizer(config: Config) -> None:
     lr, decay = config.optimizer.lr, config.optimizer.weight_decay
     if lr * decay > 1:  # a step would take more off each weight than there is
         raise InputError(f"[optimizer] weight_decay: expected at most 1 / lr = {1 / lr:g}, got {decay:g}")
+
+
+def _teacher(config: Config) -> TeacherConfig | None:
+    teacher = config.teacher
+    if teacher is None:
+        return None
+    if (teacher.path is not None) == teacher.base:
+        raise InputError(f"[teacher] expected either path or base, got {'both' if teacher.base else 'neither'}")
+    if not teacher.base:
+        return teacher if teacher.dtype else replace(teacher, dtype=config.run.dtype)
+    if config.student.adapter is None:
+        raise InputError("[teacher] base is that of a student with [student.adapter]: without one, give it a path")
+    for key, default in (("placement", "replicated"), ("dtype", None)):
+        if getattr(teacher, key) != default:
+            raise InputError(f"[teacher] {key} belongs to a model at path; the base shares the student's weights")
+    return teacher
 
 
 def _tokenizer(config: Config) -> TokenizerConfig:
