@@ -261,6 +261,8 @@ class Layout:
 
     def to(self, device) -> Layout:
         """The layout with its tensors on ``device``: itself, with what it has computed, if they are there already."""
+        if device == self.index.device:
+            return self
         ahead = torch.device(device).type != "cpu"  # a copy to the CPU has to be waited for before it is read
         index = self.index.to(device, non_blocking=ahead)
         token = None if self.token is None else self.token.to(device, non_blocking=ahead)

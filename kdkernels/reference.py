@@ -162,33 +162,28 @@ def teacher_order(z_t_candidates: Tensor, top: Tensor) -> Tensor:
     return z.sort(dim=-1, descending=True, stable=True).indices
 
 
-def _present(ranked: Tensor) -> tuple[Tensor, Tensor]:
-    """The candidates' logits minus the largest one, and which candidates exist; the others get no weight."""
-    top = ranked.max(-1, keepdim=True).values
-    gone = absent(ranked, top)
-    return (ranked - top).masked_fill(gone, -2 * ABSENT), ~gone
-
-
 def plackett_luce(ranked: Tensor) -> Tensor:
     """NLL = sum_j [logsumexp(ranked_j..ranked_k) - ranked_j]  (TSD-KD eq. 4), over the candidates that exist.
 
     ranked [C, K]: the student's logits of its own candidates, in the teacher's order -> [C]. Entries that the student
     masks are no candidates, wherever the teacher ranks them. Where fewer than k entries exist, their order is learnt.
     """
-    z, exists = _present(ranked)
-    tails = z.flip(-1).logcumsumexp(-1).flip(-1)
-    return torch.where(exists, tails - z, 0).sum(-1)
+    return plackett_luce_with_gradient(ranked)[0]
 
 
-def plackett_luce_gradient(ranked: Tensor) -> Tensor:
-    """dNLL/dranked_i = sum_{j <= i} exp(ranked_i - logsumexp(ranked_j..)) - 1, 0 where absent; [C, K] -> [C, K].
+def plackett_luce_with_gradient(ranked: Tensor) -> tuple[Tensor, Tensor]:
+    """NLL [C] and its gradient [C, K], which is 0 where absent.
+
+        dNLL/dranked_i = sum_{j <= i} exp(ranked_i - logsumexp(ranked_j..)) - 1
 
     exp(ranked_i) is taken out of the sum. What is left is a cumulative sum over j, so there are no [C, K, K] terms.
     """
-    z, exists = _present(ranked)
-    tails = z.flip(-1).logcumsumexp(-1).flip(-1)
-    before = (-tails).masked_fill(~exists, -math.inf).logcumsumexp(-1)
-    return torch.where(exists, (z + before).exp() - 1, 0)
+    top = ranked.max(-1, keepdim=True).values
+    gone = absent(ranked, top)
+    z = (ranked - top).masked_fill(gone, -2 * ABSENT)
+    tails = z.flip(-1).logcumsumexp(-1).flip(-1)  # of each candidate and all behind it
+    before = (-tails).masked_fill(gone, -math.inf).logcumsumexp(-1)
+    return (tails - z).masked_fill(gone, 0).sum(-1), ((z + before).exp() - 1).masked_fill(gone, 0)
 
 
 def gate(entropy_s: Tensor, entropy_t: Tensor, tau: float) -> Tensor:

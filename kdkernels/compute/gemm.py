@@ -330,8 +330,10 @@ class WeightGradient:
     def __init__(self, products: Torch, weight: Tensor, vocabulary: int, chunks: int):
         self.products, self.chunks, self.added = products, chunks, 0
         self.gradient = memory.empty(weight.shape, weight.dtype, weight.device)
-        self.gradient[vocabulary:] = 0
-        self.real = self.gradient[:vocabulary]  # without the padding
+        self.real = self.gradient  # without the padding
+        if vocabulary < weight.shape[0]:
+            self.gradient[vocabulary:] = 0
+            self.real = self.gradient[:vocabulary]
         self.factor: Tensor | float = 1.0
         summed = weight.dtype.itemsize < 4 and (chunks > 1 or weight.dtype == torch.float16)
         self.accumulator = memory.empty(self.real.shape, torch.float32, weight.device) if summed else None

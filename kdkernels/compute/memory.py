@@ -93,19 +93,18 @@ def padded(columns: int, device: torch.device) -> int:
 def matrices(sizes: list[tuple[tuple[int, int], torch.dtype]], device: torch.device) -> list[Tensor]:
     """Uninitialised matrices of the given shapes and dtypes, with the strides of ``padded``.
 
-    On CPUs all lie in one block, which may be larger than they are.
+    On CPUs all lie in one block, which may be larger than they are, unless they are small.
     """
-    strides = [padded(columns, device) for (_, columns), _ in sizes]
-    if device.type != "cpu":
+    strides, starts, total = [padded(columns, device) for (_, columns), _ in sizes], [], 0
+    for stride, ((rows, _), dtype) in zip(strides, sizes, strict=True):
+        starts.append(total)
+        total += -(-rows * stride * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+    if device.type != "cpu" or total < _SMALLEST:
         return [
             torch.empty((rows, stride), dtype=dtype, device=device)[:, :columns]
             for stride, ((rows, columns), dtype) in zip(strides, sizes, strict=True)
         ]
-    starts, total = [], 0
-    for stride, ((rows, _), dtype) in zip(strides, sizes, strict=True):
-        starts.append(total)
-        total += -(-rows * stride * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
-    block = torch.empty(total, dtype=torch.uint8, device=device) if total < _SMALLEST else _logits.take(total)
+    block = _logits.take(total)
     return [
         block.view(dtype).as_strided(shape, (stride, 1), start // dtype.itemsize)
         for start, stride, (shape, dtype) in zip(starts, strides, sizes, strict=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -44,7 +43,7 @@ class _Chunked(torch.autograd.Function):
             return tensors[0].new_zeros((), dtype=torch.promote_types(tensors[0].dtype, torch.float32))
         ctx.gradients, ctx.factors = result.gradients, result.factors
         # A second backward has these terms, coefficients and chunks, whatever becomes of the program in between.
-        ctx.call = replace(call, coefficients=result.coefficients)
+        call.coefficients = result.coefficients
         return result.loss()
 
     @staticmethod
@@ -70,6 +69,8 @@ def scale_(gradients: Sequence[Tensor | None], factors: Sequence[Tensor | float]
 
     A factor is one number or, for gradients [..., X], one for each [..., 1].
     """
+    if isinstance(grad, Tensor) and grad.device.type == "cpu":
+        grad = grad.item()
     for gradient, factor in zip(gradients, factors, strict=True):
         if gradient is None:
             continue
@@ -92,10 +93,11 @@ def evaluate(call: Call) -> tuple[Tensor, Result | None]:
     """The differentiable loss of ``call`` and everything computed on the way.
 
     ``call.student`` holds the caller's tensors here; gradients flow to those that require them, in grad mode only.
+    The call becomes the graph's: its sources are detached, and it gets its coefficients.
     """
-    student, teacher = call.student.autocast(), call.teacher and call.teacher.autocast().detach()
+    student = call.student.autocast()
     needs = needed(student)
-    call = replace(call, student=student.detach(), teacher=teacher)
+    call.student, call.teacher = student.detach(), call.teacher and call.teacher.autocast().detach()
     out: list[Result | None] = []
     value = _Chunked.apply(call, needs, out, *student.tensors)
     return value, out[0]

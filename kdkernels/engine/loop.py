@@ -219,7 +219,9 @@ def _summary(rows: Rows, targeted: bool, largest: int) -> Tokens:
     """The statistics of student or teacher; the target, where there is one, is the last id gathered."""
     cross_entropy = rows.log_sum - (rows.gathered[:, -1] - rows.max) if targeted else None
     collision = (2 * rows.log_prob(rows.top_values[:, :largest])).exp().sum(-1) if largest else None
-    argmax = rows.top_indices[:, :1].clone()  # a view would keep all of them
+    argmax = rows.top_indices
+    if argmax.shape[1] > 1:
+        argmax = argmax[:, :1].clone()  # a view would keep all of them
     return Tokens(rows.stats, argmax, cross_entropy=cross_entropy, collision=collision)
 
 

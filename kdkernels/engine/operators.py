@@ -189,6 +189,8 @@ def _token_values(*arguments) -> Tensor:
     ignored = values.ignored(call)
     if ignored is not None:
         out = out.masked_fill(ignored, 0)
+    if sources.rows is None and out.numel() == sources.shape.numel():
+        return out.contiguous().view(sources.shape)
     return _spread(out, call, sources.shape)
 
 

@@ -101,6 +101,8 @@ def split(start: int, stop: int, most: int, borders: Sequence[int] = (), step: i
     for border in borders:
         if start < border < stop:
             return split(start, border, most, borders, step) + split(border, stop, most, borders, step)
+    if 0 < stop - start <= most:
+        return [slice(start, stop)]
     count, step = math.ceil((stop - start) / most), 1 if most % step else step
     edges = [start + math.ceil((stop - start) * i // count / step) * step for i in range(count)] + [stop]
     return [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]

@@ -85,8 +85,8 @@ class Result:
         """The sum of coefficient * value, in fp64; a token without a coefficient does not count, NaN or not."""
         out = {}
         for name, coefficient in self.coefficients.items():
-            c = coefficient.double()
-            out[name] = torch.where(c == 0, 0, c * self.tokens.values[name].double()).sum()
+            each = coefficient.double() * self.tokens.values[name].double()
+            out[name] = each.masked_fill_(coefficient == 0, 0).sum()
         return out
 
     def nonfinite(self) -> Tensor:
@@ -95,8 +95,10 @@ class Result:
         for known in (self.tokens, self.tokens.teacher):
             if known is not None:
                 seen += [known.entropy, known.cross_entropy]
-        return (~torch.stack([each for each in seen if each is not None]).isfinite().all(0)).sum()
+        zeros = torch.stack([each for each in seen if each is not None]).mul_(0)  # NaN where it is not finite
+        return zeros.sum(0).isnan().sum()
 
     def loss(self) -> Tensor:
         """The sum of all terms."""
-        return sum(self.terms.values()).to(self.tokens.stats.dtype)
+        first, *others = self.terms.values()
+        return sum(others, first).to(self.tokens.stats.dtype)

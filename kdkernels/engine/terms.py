@@ -33,8 +33,7 @@ from .gradient import LogitGradient
 from .tokens import Tokens
 
 
-@dataclass(frozen=True)
-class Needs:
+class Needs(NamedTuple):
     """What is to be known of each token beyond its statistics; ``a | b`` is what both need."""
 
     candidates: int = 0  # the student's most probable entries, and with a teacher its probability of the first
@@ -45,10 +44,7 @@ class Needs:
     all_entries: bool = False  # ... and its distribution over all entries: a kd.TopK will not do
 
     def __or__(self, other: Needs) -> Needs:
-        return Needs(*map(max, vars(self).values(), vars(other).values()))
-
-
-NOTHING = Needs()
+        return Needs(*map(max, self, other))
 
 
 @dataclass(eq=False)
@@ -88,7 +84,7 @@ class Evaluated(NamedTuple):
 class Term(ABC):
     """One number per token. A subclass is a frozen dataclass, so that two of the same options are the same term."""
 
-    needs = NOTHING
+    needs = Needs()
     group: str | None = None  # the group of tokens that it is a term of; None: all. Elsewhere its value is 0
     divergences = 0  # how many it evaluates, at its ``temperature``: each uses up logits (View.logits_to_use_up)
 
@@ -188,7 +184,7 @@ class Terms:
     def __init__(self, terms: Mapping[str, Term], reads: Needs):
         _check_terms(terms)
         self.by_name = dict(terms)
-        self.needs = reduce(or_, [needs for term in terms.values() if (needs := term.needs) is not NOTHING], reads)
+        self.needs = reduce(or_, [term.needs for term in terms.values()], reads)
         temperatures = {term.temperature for term in terms.values() if term.divergences}
         if len(temperatures) > 1:
             raise ValueError(

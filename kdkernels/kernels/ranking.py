@@ -28,6 +28,5 @@ def plackett_luce(student_logits: Tensor, teacher_logits: Tensor, teacher_top: T
     order = reference.teacher_order(teacher_logits, teacher_top)
     none = teacher_logits.isnan().any(-1) | ~teacher_top.isfinite()
     ranked = student_logits.gather(-1, order).masked_fill(none[:, None], torch.nan).double()
-    value = reference.plackett_luce(ranked).to(student_logits.dtype)
-    gradient = reference.plackett_luce_gradient(ranked).to(student_logits.dtype)
+    value, gradient = (each.to(student_logits.dtype) for each in reference.plackett_luce_with_gradient(ranked))
     return value, gradient.scatter(-1, order, gradient)

@@ -17,14 +17,14 @@ logger = logging.getLogger("kdkernels")
 class Entry(NamedTuple):
     """Where a backend is found and on which devices it runs: what is known of it before it is loaded."""
 
-    module: str  # has the backend as BACKEND
+    module: str  # has the backend as BACKEND; a name that begins with a dot is one of this package
     device: str | None  # the type of device; None: any
 
 
 BACKENDS = {  # in order of preference
-    "native": Entry(".native", "cpu"),
-    "triton": Entry(".triton.backend", "cuda"),
-    "eager": Entry(".eager", None),
+    "native": Entry(f"{__package__}.native", "cpu"),
+    "triton": Entry(f"{__package__}.triton.backend", "cuda"),
+    "eager": Entry(f"{__package__}.eager", None),
 }
 _logged: set[str] = set()
 

@@ -353,10 +353,11 @@ def _grouped(layout: Layout, teacher_layout: Layout, from_teacher: Tensor) -> tu
     """Layouts of the teacher's responses before the student's, and ``Call.groups``."""
     written = layout.written_by(from_teacher)
     order = sorted(range(layout.responses), key=lambda i: not written[i])
-    layout, teacher_layout = layout.take(order), teacher_layout.take(order)
-    by_teacher = sum(layout.lengths[: sum(written)])
-    groups = tuple(zip(AUTHORS, (by_teacher, len(layout) - by_teacher), strict=True))
-    return layout, teacher_layout, groups
+    taken = layout.take(order)
+    teacher_layout = taken if teacher_layout is layout else teacher_layout.take(order)
+    by_teacher = sum(taken.lengths[: sum(written)])
+    groups = tuple(zip(AUTHORS, (by_teacher, len(taken) - by_teacher), strict=True))
+    return taken, teacher_layout, groups
 
 
 def _check_from_teacher(objective: str, from_teacher: object, rows: int) -> None:

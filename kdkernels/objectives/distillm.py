@@ -54,5 +54,5 @@ class DistiLLM2(Objective):
         }
 
     def coefficients(self, tokens: Tokens) -> dict[str, Tensor]:
-        mean = weighted(1.0 / tokens.length.to(tokens.entropy.dtype), tokens)
+        mean = weighted(tokens.length.to(tokens.entropy.dtype).reciprocal(), tokens)
         return {"skl": mean, "srkl": mean}

@@ -39,4 +39,4 @@ class GKD(Objective):
         return {"direct": DivergenceTerm(JSD(self.beta), self.temperature)}
 
     def coefficients(self, tokens: Tokens) -> dict[str, Tensor]:
-        return {"direct": weighted(1.0 / tokens.length.to(tokens.entropy.dtype), tokens)}
+        return {"direct": weighted(tokens.length.to(tokens.entropy.dtype).reciprocal(), tokens)}

@@ -27,4 +27,4 @@ class SFT(Objective):
         super().__init__(reduction)
 
     def coefficients(self, tokens: Tokens) -> dict[str, Tensor]:
-        return {"cross_entropy": weighted(1.0 / tokens.length.to(tokens.entropy.dtype), tokens)}
+        return {"cross_entropy": weighted(tokens.length.to(tokens.entropy.dtype).reciprocal(), tokens)}

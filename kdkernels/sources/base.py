@@ -132,8 +132,8 @@ class Source:
         return source
 
     def detach(self) -> Source:
-        detached = [None if t is None else t.detach() for t in self.tensors]
-        return self.trusted(**self.__dict__ | dict(zip(self.names, detached, strict=True)))
+        detached = {name: t.detach() for name in self.names if (t := getattr(self, name)) is not None}
+        return self.trusted(**self.__dict__ | detached)
 
     def autocast(self) -> Source:
         """This source in autocast's dtype. Only a head changes, because only a head multiplies matrices."""

@@ -74,7 +74,7 @@ class Head(Source):
                     f"{name}: expected device {self.hidden.device} (that of hidden), got {tensor.device}{lost}"
                 )
             if not all(autocast_dtype(t) for t in (tensor, self.hidden)):
-                self._check_dtype(name)
+                _check_dtype(name, tensor, self.hidden.dtype)
         if self.weight.dim() != 2 or 0 in self.weight.shape:
             way_out = where_the_rows_are(self.weight)
             kind = TypeError if way_out else ValueError
@@ -94,14 +94,6 @@ class Head(Source):
         else:
             check_group(self.group, self.vocab_size)
 
-    def _check_dtype(self, name: str) -> None:
-        tensor = getattr(self, name)
-        if tensor is not None and tensor.dtype != self.dtype:
-            raise TypeError(
-                f"{name}: expected dtype {self.dtype} (that of hidden), got {tensor.dtype}; they may differ only where "
-                "autocast is on, for the head as for the loss"
-            )
-
     @property
     def vocabulary(self) -> int:
         """How many entries have a probability: ``vocab_size``, or all of weight's."""
@@ -118,8 +110,10 @@ class Head(Source):
         """
         dtype = autocast_dtype(self.hidden)
         if dtype is None:
-            for name in self.names:  # the head may have been made where autocast was on
-                self._check_dtype(name)
+            own = self.dtype
+            for name, tensor in zip(self.names, self.tensors, strict=True):
+                if tensor is not None:  # the head may have been made where autocast was on
+                    _check_dtype(name, tensor, own)
             return self
         narrow = {name: getattr(self, name).to(dtype) for name in self.names if getattr(self, name) is not None}
         return replace(self, **narrow)
@@ -251,6 +245,14 @@ class Head(Source):
         from .verify import verify
 
         return verify(self, model, tokens, inputs)
+
+
+def _check_dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    if tensor.dtype != dtype:
+        raise TypeError(
+            f"{name}: expected dtype {dtype} (that of hidden), got {tensor.dtype}; they may differ only where autocast "
+            "is on, for the head as for the loss"
+        )
 
 
 def multiplies(weight: Tensor) -> bool:
