@@ -23,6 +23,7 @@ examples:
   kdkernels train recipe.toml --dry-run --gpus 8        the same for another machine
   kdkernels train recipe.toml --set train.steps=100     train, with one key of the recipe changed
   kdkernels train recipe.toml --resume                  go on after a crash, bit for bit; begin if there is nothing yet
+  kdkernels train recipe.toml --resume --set train.steps=200    more steps than it had, or another [optimizer] lr
   kdkernels train first.toml second.toml                train in stages; the same again goes on after a crash
   torchrun --nproc-per-node 8 -m kdkernels train recipe.toml
   kdkernels report runs/a runs/b                        compare runs, in Markdown and a figure
@@ -66,7 +67,8 @@ def _train(options: argparse.Namespace) -> int:
     except MissingPackage as error:
         return end(UNUSABLE, error)
     dry_run = command.DryRun(options.gpus, options.save) if options.dry_run else None
-    return command.run(recipes, sources, resume=options.resume, dry_run=dry_run)
+    asked = [assignment.partition("=")[0].replace(" ", "") for assignment in options.set]
+    return command.run(recipes, sources, resume=options.resume, asked=asked, dry_run=dry_run)
 
 
 def _new(options: argparse.Namespace) -> int:

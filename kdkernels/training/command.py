@@ -43,7 +43,12 @@ class DryRun:
 
 
 def run(
-    recipes: list[Config] | InputError, sources: Sequence[str], *, resume: bool, dry_run: DryRun | None = None
+    recipes: list[Config] | InputError,
+    sources: Sequence[str],
+    *,
+    resume: bool,
+    asked: Sequence[str] = (),
+    dry_run: DryRun | None = None,
 ) -> int:
     """Does what the recipes say.
 
@@ -51,32 +56,39 @@ def run(
         recipes: what `read_recipes` returned, or raised in this process: others may have been able to read theirs.
         sources: the recipes' paths, for error messages.
         resume: goes on from the newest checkpoint, as stages do in any case.
+        asked: the keys that were set by name, which may be others than those of the one run that is resumed.
         dry_run: prints the plan of the one recipe instead of training; what is asked of it.
 
     Returns:
         The exit status (exits.STATUSES).
     """
-    status = _run(recipes, sources, resume, dry_run)
+    if not sys.stderr.isatty():
+        disable_progress_bar()
+    status = _run(recipes, sources, resume, asked, dry_run)
     if status not in (LOST, UNFORESEEN, INTERRUPTED):  # of these, the others may know nothing yet
         distributed.leave()
     return status
 
 
-def _run(recipes: list[Config] | InputError, sources: Sequence[str], resume: bool, dry_run: DryRun | None) -> int:
-    if not sys.stderr.isatty():
-        disable_progress_bar()
+def _run(
+    recipes: list[Config] | InputError,
+    sources: Sequence[str],
+    resume: bool,
+    asked: Sequence[str],
+    dry_run: DryRun | None,
+) -> int:
     configs = []
     try:
         configs = _agreed(recipes, sources)
         if dry_run:
-            text = plan(*configs, resume=resume, recipes=lineage(*sources), gpus=dry_run.gpus)
+            text = plan(*configs, resume=resume, recipes=lineage(*sources), gpus=dry_run.gpus, asked=asked)
             if first():
                 if dry_run.save is not None:
                     _save(text, dry_run.save)
                 with writing(Path("standard output")):
                     print(text, flush=True)
         else:
-            results = train_stages(configs) if len(configs) > 1 else [train(*configs, resume=resume)]
+            results = train_stages(configs) if len(configs) > 1 else [train(*configs, resume, changes=asked)]
             if first():
                 with writing(Path("standard output")):
                     for result in results:
@@ -121,9 +133,8 @@ def _save(text: str, path: Path) -> None:
 
 def _way_on(configs: Sequence[Config]) -> str:
     """How the first of the runs that did not come to its end goes on."""
-    runs = [(RunDirectory(config.run.output), config) for config in configs]
-    run, config = next((one for one in runs if not one[0].final.is_dir()), runs[-1])
-    return run.way_on(config)
+    runs = [RunDirectory(config.run.output) for config in configs]
+    return next((run for run in runs if not run.final.is_dir()), runs[-1]).way_on()
 
 
 def _agreed(recipes: list[Config] | InputError, sources: Sequence[str]) -> list[Config]:

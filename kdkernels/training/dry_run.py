@@ -3,7 +3,7 @@
 Models that are not on this machine are planned with all the same where their configurations are known (elsewhere.py).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from kdkernels.data.tokenizers import vocabulary_size
 from kdkernels.engine import predict
+from kdkernels.errors import InputError
 from kdkernels.sources.from_model import tail
 from kdkernels.training.deepspeed_strategy import accumulation_steps
 from kdkernels.training.inputs import read_inputs
@@ -20,7 +21,7 @@ from kdkernels.training.needs import check_disk, check_output, describe, describ
 from kdkernels.training.processes import distributed
 from kdkernels.training.recipe.config import Config
 from kdkernels.training.recipe.elsewhere import described
-from kdkernels.training.recipe.resolve import NO_JUDGE
+from kdkernels.training.recipe.resolve import NO_JUDGE, resolve_steps
 from kdkernels.training.recipe.schema import to_toml
 from kdkernels.training.run.directory import RunDirectory
 from kdkernels.training.run.lock import refuse_if_locked
@@ -29,26 +30,33 @@ Models = dict[str, PreTrainedModel]
 GPU = "A100"  # that the chunks of the loss are shown for where the run is not one of this machine
 
 
-def plan(config: Config, resume: bool = False, recipes: Sequence[Path] = (), gpus: int | None = None) -> str:
+def plan(
+    config: Config,
+    resume: bool = False,
+    recipes: Sequence[Path] = (),
+    gpus: int | None = None,
+    asked: Collection[str] = (),
+) -> str:
     """The resolved recipe and, in comments, what it comes to. Raises InputError where training would, but for a judge
     that is missing, and for files of other machines.
 
     Args:
         recipes: the file that the recipe was read from, and those that it extends.
         gpus: plans for so many processes with a GPU each, not for those that there are.
+        asked: as `changes` of `train`.
     """
     distributed.start()
     processes = gpus or distributed.world_size()
     accumulation_steps(config, processes)
     objective, run, elsewhere = config.objective.build(), RunDirectory(config.run.output), described(config, recipes)
-    if resume and not elsewhere and run.is_finished(config):
+    if resume and not elsewhere and run.is_finished(config, asked):
         return f"{to_toml(config)}# plan\n# {run.root}: the run is finished, nothing is left to do; model: {run.final}"
     lines = [f"objective: {config.objective.name} with these options {NO_JUDGE}"] if objective.needs_weights else []
     if elsewhere:
         models, vocabulary, read = _from_descriptions(config, elsewhere)
         needed = needs(config, models["student"], models.get("teacher"), processes=processes)
     else:
-        models, vocabulary, read, done = _from_here(config, run, resume)
+        config, models, vocabulary, read, done = _from_here(config, run, resume, asked)
         needed = needs(config, models["student"], models.get("teacher"), done, processes)
         check_disk(run, needed)
     lines += read + [_describe_model(name, model) for name, model in models.items()]
@@ -68,12 +76,18 @@ def _comments(lines: Sequence[str]) -> list[str]:
     return [f"# {line}".rstrip() for text in lines for line in text.splitlines()]
 
 
-def _from_here(config: Config, run: RunDirectory, resume: bool) -> tuple[Models, int, list[str], int]:
-    """Models on the meta device, the tokenizer's vocabulary, what was read, and the steps that are trained already."""
+def _from_here(
+    config: Config, run: RunDirectory, resume: bool, asked: Collection[str]
+) -> tuple[Config, Models, int, list[str], int]:
+    """The recipe with its steps, models on the meta device, the tokenizer's vocabulary, what was read, and how many
+    steps are trained already.
+    """
     check_output(run.root)
     refuse_if_locked(run.root)
-    start = run.find_start(config, resume)
+    start = run.find_start(config, resume, asked)
     inputs = read_inputs(config, config.objective.build(), start.tokenizer)
+    config = resolve_steps(config, len(inputs.examples.usable))
+    run.check_resolved(config, start, asked)
     models, vocabulary = _models(config, inputs.tokenizer), vocabulary_size(inputs.tokenizer)
     lines = [*map(str, inputs.data), inputs.examples.first, f"tokenizer: {vocabulary} tokens"]
     lines += [
@@ -84,11 +98,16 @@ def _from_here(config: Config, run: RunDirectory, resume: bool) -> tuple[Models,
     lines += describe_ends(config, inputs.tokenizer, models["student"], models.get("teacher"))
     epochs = config.train.steps * config.train.batch_size / len(inputs.examples.usable)
     lines.append(f"{epochs:.2f} epochs")
-    return models, vocabulary, lines, start.progress["step"]
+    return config, models, vocabulary, lines, start.progress["step"]
 
 
 def _from_descriptions(config: Config, elsewhere: Mapping[str, Path]) -> tuple[Models, int, list[str]]:
     """As `_from_here`, where models are not on this machine: from their configurations, reading nothing else."""
+    if config.train.steps is None:
+        raise InputError(
+            "--dry-run: [train] epochs: how many steps they are cannot be known where data and models are not read: "
+            "add --set train.steps=NUMBER"
+        )
     names = {"[student] path": config.student.path, "[teacher] path": config.teacher and config.teacher.path}
     lines = [f"{key}: {names[key]} is not on this machine: planned with {file}" for key, file in elsewhere.items()]
     unread = [config.data.train, *([config.evaluation.data] if config.evaluation else [])]

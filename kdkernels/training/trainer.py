@@ -7,7 +7,7 @@ Without a launcher it is one process; torchrun starts several, which run this to
 
 import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ from kdkernels.training.deepspeed_strategy import DeepSpeedStrategy, accumulatio
 from kdkernels.training.errors import Collapsed, DiskError, Stopped
 from kdkernels.training.evaluation import evaluate, summarize
 from kdkernels.training.finite import first_nonfinite, nonfinite
-from kdkernels.training.inputs import build_objective, read_inputs
+from kdkernels.training.inputs import Inputs, build_objective, read_inputs
 from kdkernels.training.models import adapters
 from kdkernels.training.models.agreement import check_model
 from kdkernels.training.models.ends import describe_ends
@@ -39,6 +39,7 @@ from kdkernels.training.needs import check_disk, describe_dtype, needs
 from kdkernels.training.processes import distributed
 from kdkernels.training.processes.termination import Termination
 from kdkernels.training.recipe.config import Config
+from kdkernels.training.recipe.resolve import resolve_steps
 from kdkernels.training.run import checkpoint
 from kdkernels.training.run.atomic import write_directory, writing
 from kdkernels.training.run.directory import RunDirectory, Start
@@ -65,7 +66,7 @@ class Result:
         return cls(run.root, run.final, evaluations(read_metrics(run.metrics)))
 
 
-def train(config: Config, resume: bool = False, judge: Judge | None = None) -> Result:
+def train(config: Config, resume: bool = False, judge: Judge | None = None, changes: Collection[str] = ()) -> Result:
     """Trains the recipe's student.
 
     SIGTERM ends it after the step under way, with a checkpoint; if that step was skipped, after one that is not.
@@ -76,6 +77,8 @@ def train(config: Config, resume: bool = False, judge: Judge | None = None) -> R
             is finished nothing is left to do.
         judge: gives the tokens of each micro-batch their weights, on every process. A run that is resumed needs the
             same one again, which nothing can check.
+        changes: keys of the recipe, such as "train.steps", that may have other values than the run to be resumed has:
+            of those in run/history.py's CHANGEABLE. config-000050.toml in its directory is what it was up to step 50.
 
     Raises:
         InputError: data, models or a run directory that cannot be used, or an objective that needs a judge without one.
@@ -89,17 +92,21 @@ def train(config: Config, resume: bool = False, judge: Judge | None = None) -> R
     objective = build_objective(config, judge)
     run = RunDirectory(config.run.output)
     accumulation_steps(config)
-    if resume and run.is_finished(config):
+    if resume and run.is_finished(config, changes):
         return _finished(run)
     with Termination() as termination, run.locked(), ExitStack() as held:
         termination.stop_at_once()  # not while the directory was locked: the lock would have stayed
-        start = run.find_start(config, resume)
+        start = run.find_start(config, resume, changes)
         try:
-            training = _Training(config, objective, judge, run, start, held)
+            with distributed.together():
+                inputs = read_inputs(config, objective, start.tokenizer)
+            config = resolve_steps(config, len(inputs.examples.usable))
+            run.check_resolved(config, start, changes)
+            training = _Training(config, objective, judge, run, start, inputs, held)
             training.loop(termination)
             return training.finish()
         except DiskError as error:
-            raise DiskError(f"{error}. Once that is mended, {run.way_on(config)}") from error
+            raise DiskError(f"{error}. Once that is mended, {run.way_on()}") from error
 
 
 class _Training:
@@ -116,14 +123,14 @@ class _Training:
         judge: Judge | None,
         run: RunDirectory,
         start: Start,
+        inputs: Inputs,
         held: ExitStack,
     ):
-        self.config, self.run = config, run
+        self.config, self.run, self.inputs = config, run, inputs
         self.first = self.step = start.progress["step"]
         self.skipped, self.in_a_row, self.unsaved = start.progress["skipped_steps"], 0, False
         self.collapse = Collapse(config, start.progress["steps_beyond_limits"])
         with distributed.together():
-            self.inputs = read_inputs(config, objective, start.tokenizer)
             student, teacher = _load_models(config, run, self.inputs.tokenizer, done=self.first)
         tokenizer, examples = self.inputs.tokenizer, self.inputs.examples.usable
         entries = vocabulary_size(tokenizer)
@@ -153,6 +160,7 @@ class _Training:
         run.remove_left_overs()
         if start.checkpoint is not None:
             checkpoint.restore(self.parts.strategy, start.checkpoint)
+            run.go_on(config, self.first)
             made_from = start.inputs
         else:
             _seed(config.run.seed + distributed.rank())  # every process samples rollouts of its own

@@ -193,7 +193,7 @@ def test_missing_recipe_section_and_key(recipe, tmp_path):
     with pytest.raises(InputError, match=r"section \[objective\] is missing"):
         load_config(recipe)
     recipe.write_text(text.replace("steps = 3", ""))
-    with pytest.raises(InputError, match=r"\[train\] key 'steps' is missing; expected an integer >= 1"):
+    with pytest.raises(InputError, match=r"\[train\] key 'steps' or 'epochs' is missing; expected one of them"):
         load_config(recipe)
     recipe.write_text(text.replace('kind = "characters"', ""))
     with pytest.raises(InputError, match=r"\[tokenizer\] key 'path' or 'kind' is missing"):

@@ -17,6 +17,7 @@ Seed = Annotated[int, Rule(lambda value: value >= 0, "an integer from 0 to 2^63 
 LearningRate = Annotated[float, Rule(lambda value: 0 < value <= 1e30, "a number > 0 and at most 1e30")]
 Positive = Annotated[float, Rule(lambda value: 0 < value < float("inf"), "a finite number > 0")]
 PositiveOrZero = Annotated[float, Rule(lambda value: 0 <= value < float("inf"), "a finite number >= 0")]
+Epochs = Annotated[float, Rule(lambda value: 0 < value <= 10**6, "a number > 0 and at most 1e6")]
 Place = Annotated[str, Rule(lambda value: value.strip() and "\0" not in value, "a path, which is not empty")]
 Share = Annotated[float, Rule(lambda value: 0 <= value <= 1, "a number from 0 to 1")]
 Momentum = Annotated[float, Rule(lambda value: 0 <= value < 1, "a number >= 0 and < 1")]
@@ -169,14 +170,18 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """`batch_size`: responses per optimizer step, over all processes. `micro_batch_size`: responses per process and
+    """`steps`: optimizer steps of the whole run; or `epochs`, how often it sees its usable examples: 2.5 of 1000 are
+    2500 responses, in as many steps as that takes. A recipe has one of the two.
+
+    `batch_size`: responses per optimizer step, over all processes. `micro_batch_size`: responses per process and
     forward pass.
 
     `max_skipped_steps`: a step whose loss or gradient is not finite changes nothing and is counted; a run that has to
     skip more than so many in a row has diverged and stops.
     """
 
-    steps: Count
+    steps: Count | None = None
+    epochs: Epochs | None = None
     batch_size: Count
     micro_batch_size: Count
     max_skipped_steps: CountOrZero = 10

@@ -8,12 +8,14 @@ from kdkernels.errors import InputError
 from kdkernels.training.recipe.schema import read_toml, show
 
 EXTENDS = "extends"
+INSTEAD = {"train.steps": "epochs", "train.epochs": "steps"}  # a key, and the one of its section that it replaces
 
 
 def read_tables(path: str | Path) -> dict[str, Any]:
     """The tables of the recipe at `path`, laid key by key over those of the recipe that it extends, if it does.
 
-    The one exception: an [objective] of another name replaces the section, since the options there are not its own.
+    The exceptions: an [objective] of another name replaces the section, since the options there are not its own, and
+    steps and epochs replace each other.
 
     Raises:
         InputError: a recipe that cannot be read, or recipes that extend each other in a circle.
@@ -70,6 +72,10 @@ def _lay(tables: Mapping[str, Any], over: dict[str, Any]) -> None:
     both = isinstance(mine, Mapping) and isinstance(other, Mapping)
     if both and "name" in mine and mine["name"] != other.get("name"):
         del over["objective"]
+    for section, table in tables.items():
+        if isinstance(table, Mapping) and isinstance(over.get(section), dict):
+            for key in table:
+                over[section].pop(INSTEAD.get(f"{section}.{key}"), None)
     _merge(tables, over)
 
 

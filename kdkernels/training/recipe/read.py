@@ -23,7 +23,7 @@ from typing import Any, Literal
 from kdkernels.errors import InputError
 from kdkernels.training.recipe.config import FINAL, Config, ObjectiveConfig
 from kdkernels.training.recipe.elsewhere import described
-from kdkernels.training.recipe.extends import EXTENDS, lineage, read_tables
+from kdkernels.training.recipe.extends import EXTENDS, INSTEAD, lineage, read_tables
 from kdkernels.training.recipe.resolve import check_paths, model_paths, resolve, resolve_objective
 from kdkernels.training.recipe.schema import override, parse_section, parse_table, refuse_unknown, show
 from kdkernels.training.recipe.signatures import known_objectives, objective_options
@@ -53,7 +53,7 @@ def read_recipe(
     """
     tables = read_tables(path)
     for assignment in overrides:
-        override(tables, assignment)
+        override(tables, assignment, INSTEAD)
     source = str(path)
     known = {section.name: section for section in fields(Config)}
     refuse_unknown(tables, [*known, EXTENDS], f"{source}:", "section")

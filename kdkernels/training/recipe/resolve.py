@@ -4,10 +4,12 @@ Raises InputError naming the section and key; the caller adds the recipe's name.
 """
 
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Collection
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 from kdkernels.errors import InputError
@@ -29,8 +31,6 @@ def resolve(config: Config) -> Config:
     _check_train(config)
     _check_optimizer(config)
     config = replace(config, teacher=_teacher(config), tokenizer=_tokenizer(config), evaluation=_evaluation(config))
-    if config.checkpoint.every is None:
-        config = replace(config, checkpoint=replace(config.checkpoint, every=max(1, config.train.steps // 10)))
     if config.deepspeed.zero_stage is None:
         stage = 1 if config.run.dtype == "bfloat16" else 0
         config = replace(config, deepspeed=replace(config.deepspeed, zero_stage=stage))
@@ -46,7 +46,28 @@ def resolve_objective(config: Config) -> Config:
             "[data] key 'response' is missing; only a recipe whose student writes every response can do without, "
             "and only without [evaluation]"
         )
-    return config
+    return config if config.train.epochs is not None else resolve_steps(config, 0)
+
+
+def resolve_steps(config: Config, examples: int) -> Config:
+    """The resolved recipe with what follows from how many of its training examples are usable: the steps of its epochs,
+    and what happens every so many steps by default.
+    """
+    train, checkpoint, rollout = config.train, config.checkpoint, config.rollout
+    if train.epochs is not None:
+        steps = math.ceil(Fraction(str(train.epochs)) * examples / train.batch_size)  # as the recipe writes the number
+        if train.steps not in (None, steps):
+            raise InputError(
+                f"[train] steps: expected one of steps and epochs; {train.epochs:g} epochs of {examples} usable "
+                f"examples are {steps} steps of {train.batch_size}, got {train.steps}"
+            )
+        train = replace(train, steps=steps)
+    every = max(1, train.steps // 10)
+    if checkpoint.every is None:
+        checkpoint = replace(checkpoint, every=every)
+    if rollout.samples is not None and rollout.samples_every is None:
+        rollout = replace(rollout, samples_every=every)
+    return replace(config, train=train, checkpoint=checkpoint, rollout=rollout)
 
 
 NO_JUDGE = (  # said of an objective whose `weights` a recipe cannot give
@@ -98,6 +119,8 @@ def _check_student(config: Config) -> None:
 
 
 def _check_train(config: Config) -> None:
+    if config.train.steps is None and config.train.epochs is None:
+        raise InputError("[train] key 'steps' or 'epochs' is missing; expected one of them")
     if config.train.batch_size % config.train.micro_batch_size:
         raise InputError(
             f"[train] batch_size: expected a multiple of micro_batch_size {config.train.micro_batch_size}, "
@@ -180,8 +203,6 @@ def _samples(rollout: RolloutConfig, train: TrainConfig) -> RolloutConfig:
         return rollout
     if rollout.samples is None:
         rollout = replace(rollout, samples=min(4, train.batch_size))
-    if rollout.samples_every is None:
-        rollout = replace(rollout, samples_every=max(1, train.steps // 10))
     if rollout.samples > train.batch_size:
         raise InputError(
             f"[rollout] samples: expected at most train.batch_size = {train.batch_size}, got {rollout.samples}"

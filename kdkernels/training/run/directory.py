@@ -9,15 +9,17 @@ checkpoints/step-000123/
 evaluation-000123.jsonl  one line per held-out problem, after that step
 rollouts-000123.jsonl    some of what the student wrote in that step
 final/                   model and tokenizer, as transformers reads them
+config-000123.toml       the recipe up to that step, where it was changed for the steps behind it (history.py)
+final-000123/            the model of a run that ended there before more steps were asked for
 report.md                before and after
 run.lock                 the run that is at work here
 """
 
 import json
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +29,18 @@ from kdkernels.data.jsonl import json_line
 from kdkernels.errors import InputError
 from kdkernels.training.processes import distributed
 from kdkernels.training.recipe.config import FINAL, Config
-from kdkernels.training.recipe.resolve import PATHS
-from kdkernels.training.recipe.schema import read_toml, to_tables, to_toml
+from kdkernels.training.recipe.schema import read_toml
 from kdkernels.training.run import checkpoint, lock
 from kdkernels.training.run.atomic import (
     UNFINISHED,
+    remove,
     remove_unfinished,
     write_bytes,
     write_directory,
     write_text,
     writing,
 )
+from kdkernels.training.run.history import check_recipe, write_config
 from kdkernels.training.run.identity import TOKENIZER, Identity, differences, identify, sources
 
 BEGINNING = {"step": 0, "position": 0, "skipped_steps": 0, "steps_beyond_limits": 0}
@@ -88,17 +91,36 @@ class RunDirectory:
             distributed.by_first(lambda: held.enter_context(lock.locked(self.root)))
             yield
 
-    def find_start(self, config: Config, resume: bool) -> Start:
+    def find_start(self, config: Config, resume: bool, asked: Collection[str] = ()) -> Start:
         """Where the run begins, all that it is made from being what it was; all processes call this together, and
         nothing is written.
+
+        asked: keys of the recipe that were asked for by name, of which those in `history.CHANGEABLE` may be others than
+        those of the run.
 
         To resume where nothing is there yet is to begin. Raises InputError where a new run would write into an old one,
         where a resumed one has another recipe or is made from anything else than the interrupted one, and where no
         checkpoint can be read.
         """
-        distributed.by_first(lambda: self._check(config, resume))
+        distributed.by_first(lambda: self._check(config, resume, asked))
         found = checkpoint.newest_sound(self.checkpoints) if resume else None
         return distributed.by_first(lambda: self._start(config, resume, found))
+
+    def check_resolved(self, config: Config, start: Start, asked: Collection[str] = ()) -> None:
+        """What `find_start` checked of a resumed run, of the recipe with the steps of its epochs; all processes call
+        this together. Raises InputError, also where more steps are trained than it has.
+        """
+
+        def check() -> None:
+            if start.checkpoint is not None:
+                check_recipe(self.config, config, asked)
+            if start.progress["step"] > config.train.steps:
+                raise InputError(
+                    f"--resume: [train] steps: expected at least {start.progress['step']}, which are trained in "
+                    f"{start.checkpoint}, got {config.train.steps}"
+                )
+
+        distributed.by_first(check)
 
     def check(self, config: Config) -> None:
         """Raises InputError where the run can neither be begun here nor be the one that is here, at its end or on its
@@ -106,8 +128,8 @@ class RunDirectory:
         """
         distributed.by_first(lambda: self._check(config, resume=self.config.is_file()))
 
-    def is_finished(self, config: Config) -> bool:
-        """Whether the run has come to its end; all processes call this together.
+    def is_finished(self, config: Config, asked: Collection[str] = ()) -> bool:
+        """Whether the run has come to its end, and no other one is `asked` for; all processes call this together.
 
         Raises InputError where it has, but was one of another recipe or made from anything else than there is now.
         """
@@ -115,7 +137,8 @@ class RunDirectory:
         def check() -> bool:
             if not (self.config.is_file() and self.final.is_dir()):
                 return False
-            self._check(config, resume=True)
+            if check_recipe(self.config, config, asked):
+                return False
             self._identities(config, _read_json(self.inputs))
             return True
 
@@ -138,7 +161,7 @@ class RunDirectory:
         everything it is made from, the tokenizer that the recipe trained among them. Raises DiskError.
         """
         trained = config.tokenizer.kind is not None
-        distributed.by_first(lambda: write_text(self.config, to_toml(config)))  # from here on there is a run
+        distributed.by_first(lambda: write_config(self.config, config, step=0))  # from here on there is a run
         if trained:
             write_directory(self.tokenizer, lambda path: _save_tokenizer(tokenizer, path))
 
@@ -148,6 +171,21 @@ class RunDirectory:
             return known
 
         return distributed.by_first(complete)
+
+    def go_on(self, config: Config, step: int) -> None:
+        """Makes `config` the run's recipe from `step` on; all processes call this together. A model that an end without
+        the steps asked for now has left stays, under another name. Raises DiskError.
+        """
+
+        def change() -> None:
+            if self.final.is_dir():
+                earlier = self.root / f"{FINAL}-{read_toml(self.config)['train']['steps']:06d}"
+                with writing(earlier):
+                    remove(earlier)
+                    self.final.rename(earlier)
+            write_config(self.config, config, step)
+
+        distributed.by_first(change)
 
     def restore_log(self, kept: Path | None) -> None:
         """Makes metrics.jsonl what it was when the checkpoint `kept` was written, or nothing: what came after it is
@@ -163,16 +201,17 @@ class RunDirectory:
 
         distributed.by_first(restore)
 
-    def way_on(self, config: Config) -> str:
+    def way_on(self) -> str:
         """How a run that did not come to its end goes on, in words."""
         there = checkpoint.complete(self.checkpoints)
         if not self.config.is_file():
             return "start the run again: nothing was trained yet"
-        if not there and config.checkpoint.every == 0:
+        recipe = read_toml(self.config)
+        if not there and recipe["checkpoint"]["every"] == 0:
             return "--resume starts from the beginning, as [checkpoint] every = 0 asked for no checkpoints"
         if not there:
             return "--resume starts from the beginning, as there is no checkpoint yet"
-        if checkpoint.step(there[-1]) == config.train.steps:
+        if checkpoint.step(there[-1]) == recipe["train"]["steps"]:
             return f"--resume writes {self.final}: all steps are trained, and are in {there[-1]}"
         return f"--resume goes on from {there[-1]}"
 
@@ -180,24 +219,11 @@ class RunDirectory:
         """Makes `records` the lines of the file `path`; all processes call this together. Raises DiskError."""
         distributed.by_first(lambda: write_text(path, "".join(map(json_line, records))))
 
-    def _check(self, config: Config, resume: bool) -> None:
+    def _check(self, config: Config, resume: bool, asked: Collection[str] = ()) -> None:
         """Raises InputError where the directory is not that of an unfinished run of this recipe, or not free."""
         here = f"{self.root} is not empty"
         if resume and self.config.is_file():
-            recipe = read_toml(self.config)
-            if not all(isinstance(table, dict) for table in recipe.values()):
-                raise InputError(f"--resume: {self.config} is damaged: expected nothing but tables")
-            unknown = _unknown(recipe, config)
-            if unknown:
-                raise InputError(
-                    f"--resume: the run in {self.root} was begun by another version of kdkernels, which did not know "
-                    f"{', '.join(unknown)}: continue it with that version, or start a new run in another directory"
-                )
-            changes = _differences(recipe, to_tables(config))
-            if changes:
-                raise InputError(
-                    f"--resume: the recipe differs from that of the run in {self.root}: {'; '.join(changes)}"
-                )
+            check_recipe(self.config, config, asked)
         elif self.config.is_file() and self.final.is_dir():
             raise InputError(
                 f"[run] output: {here}, it holds a finished run with its model in {self.final}: give another directory"
@@ -214,6 +240,11 @@ class RunDirectory:
         began_with, progress = None, BEGINNING
         if found is not None:
             began_with, progress = found[1].inputs, BEGINNING | found[1].progress
+        elif resume and self.final.is_dir():
+            raise InputError(
+                f"--resume: the run in {self.root} is finished and kept no checkpoint from which it could go on: start "
+                f"another run, from its model in {self.final} ([student] path)"
+            )
         elif resume:
             missing = "checkpoint" if self.config.is_file() else "run"
             warnings.warn(f"--resume: no {missing} yet in {self.root}: the run starts from its beginning", stacklevel=2)
@@ -263,27 +294,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         problem = error
     raise InputError(f"--resume: {path} is damaged: {problem}: give the run another directory")
-
-
-def _unknown(recipe: dict[str, dict[str, Any]], config: Config) -> list[str]:
-    """The keys that a run writes into its config.toml whatever the user sets, and that `recipe`, read there, lacks."""
-    return [
-        f"{section}.{entry.name}"
-        for section, table in recipe.items()
-        if getattr(config, section, None) is not None
-        for entry in fields(getattr(config, section))
-        if entry.default is not MISSING and entry.default is not None and entry.name not in table
-    ]
-
-
-def _differences(old: dict, new: dict) -> list[str]:
-    """Every key in which two recipes differ, as `section.key: old -> new`; but for paths, which may be written another
-    way: there it is the contents that count.
-    """
-    keys = dict.fromkeys((section, key) for tables in (old, new) for section, table in tables.items() for key in table)
-    pairs = {place: [tables.get(place[0], {}).get(place[1]) for tables in (old, new)] for place in keys}
-    return [
-        f"{section}.{key}: {before!r} -> {after!r}"
-        for (section, key), (before, after) in pairs.items()
-        if before != after and (section, key) not in PATHS
-    ]

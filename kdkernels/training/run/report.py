@@ -8,6 +8,7 @@ from kdkernels.training.processes import distributed
 from kdkernels.training.recipe.config import Config
 from kdkernels.training.run.atomic import write_text
 from kdkernels.training.run.directory import RunDirectory
+from kdkernels.training.run.history import changes
 from kdkernels.training.run.metrics import by_outcome, evaluations, phases, read_metrics
 
 
@@ -37,6 +38,7 @@ def render_report(
     ]
     if len(steps) < config.train.steps:
         lines.append(f"- of {config.train.steps} steps: the log has lost the others, which nothing below counts")
+    lines += [f"- changed after step {step}: {what}" for step, what in changes(run.config)]
     if skipped:
         first = ", ".join(str(line["step"]) for line in skipped[:10]) + (", ..." if len(skipped) > 10 else "")
         lines.append(f"- {len(skipped)} more steps skipped, their loss or gradient was not finite: {first}")
