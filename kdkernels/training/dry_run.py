@@ -64,8 +64,9 @@ def plan(
         trained = sum(one.numel() for one in models["student"].parameters() if one.requires_grad)
         lines.append(f"student's adapter: {trained:,} parameters, which alone are trained")
     lines += _describe_step(config, processes)
-    lines += _describe_loss(config, models, vocabulary, gpus is not None or bool(elsewhere))
-    lines += describe(run, needed, here=not (elsewhere or gpus)) + describe_dtype(config)
+    here = not elsewhere and gpus is None
+    lines += _describe_loss(config, models, vocabulary, here)
+    lines += describe(run, needed, here) + (describe_dtype(config) if here else [])
     lines += [f"{name}: {path}" for name, path in {"run": run.root, "metrics": run.metrics, "model": run.final}.items()]
     chain = [" extends ".join(map(str, recipes))] if len(recipes) > 1 else []
     return "\n".join([*_comments(chain), to_toml(config), *_comments(["plan", *lines])])
@@ -151,12 +152,12 @@ def _longest_response(config: Config) -> int:
     return max(config.data.max_response_tokens, config.rollout.max_new_tokens)
 
 
-def _describe_loss(config: Config, models: Models, vocabulary: int, away: bool) -> list[str]:
+def _describe_loss(config: Config, models: Models, vocabulary: int, here: bool) -> list[str]:
     """What the loss of a micro-batch would take as logits and, on the GPU of another machine, takes in chunks."""
     tokens = config.train.micro_batch_size * _longest_response(config)
     size = text(4 * tokens * vocabulary)
     whole = f"loss: {tokens} tokens x {vocabulary} entries at most, {size} as whole float32 logits of one model"
-    if not (away and "teacher" in models):
+    if here or "teacher" not in models:
         return [whole]
     call = predict.Call(
         predict.known(GPU),

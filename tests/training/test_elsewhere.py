@@ -50,7 +50,7 @@ def away(tmp_path) -> Path:
     (tmp_path / "models").mkdir()
     for name, shape in NAMES.items():
         (tmp_path / "models" / f"{name}.json").write_text(json.dumps(shape))
-    recipe = tmp_path / "recipe.toml"
+    recipe = tmp_path / "away.toml"
     recipe.write_text(RECIPE.format(root=tmp_path))
     return recipe
 
@@ -140,7 +140,7 @@ def test_what_cannot_be_planned_is_told(away, tmp_path, capsys):
 def test_a_description_may_lie_beside_the_extended_recipe(away, tmp_path, capsys):
     (tmp_path / "sub").mkdir()
     mine = tmp_path / "sub" / "mine.toml"
-    mine.write_text('extends = "../recipe.toml"\n[train]\nsteps = 5\n')
+    mine.write_text('extends = "../away.toml"\n[train]\nsteps = 5\n')
     assert f"planned with {tmp_path}/sub/../models/little-one.json" in dry(capsys, mine)
 
 
@@ -148,7 +148,7 @@ def test_a_student_that_another_recipe_will_train(away, tmp_path, capsys):
     """It is planned as the model that the other recipe starts from."""
     second = tmp_path / "second.toml"
     second.write_text(
-        f'extends = "recipe.toml"\n[run]\noutput = "{tmp_path}/run-2"\n[student]\npath = "{tmp_path}/run/final"'
+        f'extends = "away.toml"\n[run]\noutput = "{tmp_path}/run-2"\n[student]\npath = "{tmp_path}/run/final"'
     )
     (tmp_path / "broken.toml").write_text("[run")
     printed = dry(capsys, second)
@@ -157,6 +157,33 @@ def test_a_student_that_another_recipe_will_train(away, tmp_path, capsys):
     )
     assert main(["train", str(second), "--dry-run", f"--set=student.path={tmp_path}/other/final"]) == 2
     assert "no such file" in capsys.readouterr().err
+
+
+def test_a_model_in_the_cache_of_the_hub_is_here(away, tmp_path, monkeypatch):
+    snapshot = tmp_path / "hub" / "models--someone--little-one" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (tmp_path / "hub" / "models--someone--little-one" / "refs").mkdir()
+    (tmp_path / "hub" / "models--someone--little-one" / "refs" / "main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    config = read_recipe(away, dry_run=True)
+    assert described(config, [away]).keys() == {"[student] path", "[teacher] path"}
+    (snapshot / "config.json").write_text(json.dumps(SHAPE))
+    assert described(config, [away]).keys() == {"[teacher] path"}
+
+
+def test_of_several_processes_the_first_one_tells(away, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("kdkernels.training.command.first", lambda: False)
+    assert dry(capsys, away, "--save", tmp_path / "plan.toml") == "" and not (tmp_path / "plan.toml").exists()
+
+
+def test_another_machine_may_have_what_this_one_lacks(away, recipe, capsys, monkeypatch):
+    """No word about this one's memory and arithmetic in a plan for another."""
+    monkeypatch.setattr("kdkernels.training.needs.gemm.torch_crawls", lambda dtype: True)
+    for path in (away, recipe):
+        printed = dry(capsys, path, "--gpus=2", "--set=run.dtype=bfloat16")
+        assert "no units for bfloat16" not in printed and "free" not in printed
+    printed = dry(capsys, recipe, "--set=run.dtype=bfloat16")
+    assert "no units for bfloat16" in printed and "free" in printed
 
 
 def test_what_is_here_is_read(recipe, teacher_set, tmp_path):
