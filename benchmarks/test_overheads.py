@@ -16,7 +16,7 @@ from gemms import yardstick
 from measure import timed
 
 import kdkernels as kd
-from kdkernels.compute import gemm
+from kdkernels.compute import gemm, memory
 from kdkernels.kernels import backend_for
 
 HERE = Path(__file__).parent
@@ -152,6 +152,39 @@ def test_call_on_tiny_inputs(benchmark, device):
             seconds.append(time.perf_counter() - start)
         benchmark.extra_info[f"{name}_us"] = statistics.median(seconds) * 1e6
     benchmark.pedantic(calls["divergence"], rounds=100)
+
+
+def test_host_time_of_a_launch(benchmark, shape):
+    """Least microseconds of Python for each launch of the Triton sweeps, on a GPU that launches nothing (ahead.py).
+
+    A real one adds 3 to 5. ``gradient_at_ids`` and ``statistics`` are two launches each.
+    """
+    knobs = pytest.importorskip("triton", reason="Triton is for Linux").knobs
+    if knobs.runtime.interpret:
+        pytest.skip("interpreted kernels are not launched")
+    from kdkernels.kernels.triton import ahead, backend
+
+    rows, entries, jsd = 4, 5003, kd.JSD(0.9)
+    student, teacher = memory.matrices([((rows, entries), torch.float32)] * 2, torch.device("cpu"))
+    stats, sums, dense = torch.zeros(rows, 7), torch.zeros(rows, 5, dtype=torch.float64), torch.zeros(3, rows)
+    top = torch.zeros(rows, 1), torch.zeros(rows, 1, dtype=torch.int64)
+    models = student, 1.0, 0.0, stats, teacher, 1.0, 0.0, stats, jsd.a, jsd.b, jsd.mix, jsd.skew, 1.0, sums
+
+    def gradient(count: int):
+        at_ids = torch.zeros(rows, count, dtype=torch.int64), torch.zeros(rows, count)
+        return lambda: backend.row_gradient_(*models, dense, *at_ids, torch.bfloat16)
+
+    sweeps = {
+        "statistics": (2, lambda: backend.row_statistics(student, 1.0, 0.0, 1.0, stats, *top, None, None)),
+        "divergence": (1, lambda: backend.row_divergence(*models)),
+        "gradient": (1, gradient(0)),
+        "gradient_at_ids": (2, gradient(10)),
+    }
+    with ahead.stand_in(90):
+        for name, (launches, sweep) in sweeps.items():
+            least = min(seconds for _ in range(9 if shape is TINY else 2000) for seconds in timed("cpu", sweep))
+            benchmark.extra_info[f"{name}_us_per_launch"] = least * 1e6 / launches
+    benchmark.pedantic(lambda: None, rounds=1)
 
 
 def test_import(benchmark, shape):

@@ -45,7 +45,7 @@ SUITES = {
         statistics_are_merged and 0.7 and 1000 and masked
         test_example.py
         test_properties.py
-        test_operators.py and not agree and not transformed
+        test_operators.py and needs_room
     """,
     "engine": """
         test_objectives.py and not VCRD and not bad_token and not default_dtype
@@ -62,7 +62,6 @@ SUITES = {
     """,
     "more": """
         test_rows.py and bad_row and entry1024
-        test_operators.py and transformed
         test_objectives.py and bad_token and TSDKD-teacher
         test_objectives.py and default_dtype and GKD
         test_vcrd.py and float32 and test_likelihood_ratio

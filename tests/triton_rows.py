@@ -190,6 +190,10 @@ def test_errors_name_the_argument():
         rows_of(x).statistics(x, 1.0, None, 1.0, 10, None)
     with pytest.raises(ValueError, match="logits: expected a matrix with contiguous rows"):
         rows_of(x).statistics(x.T.contiguous().T, 1.0, None, 1.0, 2, None)
+    stats, none = rows_of(x).statistics(x, 1.0, None, 1.0, 2, None), torch.zeros(2, 0)
+    with pytest.raises(ValueError, match=r"dense: expected a contiguous tensor, got strides \(1, 3\)"):
+        weights = Coefficients(torch.zeros(2, 3).T, none.long(), none)
+        rows_of(x).gradient_(stats, None, None, 1.0, None, weights, x)
 
 
 def test_more_rows_than_one_launch_takes(monkeypatch):

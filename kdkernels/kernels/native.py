@@ -36,4 +36,4 @@ def _traits() -> frozenset[str]:
     return frozenset(torch.ops.kdkernels.cpu_traits().split())
 
 
-BACKEND = Native(Operators.registered(""))
+BACKEND = Native(Operators.registered())

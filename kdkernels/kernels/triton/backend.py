@@ -6,13 +6,13 @@ TRITON_INTERPRET=1 the kernels run on CPU tensors, slowly.
 
 from __future__ import annotations
 
+import functools
 from ctypes import c_float
 
 import torch
 import triton
 from torch import Tensor
 
-from ..._ops import add_op_namespace_prefix
 from ..torch_ops import OperatorBackend, Operators
 from . import pairs, scale, statistics
 
@@ -28,7 +28,42 @@ _SCATTER_WARPS = 4
 _LAUNCH_ROWS = 4096  # per launch, which bounds the memory of group maxima; this fills the largest GPUs six times
 
 
-# ---- the operators (torch_ops.py) ------------------------------------------------------------------------------------
+# ---- launches --------------------------------------------------------------------------------------------------------
+
+
+class Launch:
+    """Launches a kernel: one program per row, on the device of the first argument, which is the logits.
+
+    Arguments come by position, in the order of the kernel's parameters: with names Triton's JIT takes a third longer.
+    Multiply-adds are fused where the kernel says so.
+    """
+
+    def __init__(self, kernel):
+        self.kernel = kernel
+        # only arguments with a stride, which are rows of logits, may have gaps between their rows
+        names = kernel.arg_names
+        found = [(place, name.removesuffix("_ptr")) for place, name in enumerate(names) if name.endswith("_ptr")]
+        self.contiguous = [(place, name) for place, name in found if f"{name}_stride" not in names]
+
+    def __call__(self, programs: int, warps: int, *arguments) -> None:
+        if programs == 0:
+            return
+        for place, name in self.contiguous:
+            tensor = arguments[place]
+            if tensor is not None and not tensor.is_contiguous():
+                raise ValueError(f"{name}: expected a contiguous tensor, got strides {tensor.stride()}")
+        with torch.cuda.device_of(arguments[0]):
+            self.kernel[(programs,)](*arguments, num_warps=warps, enable_fp_fusion=False)
+
+
+_statistics = Launch(statistics.statistics_kernel)
+_candidates = Launch(statistics.candidates_kernel)
+_divergence = Launch(pairs.divergence_kernel)
+_scatter = Launch(pairs.scatter_kernel)
+_gradient = Launch(pairs.gradient_kernel)
+
+
+# ---- the functions (torch_ops.py) ------------------------------------------------------------------------------------
 
 
 def row_statistics(
@@ -36,27 +71,28 @@ def row_statistics(
     stats: Tensor, top_values: Tensor, top_indices: Tensor, gather_ids: Tensor | None, gathered: Tensor | None,
 ) -> None:  # fmt: skip
     (count, vocabulary), topk = logits.shape, top_values.shape[1]
+    if count > _LAUNCH_ROWS:
+        for first in range(0, count, _LAUNCH_ROWS):
+            rows, outputs = slice(first, first + _LAUNCH_ROWS), (stats, top_values, top_indices, gather_ids, gathered)
+            part = (None if each is None else each[rows] for each in outputs)
+            row_statistics(logits[rows], scale, softcap, temperature, *part)
+        return
     if not 1 <= topk <= vocabulary:
         raise ValueError(f"topk: expected 1 to {vocabulary} (the vocabulary), got {topk}")
-    groups = triton.cdiv(vocabulary, _GROUP)
-    padded = triton.next_power_of_2(groups)
-    block, warps = _block(_STATISTICS, vocabulary, least=_GROUP)
-    maxima = stats.new_empty((min(count, _LAUNCH_ROWS), groups))
-    for first in range(0, count, _LAUNCH_ROWS):
-        rows = slice(first, first + _LAUNCH_ROWS)
-        x = logits[rows]
-        common = {"x_ptr": x, "x_stride": _stride("logits", x), "vocabulary": vocabulary, "maxima_ptr": maxima}
-        common |= {**_transform(scale, softcap), "SOFTCAP": softcap != 0, "groups": groups, "GROUP": _GROUP}
-        _launch(
-            statistics.statistics_kernel, len(x), warps, **common, **_inverse(temperature),
-            stats_ptr=stats[rows], BLOCK=block, VECTOR=16 // max(2, x.itemsize),
-        )  # fmt: skip
-        ids = None if gather_ids is None else gather_ids[rows]
-        _launch(
-            statistics.candidates_kernel, len(x), max(1, min(8, padded // _MAXIMA_PER_WARP)), **common,
-            values_ptr=top_values[rows], indices_ptr=top_indices[rows], k=topk, GROUPS=padded,
-            ids_ptr=ids, gathered_ptr=None if gathered is None else gathered[rows], **_sizes(ids),
-        )  # fmt: skip
+    groups, padded, candidate_warps = _groups(vocabulary)
+    block, warps = _block(_STATISTICS, vocabulary, _GROUP)
+    vector, softcapped = 16 // max(2, logits.itemsize), softcap != 0
+    tempered, inverse = _inverse(temperature)
+    n_ids = 0 if gather_ids is None else gather_ids.shape[1]
+    maxima = stats.new_empty((count, groups))
+    common = logits, _stride("logits", logits), vocabulary, *_transform(scale, softcap)
+    _statistics(
+        count, warps, *common, *inverse, stats, maxima, groups, block, vector, _GROUP, tempered, softcapped
+    )  # fmt: skip
+    _candidates(
+        count, candidate_warps, *common, maxima, groups, top_values, top_indices, topk, gather_ids, gathered, n_ids,
+        padded, _GROUP, _ids_block(n_ids), softcapped,
+    )  # fmt: skip
 
 
 def row_divergence(
@@ -66,10 +102,10 @@ def row_divergence(
 ) -> None:  # fmt: skip
     count, vocabulary = student.shape
     block, warps = _block(_DIVERGENCE, vocabulary)
-    _launch(
-        pairs.divergence_kernel, count, warps, vocabulary=vocabulary,
-        **_model("s", student, s_scale, s_softcap, s_stats), **_model("t", teacher, t_scale, t_softcap, t_stats),
-        a=a, **_mixture(a, b, mix, skew), **_inverse(temperature), sums_ptr=sums, BLOCK=block,
+    mixture, weights, tempered, inverse = _mixture(a, b, mix, skew, temperature)
+    _divergence(
+        count, warps, *_model(student, s_scale, s_softcap, s_stats), *_model(teacher, t_scale, t_softcap, t_stats),
+        vocabulary, float(a), *weights, *inverse, sums, block, mixture, tempered, s_softcap != 0, t_softcap != 0,
     )  # fmt: skip
 
 
@@ -79,61 +115,83 @@ def row_gradient_(
     a: float, b: float, mix: float, skew: float, temperature: float, sums: Tensor | None,
     coefficients: Tensor, ids: Tensor, scatter: Tensor, out_dtype: torch.dtype,
 ) -> None:  # fmt: skip
-    count, vocabulary = student.shape
+    (count, vocabulary), n_ids = student.shape, ids.shape[1]
     if out_dtype.itemsize > student.itemsize:
         raise ValueError(f"out_dtype: expected none wider than the logits' {student.dtype}, got {out_dtype}")
-    out = student.view(out_dtype)[:, :vocabulary]
-    common = {"vocabulary": vocabulary, **_model("s", student, s_scale, s_softcap, s_stats)}
     if teacher is None:  # the kernels ask for its arguments, but do not read them
-        common |= {**_model("t", student, 1.0, 0.0, s_stats), **_inverse(1.0)}
-        common |= {"b": 0.0, "mix": 0.0, "rest": 1.0, "skew": 0.0, "MIXTURE": pairs.NONE}
+        other = _model(student, 1.0, 0.0, s_stats)
+        mixture, weights, tempered, inverse = "none", (0.0, 0.0, 1.0), False, (1.0, 0.0)
     else:
-        common |= {**_model("t", teacher, t_scale, t_softcap, t_stats), **_inverse(temperature)}
-        common |= {**_mixture(a, b, mix, skew), "skew": skew}
-    common |= {"sums_ptr": sums, "dense_ptr": coefficients, "dense_stride": count, "ids_ptr": ids, **_sizes(ids)}
-    at_ids = torch.empty_like(scatter)
-    if ids.shape[1]:
-        _launch(pairs.scatter_kernel, count, _SCATTER_WARPS, **common, scatter_ptr=scatter, at_ids_ptr=at_ids)
+        other = _model(teacher, t_scale, t_softcap, t_stats)
+        mixture, weights, tempered, inverse = _mixture(a, b, mix, skew, temperature)
+    models = *_model(student, s_scale, s_softcap, s_stats), *other
+    common = *models, vocabulary, *weights, float(skew), *inverse, sums, coefficients, count, ids
+    choices = _ids_block(n_ids), mixture, tempered, s_softcap != 0, t_softcap != 0
+    at_ids = scatter  # of no ids nothing is written or read
+    if n_ids:
+        at_ids = torch.empty_like(scatter)
+        _scatter(count, _SCATTER_WARPS, *common, scatter, at_ids, n_ids, *choices)
     block, warps = _block(_GRADIENT, vocabulary)
-    place = {"out_ptr": out, "out_stride": _stride("student", out)}
-    _launch(pairs.gradient_kernel, count, warps, **common, at_ids_ptr=at_ids, **place, BLOCK=block)
+    out = student.view(out_dtype)
+    _gradient(count, warps, *common, at_ids, n_ids, out, _stride("student", out), block, *choices)
 
 
+# ---- arguments that the kernels share --------------------------------------------------------------------------------
+# What follows from sizes and numbers alone is kept, because computing it takes as long as a launch.
+
+_kept = functools.lru_cache(maxsize=256)
+
+
+@_kept
 def _block(default: tuple[int, int], vocabulary: int, least: int = 128) -> tuple[int, int]:
     """Entries per block and warps: the default, or for a small vocabulary one block and its share of the warps."""
     block = max(least, min(default[0], triton.next_power_of_2(vocabulary)))
     return block, max(1, default[1] * block // default[0])
 
 
+@_kept
+def _groups(vocabulary: int) -> tuple[int, int, int]:
+    """Groups that share a maximum, this number rounded up, and the warps that find candidates among them."""
+    groups = triton.cdiv(vocabulary, _GROUP)
+    padded = triton.next_power_of_2(groups)
+    return groups, padded, max(1, min(8, padded // _MAXIMA_PER_WARP))
+
+
+@_kept
+def _ids_block(count: int) -> int:
+    """The number of ids per row, rounded up: a kernel is compiled for every size."""
+    return max(256, triton.next_power_of_2(count))
+
+
 def _stride(name: str, matrix: Tensor) -> int:
     """The stride from row to row, in elements; a narrow gradient over wide logits has another one."""
-    if matrix.dim() != 2 or matrix.stride(1) != 1:
-        raise ValueError(f"{name}: expected a matrix with contiguous rows, got strides {matrix.stride()}")
-    return matrix.stride(0)
+    strides = matrix.stride()
+    if len(strides) != 2 or strides[1] != 1:
+        raise ValueError(f"{name}: expected a matrix with contiguous rows, got strides {strides}")
+    return strides[0]
 
 
-# ---- arguments that the kernels share --------------------------------------------------------------------------------
+def _model(logits: Tensor, scale: float, softcap: float, stats: Tensor) -> tuple:
+    """Of the student or the teacher: logits, their stride, scale, softcap, statistics."""
+    return logits, _stride("logits", logits), *_transform(scale, softcap), stats
 
 
-def _model(key: str, logits: Tensor, scale: float, softcap: float, stats: Tensor) -> dict:
-    """Of the student (``key`` s) or the teacher (t)."""
-    arguments = {f"{key}_ptr": logits, f"{key}_stride": _stride("logits", logits), f"{key}_stats_ptr": stats}
-    arguments |= {f"{key}_{name}": value for name, value in _transform(scale, softcap).items()}
-    return arguments | {f"{key.upper()}_SOFTCAP": softcap != 0}
-
-
-def _transform(scale: float, softcap: float) -> dict:
+def _transform(scale: float, softcap: float) -> tuple[float | None, float]:
     """``scale`` is None where there is nothing to multiply: a kernel without the multiplication is compiled for it."""
-    return {"scale": None if scale == 1 and not softcap else scale, "softcap": softcap}
+    return None if scale == 1 and not softcap else float(scale), float(softcap)
 
 
-def _mixture(a: float, b: float, mix: float, skew: float) -> dict:
-    """Which mixture it is, and both of its weights, each rounded to fp32: as 1 - mix, computed in fp32, the smaller one
-    might be 0. Those of a JSD are rounded so that their sum is 1."""
-    interior = pairs.JSD if skew == 0 and a * b > 0 else pairs.INTERIOR
-    mixture = {0.0: pairs.STUDENT, 1.0: pairs.TEACHER}.get(mix, interior)
-    weights = _sum_to_one(mix) if mixture == pairs.JSD else (mix, 1 - mix)
-    return {"b": b, "mix": weights[0], "rest": weights[1], "MIXTURE": mixture}
+@_kept
+def _mixture(a: float, b: float, mix: float, skew: float, temperature: float) -> tuple[str, tuple, bool, tuple]:
+    """Which mixture it is; b and both weights of the mixture; what _inverse returns.
+
+    The weights are each rounded to fp32: as 1 - mix, computed in fp32, the smaller one might be 0. Those of a JSD are
+    rounded so that their sum is 1.
+    """
+    interior = "jsd" if skew == 0 and a * b > 0 else "interior"
+    mixture = {0.0: "student", 1.0: "teacher"}.get(mix, interior)
+    weights = _sum_to_one(mix) if mixture == "jsd" else (float(mix), 1.0 - mix)
+    return mixture, (float(b), *weights), *_inverse(temperature)
 
 
 def _sum_to_one(mix: float) -> tuple[float, float]:
@@ -148,44 +206,11 @@ def _sum_to_one(mix: float) -> tuple[float, float]:
     return (small, large) if mix < 0.5 else (large, small)
 
 
-def _inverse(temperature: float) -> dict:
-    """1 / T as the sum of two fp32 numbers."""
+@_kept
+def _inverse(temperature: float) -> tuple[bool, tuple[float, float]]:
+    """Whether T is another one than 1, and 1 / T as the sum of two fp32 numbers."""
     inverse = c_float(1 / temperature).value
-    return {"inverse": inverse, "inverse_rest": 1 / temperature - inverse, "TEMPERED": temperature != 1}
-
-
-def _sizes(ids: Tensor | None) -> dict:
-    """The number of ids per row, and that number rounded up: a kernel is compiled for every size of ``IDS``."""
-    count = 0 if ids is None else ids.shape[1]
-    return {"n_ids": count, "IDS": max(256, triton.next_power_of_2(count))}
-
-
-def _launch(kernel, programs: int, warps: int, **arguments) -> None:
-    """Launches one program per row on the device of the logits. Multiply-adds are fused where the kernel says so."""
-    if programs == 0:
-        return
-    for name, value in arguments.items():
-        # only arguments with a stride, which are rows of logits, may have gaps between their rows
-        if isinstance(value, Tensor) and not value.is_contiguous() and f"{name[:-4]}_stride" not in arguments:
-            raise ValueError(f"{name.removesuffix('_ptr')}: expected a contiguous tensor, got strides {value.stride()}")
-    # by position: with names Triton's JIT takes a third longer
-    positional = [arguments[name] for name in kernel.arg_names]
-    with torch.cuda.device_of(positional[0]):
-        kernel[(programs,)](*positional, num_warps=warps, enable_fp_fusion=False)
-
-
-def _register() -> Operators:
-    written = {
-        row_statistics: ("stats", "top_values", "top_indices", "gathered"),
-        row_divergence: ("sums",),
-        row_gradient_: ("student",),
-    }
-    for function, mutated in written.items():
-        name = add_op_namespace_prefix(f"triton_{function.__name__}")
-        torch.library.define(name, torch.library.infer_schema(function, mutates_args=mutated))
-        # torch.library.custom_op would take 30 microseconds more per call
-        torch.library.impl(name, ("cuda", "cpu"))(function)
-    return Operators.registered("triton_")
+    return temperature != 1, (inverse, 1 / temperature - inverse)
 
 
 class Triton(OperatorBackend):
@@ -198,4 +223,4 @@ class Triton(OperatorBackend):
         scale.scale_(gradient, factor)
 
 
-BACKEND = Triton(_register())
+BACKEND = Triton(Operators(row_statistics, row_divergence, row_gradient_))

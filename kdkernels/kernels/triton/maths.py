@@ -1,10 +1,21 @@
-"""Elementary functions of the Triton kernels, and logits as they read them."""
+"""Elementary functions of the Triton kernels, logits as they read them, and where a row's statistics lie."""
 
 import triton
 import triton.language as tl
 
-MASKED = tl.constexpr(-1e30)
-INFINITE = tl.constexpr(1e12)  # only masked entries have a log-probability below -1e12; a divergence above 1e12 met one
+# Constants are functions: the JIT compares each global that a kernel reads with its old value at every launch (0.6 us).
+
+
+@triton.constexpr_function
+def masked():
+    """Stands for a logit of -inf (sweep.py)."""
+    return -1e30
+
+
+@triton.constexpr_function
+def infinite():
+    """Only masked entries have a log-probability below minus this; a divergence above it met one."""
+    return 1e12
 
 
 @triton.jit
@@ -94,11 +105,17 @@ def load_logits(x_ptr, entries, inside, scale, softcap, SOFTCAP: tl.constexpr, W
 
 @triton.jit
 def finite(z):
-    """z with MASKED for -inf; a NaN stays."""
-    return tl.maximum(z, MASKED, propagate_nan=tl.PropagateNan.ALL)
+    """z with masked() for -inf; a NaN stays."""
+    return tl.maximum(z, masked(), propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def load_z(x_ptr, entries, inside, scale, softcap, SOFTCAP: tl.constexpr, WHOLE: tl.constexpr):
-    """The same with MASKED for -inf."""
+    """The same with masked() for -inf."""
     return finite(load_logits(x_ptr, entries, inside, scale, softcap, SOFTCAP, WHOLE))
+
+
+@triton.jit
+def stats_of(stats_ptr, row):
+    """The statistics of a row, in the order of interface.Rows."""
+    return stats_ptr + row * 7

@@ -4,14 +4,11 @@ See sweep.py."""
 import triton
 import triton.language as tl
 
-from .maths import INFINITE, exp, load_z, log, over_temperature
-from .sweep import STATS, kernel
+from .maths import exp, infinite, load_z, log, over_temperature, stats_of
+from .sweep import kernel
 
-SUMS = tl.constexpr(5)  # likewise, of interface.Backend.divergence_sums
-
-# Which mixture m = mix p + (1 - mix) q is: STUDENT m = q, TEACHER m = p, INTERIOR between them. JSD is that of a JSD,
-# which has no skew term: this saves a division.
-NONE, STUDENT, TEACHER, JSD, INTERIOR = (tl.constexpr(i) for i in range(5))
+# MIXTURE is which mixture m = mix p + (1 - mix) q is: "student" m = q, "teacher" m = p, "interior" between them. "jsd"
+# is that of a JSD, which has no skew term: this saves a division. "none" is for a gradient without a divergence.
 
 
 @triton.jit
@@ -31,7 +28,7 @@ def _ratio(x_q, x_p, gap, MIXTURE: tl.constexpr):
     entry has nearly all the probability, its log-ratio, however large, cancels exactly with the mean.
     """
     y_q = x_q - gap
-    return x_q if MIXTURE == TEACHER else y_q, y_q - x_p
+    return x_q if MIXTURE == "teacher" else y_q, y_q - x_p
 
 
 @triton.jit
@@ -47,12 +44,12 @@ def _compare(q, p, d, x_q, mix, rest, MIXTURE: tl.constexpr):
     log_q_m = tl.zeros_like(d)
     q_skew = tl.zeros_like(d)
     q_p = tl.zeros_like(d)
-    if MIXTURE == STUDENT:
+    if MIXTURE == "student":
         log_p_m = d * -1.0
-        seen = x_q > -INFINITE  # an entry that the student masks gets no gradient
+        seen = x_q > -infinite()  # an entry that the student masks gets no gradient
         q_skew = tl.where(seen, q - p, 0.0)
         q_p = tl.where(seen, p, 0.0)
-    elif MIXTURE == TEACHER:
+    elif MIXTURE == "teacher":
         log_q_m = d
     else:
         r = tl.exp2(tl.abs(d) * -1.4426950408889634)
@@ -60,13 +57,13 @@ def _compare(q, p, d, x_q, mix, rest, MIXTURE: tl.constexpr):
         c = tl.where(student_leads, mix, rest)
         least = tl.where(student_leads, rest, mix)
         w = tl.fma(c, r, least)
-        if MIXTURE == INTERIOR:
+        if MIXTURE == "interior":
             less = r - 1.0
             w = tl.where(r < 0.5, w, tl.fma(c, less, 1.0))
         log_w = log(w)
         log_p_m = (log_w + tl.maximum(d, 0.0)) * -1.0
         log_q_m = tl.minimum(d, 0.0) - log_w
-        if MIXTURE == INTERIOR:
+        if MIXTURE == "interior":
             q_w = q / w
             q_skew = q_w * tl.where(student_leads, less * -1.0, less)
             q_p = tl.where(student_leads, q_w * r, q_w)
@@ -74,14 +71,20 @@ def _compare(q, p, d, x_q, mix, rest, MIXTURE: tl.constexpr):
 
 
 @triton.jit
+def _sums_of(sums_ptr, row):
+    """The sums of a row, in the order of interface.Backend.divergence_sums."""
+    return sums_ptr + row * 5
+
+
+@triton.jit
 def _pair(s_stats_ptr, t_stats_ptr, row, MIXTURE: tl.constexpr, TEMPERED: tl.constexpr):
     """The max of both models, 1 / s (_ratio), and the log-sum of q minus that of p; all at the temperature."""
-    s_stats_ptr += row * STATS
-    t_stats_ptr += row * STATS
+    s_stats_ptr = stats_of(s_stats_ptr, row)
+    t_stats_ptr = stats_of(t_stats_ptr, row)
     s_sum = tl.load(s_stats_ptr + (5 if TEMPERED else 4))
     t_sum = tl.load(t_stats_ptr + (5 if TEMPERED else 4))
     gap = tl.log(tl.div_rn(s_sum, t_sum))
-    return tl.load(s_stats_ptr), tl.load(t_stats_ptr), tl.div_rn(1.0, s_sum if MIXTURE == TEACHER else t_sum), gap
+    return tl.load(s_stats_ptr), tl.load(t_stats_ptr), tl.div_rn(1.0, s_sum if MIXTURE == "teacher" else t_sum), gap
 
 
 @kernel
@@ -113,26 +116,26 @@ def divergence_kernel(
             y_q, d = _ratio(x_q, x_p, gap, MIXTURE)
             q, p = exp(y_q), exp(x_p)
             log_p_m, log_q_m, q_skew, q_p = _compare(q, p, d, x_q, mix, rest, MIXTURE)
-            if MIXTURE != TEACHER:
+            if MIXTURE != "teacher":
                 kl_p = tl.fma(p, log_p_m, kl_p)
-            if MIXTURE != STUDENT:
+            if MIXTURE != "student":
                 kl_q = tl.fma(q, log_q_m, kl_q)
-            if MIXTURE == INTERIOR:
+            if MIXTURE == "interior":
                 skewed += q_skew
-            if (MIXTURE == INTERIOR) | (MIXTURE == STUDENT):
+            if (MIXTURE == "interior") | (MIXTURE == "student"):
                 shared += q_p
             mass += q
-    sums_ptr += row * SUMS
+    sums_ptr = _sums_of(sums_ptr, row)
     kl_q_sum = tl.sum(kl_q.to(tl.float64), axis=0)
     value = (a * tl.sum(kl_p.to(tl.float64), axis=0) + b * kl_q_sum) * norm
-    tl.store(sums_ptr, tl.where(value > INFINITE, float("inf"), value))
+    tl.store(sums_ptr, tl.where(value > infinite(), float("inf"), value))
     tl.store(sums_ptr + 1, b * kl_q_sum)
     total = tl.sum(mass.to(tl.float64), axis=0)
     tl.store(sums_ptr + 4, total)
     shared_sum = tl.sum(shared.to(tl.float64), axis=0)
     tl.store(sums_ptr + 3, shared_sum)
     # At m = q, sum q - sum p is not taken for 0: what is rounded leaves a gradient that sums to 0.
-    if MIXTURE == STUDENT:  # noqa: SIM108 - decided when compiled
+    if MIXTURE == "student":  # noqa: SIM108 - decided when compiled
         skew_sum = total - shared_sum  # sum q - sum p: one accumulator less
     else:
         skew_sum = tl.sum(skewed.to(tl.float64), axis=0)
@@ -154,7 +157,7 @@ def _gradient(
     z = load_z(s_ptr, entries, inside, s_scale, s_softcap, S_SOFTCAP, WHOLE)
     x = z - s_max
     per_q = tl.fma(c_x, x, c_softmax)  # what the gradients of entropy and softmax are, divided by q
-    if MIXTURE == NONE:
+    if MIXTURE == "none":
         gradient = tl.fma(exp(x) * norm, per_q, added)
     else:
         z_t = load_z(t_ptr, entries, inside, t_scale, t_softcap, T_SOFTCAP, WHOLE)
@@ -166,15 +169,15 @@ def _gradient(
         if TEMPERED:
             gradient = tl.fma(exp(x) * norm, per_q, gradient)
             per_q = c_rest
-        if MIXTURE == JSD:  # with m over q, which may be infinite: q is 0 there
+        if MIXTURE == "jsd":  # with m over q, which may be infinite: q is 0 there
             log_q_m = log(tl.fma(mix, tl.exp2(d * -1.4426950408889634), rest)) * -1.0
         else:
             _, log_q_m, q_skew, q_p = _compare(q, exp(x_p), d, x_q, mix, rest, MIXTURE)
             # q_skew less q times its mean, with q = (1 - mix) q_skew + q_p put in: nothing large cancels where p/m is
             # small.
-            if (MIXTURE == INTERIOR) | (MIXTURE == STUDENT):
+            if (MIXTURE == "interior") | (MIXTURE == "student"):
                 gradient += shared * q_skew - skewed * q_p
-        if MIXTURE != STUDENT:
+        if MIXTURE != "student":
             per_q = tl.fma(c_divergence, tl.fma(b, log_q_m, center * -1.0), per_q)
         gradient = tl.fma(q, per_q, gradient)
     if S_SOFTCAP:
@@ -185,7 +188,7 @@ def _gradient(
 
 @triton.jit
 def _row_scalars(
-    row, s_scale, s_stats_ptr, t_stats_ptr, sums_ptr, dense_ptr, dense_stride, skew, inverse,
+    row, s_scale, s_stats_ptr, t_stats_ptr, sums_ptr, dense_ptr, count, skew, inverse,
     MIXTURE: tl.constexpr, TEMPERED: tl.constexpr,
 ):  # fmt: skip
     """Statistics and coefficients of a row, in the order in which _gradient takes them.
@@ -194,10 +197,11 @@ def _row_scalars(
     and the 1 / s of _ratio. ``norm``, 1 / sum of the student, is for probabilities that do not come from _ratio.
     """
     s_max, t_max, norm_p, gap = _pair(s_stats_ptr, t_stats_ptr, row, MIXTURE, TEMPERED)
-    norm = tl.div_rn(1.0, tl.load(s_stats_ptr + row * STATS + 4))
-    s_mean = tl.load(s_stats_ptr + row * STATS + 6)
-    c_x = tl.load(dense_ptr + dense_stride + row) * -1.0
-    c_softmax = tl.load(dense_ptr + 2 * dense_stride + row)
+    s_stats_ptr = stats_of(s_stats_ptr, row)
+    norm = tl.div_rn(1.0, tl.load(s_stats_ptr + 4))
+    s_mean = tl.load(s_stats_ptr + 6)
+    c_x = tl.load(dense_ptr + count + row) * -1.0
+    c_softmax = tl.load(dense_ptr + 2 * count + row)
     if s_scale is not None:
         c_x *= s_scale
         c_softmax *= s_scale
@@ -206,16 +210,17 @@ def _row_scalars(
     skewed = 0.0
     shared = 0.0
     c_divergence = 0.0
-    if MIXTURE != NONE:
+    if MIXTURE != "none":
         # Means over the mass: over 1, which it is but for rounding, they would leave a gradient that does not sum to 0.
-        mass = tl.load(sums_ptr + row * SUMS + 4)
-        exact = tl.load(sums_ptr + row * SUMS + 1) / mass
+        sums_ptr = _sums_of(sums_ptr, row)
+        mass = tl.load(sums_ptr + 4)
+        exact = tl.load(sums_ptr + 1) / mass
         center = exact.to(tl.float32)
         c_divergence = tl.load(dense_ptr + row) * inverse * norm_p
         if s_scale is not None:
             c_divergence *= s_scale
-        skewed = c_divergence * skew * (tl.load(sums_ptr + row * SUMS + 2) / mass).to(tl.float32)
-        shared = c_divergence * skew * (tl.load(sums_ptr + row * SUMS + 3) / mass).to(tl.float32)
+        skewed = c_divergence * skew * (tl.load(sums_ptr + 2) / mass).to(tl.float32)
+        shared = c_divergence * skew * (tl.load(sums_ptr + 3) / mass).to(tl.float32)
         c_rest = c_divergence * (center.to(tl.float64) - exact).to(tl.float32)
         if not TEMPERED:  # the same q
             c_x *= norm_p
@@ -227,8 +232,7 @@ def _row_scalars(
 @kernel
 def scatter_kernel(
     s_ptr, s_stride, s_scale, s_softcap, s_stats_ptr, t_ptr, t_stride, t_scale, t_softcap, t_stats_ptr, vocabulary,
-    b, mix, rest, skew, inverse, inverse_rest, sums_ptr, dense_ptr, dense_stride,
-    ids_ptr, scatter_ptr, at_ids_ptr, n_ids,
+    b, mix, rest, skew, inverse, inverse_rest, sums_ptr, dense_ptr, count, ids_ptr, scatter_ptr, at_ids_ptr, n_ids,
     IDS: tl.constexpr, MIXTURE: tl.constexpr, TEMPERED: tl.constexpr, S_SOFTCAP: tl.constexpr, T_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """The gradient of all terms at ``ids`` alone, in fp32, with ``scatter`` added. Equal ids all get the sum."""
@@ -244,7 +248,7 @@ def scatter_kernel(
     if s_scale is not None:
         added *= s_scale
     scalars = _row_scalars(
-        row, s_scale, s_stats_ptr, t_stats_ptr, sums_ptr, dense_ptr, dense_stride, skew, inverse, MIXTURE, TEMPERED
+        row, s_scale, s_stats_ptr, t_stats_ptr, sums_ptr, dense_ptr, count, skew, inverse, MIXTURE, TEMPERED
     )
     gradient = _gradient(
         ids, inside, added, s_ptr + row * s_stride, s_scale, s_softcap, t_ptr + row * t_stride, t_scale, t_softcap,
@@ -256,7 +260,7 @@ def scatter_kernel(
 @kernel
 def gradient_kernel(
     s_ptr, s_stride, s_scale, s_softcap, s_stats_ptr, t_ptr, t_stride, t_scale, t_softcap, t_stats_ptr, vocabulary,
-    b, mix, rest, skew, inverse, inverse_rest, sums_ptr, dense_ptr, dense_stride, ids_ptr, at_ids_ptr, n_ids,
+    b, mix, rest, skew, inverse, inverse_rest, sums_ptr, dense_ptr, count, ids_ptr, at_ids_ptr, n_ids,
     out_ptr, out_stride, BLOCK: tl.constexpr, IDS: tl.constexpr, MIXTURE: tl.constexpr, TEMPERED: tl.constexpr,
     S_SOFTCAP: tl.constexpr, T_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
@@ -270,7 +274,7 @@ def gradient_kernel(
     row = tl.program_id(0).to(tl.int64)
     out_ptr += row * out_stride
     scalars = _row_scalars(
-        row, s_scale, s_stats_ptr, t_stats_ptr, sums_ptr, dense_ptr, dense_stride, skew, inverse, MIXTURE, TEMPERED
+        row, s_scale, s_stats_ptr, t_stats_ptr, sums_ptr, dense_ptr, count, skew, inverse, MIXTURE, TEMPERED
     )
     s_ptr += row * s_stride
     t_ptr += row * t_stride

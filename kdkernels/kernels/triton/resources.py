@@ -28,7 +28,6 @@ import triton
 from ...compute import memory
 from ...divergences import JSD, ForwardKL, ReverseKL, SkewKL
 from ..interface import Coefficients
-from ..torch_ops import Operators
 from . import backend
 from .ahead import Compiled, Specialisation, compiled, noted, stand_in
 
@@ -39,8 +38,6 @@ RAGGED = 151665  # a vocabulary for which the rows of a buffer are padded
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _DIVERGENCES = (ForwardKL(), ReverseKL(), JSD(0.9), SkewKL(0.1))  # one for every mixture that the kernels know
 _ORDER = ("statistics", "candidates", "divergence", "scatter", "gradient")
-# As operators, tensors without memory would get the fake kernels.
-_FUNCTIONS = backend.Triton(Operators(*(getattr(backend, name) for name in Operators._fields)))
 _SOFTCAPS = {  # of (student, teacher)
     (False, False): "", (True, True): ", soft-cap",
     (True, False): ", soft-cap of the student", (False, True): ", soft-cap of the teacher",
@@ -74,8 +71,8 @@ def every_call(call, rows: int, vocabulary: int) -> None:
         for dtype, softcap in product(_NAMES, (None, 30.0)):
             options = f"{_NAMES[dtype]}{', soft-cap' if softcap else ''}{tempered}"
             arguments = torch.zeros(rows, vocabulary, dtype=dtype), 1.0, softcap, temperature
-            rows_of[dtype, softcap] = call(options, _FUNCTIONS.statistics, *arguments, 10, ids)
-            call(f"{options}, without ids", _FUNCTIONS.statistics, *arguments, 1, None)
+            rows_of[dtype, softcap] = call(options, backend.BACKEND.statistics, *arguments, 10, ids)
+            call(f"{options}, without ids", backend.BACKEND.statistics, *arguments, 1, None)
         for ((dtype, softcap), s), ((t_dtype, t_softcap), t) in product(rows_of.items(), rows_of.items()):
             if t_dtype not in (dtype, torch.float32):  # the chunk loop promotes the teacher's to the student's
                 continue
@@ -84,14 +81,14 @@ def every_call(call, rows: int, vocabulary: int) -> None:
             for divergence in (None, *_DIVERGENCES) if s is t else _DIVERGENCES:
                 named, sums = f"{options}, {divergence.name}" if divergence else options, None
                 if divergence:
-                    sums = call(named, _FUNCTIONS.divergence, s, t, divergence, temperature)[1]
+                    sums = call(named, backend.BACKEND.divergence, s, t, divergence, temperature)[1]
                 for out_dtype in _NAMES if dtype == torch.float32 else (dtype,):
                     out = s.logits.view(out_dtype)[:, :vocabulary]
                     for each in (ids, none):
                         c = Coefficients(torch.zeros(3, rows), each, torch.zeros(each.shape))
                         name = f"{named}, out {_NAMES[out_dtype]}"
                         other = t if divergence else None
-                        call(name, _FUNCTIONS.gradient_, s, other, divergence, temperature, sums, c, out)
+                        call(name, backend.BACKEND.gradient_, s, other, divergence, temperature, sums, c, out)
 
 
 @functools.cache
@@ -205,9 +202,9 @@ def loops() -> dict[tuple[str, str], tuple[Loop, Loop, Loop]]:
             c = Coefficients(torch.zeros(3, 1024), torch.zeros(1024, 0, dtype=torch.int64), torch.zeros(1024, 0))
 
             def call(logits=logits, divergence=divergence, c=c, out=out) -> None:
-                s = _FUNCTIONS.statistics(logits, 1.0, None, 1.0, 1, None)
-                sums = _FUNCTIONS.divergence(s, s, divergence, 1.0)[1]
-                _FUNCTIONS.gradient_(s, s, divergence, 1.0, sums, c, out)
+                s = backend.BACKEND.statistics(logits, 1.0, None, 1.0, 1, None)
+                sums = backend.BACKEND.divergence(s, s, divergence, 1.0)[1]
+                backend.BACKEND.gradient_(s, s, divergence, 1.0, sums, c, out)
 
             found = [each for each in noted(call) if each.kernel != "candidates_kernel"]
             jobs[_NAMES[dtype], divergence.name] = found
@@ -251,7 +248,7 @@ def launch(device: str, rows: int = 3, vocabulary: int = 5003, shared: bool = Fa
     """Every variant once, on zeros: two blocks and a part of one in every row. ``shared``: with shared memory alone."""
 
     def call(options: str, function, *arguments):
-        return None if shared and function == _FUNCTIONS.gradient_ else function(*arguments)
+        return None if shared and function == backend.BACKEND.gradient_ else function(*arguments)
 
     with torch.device(device):
         every_call(call, rows, vocabulary)

@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-from .maths import MASKED, exp, exp_rough, finite, load_logits, load_z, log1p, over_temperature
-from .sweep import STATS, kernel
+from .maths import exp, exp_rough, finite, load_logits, load_z, log1p, masked, over_temperature, stats_of
+from .sweep import kernel
 
 
 @triton.jit
@@ -94,7 +94,7 @@ def statistics_kernel(
     x_ptr += row * x_stride
     maxima_ptr += row * groups
     N: tl.constexpr = BLOCK // 16
-    top = tl.full([N], MASKED, tl.float32)
+    top = tl.full([N], masked(), tl.float32)
     rest = tl.zeros([N], tl.float32)
     weighted = tl.zeros([N], tl.float32)
     tempered = tl.zeros([N], tl.float32)  # rest at the temperature
@@ -109,7 +109,7 @@ def statistics_kernel(
             )  # fmt: skip
 
     highest = tl.max(top)
-    exists = highest > MASKED
+    exists = highest > masked()
     undefined = tl.where(exists, 0.0, float("nan"))
     x = top - highest
     e = exp(x)
@@ -117,7 +117,7 @@ def statistics_kernel(
     total = tl.sum(e * rest + tl.where(x == 0, 0.0, e)) + ties
     log_sum = log1p(total)
     mean = tl.sum(e * (weighted + x * (rest + 1.0))) / (1.0 + total)
-    stats_ptr += row * STATS
+    stats_ptr = stats_of(stats_ptr, row)
     tl.store(stats_ptr, highest + undefined)
     tl.store(stats_ptr + 1, log_sum + undefined)
     tl.store(stats_ptr + 2, log_sum - mean + undefined)
@@ -148,7 +148,7 @@ def candidates_kernel(
     place = tl.arange(0, GROUP)
     # -inf is below every entry; it stands for groups and entries beyond the row's, and for entries that are taken
     maxima = tl.load(maxima_ptr + row * groups + group, mask=group < groups, other=-float("inf"))
-    maxima = tl.where(maxima == maxima, maxima, MASKED)  # a group of nothing but NaN
+    maxima = tl.where(maxima == maxima, maxima, masked())  # a group of nothing but NaN
     values_ptr += row * k
     indices_ptr += row * k
     value = float("inf")
@@ -158,11 +158,11 @@ def candidates_kernel(
         entries = chosen * GROUP + place
         inside = entries < vocabulary
         z = load_z(x_ptr, entries, inside, scale, softcap, SOFTCAP, False)
-        z = tl.where(inside, tl.maximum(z, MASKED), -float("inf"))
+        z = tl.where(inside, tl.maximum(z, masked()), -float("inf"))
         z = tl.where((z < value) | ((z == value) & (entries > index)), z, -float("inf"))
         value, at = tl.max(z, axis=0, return_indices=True)
         index = chosen * GROUP + at
-        tl.store(values_ptr + i, tl.where(value > MASKED, value, -float("inf")))
+        tl.store(values_ptr + i, tl.where(value > masked(), value, -float("inf")))
         tl.store(indices_ptr + i, index.to(tl.int64))
         maxima = tl.where(group == chosen, tl.max(tl.where(place == at, -float("inf"), z), axis=0), maxima)
     if ids_ptr is not None:
@@ -170,8 +170,5 @@ def candidates_kernel(
         ids = tl.load(ids_ptr + row * n_ids + slot, mask=slot < n_ids, other=-1)
         inside = (ids >= 0) & (ids < vocabulary)
         z = load_z(x_ptr, ids, inside, scale, softcap, SOFTCAP, False)
-        z = tl.where(z == MASKED, -float("inf"), z)
+        z = tl.where(z == masked(), -float("inf"), z)
         tl.store(gathered_ptr + row * n_ids + slot, tl.where(inside, z, float("nan")), mask=slot < n_ids)
-
-
-# ---- sweeps 2 and 3: divergence and gradient -------------------------------------------------------------------------
