@@ -1,11 +1,13 @@
-"""The strategy of every run: a DeepSpeed engine with ZeRO 0 to 2, AdamW, precision, accumulation and clipping.
+"""The strategy of every run: a DeepSpeed engine with ZeRO 0 to 3, AdamW, precision, accumulation and clipping.
 
 Nothing else of the trainer imports DeepSpeed.
 """
 
 import math
 import os
+import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +16,8 @@ if not torch.accelerator.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no accelerator
 
 import deepspeed
+from deepspeed.runtime.zero import unwrap_model_for_generation
+from deepspeed.utils import safe_get_local_fp32_param
 from torch import Tensor, nn
 
 from kdkernels.data import Batch
@@ -27,10 +31,14 @@ from kdkernels.training.recipe.config import Config
 # DeepSpeed would compile an all-reduce for CPU processes on its first use: a minute, a need for ninja, and a lock that
 # blocks every later run where that compile was killed. gloo does the same.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+# Of every collective of ZeRO-3, whose torch names DeepSpeed has yet to change.
+warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+_tensor` is deprecated", FutureWarning)
 
 # Micro-batches whose gradients bfloat16 can sum: with 32 of them the sum's rounding is .5 %, as much as one product's;
 # from 256 on, the sum's last place is as large as what is added.
 MOST_IN_BFLOAT16 = 64
+# ZeRO-3 leaves weights of at most so many entries whole, norms and biases: gathering them takes long and saves little.
+STAY_WHOLE = 10**5
 COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 # What DeepSpeed and ZeRO add to their optimizer's state that is no number, tensor or text: a loss scale that is 1 for
 # float32 and bfloat16, the stage, and where each parameter lies in the flat groups. The recipe gives them again.
@@ -50,7 +58,10 @@ class DeepSpeedStrategy:
             "gradient_accumulation_steps": accumulation_steps(config),
             "gradient_clipping": config.optimizer.max_grad_norm,
             "bf16": {"enabled": config.run.dtype == "bfloat16"},
-            "zero_optimization": {"stage": config.deepspeed.zero_stage},
+            "zero_optimization": {
+                "stage": config.deepspeed.zero_stage,
+                "stage3_param_persistence_threshold": STAY_WHOLE,
+            },
         }
         if config.deepspeed.zero_stage > 0:  # without ZeRO, DeepSpeed adds up in the weights' own precision
             settings["data_types"] = {"grad_accum_dtype": "fp32"}
@@ -91,13 +102,57 @@ class DeepSpeedStrategy:
         defect = next((f"the {name} is {value}" for name, value in defects.items() if not math.isfinite(value)), None)
         return norm, defect
 
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        if not self._in_parts:
+            yield
+            return
+        error = None
+        with unwrap_model_for_generation(self.engine):  # which an error must not pass: its hooks would be lost
+            try:
+                yield
+            except Exception as caught:
+                error = caught
+        if error is not None:
+            raise error
+
+    def weights(self, frozen: bool = True) -> dict[str, Tensor] | None:
+        first, copies, named = distributed.rank() == 0, {}, self.module.student.state_dict(keep_vars=True)
+        if not frozen:
+            named = {name: tensor for name, tensor in named.items() if tensor.requires_grad}
+        if not self._in_parts:
+            return {name: tensor.detach() for name, tensor in named.items()} if first else None
+        for tensor in named.values():  # those that are tied have several names and one copy
+            if id(tensor) not in copies:
+                with deepspeed.zero.GatheredParameters([tensor], enabled=isinstance(tensor, nn.Parameter)):
+                    copies[id(tensor)] = tensor.detach().to("cpu", copy=True) if first else None
+        return {name: copies[id(tensor)] for name, tensor in named.items()} if first else None
+
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         optimizer = self.engine.basic_optimizer
-        yield from self.module.student.state_dict().items()
-        for group in optimizer.param_groups:
-            yield from (("the optimizer's weights", weight) for weight in group["params"])
+        if self._in_parts:
+            yield from self._parts()
+        else:
+            yield from self.module.student.state_dict().items()
+            for group in optimizer.param_groups:
+                yield from (("the optimizer's weights", weight) for weight in group["params"])
         for state in optimizer.state.values():
             yield from ((f"the optimizer's {name}", one) for name, one in state.items() if torch.is_tensor(one))
+
+    @property
+    def _in_parts(self) -> bool:
+        """Whether each process holds a part of every weight: then the parameters themselves are empty."""
+        return self.engine.zero_optimization_partition_weights()
+
+    def _parts(self) -> Iterator[tuple[str, Tensor]]:
+        """What this process holds of the weights, without what fills up the last part: nobody has written to that."""
+        yield from self.module.student.named_buffers()
+        for name, parameter in self.module.student.named_parameters():
+            size = parameter.ds_tensor.numel()
+            held = min(size, max(0, parameter.ds_numel - size * distributed.rank()))
+            yield name, parameter.ds_tensor[:held]
+            if parameter.requires_grad:
+                yield "the optimizer's weights", safe_get_local_fp32_param(parameter)[:held]
 
     def state(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """As `Strategy.state`. Not by DeepSpeed's own save_checkpoint: its files can only be read by unpickling
@@ -106,7 +161,7 @@ class DeepSpeedStrategy:
         engine = self.engine
         optimizer = {name: value for name, value in engine.optimizer.state_dict().items() if name not in DERIVED}
         shared = {
-            "module": {n: t for n, t in engine.module.state_dict().items() if n not in self._frozen()},
+            "module": self._shared(),
             "counters": {name: getattr(engine, name) for name in COUNTERS},
         }
         if engine.zero_optimization():
@@ -115,20 +170,27 @@ class DeepSpeedStrategy:
 
     def load_state(self, shared: dict[str, Any], own: dict[str, Any]) -> None:
         engine = self.engine
-        frozen = {n: t for n, t in engine.module.state_dict().items() if n in self._frozen()}
-        engine.module.load_state_dict(frozen | shared["module"])
+        if names := shared["module"].keys() ^ self._shared().keys():
+            raise KeyError(f"its weights are others, {min(names)} for instance")
+        engine.module.load_state_dict(shared["module"], strict=False)
         if engine.zero_optimization():
             shares = [None] * distributed.world_size()  # each process reads its own share only
-            shares[distributed.rank()] = own["optimizer"]
+            shares[distributed.rank()] = dict(own["optimizer"])
+            if self._in_parts:
+                shares[distributed.rank()]["loss_scaler"] = engine.optimizer.loss_scaler
             engine.optimizer.load_state_dict(shares, load_from_fp32_weights=True)
         else:
             engine.optimizer.load_state_dict(shared["optimizer"])
         for name in COUNTERS:
             setattr(engine, name, shared["counters"][name])
 
-    def _frozen(self) -> set[str]:
-        """The names of the weights that are not trained, such as those below an adapter: no checkpoint has them."""
-        return {n for n, p in self.module.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    def _shared(self) -> dict[str, Tensor]:
+        """Weights and buffers of the module that a checkpoint has once for all processes: no weights that are not
+        trained, such as those below an adapter, and none that are in parts.
+        """
+        named = self.module.named_parameters(remove_duplicate=False)
+        left_out = {name for name, parameter in named if self._in_parts or not parameter.requires_grad}
+        return {name: tensor for name, tensor in self.module.state_dict().items() if name not in left_out}
 
 
 def join() -> None:
@@ -152,7 +214,7 @@ def accumulation_steps(config: Config, processes: int | None = None) -> int:
     in_bfloat16 = config.run.dtype == "bfloat16" and config.deepspeed.zero_stage == 0
     if in_bfloat16 and steps > MOST_IN_BFLOAT16:
         raise InputError(
-            f"[deepspeed] zero_stage: expected 1 or 2 for bfloat16 with {steps} micro-batches a step: without ZeRO, "
+            f"[deepspeed] zero_stage: expected 1, 2 or 3 for bfloat16 with {steps} micro-batches a step: without ZeRO, "
             f"DeepSpeed adds their gradients up in bfloat16, where sums of more than {MOST_IN_BFLOAT16} lose what is "
             "added; or raise [train] micro_batch_size"
         )

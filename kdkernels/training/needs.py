@@ -46,15 +46,17 @@ def needs(
     weights, trained = _count(student), sum(p.numel() for p in student.parameters() if p.requires_grad)
     width = _width(config.run.dtype)
     stage = config.deepspeed.zero_stage
-    master = 4 if stage > 0 or width < 4 else 0  # float32 weights beside the model's own
+    in_parts = stage == 3
+    master = 4 if stage in (1, 2) or width < 4 else 0  # float32 weights beside the model's own
     shares = (processes or distributed.world_size()) if stage > 0 else 1
-    gradients = trained * width
+    gradients = 0 if in_parts else trained * width
     if stage == 1 and width < 4:
         gradients += 4 * trained  # of all micro-batches so far, in float32
     elif stage > 0:
         gradients += 4 * trained // shares
     memory = {
-        "student": weights * width,
+        "student": weights * width // (shares if in_parts else 1),
+        **({"student, whole while it generates": weights * width} if in_parts else {}),
         "gradients": gradients,
         "optimizer": (8 + master) * trained // shares,
         **({} if teacher is None else {"teacher": _count(teacher) * _width(config.teacher.dtype)}),
@@ -62,7 +64,7 @@ def needs(
     every = config.checkpoint.every
     return Needs(
         memory,
-        checkpoint=(width + master + 8) * trained,
+        checkpoint=(12 if in_parts else width + master + 8) * trained,
         final=width * (trained if config.student.adapter and not config.student.adapter.merge else weights),
         # the last step has one in any case
         written=-(-config.train.steps // every) if every and done < config.train.steps else 0,

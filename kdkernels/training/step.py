@@ -93,7 +93,7 @@ def train_step(
 def _rollout(parts: Parts, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
     """What the student writes to this process's prompts. Raises FloatingPointError, on all processes."""
     parts.sampler.sync()
-    with distributed.together():
+    with parts.strategy.whole(), distributed.together():
         return write(parts.sampler, prompts, max_new_tokens, parts.strategy.module.vocab_size)
 
 

@@ -1,6 +1,7 @@
 """What the trainer asks of whoever spreads a run's module over its processes and updates its weights."""
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
@@ -42,6 +43,16 @@ class Strategy(Protocol):
         Returns:
             The norm of the gradient before clipping; which of loss and norm is not finite, in words, or None. Where
             one is not, weights and optimizer state stay as they were, on all processes alike.
+        """
+
+    def whole(self) -> AbstractContextManager[None]:
+        """While it is entered, every process has all weights of the student in place, for what runs the model outside
+        of `forward`, as often as each likes: generation, evaluation. It may not change them.
+        """
+
+    def weights(self, frozen: bool = True) -> dict[str, Tensor] | None:
+        """Weights and buffers of the student by the names of its `state_dict`, on process 0 alone; None on the others,
+        none of which ever holds more than one that it shares. frozen=False: only the weights that are trained.
         """
 
     def tensors(self) -> Iterable[tuple[str, Tensor]]:

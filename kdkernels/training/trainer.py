@@ -10,6 +10,7 @@ import random
 from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -144,7 +145,7 @@ class _Training:
             samples=Samples(config, run, tokenizer, sampler.ends),
         )
         held.callback(self.parts.sampler.close)
-        with distributed.together():
+        with self.parts.strategy.whole(), distributed.together():
             tokens = (*examples[0].prompt_ids, *examples[0].response_ids, tokenizer.eos_token_id)[:2]
             _check_models(config, student, self.parts.teacher, tokens)
             self.warnings = [*describe_dtype(config), *describe_ends(config, tokenizer, student, teacher)]
@@ -211,9 +212,11 @@ class _Training:
         self._save_if_due()
         self._check_finite()
         student = self.parts.strategy.module.student
+        weights = self.parts.strategy.weights(frozen=config.student.adapter is None)
         write_report(run, config, self.inputs.data, self.first)
         # the last thing: a run that has it is finished
-        write_directory(run.final, lambda directory: _save_final(config, student, self.inputs.tokenizer, directory))
+        save = partial(_save_final, config, student, weights, self.inputs.tokenizer)
+        write_directory(run.final, save)
         return Result.of(run)
 
     def _batch(self) -> list[Example]:
@@ -228,7 +231,7 @@ class _Training:
         share = chosen[distributed.rank() :: distributed.world_size()]
         parts.sampler.sync()
         try:
-            with distributed.together():
+            with parts.strategy.whole(), distributed.together():
                 student = parts.strategy.module.student
                 own = evaluate(student, parts.sampler, tokenizer, share, self.config, parts.teacher)
         except FloatingPointError as error:
@@ -302,10 +305,17 @@ def _seed(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def _save_final(config: Config, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+def _save_final(
+    config: Config,
+    student: PreTrainedModel,
+    weights: dict[str, torch.Tensor] | None,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: Path,
+) -> None:
+    """`weights`: what of the student is saved, on process 0."""
     if distributed.rank() == 0:
         if config.student.adapter is None:
-            student.save_pretrained(directory)
+            student.save_pretrained(directory, state_dict=weights)
         else:
-            adapters.save(student, config.student.adapter, directory)
+            adapters.save(student, weights, config.student.adapter, directory)
         tokenizer.save_pretrained(directory)

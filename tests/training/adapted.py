@@ -34,7 +34,7 @@ def write_base(root: Path) -> Path:
             if "lora_B" in name:  # which PEFT begins with zeros
                 torch.nn.init.normal_(parameter, std=0.3)
         (root / kind).mkdir()
-        adapters.save(student, config.student.adapter, root / kind)
+        adapters.save(student, student.state_dict(), config.student.adapter, root / kind)
         tokenizer.save_pretrained(root / kind)
     return root / "lora.toml"
 

@@ -65,6 +65,14 @@ def final_weights(run: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture
+def in_parts(monkeypatch):
+    """With ZeRO-3, weights as small as those of these models are in parts too."""
+    from kdkernels.training import deepspeed_strategy
+
+    monkeypatch.setattr(deepspeed_strategy, "STAY_WHOLE", 0)
+
+
+@pytest.fixture
 def recipe(tmp_path) -> Path:
     return write_task(tmp_path)
 

@@ -16,7 +16,7 @@ from kdkernels.data.tokenizers import vocabulary_size
 from kdkernels.distillation import Distillation
 from kdkernels.judges import Judge
 from kdkernels.rollouts import LocalSampler
-from kdkernels.training import load_config, step
+from kdkernels.training import deepspeed_strategy, load_config, step
 from kdkernels.training.deepspeed_strategy import DeepSpeedStrategy
 from kdkernels.training.inputs import read_examples
 from kdkernels.training.models.loading import load_student, load_teacher, load_tokenizer
@@ -95,6 +95,7 @@ def exact_gradients(config: Config, judge: Judge | None = None) -> dict[str, tor
 
 def main(arguments: Sequence[str]) -> None:
     cases, results = arguments
+    deepspeed_strategy.STAY_WHOLE = 0  # weights as small as these are in parts too
     found = [engine_gradients(load_config(recipe, overrides)) for recipe, overrides in json.loads(cases)]
     if distributed.rank() == 0:
         torch.save(found, results)

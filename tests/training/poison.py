@@ -15,17 +15,14 @@ import torch
 
 from kdkernels.distillation import Distillation
 from kdkernels.rollouts import LocalSampler
-from kdkernels.training import load_config, train, trainer
+from kdkernels.training import deepspeed_strategy, load_config, train, trainer
 from kdkernels.training.processes import distributed
 
 
-def digest(engine) -> str:
+def digest(strategy) -> str:
     """A hash of the bits of all weights and of the optimizer's weights and moments on this process."""
-    tensors = list(engine.module.state_dict().values())
-    tensors += [weight for group in engine.basic_optimizer.param_groups for weight in group["params"]]
-    tensors += [
-        value for state in engine.basic_optimizer.state.values() for value in state.values() if torch.is_tensor(value)
-    ]
+    tensors = [tensor for _, tensor in strategy.tensors()]
+    assert sum(tensor.numel() for tensor in tensors) > 3000  # of some 3000 weights, a half and its two moments
     found = hashlib.sha256()
     for tensor in tensors:
         found.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
@@ -68,12 +65,12 @@ def train_poisoned(config, kind: str, steps: Collection[int], rank: int = 0, tim
     def step_seen(parts, examples, step, *more, **options):
         now.update(step=step, micro_batch=0, calls=now["calls"] + 1 if step == now["step"] else 1)
         if not digests:
-            digests.append(digest(parts.strategy.engine))
+            digests.append(digest(parts.strategy))
         if kind == "left out" and step in steps:
             result = {"loss": 0.0, "tokens": 0}, None
         else:
             result = step_once(parts, examples, step, *more, **options)
-        digests.append(digest(parts.strategy.engine))
+        digests.append(digest(parts.strategy))
         return result
 
     with pytest.MonkeyPatch.context() as patch:
@@ -85,6 +82,7 @@ def train_poisoned(config, kind: str, steps: Collection[int], rank: int = 0, tim
 
 
 if __name__ == "__main__":
+    deepspeed_strategy.STAY_WHOLE = 0  # weights as small as these are in parts too
     found = []
     for recipe, overrides, (kind, step, rank) in json.loads(Path(sys.argv[1]).read_text()):
         _, digests = train_poisoned(load_config(recipe, overrides), kind, range(step, step + 1), rank)

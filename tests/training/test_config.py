@@ -113,7 +113,7 @@ def test_malformed_overrides_are_refused(assignment):
         (["objective.name=VCRD", "objective.weighting=log"], ["[objective] weighting", "likelihood_ratio", "'log'"]),
         (["objective.name=GKD"], ["section [teacher] is missing"]),
         (["rollout.student_fraction=0.5"], ["[rollout] student_fraction: expected 0", "got 0.5"]),
-        (["deepspeed.zero_stage=3"], ["[deepspeed] zero_stage", "ZeRO-3 is not supported yet", "got 3"]),
+        (["deepspeed.zero_stage=4"], ["[deepspeed] zero_stage", "0, 1, 2 or 3", "got 4"]),
         (["train.micro_batch_size=3"], ["[train] batch_size: expected a multiple of micro_batch_size 3, got 4"]),
         (["teacher.path=runs/nowhere/final"], ["[teacher] path: no such directory: runs/nowhere/final"]),
         (["teacher.path=./nowhere"], ["[teacher] path: no such directory: ./nowhere"]),

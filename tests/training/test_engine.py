@@ -55,23 +55,24 @@ def check(got: dict, exact: dict, dtype: str, case: object) -> None:
 FEW = [  # every objective, precision, stage and number of micro-batches at least once
     ("SFT", "float32", 0, 8), ("SFT", "bfloat16", 2, 8), ("SFT", "bfloat16", 0, 8), ("GKD", "bfloat16", 1, 8),
     ("GKD", "float32", 1, 4), ("TSDKD", "bfloat16", 2, 4), ("TSDKD", "float32", 2, 2), ("DistiLLM2", "bfloat16", 0, 4),
-    ("DistiLLM2", "float32", 2, 8), ("VCRD", "bfloat16", 2, 2), ("VCRD", "float32", 0, 1),
+    ("DistiLLM2", "float32", 2, 8), ("VCRD", "bfloat16", 2, 2), ("VCRD", "float32", 0, 1), ("TSDKD", "float32", 3, 4),
+    ("GKD", "bfloat16", 3, 8),
 ]  # fmt: skip
-ALL = list(itertools.product(OBJECTIVES, TOLERANCE, (0, 1, 2), (1, 2, 4, 8)))
+ALL = list(itertools.product(OBJECTIVES, TOLERANCE, (0, 1, 2, 3), (1, 2, 4, 8)))
 
 
 @pytest.mark.parametrize(
     ("name", "dtype", "stage", "micro_batches"),
     [*FEW, *(pytest.param(*case, marks=pytest.mark.slow) for case in ALL if case not in FEW)],
 )
-def test_one_process(load, teacher_set, name, dtype, stage, micro_batches):
+def test_one_process(load, in_parts, teacher_set, name, dtype, stage, micro_batches):
     config = load(*overrides(name, teacher_set, dtype, stage, micro_batches))
     check(engine_gradients(config), exact_gradients(config), dtype, (name, dtype, stage, micro_batches))
 
 
 def test_sums_that_bfloat16_cannot_hold_are_refused(load):
     many = ("run.dtype=bfloat16", "train.batch_size=65", "train.micro_batch_size=1", "deepspeed.zero_stage={}")
-    with pytest.raises(InputError, match=r"\[deepspeed\] zero_stage: expected 1 or 2 for bfloat16 with 65 micro"):
+    with pytest.raises(InputError, match=r"\[deepspeed\] zero_stage: expected 1, 2 or 3 for bfloat16 with 65 micro"):
         accumulation_steps(load(*(text.format(0) for text in many)))
     assert accumulation_steps(load(*(text.format(1) for text in many))) == 65
     assert accumulation_steps(load(*(text.format(0) for text in many[1:]))) == 65
@@ -90,7 +91,7 @@ def two_processes(recipe, teacher_set, tmp_path, cases):
 def test_two_processes(recipe, teacher_set, tmp_path):
     cases = [
         ("GKD", "bfloat16", 0, 4), ("TSDKD", "bfloat16", 2, 4), ("SFT", "float32", 1, 2), ("VCRD", "bfloat16", 1, 2),
-        ("DistiLLM2", "float32", 2, 1),
+        ("DistiLLM2", "float32", 2, 1), ("TSDKD", "float32", 3, 2), ("GKD", "bfloat16", 3, 4),
     ]  # fmt: skip
     two_processes(recipe, teacher_set, tmp_path, cases)
 
@@ -99,4 +100,4 @@ def test_two_processes(recipe, teacher_set, tmp_path):
 @pytest.mark.parametrize("name", OBJECTIVES)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_two_processes_throughout(recipe, teacher_set, tmp_path, name, dtype):
-    two_processes(recipe, teacher_set, tmp_path, list(itertools.product([name], [dtype], (0, 1, 2), (1, 2, 4))))
+    two_processes(recipe, teacher_set, tmp_path, list(itertools.product([name], [dtype], (0, 1, 2, 3), (1, 2, 4))))

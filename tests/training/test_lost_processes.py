@@ -9,12 +9,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from kdkernels.cli import main
 from kdkernels.training import InputError, train
 from kdkernels.training.processes import distributed
 
-from .test_processes import COMMAND
+from .conftest import GKD, final_weights
+from .test_processes import COMMAND, IN_PARTS, untimed
 
 ENDLESS = ("--set=train.steps=1000000", "--set=checkpoint.every=0")
 
@@ -27,24 +29,28 @@ def free_port() -> str:
 
 @pytest.fixture
 def pair(recipe, tmp_path):
-    """pair(common, second): two processes of a run, as a launcher starts them; `second` are further arguments of the
-    second one. Their output is in 0.txt and 1.txt.
+    """pair(common, second, command): two processes of a run, as a launcher starts them; `second` are further arguments
+    of the second one. Their output is in 0.txt and 1.txt.
     """
     processes = []
 
-    def pair(common=(), second=()):
+    def pair(common=(), second=(), command=COMMAND):
         port = free_port()
         for rank in range(2):
             launcher = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
             launcher |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PYTHONPATH": str(Path(__file__).parents[2])}
-            command = [*COMMAND, str(recipe), "--set=train.micro_batch_size=1", *common, *(second if rank else ())]
+            arguments = ["--set=train.micro_batch_size=1", *common, *(second if rank else ())]
             with (tmp_path / f"{rank}.txt").open("w") as output:
                 processes.append(
                     subprocess.Popen(
-                        command, cwd=tmp_path, env=os.environ | launcher, stdout=subprocess.DEVNULL, stderr=output
+                        [*command, str(recipe), *arguments],
+                        cwd=tmp_path,
+                        env=os.environ | launcher,
+                        stdout=subprocess.DEVNULL,
+                        stderr=output,
                     )
                 )
-        return processes
+        return processes[-2:]
 
     yield pair
     for process in processes:
@@ -84,6 +90,48 @@ def test_a_process_that_no_longer_answers_ends_the_other(pair, tmp_path, sign, s
     assert line.startswith("kdkernels: another process of the run ended, or did not answer in time ([run] timeout_sec")
     assert (f"Timed out waiting {seconds}000ms" in line) == (sign == signal.SIGSTOP)
     assert not (tmp_path / "run" / "final").exists()
+
+
+# An odd number of entries in every norm, and responses of several lengths: the shares of two processes are never alike.
+ODD = (
+    'student.architecture={model_type="llama", hidden_size=15, head_dim=8, num_hidden_layers=2, num_attention_heads=3, '
+    "num_key_value_heads=1, intermediate_size=33, initializer_range=0.3}"
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["TSDKD", "VCRD"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_run_in_parts_that_lost_a_process_resumes_bit_for_bit(pair, teacher_set, tmp_path, objective, dtype):
+    """Weights, gradients and optimizer in parts (ZeRO-3), rollouts, evaluation by answers and by tokens."""
+    options = {"TSDKD": "objective.k=4", "VCRD": "objective.weighting=likelihood_ratio"}
+    settings = [
+        *GKD[:1], f"objective.name={objective}", options[objective], ODD, teacher_set, f"run.dtype={dtype}",
+        "deepspeed.zero_stage=3", "train.steps=30", "checkpoint.every=2", "rollout.student_fraction=0.5",
+        f"evaluation.data={tmp_path / 'test.jsonl'}", "evaluation.every=7", "evaluation.batch_size=3",
+        'evaluation.metrics=["exact_match", "kl"]', "evaluation.answer='(\\d+)'",
+    ]  # fmt: skip
+    settings = [f"--set={text}" for text in settings]
+    whole = pair([*settings, f"--set=run.output={tmp_path / 'whole'}"], command=IN_PARTS)
+    assert [one.wait(timeout=400) for one in whole] == [0, 0], (tmp_path / "0.txt").read_text()
+
+    run = tmp_path / "run"
+    processes, deadline = pair(settings, command=IN_PARTS), time.monotonic() + 400
+    while not (run / "checkpoints" / "step-000006").exists():
+        assert processes[0].poll() is None and time.monotonic() < deadline, (tmp_path / "0.txt").read_text()
+        time.sleep(0.01)
+    processes[1].kill()
+    assert processes[0].wait(timeout=200) == 4, (tmp_path / "0.txt").read_text()
+    assert not (run / "final").exists()
+    again = pair([*settings, "--resume"], command=IN_PARTS)
+    assert [one.wait(timeout=400) for one in again] == [0, 0], (tmp_path / "0.txt").read_text()
+
+    assert untimed(run) == untimed(tmp_path / "whole") and len(untimed(run)) == 31
+    lengths = {line.get("student_length") for line in untimed(run)}
+    assert len(lengths) > 5
+    resumed, expected = final_weights(run), final_weights(tmp_path / "whole")
+    assert all(torch.equal(resumed[name], weight) for name, weight in expected.items())
+    assert {weight.dtype for weight in expected.values()} == {getattr(torch, dtype)}
 
 
 def test_half_a_launcher_is_refused(monkeypatch, recipe, capsys):

@@ -23,7 +23,16 @@ def size(directory):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "stage"), [("float32", 0), ("float32", 1), ("bfloat16", 0), ("bfloat16", 1), ("bfloat16", 2)]
+    ("dtype", "stage"),
+    [
+        ("float32", 0),
+        ("float32", 1),
+        ("bfloat16", 0),
+        ("bfloat16", 1),
+        ("bfloat16", 2),
+        ("float32", 3),
+        ("bfloat16", 3),
+    ],
 )
 def test_the_estimate_is_what_a_run_takes_on_the_disk(load, dtype, stage):
     config = load(*LARGER, f"run.dtype={dtype}", f"deepspeed.zero_stage={stage}")
@@ -35,7 +44,7 @@ def test_the_estimate_is_what_a_run_takes_on_the_disk(load, dtype, stage):
     assert len(complete(result.output / "checkpoints")) == needed.written == 2
     weights = sum(one.numel() for one in load_student(config, load_tokenizer(config), meta=True).parameters())
     assert needed.memory["student"] == weights * (2 if dtype == "bfloat16" else 4)
-    assert needed.memory["optimizer"] == weights * (8 if (dtype, stage) == ("float32", 0) else 12)
+    assert needed.memory["optimizer"] == weights * (8 if dtype == "float32" and stage in (0, 3) else 12)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,12 @@ from .poison import train_poisoned
 from .test_processes import finish, start
 
 ENGINES = [("float32", 0), ("float32", 1), ("float32", 2), ("bfloat16", 0), ("bfloat16", 1), ("bfloat16", 2)]
-QUICK = {("gradient", *engine) for engine in ENGINES} | {("loss", "float32", 0), ("loss", "float32", 2)}
+ENGINES += [("float32", 3), ("bfloat16", 3)]
+QUICK = {("gradient", *engine) for engine in ENGINES} | {
+    ("loss", "float32", 0),
+    ("loss", "float32", 2),
+    ("loss", "float32", 3),
+}
 CASES = [
     pytest.param(kind, *engine, marks=[] if (kind, *engine) in QUICK else pytest.mark.slow)
     for kind in ("gradient", "loss")
@@ -51,7 +56,7 @@ def engine_set(dtype, stage):
 
 
 @pytest.mark.parametrize(("kind", "dtype", "stage"), CASES)
-def test_a_step_that_is_not_finite_changes_nothing(load, tmp_path, kind, dtype, stage):
+def test_a_step_that_is_not_finite_changes_nothing(load, in_parts, tmp_path, kind, dtype, stage):
     """Weights and optimizer are those of a run that never took the step, to the bit, also afterwards."""
     steps = range(1, 3) if kind == "loss" else range(2, 3)  # with the very first step, AdamW has no moments yet
     common = (*engine_set(dtype, stage), "train.steps=4", "optimizer.weight_decay=0.1", "train.micro_batch_size=1")
@@ -105,6 +110,9 @@ def poison_two(recipe, tmp_path, teacher_set, cases):
             ("gradient", "bfloat16", 1),
             ("loss", "float32", 2),
             ("rollout", "float32", 0),
+            ("gradient", "bfloat16", 3),
+            ("loss", "float32", 3),
+            ("rollout", "float32", 3),
         ],
         pytest.param([(kind, *engine) for kind in ("gradient", "loss") for engine in ENGINES], marks=pytest.mark.slow),
     ],
@@ -191,8 +199,9 @@ def test_a_run_that_ends_with_a_skipped_step_tries_its_weights_once_more(load, b
     assert first_nonfinite(weights(result.final).items()) is None
 
 
+@pytest.mark.parametrize("stage", [0, 3])
 @pytest.mark.parametrize("where", ["weight", "moment"])
-def test_what_is_not_finite_is_never_saved(load, monkeypatch, where):
+def test_what_is_not_finite_is_never_saved(load, in_parts, monkeypatch, where, stage):
     """Weights that an update itself made infinite: the loss of that step was finite, the gradient too."""
     step_once = trainer.train_step
 
@@ -200,14 +209,16 @@ def test_what_is_not_finite_is_never_saved(load, monkeypatch, where):
         result = step_once(parts, examples, step, *more)
         if step == 2:
             optimizer = parts.strategy.engine.basic_optimizer
-            weight = optimizer.param_groups[0]["params"][0]
-            tensor = weight.data if where == "weight" else optimizer.state[weight]["exp_avg_sq"]
-            tensor.view(-1)[0] = torch.inf
+            moments = next(iter(optimizer.state.values()))
+            weight = parts.strategy.module.student.lm_head.weight
+            weight = weight.data if stage == 0 else weight.ds_tensor
+            (weight if where == "weight" else moments["exp_avg_sq"]).view(-1)[0] = torch.inf
         return result
 
     monkeypatch.setattr(trainer, "train_step", overflowing)
     for name, every in (("checkpoint", 1), ("final", 0)):
-        config = load("train.steps=2", f"checkpoint.every={every}", f"run.output={load().run.output}-{name}")
+        common = (f"deepspeed.zero_stage={stage}", "train.steps=2", f"checkpoint.every={every}")
+        config = load(*common, f"run.output={load().run.output}-{name}")
         with pytest.raises(
             FloatingPointError, match=r"step 2: .*(weight|exp_avg_sq) has values that are not finite: the"
         ):

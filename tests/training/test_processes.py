@@ -25,6 +25,7 @@ EXACT_MATCH = (
     "evaluation.answer='#(.*)'",
 )
 COMMAND = (sys.executable, "-m", "kdkernels", "train")
+IN_PARTS = (sys.executable, "-m", "tests.training.in_parts", "train")
 
 
 def start(command, *arguments, cwd) -> subprocess.Popen:
@@ -103,7 +104,7 @@ def test_a_killed_run_resumes_bit_for_bit(recipe, teacher_set, tmp_path, dtype, 
     )
 
 
-@pytest.mark.parametrize("stage", [0, 2])
+@pytest.mark.parametrize("stage", [0, pytest.param(2, marks=pytest.mark.slow), 3])
 def test_two_processes_compute_what_one_does(recipe, teacher_set, tmp_path, stage):
     overrides = [
         *GKD,
@@ -116,7 +117,7 @@ def test_two_processes_compute_what_one_does(recipe, teacher_set, tmp_path, stag
         'evaluation.metrics=["kl"]',
     ]
     alone = train(load_config(recipe, [*overrides, f"run.output={tmp_path / 'alone'}"]))
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *COMMAND[1:])
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *IN_PARTS[1:])
     arguments = [str(recipe), *(f"--set={override}" for override in overrides)]
     finish(start(launcher, *arguments, cwd=tmp_path), tmp_path)
     run = tmp_path / "run"

@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,12 @@ class Plain:
             self.optimizer.step()
         self.optimizer.zero_grad()
         return norm, None if math.isfinite(norm) else f"the gradient norm is {norm}"
+
+    def whole(self):
+        return nullcontext()
+
+    def weights(self, frozen=True):
+        return self.module.student.state_dict()
 
     def tensors(self):
         return self.module.student.state_dict().items()

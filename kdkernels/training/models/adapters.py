@@ -100,12 +100,12 @@ def merge(model: PreTrainedModel, config: Any, state: Mapping[str, Tensor], plac
         return wrapped.merge_and_unload().requires_grad_(True)
 
 
-def save(student: PreTrainedModel, settings: AdapterConfig, directory: Path) -> None:
+def save(student: PreTrainedModel, weights: Mapping[str, Tensor], settings: AdapterConfig, directory: Path) -> None:
     """Writes the student's adapter into `directory`, or with `merge` the whole model without one, whose base is read
-    again.
+    again. `weights`: of the student, those that are trained among them.
     """
     config = student.peft_config[NAME]
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in _state(student).items()}
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in _state(student, weights).items()}
     if settings.merge:
         base = AutoModelForCausalLM.from_pretrained(config.base_model_name_or_path, dtype=student.dtype)
         merge(base, config, state, directory, "[student.adapter]").save_pretrained(directory)
@@ -143,9 +143,11 @@ def _targets(model: PreTrainedModel, wanted: tuple[str, ...]) -> list[str]:
     return sorted(chosen)
 
 
-def _state(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The adapter's weights by the names of PEFT's files; not the output layer's own, which PEFT would save too."""
-    found = peft().get_peft_model_state_dict(model, adapter_name=NAME, save_embedding_layers=False)
+def _state(model: PreTrainedModel, weights: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The adapter's weights by the names of PEFT's files, its own or of those given; not the output layer's, which PEFT
+    would save too.
+    """
+    found = peft().get_peft_model_state_dict(model, weights, adapter_name=NAME, save_embedding_layers=False)
     return {PREFIX + name: tensor for name, tensor in found.items()}
 
 

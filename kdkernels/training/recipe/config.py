@@ -22,7 +22,7 @@ Place = Annotated[str, Rule(lambda value: value.strip() and "\0" not in value, "
 Share = Annotated[float, Rule(lambda value: 0 <= value <= 1, "a number from 0 to 1")]
 Momentum = Annotated[float, Rule(lambda value: 0 <= value < 1, "a number >= 0 and < 1")]
 Timeout = Annotated[float, Rule(lambda value: 1 <= value <= 10**9, "a number from 1 to 1e9")]
-ZeroStage = Annotated[int, Rule(lambda value: 0 <= value <= 2, "0, 1 or 2 (ZeRO-3 is not supported yet)")]
+ZeroStage = Annotated[int, Rule(lambda value: 0 <= value <= 3, "0, 1, 2 or 3")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,9 +244,10 @@ class EvaluationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DeepSpeedConfig:
-    """`zero_stage`: 0 keeps everything on every process; 1 shards the optimizer's state, 2 the gradients too.
+    """`zero_stage`: 0 keeps everything on every process; 1 shards the optimizer's state, 2 the gradients too, 3 the
+    student's weights too, which then are whole on every process only while it generates and is evaluated.
 
-    With bfloat16 weights, 0 adds up the micro-batches' gradients in bfloat16, 1 and 2 in float32. Default: 0, with
+    With bfloat16 weights, 0 adds up the micro-batches' gradients in bfloat16, 1 to 3 in float32. Default: 0, with
     bfloat16 1.
     """
 
