@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 
 from kdkernels.data.tokenizers import vocabulary_size
 from kdkernels.engine import predict
-from kdkernels.errors import InputError
 from kdkernels.sources.from_model import tail
 from kdkernels.training.deepspeed_strategy import accumulation_steps
 from kdkernels.training.inputs import read_inputs
@@ -54,7 +53,7 @@ def plan(
     lines = [f"objective: {config.objective.name} with these options {NO_JUDGE}"] if objective.needs_weights else []
     if elsewhere:
         models, vocabulary, read = _from_descriptions(config, elsewhere)
-        needed = needs(config, models["student"], models.get("teacher"), processes=processes)
+        needed = needs(_counted(config), models["student"], models.get("teacher"), processes=processes)
     else:
         config, models, vocabulary, read, done = _from_here(config, run, resume, asked)
         needed = needs(config, models["student"], models.get("teacher"), done, processes)
@@ -104,11 +103,6 @@ def _from_here(
 
 def _from_descriptions(config: Config, elsewhere: Mapping[str, Path]) -> tuple[Models, int, list[str]]:
     """As `_from_here`, where models are not on this machine: from their configurations, reading nothing else."""
-    if config.train.steps is None:
-        raise InputError(
-            "--dry-run: [train] epochs: how many steps they are cannot be known where data and models are not read: "
-            "add --set train.steps=NUMBER"
-        )
     names = {"[student] path": config.student.path, "[teacher] path": config.teacher and config.teacher.path}
     lines = [f"{key}: {names[key]} is not on this machine: planned with {file}" for key, file in elsewhere.items()]
     unread = [config.data.train, *([config.evaluation.data] if config.evaluation else [])]
@@ -119,6 +113,14 @@ def _from_descriptions(config: Config, elsewhere: Mapping[str, Path]) -> tuple[M
         config = replace(config, teacher=replace(config.teacher, path=str(elsewhere["[teacher] path"])))
     models = _models(config, None)
     return models, min(tail(model).entries for model in models.values()), lines
+
+
+def _counted(config: Config) -> Config:
+    """The recipe with steps: where the data would tell how many its epochs are, more than it keeps checkpoints."""
+    if config.train.steps is not None:
+        return config
+    many = 10 * (config.checkpoint.keep + 1) * (config.checkpoint.every or 1)
+    return resolve_steps(replace(config, train=replace(config.train, epochs=None, steps=many)), 0)
 
 
 def _models(config: Config, tokenizer) -> Models:
@@ -139,10 +141,11 @@ def _describe_step(config: Config, processes: int) -> list[str]:
     """What a step takes of the processes, at most."""
     train, accumulation = config.train, accumulation_steps(config, processes)
     prompt, response = config.data.max_prompt_tokens, _longest_response(config)
+    steps = f"{train.epochs:g} epochs in steps" if train.steps is None else f"{train.steps} steps"
+    whole = "" if train.steps is None else f", at most {train.steps * train.batch_size * response:,} response tokens"
     return [
-        f"{train.steps} steps of {train.batch_size} responses (on each of {processes} processes {accumulation} "
-        f"micro-batches of {train.micro_batch_size}), at most {train.steps * train.batch_size * response:,} response "
-        "tokens",
+        f"{steps} of {train.batch_size} responses (on each of {processes} processes {accumulation} micro-batches of "
+        f"{train.micro_batch_size}){whole}",
         f"micro-batch: tokens {train.micro_batch_size} x {prompt + response} (prompt {prompt}, response {response}) "
         "at most",
     ]

@@ -99,6 +99,15 @@ def test_processes_share_what_zero_shards(away, capsys):
     assert (with_one, with_eight) == (needs.text(12 * weights), needs.text(12 * weights // 8))
 
 
+def test_epochs_that_the_data_would_count(away, capsys):
+    """How many steps they are is not known, but that they are enough for all checkpoints that are kept."""
+    in_steps, in_epochs = dry(capsys, away, "--set=train.steps=100"), dry(capsys, away, "--set=train.epochs=2.5")
+    said = "epochs in steps of 16 responses (on each of 1 processes 8 micro-batches of 2)\n"
+    assert f"# 2.5 {said}" in in_epochs and "[train]\nepochs = 2.5\nbatch_size" in in_epochs
+    disk = in_steps.split("\n# disk: ")[1].split("\n")[0]
+    assert disk.startswith("at most ") and "(3 checkpoints of " in disk and f"\n# disk: {disk}\n" in in_epochs
+
+
 def test_training_needs_everything(away, capsys):
     assert main(["train", str(away)]) == 2
     assert "[data] train: no such file" in capsys.readouterr().err

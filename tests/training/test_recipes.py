@@ -23,6 +23,14 @@ VCRD = {  # lambda_teacher, lambda_student: appendix 10.2 of the paper
     "qwen2.5-7b-to-1.5b": (2, 2),
     "qwen2-7b-to-1.5b": (2, 1),
 }
+EPOCHS = {  # and steps, both for two responses to a prompt
+    "qwen2.5-math-7b-to-1.5b": (4, None),
+    "qwen2-math-7b-to-1.5b": (4, None),
+    "qwen2.5-coder-7b-to-1.5b": (None, 1200),
+    "qwen2.5-coder-14b-to-7b": (None, 800),
+    "qwen2.5-7b-to-1.5b": (6, None),
+    "qwen2-7b-to-1.5b": (6, None),
+}
 TUNED_FIRST = [pair for pair in VCRD if pair != "qwen2.5-coder-14b-to-7b"]
 NAMES = sorted(
     chain(
@@ -102,6 +110,9 @@ def test_the_settings_are_the_papers(name):
         assert config.optimizer.lr == 5e-5
         assert (adapter.kind, adapter.r, adapter.alpha, adapter.dropout) == ("lora", 16, 128, 0.05)
         assert config.rollout.student_fraction == (1 if name.endswith("-gkd") else 0.5)
+    assert (config.train.epochs, config.train.steps) == EPOCHS.get(pair, (3, None)) or name.endswith("-sft")
+    if name.endswith("-sft"):
+        assert config.train.epochs == (5 if "coder" in name else 1)
     if "-tsd-kd" in name:
         weights = {"indirect_weight": 0.1, "direct_weight": 1, "entropy_weight": 1}
         paper = {"beta": 0.9, "tau": 1, "k": 10, "opener": 0.1, "entropy_ratio": 0.1, "temperature": 1} | weights
