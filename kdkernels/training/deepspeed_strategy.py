@@ -68,6 +68,7 @@ class DeepSpeedStrategy:
         join()
         self.engine, *_ = deepspeed.initialize(model=module, optimizer=_optimizer(config, module), config=settings)
         distributed.limit_waiting(config.run.timeout_seconds)
+        self._entered = False  # whether `whole` is
 
     @property
     def module(self) -> Distillation:
@@ -104,15 +105,16 @@ class DeepSpeedStrategy:
 
     @contextmanager
     def whole(self) -> Iterator[None]:
-        if not self._in_parts:
+        if not self._in_parts or self._entered:
             yield
             return
-        error = None
+        error, self._entered = None, True
         with unwrap_model_for_generation(self.engine):  # which an error must not pass: its hooks would be lost
             try:
                 yield
             except Exception as caught:
                 error = caught
+        self._entered = False
         if error is not None:
             raise error
 

@@ -59,7 +59,7 @@ def needs(
         **({"student, whole while it generates": weights * width} if in_parts else {}),
         "gradients": gradients,
         "optimizer": (8 + master) * trained // shares,
-        **({} if teacher is None else {"teacher": _count(teacher) * _width(config.teacher.dtype)}),
+        **({} if teacher is None else {"teacher": _teacher(config, teacher, processes)}),
     }
     every = config.checkpoint.every
     return Needs(
@@ -161,6 +161,12 @@ def _nearest(path: Path) -> Path:
 
 def _size(directory: Path) -> int:
     return sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
+
+
+def _teacher(config: Config, teacher: nn.Module, processes: int | None) -> int:
+    """Bytes on a process's device, where a teacher in CPU memory is while it scores."""
+    size = _count(teacher) * _width(config.teacher.dtype)
+    return size // (processes or distributed.world_size()) if config.teacher.placement == "zero3" else size
 
 
 def _width(dtype: str) -> int:

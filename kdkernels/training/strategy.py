@@ -47,7 +47,7 @@ class Strategy(Protocol):
 
     def whole(self) -> AbstractContextManager[None]:
         """While it is entered, every process has all weights of the student in place, for what runs the model outside
-        of `forward`, as often as each likes: generation, evaluation. It may not change them.
+        of `forward`, as often as each likes: generation, evaluation. It may not change them. May be entered again.
         """
 
     def weights(self, frozen: bool = True) -> dict[str, Tensor] | None:

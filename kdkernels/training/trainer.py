@@ -136,9 +136,10 @@ class _Training:
         tokenizer, examples = self.inputs.tokenizer, self.inputs.examples.usable
         entries = vocabulary_size(tokenizer)
         sampler = LocalSampler(student, tokenizer)
+        strategy = DeepSpeedStrategy(config, Distillation(student, objective, entries))
         self.parts = Parts(
-            strategy=DeepSpeedStrategy(config, Distillation(student, objective, entries)),
-            teacher=place(config, teacher, student, entries),
+            strategy=strategy,
+            teacher=place(config, teacher, strategy),
             sampler=sampler,
             judge=judge,
             pad_id=tokenizer.eos_token_id,

@@ -42,9 +42,10 @@ def engine_gradients(config: Config, judge: Judge | None = None) -> dict[str, to
     """name -> gradient before clipping of one step on the examples; "norm": what the trainer logs."""
     distributed.start()
     tokenizer, student, teacher, examples = models(config)
-    scorer = place(config, teacher, student, vocabulary_size(tokenizer))
     strategy = DeepSpeedStrategy(config, Distillation(student, config.objective.build(), vocabulary_size(tokenizer)))
-    parts = step.Parts(strategy, scorer, LocalSampler(student, tokenizer), judge, tokenizer.eos_token_id)
+    parts = step.Parts(
+        strategy, place(config, teacher, strategy), LocalSampler(student, tokenizer), judge, tokenizer.eos_token_id
+    )
     found, step_once = {}, strategy.step
 
     def capturing(*arguments):

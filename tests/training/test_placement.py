@@ -1,11 +1,19 @@
 """Where a teacher is between its forwards changes nothing of what it says; the student's base is one too."""
 
+import json
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import kdkernels as kd
 from kdkernels.cli import main
 from kdkernels.data import collate
+from kdkernels.distillation import Distillation
 from kdkernels.training import InputError, load_config, train
 from kdkernels.training.models.loading import load_student, load_teacher, load_tokenizer
 from kdkernels.training.models.placement import place
@@ -14,8 +22,11 @@ from kdkernels.training.run.metrics import read_metrics
 from .adapted import copy_of, write_base
 from .engine_steps import engine_gradients, exact_gradients
 from .test_adapters import check_gradients, goes_on, steps
-from .test_engine import check
+from .test_engine import PROGRAM, check
+from .test_processes import finish, start
 
+HERE = Path(__file__).parent
+TWO = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 BATCH = collate([[3, 4], [5]], [[6, 1], [7, 8, 1]], 0)
 
 
@@ -30,6 +41,15 @@ def original(tmp_path_factory):
 @pytest.fixture
 def root(original, tmp_path):
     return copy_of(original, tmp_path / "task")
+
+
+class Plain:
+    """What `place` asks of a strategy."""
+
+    whole = nullcontext
+
+    def __init__(self, student):
+        self.module = Distillation(student, kd.SFT(), 16)
 
 
 def logits(source):
@@ -47,7 +67,7 @@ def test_the_base_scores_without_the_adapter_which_is_trained_as_before(root, ki
     with torch.no_grad():
         expected = AutoModelForCausalLM.from_pretrained(root / "base").eval()(**BATCH.inputs).logits
         own = student(**BATCH.inputs).logits
-        scored = place(config, None, student, 16).score(BATCH)
+        scored = place(config, None, Plain(student)).score(BATCH)
         assert torch.allclose(logits(scored), expected, atol=1e-6) and not torch.allclose(own, expected, atol=0.1)
         assert torch.equal(student(**BATCH.inputs).logits, own) and student.training
     assert not scored.hidden.requires_grad and not scored.weight.requires_grad
@@ -114,7 +134,7 @@ def test_a_teacher_in_cpu_memory_is_on_the_device_while_it_scores(root, monkeypa
         return to(tensor, *arguments, **options).clone() if "non_blocking" in options else to(tensor, *arguments)
 
     monkeypatch.setattr(torch.Tensor, "to", copied)
-    teacher = place(config, model, None, 16)
+    teacher = place(config, model, Plain(model))
 
     def places():
         return [one.data_ptr() for one in (*model.parameters(), *model.buffers())]
@@ -127,6 +147,53 @@ def test_a_teacher_in_cpu_memory_is_on_the_device_while_it_scores(root, monkeypa
     scored = teacher.score(BATCH)
     assert scored.weight.data_ptr() not in at_home and places() == at_home
     assert torch.allclose(logits(scored), model(**BATCH.inputs).logits, atol=1e-6)
+
+
+# ---- in parts, on two processes ----
+
+
+@pytest.mark.slow
+def test_gradients_beside_a_teacher_in_parts_are_those_of_full_logits(root):
+    """Whatever stage the student is in; and beside the student's own base where that is in parts."""
+    parts = ["teacher.placement=zero3"]
+    cases = [("lora", 0, parts), ("lora", 2, parts), ("lora", 3, parts), ("lora", 3, ["teacher.base=true"])]
+    settings, exact = [], []
+    for kind, stage, teacher in cases:
+        overrides = steps(root, kind, "float32", stage, 2, processes=2)
+        exact.append(exact_gradients(load_config(root / f"{kind}.toml", overrides)))
+        kept = [text for text in overrides if "base" not in teacher[0] or "teacher" not in text]
+        settings.append((str(root / f"{kind}.toml"), [*kept, *teacher]))
+    finish(start(TWO, PROGRAM, json.dumps(settings), str(root / "gradients.pt"), cwd=root), root)
+    for case, wanted, got in zip(cases, exact, torch.load(root / "gradients.pt"), strict=True):
+        check_gradients(got, wanted, "float32", case)
+
+
+@pytest.mark.slow
+def test_a_run_with_a_teacher_in_parts_is_that_with_whole_ones(root):
+    found = []
+    for placement in ("replicated", "zero3"):
+        overrides = [
+            f"run.output={root / placement}",
+            "train.micro_batch_size=1",
+            "objective.name=TSDKD",
+            "objective.k=4",
+            f"teacher.path={root / 'lora'}",
+            f"teacher.placement={placement}",
+            f"evaluation.data={root / 'test.jsonl'}",
+            "evaluation.limit=3",
+            'evaluation.metrics=["cross_entropy"]',
+        ]
+        arguments = [str(root / "lora.toml"), *(f"--set={text}" for text in overrides)]
+        finish(start(TWO, str(HERE / "in_parts.py"), "train", *arguments, cwd=root), root)
+        found.append(load_file(root / placement / "final" / "adapter_model.safetensors"))
+    assert all(torch.allclose(found[1][name], weight, atol=1e-6) for name, weight in found[0].items())
+    assert all(torch.count_nonzero(weight) for weight in found[0].values()) and len(found[0]) == 16
+
+
+def test_a_teacher_in_parts_is_not_evaluated_against(root):
+    overrides = [f"teacher.path={root / 'base'}", "teacher.placement=zero3", f"evaluation.data={root / 'test.jsonl'}"]
+    with pytest.raises(InputError, match=r'"kl" needs all of the teacher.*"replicated" or "cpu", got "zero3"'):
+        load_config(root / "lora.toml", [*overrides, 'evaluation.metrics=["kl"]'])
 
 
 # ---- dtype ----

@@ -27,9 +27,9 @@ def check_model(key: str, model: PreTrainedModel, tokens: Sequence[int], trained
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         try:
             with evaluating(model):
-                own = model(**batch.inputs, use_cache=False).logits.float()
                 output = trunk_output(model, batch.inputs)
                 ours = _logits(Head.from_model(model, output.last_hidden_state))
+                own = model(**batch.inputs, use_cache=False).logits.float()  # last: ZeRO-3 takes its end for a step's
                 beyond = beyond_cross_entropy(model, output, batch.attention_mask) if trained else None
             if trained:  # some models take other inputs then
                 Head.from_model(model, trunk_output(model, batch.inputs).last_hidden_state)

@@ -8,27 +8,29 @@ from transformers import PreTrainedModel
 
 from kdkernels.rollouts.local import evaluating
 from kdkernels.teachers import LocalTeacher
+from kdkernels.training.deepspeed_teacher import sharded
 from kdkernels.training.processes import distributed
 from kdkernels.training.recipe.config import Config
+from kdkernels.training.strategy import Strategy
 
 T = TypeVar("T")
 
 
-def place(
-    config: Config, teacher: PreTrainedModel | None, student: PreTrainedModel, entries: int
-) -> LocalTeacher | None:
+def place(config: Config, teacher: PreTrainedModel | None, strategy: Strategy) -> LocalTeacher | None:
     """The recipe's teacher as [teacher] wants it, None where there is none.
 
     Args:
         config: the recipe.
-        teacher: the model at [teacher] path, as it was read; None for the student's base.
-        student: with its adapter.
-        entries: the ids that have a token.
+        teacher: the model at [teacher] path, as it was read; None for the base of the student.
+        strategy: that of the student.
     """
+    entries = strategy.module.vocab_size
     if config.teacher is None:
         return None
     if config.teacher.base:
-        return LocalTeacher(student, entries, without_adapter(student))
+        return LocalTeacher(strategy.module.student, entries, without_adapter(strategy))
+    if config.teacher.placement == "zero3":
+        return LocalTeacher(teacher, entries, sharded(teacher, config))
     if config.teacher.placement == "cpu":
         return LocalTeacher(teacher, entries, offloaded(teacher, distributed.device()))
     return LocalTeacher(teacher.to(distributed.device()), entries)
@@ -56,11 +58,12 @@ def offloaded(model: PreTrainedModel, device: torch.device) -> Callable[[Callabl
     return present
 
 
-def without_adapter(student: PreTrainedModel) -> Callable[[Callable[[], T]], T]:
+def without_adapter(strategy: Strategy) -> Callable[[Callable[[], T]], T]:
     """Takes the student's adapter out of its forward while a function runs: what computes is its base."""
+    student = strategy.module.student
 
     def present(function: Callable[[], T]) -> T:
-        with evaluating(student):
+        with strategy.whole(), evaluating(student):
             student.disable_adapters()
             try:
                 return function()

@@ -79,12 +79,13 @@ class TeacherConfig:
     its base), or `base = true`: the student as it was, its adapter left out of the forward, which takes no weights.
 
     `placement`: "replicated" on every process's device; "cpu" in its CPU memory, copied to the device for each
-    micro-batch. `dtype`: of its weights, [run] dtype by default.
+    micro-batch; "zero3" in parts on all processes, each layer gathered while it is used (no [evaluation] of kl).
+    `dtype`: of its weights, [run] dtype by default.
     """
 
     path: Place | None = None
     base: bool = False
-    placement: Literal["replicated", "cpu"] = "replicated"
+    placement: Literal["replicated", "cpu", "zero3"] = "replicated"
     dtype: Literal["float32", "bfloat16"] | None = None
 
 
