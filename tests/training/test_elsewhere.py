@@ -166,6 +166,9 @@ def test_a_student_that_another_recipe_will_train(away, tmp_path, capsys):
     )
     assert main(["train", str(second), "--dry-run", f"--set=student.path={tmp_path}/other/final"]) == 2
     assert "no such file" in capsys.readouterr().err
+    second.write_text(second.read_text().replace(f"{tmp_path}/run/final", f"{tmp_path}/run-2/final"))
+    assert main(["train", str(second), "--dry-run"]) == 2  # which would come of itself
+    assert "no such file" in capsys.readouterr().err
 
 
 def test_a_model_in_the_cache_of_the_hub_is_here(away, tmp_path, monkeypatch):

@@ -46,12 +46,13 @@ def _is_here(path: str) -> bool:
     return False
 
 
-def _description(path: str, folders: Sequence[Path]) -> Path | None:
+def _description(path: str, folders: Sequence[Path], before: Sequence[str] = ()) -> Path | None:
+    """The file that describes the model at `path`; `before`: those that are trained, one from the other, from it."""
     files = [folder / MODELS / f"{Path(path).name}.json" for folder in folders]
     found = next((file for file in files if file.is_file()), None)
-    if found is None and Path(path).name == FINAL:
+    if found is None and Path(path).name == FINAL and path not in before:  # else they go round in a circle
         start = next(_starts(os.path.realpath(path), folders), None)
-        return start and _description(start, folders)
+        return start and _description(start, folders, [*before, path])
     return found
 
 
