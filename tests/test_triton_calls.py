@@ -58,6 +58,19 @@ def test_the_kernel_of_the_backward_compiles(tmp_path):
     assert len(done.stdout.splitlines()) == 6
 
 
+def test_launches_past_the_jit_are_those_of_the_jit():
+    """Its own lookup finds the same compiled kernel for hundreds of arguments and options; whoever listens is heard."""
+    command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("triton_launches.py"))]
+    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads(done.stdout)
+    assert report["triton"] == triton.__version__ and set(report["kernels"]) == KERNELS
+    for name, found in report["kernels"].items():
+        assert found["wrong"] == 0 and found["direct"] == 300 and found["kernels"] > 150, (name, found)
+        assert found["globals"] == 0, name  # the JIT compares those at every launch, which is left out
+        assert len(found["heard"]) == 7 and all(found["heard"].values()), (name, found["heard"])
+
+
 def test_steps_of_other_lengths_compile_nothing(tmp_path):
     """After a step in one chunk and one in several: sizes that change from step to step are no part of a kernel."""
     command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("triton_ragged.py"))]

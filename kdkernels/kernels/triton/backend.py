@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..torch_ops import OperatorBackend, Operators
 from . import pairs, scale, statistics
+from .launch import Launch
 
 # Entries per block and warps of each sweep. With 8 entries a thread has two 16-byte loads of fp32 in flight and needs
 # 32 to 64 registers (docs/triton-resources.md), so that 4 to 8 programs share a multiprocessor and 1000 rows still fill
@@ -26,35 +27,6 @@ _GROUP = 128  # entries that share a maximum: one load of a warp, and about sqrt
 _MAXIMA_PER_WARP = 1024  # so that warps are few: candidates are a chain of reductions, and those across warps are slow
 _SCATTER_WARPS = 4
 _LAUNCH_ROWS = 4096  # per launch, which bounds the memory of group maxima; this fills the largest GPUs six times
-
-
-# ---- launches --------------------------------------------------------------------------------------------------------
-
-
-class Launch:
-    """Launches a kernel: one program per row, on the device of the first argument, which is the logits.
-
-    Arguments come by position, in the order of the kernel's parameters: with names Triton's JIT takes a third longer.
-    Multiply-adds are fused where the kernel says so.
-    """
-
-    def __init__(self, kernel):
-        self.kernel = kernel
-        # only arguments with a stride, which are rows of logits, may have gaps between their rows
-        names = kernel.arg_names
-        found = [(place, name.removesuffix("_ptr")) for place, name in enumerate(names) if name.endswith("_ptr")]
-        self.contiguous = [(place, name) for place, name in found if f"{name}_stride" not in names]
-
-    def __call__(self, programs: int, warps: int, *arguments) -> None:
-        if programs == 0:
-            return
-        for place, name in self.contiguous:
-            tensor = arguments[place]
-            if tensor is not None and not tensor.is_contiguous():
-                raise ValueError(f"{name}: expected a contiguous tensor, got strides {tensor.stride()}")
-        with torch.cuda.device_of(arguments[0]):
-            self.kernel[(programs,)](*arguments, num_warps=warps, enable_fp_fusion=False)
-
 
 _statistics = Launch(statistics.statistics_kernel)
 _candidates = Launch(statistics.candidates_kernel)
