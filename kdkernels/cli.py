@@ -13,6 +13,7 @@ from kdkernels.errors import MissingPackage
 from kdkernels.training import Config, InputError, with_reason
 from kdkernels.training.processes.exits import DONE, STATUSES, UNFORESEEN, UNUSABLE, end
 from kdkernels.training.processes.launcher import first, launched
+from kdkernels.training.recipe.measuring import ANSWER, PROMPT, RESPONSE, measuring
 from kdkernels.training.recipe.new import write_recipe
 from kdkernels.training.recipe.read import read_recipes, section_class
 
@@ -26,6 +27,7 @@ examples:
   kdkernels train recipe.toml --resume --set train.steps=200    more steps than it had, or another [optimizer] lr
   kdkernels train first.toml second.toml                train in stages; the same again goes on after a crash
   torchrun --nproc-per-node 8 -m kdkernels train recipe.toml
+  kdkernels eval runs/a/final gsm8k_test.jsonl         how often a model's answers are right
   kdkernels report runs/a runs/b                        compare runs, in Markdown and a figure
 """
 
@@ -80,6 +82,29 @@ def _new(options: argparse.Namespace) -> int:
     return DONE
 
 
+def _eval(options: argparse.Namespace) -> int:
+    output = Path(options.output)
+    try:
+        if bool(options.data) == bool(options.lm_eval):
+            raise InputError("eval: expected either DATA.jsonl or --lm-eval")
+        if not output.parent.is_dir():
+            raise InputError(f"--output: no such directory: {output.parent}")
+        if options.lm_eval:
+            from kdkernels.training import harness
+
+            print(harness.measure(options.model, harness.tasks(options.lm_eval, options.run_code), output, options))
+            return DONE
+        for name in ("chat", "run_code"):
+            if getattr(options, name):
+                raise InputError(f"--{name.replace('_', '-')} belongs to --lm-eval, which is not given")
+        config = measuring(options)
+        with with_reason():
+            from kdkernels.training.measuring import run  # torch, transformers: seconds
+    except (InputError, MissingPackage) as error:
+        return end(UNUSABLE, error)
+    return run(config, output)
+
+
 def _report(options: argparse.Namespace) -> int:
     from kdkernels.training.run.compare import read_runs, render
 
@@ -120,6 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"kdkernels {kdkernels.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_train(commands)
+    _add_eval(commands)
     _add_report(commands)
     new = commands.add_parser("new", help="write a commented recipe", description="Writes a commented recipe.")
     new.set_defaults(run=_new)
@@ -165,6 +191,44 @@ def _count(text: str) -> int:
     if not (text.isascii() and text.isdecimal() and len(text) <= 6 and int(text) >= 1):
         raise argparse.ArgumentTypeError(f"expected an integer from 1 to 999999, got {text!r}")
     return int(text)
+
+
+def _add_eval(commands) -> None:
+    command = commands.add_parser(
+        "eval",
+        help="how often a model's answers are right",
+        description="Answers the prompts of a JSON lines file greedily and counts the right answers; by default as in "
+        "GSM8K, where a line has a question and an answer whose number follows ####. Or runs tasks of "
+        "lm-evaluation-harness. Under torchrun, the processes share the prompts.",
+    )
+    command.set_defaults(run=_eval)
+    add = command.add_argument
+    add("model", metavar="MODEL", help="directory or hub name: a model, or an adapter on one")
+    add("data", metavar="DATA.jsonl", nargs="?", help="one JSON object a line")
+    add("--prompt", type=_text, default=PROMPT, help="template over a line's fields, where \\n is a line break "
+        "(default: %(default)r)")  # fmt: skip
+    add("--response", type=_text, default=RESPONSE, help="template of the text that has the right answer "
+        "(default: %(default)r)")  # fmt: skip
+    add("--answer", metavar="REGEX", default=ANSWER, help="its one group is the answer; the last match counts, and "
+        "1,450 is 1450 (default: %(default)s)")  # fmt: skip
+    add("--limit", metavar="N", type=_count, help="only the first N problems; of each task with --lm-eval")
+    add("--batch-size", metavar="N", type=_count, default=32, help="prompts at a time (default: %(default)s)")
+    add("--max-new-tokens", metavar="N", type=_count, default=512, help="of a response (default: %(default)s)")
+    add("--max-prompt-tokens", metavar="N", type=_count, default=1024, help="problems with longer prompts are left "
+        "out and counted (default: %(default)s)")  # fmt: skip
+    add("--dtype", choices=("float32", "bfloat16"), help="of the weights (default: bfloat16 on a GPU, else float32)")
+    add("--output", metavar="FILE", default="kdkernels-eval.jsonl", help="where the records go: a line a problem with "
+        "its response; of --lm-eval, one JSON object of all results (default: %(default)s)")  # fmt: skip
+    add("--lm-eval", metavar="TASKS", nargs="?", const="tsd-kd", help="instead of DATA.jsonl: tasks of "
+        "lm-evaluation-harness (kdkernels[lm-eval]) with commas between them, or tsd-kd (the default) or vcrd-code, "
+        "those of the papers")  # fmt: skip
+    add("--chat", action="store_true", help="with --lm-eval: prompts through the tokenizer's chat template")
+    add("--run-code", action="store_true", help="with --lm-eval: allows tasks that run the code which the model writes")
+
+
+def _text(text: str) -> str:
+    """What a shell hands on, with line breaks for \\n."""
+    return text.replace("\\n", "\n")
 
 
 def _add_report(commands) -> None:

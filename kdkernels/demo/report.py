@@ -7,7 +7,8 @@ import torch
 
 from kdkernels.demo.phases import PROBLEMS, STUDENTS
 from kdkernels.demo.results import Arm
-from kdkernels.demo.statistics import bootstrap_mean, wilson
+from kdkernels.demo.statistics import bootstrap_mean
+from kdkernels.training.evaluation import wilson
 
 COMPARISONS = (  # (arm, the arm it is compared with)
     ("teacher", "student"),

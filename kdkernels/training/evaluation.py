@@ -3,6 +3,7 @@
 Axes: B examples of a batch, L length.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -19,6 +20,9 @@ from kdkernels.rollouts.local import evaluating
 from kdkernels.teachers import Teacher, head
 from kdkernels.training.recipe.config import Config, EvaluationConfig
 
+Z95 = 1.959963984540054  # standard normal quantile of 0.975
+THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")  # their separators
+
 
 def evaluate(
     model: PreTrainedModel,
@@ -31,7 +35,8 @@ def evaluate(
     """One record per example, in the given order, with all that the `metrics` of [evaluation] come from (`summarize`).
 
     exact_match: the `sampler` answers each prompt greedily; an answer is right if it equals that of the data's
-    response. The answer of a text is what the regular expression `answer` matches last in it.
+    response, separators of thousands aside. The answer of a text is what the regular expression `answer` matches last
+    in it.
     cross_entropy, kl: -log q(token) and KL(p || q) of the teacher p and the model q, in nats per token of the data's
     responses, the end-of-sequence token included.
 
@@ -68,6 +73,21 @@ def summarize(records: Sequence[dict[str, Any]]) -> dict[str, float]:
     return metrics
 
 
+def wilson(right: int, problems: int) -> tuple[float, float]:
+    """The 95 % score interval of a share of `right` among `problems` (Wilson, JASA 1927).
+
+        (share + z^2 / 2n -+ z sqrt(share (1 - share) / n + z^2 / 4n^2)) / (1 + z^2 / n)
+
+    Raises ValueError unless 0 <= right <= problems and problems > 0.
+    """
+    if not 0 <= right <= problems or problems == 0:
+        raise ValueError(f"right: expected 0 to {problems} of at least one problem, got {right}")
+    share, square = right / problems, Z95**2 / problems
+    middle = share + square / 2
+    margin = math.sqrt(square * (share * (1 - share) + square / 4))
+    return max(0.0, (middle - margin) / (1 + square)), min(1.0, (middle + margin) / (1 + square))
+
+
 def find_answer(pattern: str, text: str) -> str | None:
     """What the one group of `pattern` matches last in `text`; None where it matches nowhere."""
     found = re.findall(pattern, text)
@@ -81,6 +101,11 @@ def expected_answer(settings: EvaluationConfig, example: Example) -> str:
         place = f"{settings.data}, line {example.line}"
         raise InputError(f"{place}: [evaluation] answer {settings.answer!r} not found in {example.response!r}")
     return expected
+
+
+def _plain(answer: str) -> str:
+    """1,450 is 1450, and -1,450 is -1450."""
+    return THOUSANDS.sub("", answer)
 
 
 def _add(records: list[dict], values: list[dict]) -> None:
@@ -107,7 +132,7 @@ def _answers(
                 "response": response,
                 "answer": answer,
                 "expected": expected,
-                "correct": answer == expected,
+                "correct": answer is not None and _plain(answer) == _plain(expected),
                 "finished": finished,
             }
         )

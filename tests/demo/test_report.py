@@ -7,7 +7,8 @@ from kdkernels.demo.phases import PHASES, TEACHER, Cost
 from kdkernels.demo.plots import plot_accuracy, plot_curves
 from kdkernels.demo.report import difference, interval, render
 from kdkernels.demo.results import Arm
-from kdkernels.demo.statistics import bootstrap_mean, wilson
+from kdkernels.demo.statistics import bootstrap_mean
+from kdkernels.training.evaluation import wilson
 
 PROBLEMS = 500
 SHARES = {"teacher": 0.98, "student": 0.3, "sft": 0.5, "gkd": 0.8, "tsd-kd-scaled": 0.75, "tsd-kd": 0.02}

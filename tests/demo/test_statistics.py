@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from kdkernels.demo.statistics import bootstrap_mean, wilson
+from kdkernels.demo.statistics import bootstrap_mean
+from kdkernels.training.evaluation import wilson
 
 
 @pytest.mark.parametrize(
