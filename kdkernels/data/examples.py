@@ -31,6 +31,11 @@ class Example:
     prompt_ids: tuple[int, ...]
     response_ids: tuple[int, ...]
 
+    @property
+    def tokens(self) -> int:
+        """The length of prompt and response."""
+        return len(self.prompt_ids) + len(self.response_ids)
+
 
 @dataclass(frozen=True)
 class Examples:

@@ -150,7 +150,9 @@ class _Training:
             tokens = (*examples[0].prompt_ids, *examples[0].response_ids, tokenizer.eos_token_id)[:2]
             _check_models(config, student, self.parts.teacher, tokens)
             self.warnings = [*describe_dtype(config), *describe_ends(config, tokenizer, student, teacher)]
-        self.stream = ExampleStream(len(examples), config.run.seed, start.progress["position"])
+        lengths = [one.tokens for one in examples] if config.data.by_length else None
+        position, batch_size = start.progress["position"], config.train.batch_size
+        self.stream = ExampleStream(len(examples), config.run.seed, position, lengths, batch_size)
         self.resumed = start.checkpoint is not None
         self.made_from = self._begin(start)
 

@@ -26,6 +26,7 @@ prompt = "{{question}}"
 response = "{{answer}}"
 max_prompt_tokens = 8
 max_response_tokens = 6
+by_length = false
 [objective]
 name = "SFT"
 [optimizer]

@@ -1,6 +1,7 @@
 """Data files: every line counts. Batches: which positions predict what."""
 
 import json
+import random
 from collections import Counter
 
 import pytest
@@ -252,6 +253,36 @@ def test_every_epoch_has_every_example_in_an_order_of_its_own():
     assert all(Counter(epoch) == Counter(range(10)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 7
     assert ExampleStream(size=10, seed=2).next(10) != epochs[0]
+
+
+def test_examples_of_similar_length_share_a_batch():
+    """And nothing else changes: each epoch has every example, in an order of its own, the batches in none by length."""
+    draw = random.Random(0)
+    lengths = [int(draw.lognormvariate(5, 0.5)) for _ in range(1003)]
+    stream = ExampleStream(1003, 1, lengths=lengths, batch_size=16)
+    batches = [stream.next(16) for _ in range(188)]  # three epochs, whose ends lie within batches
+    drawn = [example for batch in batches for example in batch]
+    epochs = [drawn[:1003], drawn[1003:2006]]
+    assert all(sorted(epoch) == list(range(1003)) for epoch in epochs) and epochs[0] != epochs[1]
+    lengths_of = [[lengths[i] for i in batch] for batch in batches[:62]]  # all of the first epoch but its last 11
+    used, places = sum(map(sum, lengths_of)), sum(16 * max(batch) for batch in lengths_of)
+    plain = [[lengths[i] for i in epochs[0][k::63]] for k in range(62)]
+    assert used / places > 0.85 and sum(map(sum, plain)) / sum(16 * max(one) for one in plain) < 0.6
+    means = [sum(batch) for batch in lengths_of]
+    rising = sum(a < b for a, b in zip(means, means[1:], strict=False))
+    assert 20 < rising < 42
+    shares = [[sum(batch[rank::4]) for rank in range(4)] for batch in lengths_of]
+    assert sum(map(max, shares)) < 1.1 * used / 4  # processes wait for the one with the most tokens
+    for taken in (0, 5, 62, 63, 130):
+        later = ExampleStream(1003, 1, 16 * taken, lengths, 16)
+        assert [later.next(16) for _ in range(9)] == batches[taken : taken + 9]
+
+
+@pytest.mark.parametrize("size", [1, 3, 16, 17, 40])
+def test_few_examples_are_in_every_epoch_too(size):
+    stream = ExampleStream(size, 1, lengths=range(size), batch_size=16)
+    drawn = [example for _ in range(10 * size) for example in stream.next(16)]
+    assert all(sorted(drawn[i : i + size]) == list(range(size)) for i in range(0, 160 * size, size))
 
 
 def test_an_epoch_is_shuffled_once(monkeypatch):

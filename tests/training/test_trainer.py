@@ -101,6 +101,7 @@ def test_a_run_is_what_plain_pytorch_computes(run, load, teacher_set, objective)
         *([teacher_set] if objective else []),
         "optimizer.max_grad_norm=0.05",
         "optimizer.weight_decay=0.1",
+        "data.by_length=true",
     )
     result, config = run("engine", *overrides), load(*overrides)
     tokenizer = load_tokenizer(config)
@@ -114,7 +115,7 @@ def test_a_run_is_what_plain_pytorch_computes(run, load, teacher_set, objective)
         {"params": [p for p in student.parameters() if p.dim() == 1], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups)
-    stream = ExampleStream(len(examples), config.run.seed)
+    stream = ExampleStream(len(examples), config.run.seed, 0, [one.tokens for one in examples], 4)
     logged = read_metrics(result.output / "metrics.jsonl")
     for step, lr in enumerate((1e-2, 1e-2, 0.5e-2)):  # one step of warm-up, then half a cosine over the other two
         picked = [examples[i] for i in stream.next(4)]

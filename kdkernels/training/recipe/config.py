@@ -110,6 +110,10 @@ class DataConfig:
 
     `special_tokens_in_fields`: the fields hold special tokens that are meant as such (texts rendered by a chat
     template). Otherwise a special token in a field is an error: only the templates may have them.
+
+    `by_length`: the examples of a step are of similar length (prompt and response, where it is read), in an order that
+    is random otherwise: the processes get alike amounts of tokens and next to no padding. false: a plain random order,
+    so that a step's lengths are those of the data.
     """
 
     train: Place
@@ -118,6 +122,7 @@ class DataConfig:
     max_prompt_tokens: Count
     max_response_tokens: Count
     special_tokens_in_fields: bool = False
+    by_length: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
