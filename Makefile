@@ -49,6 +49,7 @@ gpu-check:
 # Compiles whatever a call can launch on a GPU, without one, with another Python's torch and Triton than those of .venv
 # (minutes): make triton-check PY=python3
 triton-check:
+	$(PY) tests/triton_launches.py
 	$(PY) tests/triton_calls.py every
 
 # As on a CPU without AVX-512: our kernels, torch's, oneDNN's and MKL's take AVX2, and torch has no fast 16-bit products.

@@ -4,7 +4,8 @@
 
 Nothing is compiled or launched: a stand-in for Triton's compiler returns another object for each compilation it is
 asked for, and notes how the object is run. Prints, as a line of JSON, how many launches of each kernel were past the
-JIT, how many compiled kernels there were, how many launches were not those of the JIT, and who is heard.
+JIT, how many compiled kernels there were, how many launches were not those of the JIT, and who is heard; status 1 if a
+launch was another one.
 """
 
 from __future__ import annotations
@@ -23,10 +24,17 @@ import triton.compiler
 from triton import knobs
 
 from kdkernels.kernels.triton import ahead as triton_ahead
-from kdkernels.kernels.triton import backend
+from kdkernels.kernels.triton import backend, scale
 
 DRAWS = 300  # per kernel
-LAUNCHES = (backend._statistics, backend._candidates, backend._divergence, backend._scatter, backend._gradient)
+LAUNCHES = (
+    backend._statistics,
+    backend._candidates,
+    backend._divergence,
+    backend._scatter,
+    backend._gradient,
+    scale._scale,
+)
 MEMORY = torch.zeros(64, dtype=torch.uint8)
 assert MEMORY.data_ptr() % 16 == 0
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64)
@@ -142,7 +150,7 @@ def heard(launch: backend.Launch) -> dict[str, bool]:
     return found
 
 
-def main() -> None:
+def main() -> int:
     triton.compiler.compile = lambda *_, **__: Compiled()
     pick, report = random.Random(0), {}
     for launch in LAUNCHES:
@@ -153,7 +161,8 @@ def main() -> None:
             "heard": heard(launch),
         }  # fmt: skip
     print(json.dumps({"triton": triton.__version__, "kernels": report}))
+    return any(found["wrong"] for found in report.values())
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -1,4 +1,4 @@
-"""Launches of the sweeps' kernels, past Triton's JIT where it has compiled what is asked for.
+"""Launches of kernels, past Triton's JIT where it has compiled what is asked for.
 
 The JIT's own ``kernel[grid](...)`` takes 10 to 13 microseconds. Half of them describe the launch in text, by which the
 JIT finds what it compiled, and prepare what hooks would get. Here compiled kernels are kept under what the JIT
@@ -20,7 +20,7 @@ _READ = ("3.6.0", "3.7.0", "3.7.1", "3.8.0", "3.9.0")
 
 
 class Launch:
-    """Launches a kernel: one program per row, on the device of the first argument, which is the logits.
+    """Launches so many programs of a kernel, on the device of its first argument.
 
     Arguments come by position, in the order of the kernel's parameters: with names Triton's JIT takes a third longer.
     Multiply-adds are fused where the kernel says so.
