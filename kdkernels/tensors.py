@@ -1,4 +1,4 @@
-"""Tensors whose storage holds their values, which is all that row kernels and products can read."""
+"""Tensors whose storage holds their values, which is all that row kernels and products can read; parts of tensors."""
 
 from __future__ import annotations
 
@@ -12,6 +12,11 @@ _WAYS_OUT = (
     f"pass kd.Head.from_model(model, hidden), which reads it right; or {READ_INSIDE}, where FSDP2 has gathered it; or, "
     "of tensor parallelism, kd.Head(hidden, weight.to_local(), vocab_size=..., group=weight.device_mesh.get_group())"
 )
+
+
+def sliced(values: Tensor, some: slice) -> Tensor:
+    """values[some], which is ``values`` itself, without an operation, where the slice is all of it."""
+    return values if some == slice(0, values.shape[0]) else values[some]
 
 
 def check_floating(name: str, tensor: object) -> None:

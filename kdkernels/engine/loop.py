@@ -27,6 +27,7 @@ from torch import Tensor
 from ..compute import memory
 from ..kernels import Divided, Rows, Shards, backend_for
 from ..sources import Known, autocasts, check_complete, shared_vocabulary
+from ..tensors import sliced
 from . import agreement, plan
 from .gradient import LogitGradient, side_by_side
 from .spec import Call, Result
@@ -98,8 +99,8 @@ class _Loop:
             known.top_indices = rows.top_indices[:, : asked.candidates].clone()
             known.top_log_probs = rows.log_prob(rows.top_values[:, : asked.candidates])
         if self.call.coefficients is None:
-            known.length = self.call.layout.length[tokens]
-            known.weight = None if self.call.weight is None else self.call.weight[tokens]
+            known.length = sliced(self.call.layout.length, tokens)
+            known.weight = None if self.call.weight is None else sliced(self.call.weight, tokens)
         return rows, known
 
     def _teacher(self, tokens: slice, student: Tokens) -> tuple[Rows, Tokens]:
@@ -145,8 +146,9 @@ class _Loop:
             d_logits = student.logits.view(self.operand)[:, : self.columns]
         for tokens in self.plan.split(piece.start, piece.stop, self.borders):
             here = slice(tokens.start - piece.start, tokens.stop - piece.start)
-            part, out = known[here], None if d_logits is None else d_logits[here]
-            part.selected = {key: v[tokens.start - origin : tokens.stop - origin] for key, v in selected.items()}
+            part, out = known[here], None if d_logits is None else sliced(d_logits, here)
+            where = slice(tokens.start - origin, tokens.stop - origin)
+            part.selected = {key: sliced(each, where) for key, each in selected.items()}
             powers.append(self._tokens(tokens, student[here], part, entries and tuple(e[here] for e in entries), out))
         if self.differentiates:
             self.student.add(piece, d_logits, concatenated(powers))

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..checks import check_count, check_positive
 from ..compute import fp16, gemm
 from ..kernels import Backend, Rows
-from ..tensors import check_floating, check_gradient, check_still_there, where_the_rows_are
+from ..tensors import check_floating, check_gradient, check_still_there, sliced, where_the_rows_are
 from ..wrappers import refuse_unprepared
 from .base import Costs, Gradient, Producer, Source, autocast_dtype, check_vocab_size, powers_like, row_bytes, take
 from .from_model import multiplied, tail
@@ -278,7 +278,7 @@ class StateGradient:
     def add(self, tokens: slice, d_logits: Tensor, weight: Tensor, powers: Tensor | None) -> None:
         """See Producer.add."""
         if self.parts is None:
-            self._put(self.index[tokens], self.products.multiply(d_logits, weight))
+            self._put(sliced(self.index, tokens), self.products.multiply(d_logits, weight))
         else:
             self.parts[tokens] = self.products.multiply(d_logits, weight, self.parts.dtype)
         if powers is not None:
@@ -311,7 +311,7 @@ class HeadProducer(Producer):
         check_still_there(head.weight, head.width)
         super().__init__(backend, index, vocabulary, buffer)
         self.source = head.hidden
-        weight = head.weight[:vocabulary]
+        weight = sliced(head.weight, slice(0, vocabulary))
         # not contiguous(), which leaves the strides of a weight of one number as they are
         self.weight = weight if multiplies(head.weight) else weight.clone(memory_format=torch.contiguous_format)
         self.bias = None if head.bias is None else head.bias[:vocabulary]
@@ -327,10 +327,10 @@ class HeadProducer(Producer):
             self.d_bias = torch.zeros_like(head.bias, dtype=torch.promote_types(head.dtype, torch.float32))
 
     def hidden(self, tokens: slice) -> Tensor:
-        return take(self.source, self.index[tokens])
+        return take(self.source, sliced(self.index, tokens))
 
     def rows(self, tokens: slice, temperature: float, topk: int, gather: Tensor | None) -> Rows:
-        logits = self.buffer[: tokens.stop - tokens.start]
+        logits = sliced(self.buffer, slice(0, tokens.stop - tokens.start))
         operands = self.hidden(tokens), self.weight, self.bias
         return self.backend.project(
             self.products, *operands, logits, self.scale, self.softcap, temperature, topk, gather
