@@ -141,6 +141,15 @@ def test_metrics_of_gkd_and_sft(backend):
     assert int(gkd.count) == 4 and int(sft.count) == 18
 
 
+@pytest.mark.parametrize("dtype", [F32, F64])
+@pytest.mark.parametrize("make", OBJECTIVES)
+def test_metrics_have_no_graph(make, dtype):
+    batch = fixed(dtype)
+    out = run(make(), batch, target=batch.target)
+    assert out.loss.requires_grad and out.metrics
+    assert [name for name, metric in out.metrics.items() if metric.requires_grad] == []
+
+
 # ---- what is read and what is not ------------------------------------------------------------------------------------
 
 
