@@ -64,8 +64,8 @@ test-avx2: test
 test-slow: install
 	$(PY) -m pytest -m slow
 
-# Runs of the trainer killed at every file event, on disks that are full from any event on, two at once: a quarter of an
-# hour. Needs Linux and a C compiler.
+# Runs of the trainer killed at every file event, on disks that are full from any event on, two at once, and rehearsals of
+# runs on many GPUs (two processes, ZeRO-3, killed and resumed): twenty minutes. Needs Linux and a C compiler.
 drills: install
 	$(PY) -m pytest -m slow tests/training/drills
 

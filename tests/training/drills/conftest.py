@@ -65,12 +65,14 @@ class Task:
 
     def left_by(self, name: str):
         """(weights, log without times) of the finished run in the directory of that name."""
-        run = self.root / name
-        log = [
+        return final_weights(self.root / name), self.log(name)
+
+    def log(self, name: str):
+        """The log without times."""
+        return [
             {key: value for key, value in line.items() if not key.startswith(TIMES)}
-            for line in read_metrics(run / "metrics.jsonl")
+            for line in read_metrics(self.root / name / "metrics.jsonl")
         ]
-        return final_weights(run), log
 
     def check_left_by(self, name: str, *arguments: str, processes: int = 1) -> None:
         """Nothing is lost, nothing is wrong: weights and log of the run are those of an undisturbed one, to the bit,

@@ -7,6 +7,7 @@ processes   how many share the run (1)
 fault       [mode, match, at] for faults.c, and `rank`: the process that meets it (0)
 signal      [number, path]: the signal for all processes once `path` is there
 stdout      where the lines for people go (with the others into `output`)
+in_parts    whether ZeRO-3 parts weights as small as those of tests (no)
 kill_after  seconds after which all processes are killed
 
 Answer: `statuses` (of a killed process, minus the signal), `output` and the `events` of the process `rank`.
@@ -39,7 +40,10 @@ def child(job: dict, rank: int, port: int, output: int, events: int) -> None:
     status = 70
     try:
         from kdkernels.cli import main
+        from kdkernels.training import deepspeed_strategy
 
+        if job.get("in_parts"):
+            deepspeed_strategy.STAY_WHOLE = 0
         if rank == job.get("rank", 0) and "fault" in job:
             mode, match, at = job["fault"]
             faults.faults_arm(MODES[mode], match.encode(), ctypes.c_long(at))
