@@ -11,7 +11,7 @@ from pathlib import Path
 import kdkernels
 from kdkernels.errors import MissingPackage
 from kdkernels.training import Config, InputError, with_reason
-from kdkernels.training.processes.exits import DONE, STATUSES, UNFORESEEN, UNUSABLE, end
+from kdkernels.training.processes.exits import DISK, DONE, STATUSES, UNFORESEEN, UNUSABLE, end
 from kdkernels.training.processes.launcher import first, launched
 from kdkernels.training.recipe.measuring import ANSWER, PROMPT, RESPONSE, measuring
 from kdkernels.training.recipe.new import write_recipe
@@ -19,6 +19,7 @@ from kdkernels.training.recipe.read import read_recipes, section_class
 
 EXAMPLES = """\
 examples:
+  kdkernels export runs/mine/checkpoints/step-000050 models/step-50    make a model of a checkpoint
   kdkernels new recipe.toml                             write a recipe with every key explained
   kdkernels train recipe.toml --dry-run                 check everything, show the plan, train nothing
   kdkernels train recipe.toml --dry-run --gpus 8        the same for another machine
@@ -105,6 +106,21 @@ def _eval(options: argparse.Namespace) -> int:
     return run(config, output)
 
 
+def _export(options: argparse.Namespace) -> int:
+    from kdkernels.training.errors import DiskError
+
+    try:
+        with with_reason():
+            from kdkernels.training.export import export  # torch, DeepSpeed, transformers: seconds
+        export(Path(options.checkpoint), Path(options.directory))
+    except (InputError, MissingPackage) as error:
+        return end(UNUSABLE, error)
+    except DiskError as error:
+        return end(DISK, error)
+    print(f"model: {options.directory}")
+    return DONE
+
+
 def _report(options: argparse.Namespace) -> int:
     from kdkernels.training.run.compare import read_runs, render
 
@@ -147,6 +163,14 @@ def _parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_eval(commands)
     _add_report(commands)
+    export = commands.add_parser(
+        "export",
+        help="make a model of a checkpoint",
+        description="Writes the student of a checkpoint and its tokenizer as final/ has them at the end of a run.",
+    )
+    export.set_defaults(run=_export)
+    export.add_argument("checkpoint", metavar="RUN/checkpoints/step-000123")
+    export.add_argument("directory", metavar="DIRECTORY")
     new = commands.add_parser("new", help="write a commented recipe", description="Writes a commented recipe.")
     new.set_defaults(run=_new)
     new.add_argument("recipe", metavar="RECIPE.toml")

@@ -3,10 +3,11 @@
 Nothing else of the trainer imports DeepSpeed.
 """
 
+import itertools
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +20,7 @@ import deepspeed
 from deepspeed.runtime.zero import unwrap_model_for_generation
 from deepspeed.utils import safe_get_local_fp32_param
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from kdkernels.data import Batch
 from kdkernels.distillation import Distillation
@@ -195,6 +197,28 @@ class DeepSpeedStrategy:
         return {name: tensor for name, tensor in self.module.state_dict().items() if name not in left_out}
 
 
+def saved_weights(student: PreTrainedModel, shared: dict[str, Any], own: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    """The weights that are trained and the buffers of `student` in what `DeepSpeedStrategy.state` gave: `own` is of all
+    processes.
+
+    ZeRO-3 keeps them as float32 vectors: one a process, of a part of each weight after the other, in the optimizer's
+    order; the parts of a weight are equally long, what fills up the last one is dropped.
+    """
+    prefix = "student."
+    found = {name.removeprefix(prefix): one for name, one in shared["module"].items() if name.startswith(prefix)}
+    flat = [process.get("optimizer", {}).get("fp32_flat_groups") for process in own]
+    if flat[0] is None:
+        return found
+    names = {id(parameter): name for name, parameter in student.named_parameters()}
+    vectors, start = [torch.cat([part.flatten() for part in parts]) for parts in flat], 0
+    for parameter in itertools.chain(*_groups(student)):
+        size = -(-parameter.numel() // len(vectors))
+        whole = torch.cat([vector[start : start + size] for vector in vectors])[: parameter.numel()]
+        found[names[id(parameter)]] = whole.view(parameter.shape)
+        start += size
+    return found
+
+
 def join() -> None:
     """Tells DeepSpeed of the processes that `distributed.start` joined."""
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
@@ -225,16 +249,20 @@ def accumulation_steps(config: Config, processes: int | None = None) -> int:
 
 def _optimizer(config: Config, module: nn.Module) -> torch.optim.Optimizer:
     """AdamW over the module's trainable parameters, which skips its next step where `skip` is set."""
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    decay = (config.optimizer.weight_decay, 0.0)  # none on biases and norms
     groups = [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.optimizer.weight_decay},
-        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},  # biases and norms
+        {"params": group, "weight_decay": one} for group, one in zip(_groups(module), decay, strict=True) if group
     ]
-    groups = [group for group in groups if group["params"]]
     optimizer = torch.optim.AdamW(groups, lr=config.optimizer.lr, betas=config.optimizer.betas)
     optimizer.skip = False
     optimizer.register_step_pre_hook(_drop_gradients)
     return optimizer
+
+
+def _groups(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The trainable parameters: matrices, and vectors."""
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    return [p for p in parameters if p.dim() > 1], [p for p in parameters if p.dim() <= 1]
 
 
 def _drop_gradients(optimizer: torch.optim.Optimizer, *_: object) -> None:

@@ -31,11 +31,11 @@ from kdkernels.training.errors import Collapsed, DiskError, Stopped
 from kdkernels.training.evaluation import evaluate, summarize
 from kdkernels.training.finite import first_nonfinite, nonfinite
 from kdkernels.training.inputs import Inputs, build_objective, read_inputs
-from kdkernels.training.models import adapters
 from kdkernels.training.models.agreement import check_model
 from kdkernels.training.models.ends import describe_ends
 from kdkernels.training.models.loading import load_student, load_teacher
 from kdkernels.training.models.placement import place
+from kdkernels.training.models.saving import save_model
 from kdkernels.training.needs import check_disk, describe_dtype, needs
 from kdkernels.training.processes import distributed
 from kdkernels.training.processes.termination import Termination
@@ -218,7 +218,7 @@ class _Training:
         weights = self.parts.strategy.weights(frozen=config.student.adapter is None)
         write_report(run, config, self.inputs.data, self.first)
         # the last thing: a run that has it is finished
-        save = partial(_save_final, config, student, weights, self.inputs.tokenizer)
+        save = partial(save_model, config, student, weights, self.inputs.tokenizer)
         write_directory(run.final, save)
         return Result.of(run)
 
@@ -306,19 +306,3 @@ def _seed(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-
-
-def _save_final(
-    config: Config,
-    student: PreTrainedModel,
-    weights: dict[str, torch.Tensor] | None,
-    tokenizer: PreTrainedTokenizerBase,
-    directory: Path,
-) -> None:
-    """`weights`: what of the student is saved, on process 0."""
-    if distributed.rank() == 0:
-        if config.student.adapter is None:
-            student.save_pretrained(directory, state_dict=weights)
-        else:
-            adapters.save(student, weights, config.student.adapter, directory)
-        tokenizer.save_pretrained(directory)

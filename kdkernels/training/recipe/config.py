@@ -61,6 +61,7 @@ class StudentConfig:
     """A pretrained model (`path`: directory or hub name) or fresh weights (`architecture`: a transformers configuration
     with its `model_type`).
 
+    `path` may be that of a run, which stands for its final/ (`kdkernels export` makes a model of a checkpoint).
     `path` may be the directory of an adapter: with an `adapter` of the same settings it is trained further, without one
     it is merged into its base, all of which is trained.
     `pad_vocab_to`: embedding and head of a fresh model get the tokenizer's size rounded up to a multiple of it.

@@ -51,6 +51,15 @@ def read_recipe(
     Raises:
         InputError: the recipe cannot be used.
     """
+    config = parse_recipe(path, overrides)
+    with _naming(str(path)):
+        if not (dry_run and described(config, lineage(path))):
+            check_paths(config, coming)
+    return config
+
+
+def parse_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """As `read_recipe`, but for whether there is anything where it says that something lies."""
     tables = read_tables(path)
     for assignment in overrides:
         override(tables, assignment, INSTEAD)
@@ -68,10 +77,7 @@ def read_recipe(
         elif section.default is MISSING:
             raise InputError(f"{source}: section [{name}] is missing")
     with _naming(source):
-        config = resolve(Config(**sections))
-        if not (dry_run and described(config, lineage(path))):
-            check_paths(config, coming)
-    return config
+        return resolve(Config(**sections))
 
 
 def read_recipes(paths: Sequence[str | Path], overrides: Iterable[str] = (), dry_run: bool = False) -> list[Config]:

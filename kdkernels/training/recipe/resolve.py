@@ -14,6 +14,7 @@ from pathlib import Path
 
 from kdkernels.errors import InputError
 from kdkernels.training.recipe.config import (
+    FINAL,
     CollapseConfig,
     Config,
     EvaluationConfig,
@@ -26,7 +27,7 @@ from kdkernels.training.recipe.config import (
 
 def resolve(config: Config) -> Config:
     """The recipe checked, and its defaults filled in, but for what follows from the objective and for its paths."""
-    config = _expand_home(config)
+    config = _expand_paths(config)
     _check_student(config)
     _check_train(config)
     _check_optimizer(config)
@@ -84,8 +85,10 @@ PATHS = (  # the keys of a recipe that say where something lies
 )
 
 
-def _expand_home(config: Config) -> Config:
-    """The recipe with the home directory in place of a `~` in front of any of its paths."""
+def _expand_paths(config: Config) -> Config:
+    """The recipe with the home directory in place of a `~` in front of any of its paths, and the trained model of a run
+    in place of its directory.
+    """
     for name, key in PATHS:
         section = getattr(config, name)
         path = getattr(section, key) if section is not None else None
@@ -94,6 +97,12 @@ def _expand_home(config: Config) -> Config:
                 path = str(Path(path).expanduser())
             except RuntimeError as error:
                 raise InputError(f"[{name}] {key}: no home directory is known for {path}: write it out") from error
+        if key == "path" and path is not None:
+            of_run = (
+                _is(f"[{name}] {key}", Path(path) / file, Path.is_file) for file in ("config.toml", "inputs.json")
+            )
+            path = os.path.join(path, FINAL) if all(of_run) else path
+        if path is not None:
             config = replace(config, **{name: replace(section, **{key: path})})
     return config
 
@@ -309,6 +318,10 @@ HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")  # name or owner/name
 def _check_model(key: str, path: str) -> None:
     """Refuses a directory without a model in it, and a missing one unless `path` may be a name on the hub."""
     if _is(key, Path(path), Path.is_dir):
+        if _is(key, Path(path) / "progress.json", Path.is_file):
+            raise InputError(
+                f"{key}: {path} is a run's checkpoint: kdkernels export {path} DIRECTORY makes a model of it"
+            )
         base = adapter_base(path)
         if base is not None:
             return _check_model(f"{key} {path}: base_model_name_or_path", base)

@@ -117,6 +117,18 @@ def newest_sound(directory: Path) -> tuple[Path, Contents] | None:
     return path, contents
 
 
+def states(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What the strategies of all processes gave for the checkpoint at `path`: (what they have alike, what each has of
+    its own). The tensors are read from the disk where they are used. Raises InputError for a damaged checkpoint.
+    """
+    try:
+        contents = _read(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is damaged: {error}") from error
+    own = [_load(path / _file_of(number), mmap=True) for number in range(contents.processes)]
+    return _load(path / SHARED, mmap=True), own
+
+
 def restore(strategy: Strategy, path: Path) -> None:
     """Puts strategy and random state back to the checkpoint at `path`. Raises InputError for files that hold something
     else than this run's state.
@@ -168,7 +180,11 @@ def _read(path: Path) -> Contents:
 
 
 def _own_file() -> str:
-    return f"process-{distributed.rank():05d}.pt"
+    return _file_of(distributed.rank())
+
+
+def _file_of(process: int) -> str:
+    return f"process-{process:05d}.pt"
 
 
 def _dump(state: Any, path: Path) -> str:
@@ -179,10 +195,10 @@ def _dump(state: Any, path: Path) -> str:
     return hashed.hexdigest()
 
 
-def _load(path: Path) -> Any:
+def _load(path: Path, mmap: bool = False) -> Any:
     """What `_dump` wrote to `path`. Raises InputError for anything that is more than tensors, numbers and text."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # what a file that is no pickle, or one of something else, makes of the reader
         raise InputError(
             f"--resume: {path} holds something else than tensors, numbers and text, and is not loaded: no checkpoint "
