@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -162,6 +162,51 @@ def test_an_adapter_is_the_next_recipes_student(root):
     moved = max((ended[name] - begun[name]).abs().max() for name in begun)
     assert 1e-3 < moved < 0.1  # three steps of a rate of 0.01, from where the first had ended
     assert "lm_head.weight" in final_weights(root / "third")
+
+
+PEFTS = {
+    "a pattern": {"target_modules": r".*(q_proj|lm_head)"},
+    "rsLoRA": {"target_modules": ["q_proj"], "use_rslora": True},
+    "embedding": {"target_modules": ["embed_tokens"]},
+    "both": {"target_modules": ["embed_tokens", "lm_head"]},
+    "a copy": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # PEFT's, about the tied weight
+@pytest.mark.parametrize("kind", PEFTS)
+def test_a_teacher_may_be_any_adapter_that_peft_wrote(root, kind):
+    """Merged, its logits are those of PEFT's own model, though embedding and output layer were tied."""
+    made = get_peft_model(AutoModelForCausalLM.from_pretrained(root / "base"), LoraConfig(r=2, **PEFTS[kind])).eval()
+    for parameter in made.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.3)
+    made.save_pretrained(root / "made")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(root / "base" / name, root / "made")
+    config = load(root, f"teacher.path={root / 'made'}")
+    with torch.no_grad():
+        expected, plain = made(IDS).logits, AutoModelForCausalLM.from_pretrained(root / "base").eval()(IDS).logits
+        found = load_teacher(config, load_tokenizer(config))
+        torch.testing.assert_close(found(IDS).logits, expected, rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(expected, plain, atol=0.1)
+        found.save_pretrained(root / "whole")
+        again = AutoModelForCausalLM.from_pretrained(root / "whole").eval()
+        assert torch.equal(again(IDS).logits, found(IDS).logits)
+
+
+def test_an_adapter_of_another_base_is_told_where_its_file_says_so(root):
+    file = root / "lora" / "adapter_model.safetensors"
+    weight = load_file(root / "base" / "model.safetensors")["model.embed_tokens.weight"]
+    state, name = load_file(file), "base_model.model.lm_head.base_layer.weight"  # as PEFT itself writes
+    config = load(root, goes_on(root))
+    for beside in (weight.clone(), weight + 1):
+        save_file(state | {name: beside}, file)
+        if torch.equal(beside, weight):
+            assert load_student(config, load_tokenizer(config)).get_output_embeddings().weight.equal(weight)
+            continue
+        with pytest.raises(InputError, match=rf"trained on another base: {name} is not that of the base"):
+            load_student(config, load_tokenizer(config))
 
 
 def test_checkpoints_hold_the_adapter_and_its_optimizer_alone(root):

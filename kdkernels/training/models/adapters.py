@@ -11,12 +11,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from kdkernels.errors import InputError, MissingPackage
+from kdkernels.sources.output_layer import innermost, is_adapter
 from kdkernels.training.recipe.config import AdapterConfig
 
 ALL_LINEAR, OUTPUT_LAYER = "all-linear", "lm_head"  # what target_modules may name, whatever a model calls its layers
@@ -62,9 +64,9 @@ def attach(
         return
     saved, state = read(trained, key)
     _check_alike(saved, config, trained)
-    _check_state(state, _state(model), trained, key)
+    fitting = _fitting(state, model, trained, key)
     if model.device.type != "meta":
-        names = {name.removeprefix(PREFIX): tensor for name, tensor in state.items()}
+        names = {name.removeprefix(PREFIX): tensor for name, tensor in fitting.items()}
         peft().set_peft_model_state_dict(model, names, adapter_name=NAME)
 
 
@@ -89,14 +91,14 @@ def merge(model: PreTrainedModel, config: Any, state: Mapping[str, Tensor], plac
     Raises:
         InputError: adapter and base do not fit.
     """
-    _untie(model, config)
     with _quiet():
         try:
             wrapped = peft().get_peft_model(model, config, adapter_name=NAME)
         except (ValueError, TypeError, RuntimeError) as error:
             raise InputError(f"{key}: the adapter in {place} does not fit its base: {error}") from error
-        _check_state(state, _state(wrapped.base_model.model), place, key)
-        peft().set_peft_model_state_dict(wrapped, dict(state), adapter_name=NAME)
+        fitting = _fitting(state, wrapped.base_model.model, place, key)
+        peft().set_peft_model_state_dict(wrapped, fitting, adapter_name=NAME)
+        _untie(wrapped.base_model.model)
         return wrapped.merge_and_unload().requires_grad_(True)
 
 
@@ -174,27 +176,38 @@ def _check_alike(saved: Any, config: Any, place: Path) -> None:
         )
 
 
-def _check_state(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], place: Path, key: str) -> None:
-    """Raises InputError unless these are the weights of the adapter that is expected."""
+def _fitting(state: Mapping[str, Tensor], model: PreTrainedModel, place: Path, key: str) -> dict[str, Tensor]:
+    """The weights of the adapter that `model` has, from a file that may hold weights of its base beside them, as PEFT
+    writes where embedding or output layer has an adapter. Raises InputError unless all of them fit.
+    """
+    expected, own = _state(model), {PREFIX + name: tensor for name, tensor in model.state_dict().items()}
+    beside = {name for name in state.keys() & own.keys() - expected.keys() if ".base_layer." in name}
     got, wanted = ({name: list(one.shape) for name, one in each.items()} for each in (state, expected))
+    wanted |= {name: list(own[name].shape) for name in beside}
     for name in sorted({*got, *wanted}):
         if got.get(name) != wanted.get(name):
             raise InputError(
                 f"{key}: the adapter in {place} is another one than its base and the recipe make: {name}: expected "
                 f"shape {wanted.get(name, 'nothing')}, got {got.get(name, 'nothing')}"
             )
+    for name in sorted(beside):
+        if own[name].device.type != "meta" and not torch.equal(state[name].to(own[name].dtype), own[name]):
+            raise InputError(
+                f"{key}: the adapter in {place} was trained on another base: {name} is not that of the base"
+            )
+    return {name: state[name] for name in expected}
 
 
-def _untie(model: PreTrainedModel, config: Any) -> None:
-    """Gives an output layer that has an adapter a weight of its own."""
-    layer = model.get_output_embeddings()
-    if layer is None or layer.weight is not model.get_input_embeddings().weight:
-        return
-    name = next(name for name, module in model.named_modules() if module is layer)
-    if any(f".{name}".endswith(f".{target}") for target in config.target_modules):
-        layer.weight = nn.Parameter(layer.weight.detach().clone())
-        for each in {id(one): one for one in (model.config, model.config.get_text_config(decoder=True))}.values():
-            each.tie_word_embeddings = False
+def _untie(model: PreTrainedModel) -> None:
+    """Where embedding or output layer has an adapter and they share a weight, gives the output layer one of its own:
+    the adapter's product is added to one of them.
+    """
+    layers = model.get_input_embeddings(), model.get_output_embeddings()
+    below = [innermost(layer) for layer in layers]
+    if below[0].weight is below[1].weight and any(map(is_adapter, layers)):
+        below[1].weight = nn.Parameter(below[1].weight.detach().clone())
+        for config in (model.config, model.config.get_text_config(decoder=True)):
+            config.tie_word_embeddings = False
 
 
 @contextmanager
