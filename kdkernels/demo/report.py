@@ -147,7 +147,7 @@ def _caveats(arms: dict[str, Arm]) -> list[str]:
 
 
 def _costs(arms: Iterable[Arm], cores: int) -> list[str]:
-    parts = ("rollout", "teacher", "student", "step")
+    parts = ("rollout", "teacher", "student", "loss", "optimizer")
     rows = []
     for arm in arms:
         seconds = sum(cost.seconds for cost in arm.costs) / len(arm.costs)

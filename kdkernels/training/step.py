@@ -9,10 +9,11 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from kdkernels.data import Batch, Example, collate
 from kdkernels.judges import Judge
@@ -20,6 +21,7 @@ from kdkernels.rollouts import Sampler, write
 from kdkernels.teachers import Teacher
 from kdkernels.training.processes import distributed
 from kdkernels.training.recipe.config import Config, OptimizerConfig
+from kdkernels.training.run.metrics import PEAK_MEMORY, TIME, TOKENS_PER_SECOND
 from kdkernels.training.run.samples import Samples
 from kdkernels.training.strategy import Strategy
 
@@ -47,7 +49,7 @@ def train_step(
     apply=False computes everything and updates nothing.
     """
     clock, strategy = Clock(), parts.strategy
-    objective = strategy.module.objective
+    objective, reduction = strategy.module.objective, strategy.module.metric_reduction
     lr = config.optimizer.lr * rate(config.optimizer, step - 1, config.train.steps)
     share = examples[distributed.rank() :: distributed.world_size()]
     prompts = [example.prompt_ids for example in share]
@@ -73,10 +75,9 @@ def train_step(
     for batch, own_count in zip(batches, counts, strict=True):
         batch = batch.to(strategy.device)
         shares = {"count": own_count / count, "tokens": len(batch.layout) / tokens, "sum": 1}
-        reduction = strategy.module.metric_reduction
         for name, value in _forward_backward(parts, batch, shares[reduction("loss")], clock).items():
             sums[name] += value.double() * shares[reduction(name)]
-    with clock("step"):
+    with clock("optimizer"):
         means = dict(zip(sums, distributed.total(torch.stack(list(sums.values()))).tolist(), strict=True))
         gradient_norm, defect = strategy.step(means["loss"], lr, apply)
 
@@ -87,6 +88,7 @@ def train_step(
         "tokens": tokens,
         f"{author}_length": tokens / len(examples),
         f"{author}_finished": finished / len(examples),
+        PEAK_MEMORY: distributed.peak_memory(),
     } | clock.metrics(tokens), defect
 
 
@@ -122,7 +124,7 @@ def _forward_backward(parts: Parts, batch: Batch, share: float, clock: "Clock") 
             weights = parts.judge(batch)
         if weights is None:  # which an objective takes for no judge
             raise TypeError("judge: expected the weights [B, L] of the batch's tokens, got None")
-    with clock("student"):
+    with clock("student"), clock.around("loss", parts.strategy.module.objective):
         out = parts.strategy.forward(batch, scored, weights)
         parts.strategy.backward(out.loss * share)
     return out.metrics | {"loss": out.loss.detach()}
@@ -145,23 +147,41 @@ def student_steps(step: int, fraction: float) -> int:
     return math.floor(step * fraction)
 
 
+def _now() -> float:
+    """Seconds, once the accelerator has done what it was asked for."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return time.perf_counter()
+
+
 class Clock:
-    """Seconds spent in each phase of a step."""
+    """Seconds spent in each phase of a step; those of a phase within another count for the inner one alone."""
 
     def __init__(self):
         self.seconds: dict[str, float] = defaultdict(float)
+        self._inner = [0.0]  # seconds spent in the phases within each one that is open
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        start = time.perf_counter()
+        start = _now()
+        self.seconds[phase] += 0.0  # phases are in the order in which they begin
+        self._inner.append(0.0)
         try:
             yield
         finally:
-            if torch.accelerator.is_available():
-                torch.accelerator.synchronize()
-            self.seconds[phase] += time.perf_counter() - start
+            spent = _now() - start
+            self.seconds[phase] += spent - self._inner.pop()
+            self._inner[-1] += spent
+
+    @contextmanager
+    def around(self, phase: str, module: nn.Module) -> Iterator[None]:
+        """Counts every forward of `module` in here as a phase."""
+        with ExitStack() as running, ExitStack() as hooks:
+            hooks.callback(module.register_forward_pre_hook(lambda *_: running.enter_context(self(phase))).remove)
+            hooks.callback(module.register_forward_hook(lambda *_: running.close()).remove)
+            yield
 
     def metrics(self, tokens: int) -> dict[str, float]:
         """The seconds by phase, and the tokens that were trained on in a second of all of them."""
-        phases = {f"time/{phase}": seconds for phase, seconds in self.seconds.items()}
-        return {"tokens_per_second": tokens / sum(self.seconds.values()), **phases}
+        phases = {TIME + phase: seconds for phase, seconds in self.seconds.items()}
+        return {TOKENS_PER_SECOND: tokens / sum(self.seconds.values()), **phases}

@@ -40,7 +40,7 @@ def test_every_number_is_in_its_row():
     assert row(report, "GKD") == (f"| GKD | 80.0 % | {100 * low:.1f} to {100 * high:.1f} | 100.0 % | 3 | 120 | none |")
     assert row(report, "continued SFT").endswith("| 3 | 120 | 600 |")
     assert "| +50.0 |" in row(report, "GKD - starting student")
-    assert row(report, "gkd") == "| gkd | 20 | 6.0 | 0.0 | 3.0 | 0.0 | 512 |"
+    assert row(report, "gkd") == "| gkd | 20 | 6.0 | 0.0 | 3.0 | 0.0 | 0.0 | 512 |"
     assert report.count("yes") == 3
     assert "NO" not in report
 

@@ -40,8 +40,8 @@ STEPS = [
 
 
 def cells(text, first):
-    """The cells of the table row that begins with `first`."""
-    (row,) = [line for line in text.splitlines() if line.startswith(f"| {first} |")]
+    """The cells of the first table row that begins with `first`."""
+    row = next(line for line in text.splitlines() if line.startswith(f"| {first} |"))
     return [cell.strip() for cell in row.strip("|").split("|")][1:]
 
 
@@ -142,12 +142,12 @@ def test_what_the_figure_shows(make, tmp_path, monkeypatch):
             "student_entropy": 1.0,
             "teacher_entropy": 0.5,
             "time/rollout": 1.0,
-            "time/step": 2.0,
+            "time/optimizer": 2.0,
         }
         for i in range(1, 101)
     ]
     lines[49] |= {"loss": None}
-    lines += [{"step": 101, "evaluation/kl": 0.25, "time/rollout": 1.0, "time/step": 2.0}]
+    lines += [{"step": 101, "evaluation/kl": 0.25, "time/rollout": 1.0, "time/optimizer": 2.0}]
     drawn = []
     monkeypatch.setattr(figure.Figure, "savefig", lambda self, *_, **__: drawn.append(self))
     figure.draw(read_runs([make("a", lines), make("b", lines[:7])]), tmp_path / "out.png")

@@ -100,7 +100,7 @@ def distilled(root, name, *overrides):
     result = train(config)
     return (
         [
-            {key: value for key, value in line.items() if not key.startswith(("time/", "tokens_per"))}
+            {key: value for key, value in line.items() if not key.startswith(("time/", "tokens_per", "peak_memory"))}
             for line in read_metrics(result.output / "metrics.jsonl")
         ],
         torch.load(result.output / "checkpoints" / "step-000003" / "shared.pt")["module"],

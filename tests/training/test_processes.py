@@ -43,9 +43,12 @@ def finish(process: subprocess.Popen, cwd) -> str:
     return printed
 
 
+TIMES = ("time/", "tokens_per_second", "peak_memory_gib")
+
+
 def untimed(run: Path):
     kept = [
-        {name: value for name, value in line.items() if not name.startswith("time/") and name != "tokens_per_second"}
+        {name: value for name, value in line.items() if not name.startswith(TIMES)}
         for line in read_metrics(run / "metrics.jsonl")
     ]
     assert len(kept[-1]) > 5

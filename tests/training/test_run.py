@@ -108,6 +108,19 @@ def test_without_a_terminal_progress_is_a_few_plain_lines(tmp_path, capsys):
     assert printed.err == ""
 
 
+def test_progress_shows_where_the_time_goes(tmp_path, capsys):
+    """Of the last twenty steps: fifteen at 1 + 3 seconds, five at 2."""
+    with MetricsLog(RunDirectory(tmp_path), steps=40) as log:
+        for step in range(1, 41):
+            rollout = {"time/rollout": 1.0} if step <= 35 else {}
+            other = 3.0 if step <= 35 else 2.0
+            log.write(
+                step, {"loss": 0.25, "peak_memory_gib": 1.5} | rollout | {"time/loss": other if step > 20 else 99.0}
+            )
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == "step 40/40  loss 0.25  peak_memory_gib 1.5  seconds 3.5 (rollout 21%, loss 79%)"
+
+
 def test_tensorboard_has_the_same_numbers(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

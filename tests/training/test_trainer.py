@@ -10,8 +10,10 @@ import kdkernels as kd
 from kdkernels.data import ExampleStream, collate
 from kdkernels.data.tokenizers import vocabulary_size
 from kdkernels.distillation import Distillation
-from kdkernels.teachers import head
+from kdkernels.rollouts import LocalSampler
+from kdkernels.teachers import LocalTeacher, head
 from kdkernels.training import InputError, train
+from kdkernels.training.deepspeed_strategy import DeepSpeedStrategy
 from kdkernels.training.inputs import read_examples
 from kdkernels.training.models.loading import load_student, load_teacher, load_tokenizer
 from kdkernels.training.run.metrics import read_metrics
@@ -26,7 +28,7 @@ FIXED = (
 TSDKD = (*FIXED, "objective.name=TSDKD", "objective.k=4")
 VCRD = (*FIXED, "objective.name=VCRD", "objective.weighting=likelihood_ratio")
 SUM = (*FIXED, "objective.reduction=sum")
-TIMES = ("time/", "tokens_per_second")
+TIMES = ("time/", "tokens_per_second", "peak_memory_gib")
 
 
 def weights(path):
@@ -220,6 +222,33 @@ def test_on_policy_training_reaches_the_teacher(run, tmp_path):
     assert all(line["time/rollout"] > 0 and line["time/teacher"] > 0 for line in lines)
     assert all(1 <= line["student_length"] <= 6 for line in lines)
     assert {"student_entropy", "teacher_entropy", "direct"} <= lines[0].keys()
+
+
+def test_every_phase_has_its_seconds_and_none_counts_twice(run, monkeypatch):
+    """By a clock that each model, the objective and the update move on."""
+    now, moved = [0.0], {"rollout": 1.0, "teacher": 10.0, "student": 100.0, "loss": 1000.0, "optimizer": 10000.0}
+
+    def moving(kind, name, phase):
+        inner = getattr(kind, name)
+
+        def outer(*arguments, **options):
+            now[0] += moved[phase]
+            return inner(*arguments, **options)
+
+        monkeypatch.setattr(kind, name, outer)
+
+    moving(LocalSampler, "generate", "rollout")
+    moving(LocalTeacher, "score", "teacher")
+    moving(Distillation, "forward", "student")
+    moving(kd.GKD, "forward", "loss")
+    moving(DeepSpeedStrategy, "step", "optimizer")
+    monkeypatch.setattr("kdkernels.training.step._now", lambda: now[0])
+    result = run("phases", *GKD, "train.steps=2")
+    for line in read_metrics(result.output / "metrics.jsonl"):  # two micro-batches a step
+        assert {name: line[f"time/{name}"] for name in moved} == {
+            "rollout": 1.0, "teacher": 20.0, "student": 200.0, "loss": 2000.0, "optimizer": 10000.0
+        }  # fmt: skip
+        assert line["tokens_per_second"] == line["tokens"] / 12221 and 0.1 < line["peak_memory_gib"] < 100
 
 
 def test_a_batch_that_the_processes_cannot_share(load, monkeypatch):

@@ -1,6 +1,7 @@
 """The processes of a run: one without a launcher, or as many as torchrun starts."""
 
 import os
+import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -81,6 +82,17 @@ def total(values: torch.Tensor) -> torch.Tensor:
     """The sum of `values` over all processes, in place."""
     dist.all_reduce(values)
     return values
+
+
+def peak_memory() -> float:
+    """The largest amount of memory that any process has held so far, in GiB: of its accelerator, or else resident."""
+    if torch.accelerator.is_available():
+        peak = torch.accelerator.max_memory_allocated()
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    largest = torch.tensor(peak / 2**30, dtype=torch.float64, device=device())
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return largest.item()
 
 
 def gathered(value: Any) -> list[Any]:

@@ -10,7 +10,7 @@ from typing import Any
 from kdkernels.errors import InputError
 from kdkernels.training.recipe.config import FINAL
 from kdkernels.training.recipe.schema import read_toml, toml_value
-from kdkernels.training.run.metrics import Line, by_outcome, evaluations, phases, read_metrics
+from kdkernels.training.run.metrics import PEAK_MEMORY, Line, by_outcome, evaluations, phases, read_metrics
 
 MEASURES = {  # of a step, as the tables and the figure name them
     "loss": "loss",
@@ -21,6 +21,7 @@ MEASURES = {  # of a step, as the tables and the figure name them
     "teacher_length": "teacher's length (tokens)",
     "student_finished": "share of its responses that ended",
     "argmax_agreement": "share of tokens with one argmax",
+    PEAK_MEMORY: "peak memory (GiB)",
 }
 SHOWN = 60  # characters of a setting
 

@@ -5,6 +5,7 @@ without a terminal).
 import importlib.util
 import math
 import sys
+from collections import deque
 from pathlib import Path
 
 from tqdm import tqdm
@@ -13,9 +14,10 @@ from kdkernels.data.jsonl import json_line
 from kdkernels.training.processes import distributed
 from kdkernels.training.run.atomic import append, writing
 from kdkernels.training.run.directory import RunDirectory
-from kdkernels.training.run.metrics import EVALUATION
+from kdkernels.training.run.metrics import EVALUATION, PEAK_MEMORY, TOKENS_PER_SECOND, phases
 
-SHOWN = ("loss", "student_entropy", "teacher_entropy", "gate", "tokens_per_second")
+SHOWN = ("loss", "student_entropy", "teacher_entropy", "gate", "student_length", TOKENS_PER_SECOND, PEAK_MEMORY)
+RECENT = 20  # steps whose phases are shown
 PLAIN_LINES = 20  # progress lines of a whole run where there is no terminal
 
 
@@ -31,7 +33,7 @@ class MetricsLog:
             return
         with writing(run.metrics):
             self.file = run.metrics.open("ab", buffering=0)  # what is not written is not kept for later
-        self.board = None
+        self.board, self.recent = None, deque(maxlen=RECENT)
         if importlib.util.find_spec("tensorboard") is not None:
             from kdkernels.training.run.tensorboard import EventFile
 
@@ -48,7 +50,10 @@ class MetricsLog:
         if self.board is not None:
             self.board.write(step, {name: value for name, value in values.items() if math.isfinite(value)})
         shown = {name: f"{values[name]:.4g}" for name in SHOWN if name in values}
-        self.bar.set_postfix(shown, refresh=False)
+        if step > 0:
+            self.recent.append({"step": step} | values)
+            shown |= self._spent()
+        self.bar.set_postfix_str("  ".join(f"{name} {value}" for name, value in shown.items()), refresh=False)
         self.bar.update(step - self.bar.n)
         evaluated = {name: f"{value:.4g}" for name, value in values.items() if name.startswith(EVALUATION)}
         plain = (
@@ -75,3 +80,12 @@ class MetricsLog:
             self.file.close()
             if self.board is not None:
                 self.board.close()
+
+    def _spent(self) -> dict[str, str]:
+        """The seconds of a recent step and the share of each phase, to be shown."""
+        seconds = phases(self.recent)
+        total = sum(seconds.values())
+        if not total:
+            return {}
+        shares = ", ".join(f"{name} {value / total:.0%}" for name, value in seconds.items())
+        return {"seconds": f"{total / len(self.recent):.3g} ({shares})"}

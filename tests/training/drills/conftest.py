@@ -13,7 +13,7 @@ from kdkernels.training.run.metrics import read_metrics
 from ..conftest import final_weights, write_task
 from .drill import Worker, compile_faults
 
-TIMES = ("time/", "tokens_per_second")
+TIMES = ("time/", "tokens_per_second", "peak_memory_gib")
 SETTINGS = (
     "objective.name=GKD",
     "rollout.student_fraction=0.5",
