@@ -14,6 +14,7 @@ from kdkernels.engine import predict
 from kdkernels.sources.from_model import tail
 from kdkernels.training.deepspeed_strategy import accumulation_steps
 from kdkernels.training.inputs import read_inputs
+from kdkernels.training.models.attention import describe_attention
 from kdkernels.training.models.ends import describe_ends
 from kdkernels.training.models.loading import load_student, load_teacher
 from kdkernels.training.needs import check_disk, check_output, describe, describe_dtype, needs, text
@@ -64,6 +65,7 @@ def plan(
         lines.append(f"student's adapter: {trained:,} parameters, which alone are trained")
     lines += _describe_step(config, processes)
     here = not elsewhere and gpus is None
+    lines.append(describe_attention(config, models["student"], models.get("teacher"), here))
     lines += _describe_loss(config, models, vocabulary, here)
     lines += describe(run, needed, here) + (describe_dtype(config) if here else [])
     lines += [f"{name}: {path}" for name, path in {"run": run.root, "metrics": run.metrics, "model": run.final}.items()]

@@ -32,6 +32,7 @@ from kdkernels.training.evaluation import evaluate, summarize
 from kdkernels.training.finite import first_nonfinite, nonfinite
 from kdkernels.training.inputs import Inputs, build_objective, read_inputs
 from kdkernels.training.models.agreement import check_model
+from kdkernels.training.models.attention import describe_attention
 from kdkernels.training.models.ends import describe_ends
 from kdkernels.training.models.loading import load_student, load_teacher
 from kdkernels.training.models.placement import place
@@ -149,7 +150,8 @@ class _Training:
         with self.parts.strategy.whole(), distributed.together():
             tokens = (*examples[0].prompt_ids, *examples[0].response_ids, tokenizer.eos_token_id)[:2]
             _check_models(config, student, self.parts.teacher, tokens)
-            self.warnings = [*describe_dtype(config), *describe_ends(config, tokenizer, student, teacher)]
+            self.notes = [*describe_dtype(config), *describe_ends(config, tokenizer, student, teacher)]
+            self.notes.append(describe_attention(config, student, teacher))
         lengths = [one.tokens for one in examples] if config.data.by_length else None
         position, batch_size = start.progress["position"], config.train.batch_size
         self.stream = ExampleStream(len(examples), config.run.seed, position, lengths, batch_size)
@@ -177,7 +179,7 @@ class _Training:
         config, inputs, steps = self.config, self.inputs, self.config.train.steps
         termination.at_once = False
         with MetricsLog(self.run, steps, last_step=self.first) as log:
-            log.say(*inputs.data, inputs.examples.first, *self.warnings)
+            log.say(*inputs.data, inputs.examples.first, *self.notes)
             if inputs.held_out and not self.resumed:
                 log.write(0, self._evaluation())
             while self.step < steps:

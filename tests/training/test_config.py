@@ -213,5 +213,6 @@ def test_the_toml_of_a_recipe_is_toml(load, tmp_path):
         "steps": 3,
         "batch_size": 4,
         "micro_batch_size": 2,
+        "gradient_checkpointing": False,
         "max_skipped_steps": 10,
     }

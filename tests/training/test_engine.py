@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 
 from kdkernels.training import load_config
 from kdkernels.training.deepspeed_strategy import accumulation_steps
@@ -25,6 +26,8 @@ OBJECTIVES = {
     "TSDKD": (*GKD, "objective.name=TSDKD", "objective.k=4"),
     "DistiLLM2": (*GKD, "objective.name=DistiLLM2"),
     "VCRD": (*GKD, "objective.name=VCRD", "objective.weighting=likelihood_ratio"),
+    "tied": (*GKD, "student.architecture.tie_word_embeddings=true"),
+    "layers computed again": (*GKD, "objective.name=TSDKD", "objective.k=4", "train.gradient_checkpointing=true"),
 }
 # Of all parameters together. bfloat16: what rounding the model's activations costs, 1.4 to 1.6 % however the batch is
 # cut, and 3 % where TSD-KD selects by them. Without the engine's preparation for a backward, 8 micro-batches were 340 %
@@ -49,6 +52,10 @@ def check(got: dict, exact: dict, dtype: str, case: object) -> None:
     assert got.keys() - {"norm"} == exact.keys() and len(exact) > 10
     a, b = (torch.cat([gradients[name].flatten() for name in exact]) for gradients in (got, exact))
     assert (a - b).norm() < TOLERANCE[dtype] * b.norm(), f"{case}: {a.norm()} instead of {b.norm()}"
+    if "tied" in case:
+        assert not any("lm_head" in name for name in exact)
+        tied, right = (gradients["model.embed_tokens.weight"] for gradients in (got, exact))
+        assert (tied - right).norm() < TOLERANCE[dtype] * right.norm(), case
     assert got["norm"] == pytest.approx(b.norm().item(), rel=TOLERANCE[dtype]), case
 
 
@@ -56,7 +63,8 @@ FEW = [  # every objective, precision, stage and number of micro-batches at leas
     ("SFT", "float32", 0, 8), ("SFT", "bfloat16", 2, 8), ("SFT", "bfloat16", 0, 8), ("GKD", "bfloat16", 1, 8),
     ("GKD", "float32", 1, 4), ("TSDKD", "bfloat16", 2, 4), ("TSDKD", "float32", 2, 2), ("DistiLLM2", "bfloat16", 0, 4),
     ("DistiLLM2", "float32", 2, 8), ("VCRD", "bfloat16", 2, 2), ("VCRD", "float32", 0, 1), ("TSDKD", "float32", 3, 4),
-    ("GKD", "bfloat16", 3, 8),
+    ("GKD", "bfloat16", 3, 8), ("tied", "float32", 3, 2), ("tied", "float32", 1, 4),
+    ("layers computed again", "float32", 3, 2), ("layers computed again", "bfloat16", 0, 2),
 ]  # fmt: skip
 ALL = list(itertools.product(OBJECTIVES, TOLERANCE, (0, 1, 2, 3), (1, 2, 4, 8)))
 
@@ -68,6 +76,20 @@ ALL = list(itertools.product(OBJECTIVES, TOLERANCE, (0, 1, 2, 3), (1, 2, 4, 8)))
 def test_one_process(load, in_parts, teacher_set, name, dtype, stage, micro_batches):
     config = load(*overrides(name, teacher_set, dtype, stage, micro_batches))
     check(engine_gradients(config), exact_gradients(config), dtype, (name, dtype, stage, micro_batches))
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_layers_are_computed_again(load, in_parts, teacher_set, monkeypatch, stage):
+    """In the backward pass, and not while the student writes or is evaluated."""
+    calls, forward = [], Qwen2MLP.forward
+    monkeypatch.setattr(Qwen2MLP, "forward", lambda *given: calls.append(torch.is_grad_enabled()) or forward(*given))
+    found = {}
+    for again in (False, True):
+        settings = overrides("TSDKD", teacher_set, "float32", stage, 2)
+        engine_gradients(load(*settings, "rollout.student_fraction=1", f"train.gradient_checkpointing={again}".lower()))
+        found[again] = calls.count(True), calls.count(False)
+        calls.clear()
+    assert found[False][0] == 2 and found[True] == (4, found[False][1])
 
 
 def test_sums_that_bfloat16_cannot_hold_are_refused(load):
@@ -92,6 +114,7 @@ def test_two_processes(recipe, teacher_set, tmp_path):
     cases = [
         ("GKD", "bfloat16", 0, 4), ("TSDKD", "bfloat16", 2, 4), ("SFT", "float32", 1, 2), ("VCRD", "bfloat16", 1, 2),
         ("DistiLLM2", "float32", 2, 1), ("TSDKD", "float32", 3, 2), ("GKD", "bfloat16", 3, 4),
+        ("tied", "float32", 3, 2), ("layers computed again", "float32", 3, 2),
     ]  # fmt: skip
     two_processes(recipe, teacher_set, tmp_path, cases)
 

@@ -1,6 +1,7 @@
 """The models of a recipe: tokenizer, student and teacher, read and checked."""
 
 import copy
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -26,6 +27,7 @@ from kdkernels.errors import InputError
 from kdkernels.sources.from_model import tail, trunk
 from kdkernels.teachers import head
 from kdkernels.training.models.adapters import attach, merge, read
+from kdkernels.training.models.attention import FLASH, attend
 from kdkernels.training.models.weights import check_weights
 from kdkernels.training.recipe.config import AdapterConfig, Config
 from kdkernels.training.recipe.resolve import adapter_base
@@ -58,15 +60,26 @@ def load_student(config: Config, tokenizer: PreTrainedTokenizerBase | None, *, m
     meta: without weights, on the meta device, to check as much as can be without them. tokenizer: None where it is not
     known and the student has a path, which may then be that of a configuration alone.
     """
+    model = _student(config, tokenizer, meta).train()
+    if not meta or config.student.attention != FLASH:
+        attend(model, config.student.attention, config.run.dtype, "[student]")
+    if config.train.gradient_checkpointing:
+        with _named("[train] gradient_checkpointing"), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of the name, which older transformers know alone
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def _student(config: Config, tokenizer: PreTrainedTokenizerBase | None, meta: bool) -> PreTrainedModel:
     path, key = config.student.path, "[student] path"
     if path is None:
-        return _fresh_model(config, tokenizer, meta).train()
+        return _fresh_model(config, tokenizer, meta)
     if tokenizer is not None and path != config.tokenizer.path:
         with _named(key):
             has_tokenizer = bool(get_tokenizer_config(path))
         if has_tokenizer:
             _check_tokenizer(path, key, config, tokenizer)
-    return _read_model(path, key, config, tokenizer, meta, config.run.dtype, config.student.adapter).train()
+    return _read_model(path, key, config, tokenizer, meta, config.run.dtype, config.student.adapter)
 
 
 def load_teacher(config: Config, tokenizer: PreTrainedTokenizerBase | None, *, meta: bool = False) -> PreTrainedModel:
@@ -76,7 +89,10 @@ def load_teacher(config: Config, tokenizer: PreTrainedTokenizerBase | None, *, m
     path, key = config.teacher.path, "[teacher] path"
     if tokenizer is not None:
         _check_tokenizer(path, key, config, tokenizer)
-    return _read_model(path, key, config, tokenizer, meta, config.teacher.dtype).eval().requires_grad_(False)
+    model = _read_model(path, key, config, tokenizer, meta, config.teacher.dtype).eval().requires_grad_(False)
+    if not meta or config.teacher.attention != FLASH:
+        attend(model, config.teacher.attention, config.teacher.dtype, "[teacher]")
+    return model
 
 
 def _fresh_model(config: Config, tokenizer: PreTrainedTokenizerBase, meta: bool) -> PreTrainedModel:

@@ -22,6 +22,7 @@ Place = Annotated[str, Rule(lambda value: value.strip() and "\0" not in value, "
 Share = Annotated[float, Rule(lambda value: 0 <= value <= 1, "a number from 0 to 1")]
 Momentum = Annotated[float, Rule(lambda value: 0 <= value < 1, "a number >= 0 and < 1")]
 Timeout = Annotated[float, Rule(lambda value: 1 <= value <= 10**9, "a number from 1 to 1e9")]
+Attention = Literal["auto", "flash_attention_2", "sdpa", "eager"]
 ZeroStage = Annotated[int, Rule(lambda value: 0 <= value <= 3, "0, 1, 2 or 3")]
 
 
@@ -66,11 +67,14 @@ class StudentConfig:
     it is merged into its base, all of which is trained.
     `pad_vocab_to`: embedding and head of a fresh model get the tokenizer's size rounded up to a multiple of it.
     `adapter`: what is trained instead of the whole model; [student.adapter] says how.
+    `attention`: transformers' implementation of it; "auto" is flash_attention_2 where flash-attn is installed, the GPU
+    can run it (compute capability 8.0) and the weights are bfloat16, else what transformers takes (sdpa, as a rule).
     """
 
     path: Place | None = None
     architecture: dict | None = None
     pad_vocab_to: Count = 1
+    attention: Attention = "auto"
     adapter: AdapterConfig | None = None
 
 
@@ -81,13 +85,14 @@ class TeacherConfig:
 
     `placement`: "replicated" on every process's device; "cpu" in its CPU memory, copied to the device for each
     micro-batch; "zero3" in parts on all processes, each layer gathered while it is used (no [evaluation] of kl).
-    `dtype`: of its weights, [run] dtype by default.
+    `dtype`: of its weights, [run] dtype by default. `attention`: as in [student].
     """
 
     path: Place | None = None
     base: bool = False
     placement: Literal["replicated", "cpu", "zero3"] = "replicated"
     dtype: Literal["float32", "bfloat16"] | None = None
+    attention: Attention = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,7 +186,8 @@ class TrainConfig:
     2500 responses, in as many steps as that takes. A recipe has one of the two.
 
     `batch_size`: responses per optimizer step, over all processes. `micro_batch_size`: responses per process and
-    forward pass.
+    forward pass. `gradient_checkpointing`: each layer of the student keeps its input alone and computes the rest again
+    in the backward pass, which takes a third longer and much less memory; the gradients are the same.
 
     `max_skipped_steps`: a step whose loss or gradient is not finite changes nothing and is counted; a run that has to
     skip more than so many in a row has diverged and stops.
@@ -191,6 +197,7 @@ class TrainConfig:
     epochs: Epochs | None = None
     batch_size: Count
     micro_batch_size: Count
+    gradient_checkpointing: bool = False
     max_skipped_steps: CountOrZero = 10
 
 
