@@ -74,13 +74,14 @@ def test_the_base_scores_without_the_adapter_which_is_trained_as_before(root, ki
     assert [name for name, one in student.named_parameters() if one.requires_grad] == trained and len(trained) > 10
 
 
-@pytest.mark.parametrize("stage", [0, 2])
-def test_gradients_beside_the_base_are_those_beside_a_copy_of_it(root, stage):
-    """Between micro-batches the adapter is out and in again."""
+@pytest.mark.parametrize(("stage", "again"), [(0, "true"), (2, "false"), (3, "true")])
+def test_gradients_beside_the_base_are_those_beside_a_copy_of_it(root, in_parts, stage, again):
+    """Between micro-batches the adapter is out and in again; `again`: the backward pass computes layers again."""
     overrides = steps(root, "lora", "float32", stage, 4)
     exact = exact_gradients(load_config(root / "lora.toml", overrides))
     itself = [text for text in overrides if "teacher" not in text]
-    got = engine_gradients(load_config(root / "lora.toml", [*itself, "teacher.base=true"]))
+    more = ["teacher.base=true", f"train.gradient_checkpointing={again}"]
+    got = engine_gradients(load_config(root / "lora.toml", [*itself, *more]))
     check_gradients(got, exact, "float32", ("lora", stage))
 
 
@@ -223,6 +224,7 @@ def test_by_default_it_is_the_runs(root):
         (["teacher.dtype=float32"], r"\[teacher\] expected either path or base, got neither"),
         (["teacher.path={root}/base", "teacher.base=true"], r"\[teacher\] expected either path or base, got both"),
         (["teacher.base=true", "teacher.placement=cpu"], r"\[teacher\] placement belongs to a model at path"),
+        (["teacher.base=true", "teacher.attention=eager"], r"\[teacher\] attention belongs to a model at path"),
         (["teacher.base=true", "teacher.dtype=float32"], r"\[teacher\] dtype belongs to a model at path"),
         (["teacher.base=true", "teacher.placement=gpu"], r"\[teacher\] placement: expected one of .*got 'gpu'"),
     ],

@@ -42,7 +42,8 @@ class RunConfig:
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
     """A low-rank adapter of PEFT on the model at [student] `path`, whose own weights stay as they are: z = W h +
-    alpha / r * B A h in each layer that has one. Checkpoints and final/ hold the adapter alone, as PEFT reads it.
+    alpha / r * B A h in each layer that has one. Checkpoints and final/ hold the adapter alone, as PEFT reads it. DoRA
+    on the output layer makes that layer's whole weight for each micro-batch, LoRA does not.
 
     `target_modules`: the last parts of the names of linear layers; "lm_head" is the output layer and "all-linear" all
     others, whatever the model calls them. `dropout`: of the adapter's inputs. `merge`: final/ is a whole model, with

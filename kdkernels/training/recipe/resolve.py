@@ -153,8 +153,9 @@ def _teacher(config: Config) -> TeacherConfig | None:
         return teacher if teacher.dtype else replace(teacher, dtype=config.run.dtype)
     if config.student.adapter is None:
         raise InputError("[teacher] base is that of a student with [student.adapter]: without one, give it a path")
-    for key, default in (("placement", "replicated"), ("dtype", None)):
-        if getattr(teacher, key) != default:
+    default = TeacherConfig(base=True)
+    for key in ("placement", "dtype", "attention"):
+        if getattr(teacher, key) != getattr(default, key):
             raise InputError(f"[teacher] {key} belongs to a model at path; the base shares the student's weights")
     return teacher
 
