@@ -25,6 +25,7 @@ from kdkernels.training.recipe.resolve import NO_JUDGE, resolve_steps
 from kdkernels.training.recipe.schema import to_toml
 from kdkernels.training.run.directory import RunDirectory
 from kdkernels.training.run.lock import refuse_if_locked
+from kdkernels.training.run.trackers import check_trackers
 
 Models = dict[str, PreTrainedModel]
 GPU = "A100"  # that the chunks of the loss are shown for where the run is not one of this machine
@@ -48,6 +49,7 @@ def plan(
     distributed.start()
     processes = gpus or distributed.world_size()
     accumulation_steps(config, processes)
+    check_trackers(config)
     objective, run, elsewhere = config.objective.build(), RunDirectory(config.run.output), described(config, recipes)
     if resume and not elsewhere and run.is_finished(config, asked):
         return f"{to_toml(config)}# plan\n# {run.root}: the run is finished, nothing is left to do; model: {run.final}"

@@ -50,6 +50,7 @@ from kdkernels.training.run.log import MetricsLog
 from kdkernels.training.run.metrics import EVALUATION, evaluations, read_metrics
 from kdkernels.training.run.report import write_report
 from kdkernels.training.run.samples import Samples
+from kdkernels.training.run.trackers import check_trackers, open_trackers
 from kdkernels.training.step import Parts, train_step
 
 
@@ -94,6 +95,7 @@ def train(config: Config, resume: bool = False, judge: Judge | None = None, chan
     objective = build_objective(config, judge)
     run = RunDirectory(config.run.output)
     accumulation_steps(config)
+    check_trackers(config)
     if resume and run.is_finished(config, changes):
         return _finished(run)
     with Termination() as termination, run.locked(), ExitStack() as held:
@@ -178,7 +180,8 @@ class _Training:
         """Takes all the steps that are left. Raises Stopped where `termination` was asked for."""
         config, inputs, steps = self.config, self.inputs, self.config.train.steps
         termination.at_once = False
-        with MetricsLog(self.run, steps, last_step=self.first) as log:
+        trackers = open_trackers(config, self.run, self.resumed)
+        with MetricsLog(self.run, steps, self.first, trackers) as log:
             log.say(*inputs.data, inputs.examples.first, *self.notes)
             if inputs.held_out and not self.resumed:
                 log.write(0, self._evaluation())

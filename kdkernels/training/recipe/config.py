@@ -19,6 +19,7 @@ Positive = Annotated[float, Rule(lambda value: 0 < value < float("inf"), "a fini
 PositiveOrZero = Annotated[float, Rule(lambda value: 0 <= value < float("inf"), "a finite number >= 0")]
 Epochs = Annotated[float, Rule(lambda value: 0 < value <= 10**6, "a number > 0 and at most 1e6")]
 Place = Annotated[str, Rule(lambda value: value.strip() and "\0" not in value, "a path, which is not empty")]
+Name = Annotated[str, Rule(lambda value: value.strip(), "a name, which is not empty")]
 Share = Annotated[float, Rule(lambda value: 0 <= value <= 1, "a number from 0 to 1")]
 Momentum = Annotated[float, Rule(lambda value: 0 <= value < 1, "a number >= 0 and < 1")]
 Timeout = Annotated[float, Rule(lambda value: 1 <= value <= 10**9, "a number from 1 to 1e9")]
@@ -235,6 +236,18 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """The numbers of metrics.jsonl go to TensorBoard's files where it is installed, and with `wandb` or `trackio` (an
+    extra of kdkernels each) also to a run of `project` there, named after the run's directory. One that fails while the
+    run trains is left out from then on, which a line says.
+    """
+
+    wandb: bool = False
+    trackio: bool = False
+    project: Name = "kdkernels"
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
     """Held-out `data` (the format and limits of [data]), its first `limit` examples, measured before, after and each
     `every` steps (0: not between).
@@ -284,5 +297,6 @@ class Config:
     train: TrainConfig
     collapse: CollapseConfig = CollapseConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
     evaluation: EvaluationConfig | None = None
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kdkernels.errors import InputError
-from kdkernels.training.recipe.config import CollapseConfig, Config
+from kdkernels.training.recipe.config import CollapseConfig, Config, LogConfig
 from kdkernels.training.recipe.resolve import PATHS
 from kdkernels.training.recipe.schema import read_toml, to_tables, to_toml, toml_value
 from kdkernels.training.run.atomic import remove, write_text, writing
@@ -25,9 +25,13 @@ CHANGEABLE = (  # the keys that another value may be asked for of, by name, when
     "checkpoint.keep",
     "evaluation.every",
     "run.timeout_seconds",
+    "rollout.samples",
+    "rollout.samples_every",
     *(f"collapse.{entry.name}" for entry in fields(CollapseConfig)),
+    *(f"log.{entry.name}" for entry in fields(LogConfig)),
 )
-FOLLOWING = ("train.steps", "checkpoint.every")  # what a recipe leaves open follows from its epochs
+# what follows from a recipe's epochs, or its steps, where it leaves them open
+FOLLOWING = ("train.steps", "checkpoint.every", "rollout.samples_every")
 Tables = Mapping[str, Mapping[str, Any]]
 
 

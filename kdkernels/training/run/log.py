@@ -1,11 +1,12 @@
-"""What a run says while it trains: metrics.jsonl, TensorBoard where it is installed, and a progress bar (plain lines
-without a terminal).
+"""What a run says while it trains: metrics.jsonl, TensorBoard where it is installed, trackers, and a progress bar
+(plain lines without a terminal).
 """
 
 import importlib.util
 import math
 import sys
 from collections import deque
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from tqdm import tqdm
@@ -15,6 +16,7 @@ from kdkernels.training.processes import distributed
 from kdkernels.training.run.atomic import append, writing
 from kdkernels.training.run.directory import RunDirectory
 from kdkernels.training.run.metrics import EVALUATION, PEAK_MEMORY, TOKENS_PER_SECOND, phases
+from kdkernels.training.run.trackers import Tracker
 
 SHOWN = ("loss", "student_entropy", "teacher_entropy", "gate", "student_length", TOKENS_PER_SECOND, PEAK_MEMORY)
 RECENT = 20  # steps whose phases are shown
@@ -27,8 +29,8 @@ class MetricsLog:
     All processes have one, that of rank 0 writes. Its methods raise DiskError.
     """
 
-    def __init__(self, run: RunDirectory, steps: int, last_step: int = 0):
-        self.steps, self.active = steps, distributed.rank() == 0
+    def __init__(self, run: RunDirectory, steps: int, last_step: int = 0, trackers: Iterable[Tracker] = ()):
+        self.steps, self.active, self.trackers = steps, distributed.rank() == 0, list(trackers)
         if not self.active:
             return
         with writing(run.metrics):
@@ -47,8 +49,10 @@ class MetricsLog:
         if not self.active:
             return
         append(self.file, json_line({"step": step} | values).encode())
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
         if self.board is not None:
-            self.board.write(step, {name: value for name, value in values.items() if math.isfinite(value)})
+            self.board.write(step, finite)
+        self._try(lambda tracker: tracker.write(step, finite))
         shown = {name: f"{values[name]:.4g}" for name in SHOWN if name in values}
         if step > 0:
             self.recent.append({"step": step} | values)
@@ -78,8 +82,18 @@ class MetricsLog:
         if self.active:
             self.bar.close()
             self.file.close()
+            self._try(lambda tracker: tracker.close())
             if self.board is not None:
                 self.board.close()
+
+    def _try(self, action: Callable[[Tracker], None]) -> None:
+        """What fails at somebody else's does not end the run, but is told, and not tried again."""
+        for tracker in list(self.trackers):
+            try:
+                action(tracker)
+            except Exception as error:
+                self.trackers.remove(tracker)
+                self.say(f"{tracker.name}: {type(error).__name__}: {error}: nothing more is logged there")
 
     def _spent(self) -> dict[str, str]:
         """The seconds of a recent step and the share of each phase, to be shown."""
