@@ -40,10 +40,12 @@ class Encoded:
 class Encoder:
     """Tokenizes texts for a model. Raises InputError for a tokenizer that alters a text's own tokens when it adds BOS
     or EOS to them.
+
+    bare: the texts have all special tokens that belong to them, as those of a chat template do.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, bare: bool = False):
+        self.tokenizer, self.bare = tokenizer, bare
         self._prefix: list[int] | None = None
 
     def special_tokens(self) -> list[str]:
@@ -65,7 +67,7 @@ class Encoder:
         expected = dict(zip(left, together, strict=True))
         self._follow(bodies, prompts, responses, [expected.get(i, "") for i in range(len(prompts))], found)
 
-        unknown, prefix = self.tokenizer.unk_token_id, self.prefix(prompts)
+        unknown, prefix = self.tokenizer.unk_token_id, [] if self.bare else self.prefix(prompts)
         encoded = []
         for i, (body, one) in enumerate(zip(bodies, found, strict=True)):
             response, read = one or (None, wanted[i])

@@ -1,4 +1,4 @@
-"""Examples: prompts and responses of a JSON lines file, rendered and tokenized."""
+"""Examples: prompts and responses of a JSON lines file or a dataset, rendered and tokenized."""
 
 import os
 import sys
@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from kdkernels.data.chat import Answers, render_chat
 from kdkernels.data.encoding import Encoded, Encoder
-from kdkernels.data.texts import render
+from kdkernels.data.texts import Line, render
 from kdkernels.errors import InputError
 
 AT_ONCE = 512  # examples that are tokenized in one call
@@ -20,7 +21,7 @@ PLAIN_SECONDS = 20.0  # between two lines about it where there is no terminal
 
 @dataclass(frozen=True)
 class Example:
-    """One line of a data file: prompt and response, rendered and tokenized.
+    """One line of a data file, or one of the answers in it: prompt and response, rendered and tokenized.
 
     `response_ids` ends with the end-of-sequence token; it is empty where nobody reads responses token by token.
     """
@@ -64,47 +65,65 @@ def load_examples(
     path: str,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    prompt: str,
-    response: str | None,
+    prompt: str | None = None,
+    response: str | None = None,
+    messages: str | None = None,
+    answers: Answers = "all",
     max_prompt_tokens: int,
     max_response_tokens: int,
     special_tokens_in_fields: bool = False,
     tokenize_responses: bool = True,
+    read_responses: bool = True,
 ) -> Examples:
-    """The examples of the JSON lines file at `path`, tokenized. Those that cannot be used are counted, not kept.
+    """The examples of the data at `path` (records.py), tokenized. Those that cannot be used are counted, not kept.
 
     Args:
-        path: one JSON object a line.
+        path: a file of one JSON object a line, or a dataset.
         prompt, response: templates over the fields of a line, such as "{question}"; no response: None.
+        messages: in place of both, the field that holds a conversation; `answers`: which of the assistant's messages
+            are responses (chat.py).
         max_prompt_tokens, max_response_tokens: longer examples are left out; the end-of-sequence token counts.
         special_tokens_in_fields: whether a field may hold what the tokenizer reads as a special token.
         tokenize_responses: whether anybody reads the responses token by token. Otherwise they are texts only, and none
             is too long.
+        read_responses: whether anybody reads the responses, as tokens or texts.
 
     Raises:
-        InputError: what `render` refuses, a prompt without tokens, a response with an end-of-sequence token before its
-            end, or no example that is left.
+        InputError: what `render` and `render_chat` refuse, a prompt without tokens, a response with an end-of-sequence
+            token before its end, or no example that is left.
     """
-    tokenize_responses = tokenize_responses and response is not None
-    encoder = Encoder(tokenizer)
-    special = () if special_tokens_in_fields else encoder.special_tokens()
-    lines = list(render(path, prompt, response, special))
+    tokenize_responses = tokenize_responses and read_responses and (messages is not None or response is not None)
+    encoder = Encoder(tokenizer, bare=messages is not None)
+    special = encoder.special_tokens()
+    refused = () if special_tokens_in_fields else special
+    if messages is not None:
+        lines = list(render_chat(path, messages, tokenizer, answers, special, refused, read_responses))
+    else:
+        response = response if read_responses else None
+        lines = [Line(*line, line[-1], False) for line in render(path, prompt, response, refused)]
+    return _chosen(encoder, lines, path, max_prompt_tokens, max_response_tokens if tokenize_responses else None)
+
+
+def _chosen(encoder: Encoder, lines: Sequence[Line], path: str, longest_prompt: int, longest: int | None) -> Examples:
+    """The usable examples among the `lines`, and what became of the others. longest: of the responses, None where
+    nobody reads their tokens.
+    """
     usable, counts, firsts = [], Counter(), {}
-    for number, prompt_text, response_text, ids in _encoded(encoder, lines, path, tokenize_responses):
+    for line, ids in _encoded(encoder, lines, path, with_responses=longest is not None):
         reason, response_ids = None, ()
-        if len(ids.prompt) > max_prompt_tokens:
+        if len(ids.prompt) > longest_prompt:
             reason = "long_prompts"
         elif ids.response is None:
             reason = "joined"
-        elif tokenize_responses:
-            response_ids = _ended(ids.response, tokenizer.eos_token_id, f"{path}, line {number}")
-            reason = "long_responses" if len(response_ids) > max_response_tokens else None
+        elif longest is not None:
+            response_ids = _ended(line, ids.response, encoder.tokenizer.eos_token_id, path)
+            reason = "long_responses" if len(response_ids) > longest else None
         if reason is None:
-            usable.append(Example(number, prompt_text, response_text, tuple(ids.prompt), tuple(response_ids)))
+            usable.append(Example(line.number, line.prompt, line.answer, tuple(ids.prompt), tuple(response_ids)))
             reason = "changed" if ids.changed else None
         if reason is not None:
             counts[reason] += 1
-            firsts.setdefault(reason, (number, ids))
+            firsts.setdefault(reason, (line.number, ids))
     long = counts["long_prompts"], counts["long_responses"]
     examples = Examples(path, tuple(usable), *long, _notes(counts, firsts), _first(encoder, usable, path))
     if not usable:
@@ -113,15 +132,15 @@ def load_examples(
 
 
 def _encoded(
-    encoder: Encoder, lines: Sequence[tuple[int, str, str]], path: str, with_responses: bool
-) -> Iterator[tuple[int, str, str, Encoded]]:
-    """The rendered `lines` (number, prompt, response), each with its ids, of which the prompt must have some."""
+    encoder: Encoder, lines: Sequence[Line], path: str, with_responses: bool
+) -> Iterator[tuple[Line, Encoded]]:
+    """The rendered `lines`, each with its ids, of which the prompt must have some."""
     for part in _in_parts(lines, path):
-        texts = [text if with_responses else "" for *_, text in part]
-        for line, ids in zip(part, encoder.encode([text for _, text, _ in part], texts), strict=True):
+        texts = [line.response if with_responses else "" for line in part]
+        for line, ids in zip(part, encoder.encode([line.prompt for line in part], texts), strict=True):
             if not ids.prompt:
-                raise InputError(f"{path}, line {line[0]}: the prompt {line[1]!r} has no tokens")
-            yield *line, ids
+                raise InputError(f"{path}, line {line.number}: the prompt {line.prompt!r} has no tokens")
+            yield line, ids
 
 
 def _notes(counts: Counter, firsts: dict[str, tuple[int, Encoded]]) -> tuple[str, ...]:
@@ -166,14 +185,16 @@ def _in_parts(lines: Sequence, path: str) -> Iterator[Sequence]:
                 )
 
 
-def _ended(ids: list[int], eos_id: int, place: str) -> list[int]:
-    """The response with its end-of-sequence token, which its text may have already."""
+def _ended(line: Line, ids: list[int], eos_id: int, path: str) -> list[int]:
+    """The response with its end-of-sequence token, which its text may have already; or as it is, where another token
+    ends it.
+    """
     if eos_id in ids[:-1]:
         raise InputError(
-            f"{place}: expected the response's end-of-sequence token at its end, got one as token "
+            f"{path}, line {line.number}: expected the response's end-of-sequence token at its end, got one as token "
             f"{ids.index(eos_id) + 1} of {len(ids)}: a model would stop there"
         )
-    return ids if ids[-1:] == [eos_id] else [*ids, eos_id]
+    return ids if line.closed or ids[-1:] == [eos_id] else [*ids, eos_id]
 
 
 def _difference(text: str, read: str) -> str:

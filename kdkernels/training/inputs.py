@@ -1,6 +1,6 @@
 """What a run is made from, read and checked against each other: the same for training and for a dry run."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -46,10 +46,8 @@ def read_inputs(config: Config, objective: Objective, trained: Path | None = Non
     candidates, entries = objective.needs.candidates, vocabulary_size(tokenizer)
     if candidates > entries:
         raise InputError(f"[objective] k: expected at most {entries}, the tokenizer's vocabulary, got {candidates}")
-    data = config.data
-    if config.rollout.student_fraction == 1:  # nobody reads the responses
-        data = replace(data, response=None)
-    examples = read_examples(data, data.train, tokenizer)
+    read = config.rollout.student_fraction < 1
+    examples = read_examples(config.data, config.data.train, tokenizer, read_responses=read)
     held_out = None
     if config.evaluation is not None:
         held_out = read_examples(config.data, config.evaluation.data, tokenizer, config.evaluation.by_token)
@@ -60,16 +58,23 @@ def read_inputs(config: Config, objective: Objective, trained: Path | None = Non
 
 
 def read_examples(
-    data: DataConfig, path: str, tokenizer: PreTrainedTokenizerBase, tokenize_responses: bool = True
+    data: DataConfig,
+    path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    tokenize_responses: bool = True,
+    read_responses: bool = True,
 ) -> Examples:
-    """The examples of the file at `path`, which has the format and the limits of [data]. Raises InputError."""
+    """The examples of the data at `path`, which has the format and the limits of [data]. Raises InputError."""
     return load_examples(
         path,
         tokenizer,
         prompt=data.prompt,
         response=data.response,
+        messages=data.messages,
+        answers=data.answers,
         max_prompt_tokens=data.max_prompt_tokens,
         max_response_tokens=data.max_response_tokens,
         special_tokens_in_fields=data.special_tokens_in_fields,
         tokenize_responses=tokenize_responses,
+        read_responses=read_responses,
     )

@@ -110,8 +110,14 @@ class TokenizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """`train`: one JSON object a line; `prompt`, `response`: templates over its fields (texts or numbers). A recipe
-    that never reads responses may leave theirs out.
+    """`train`: a file of one JSON object a line, or a dataset: a file or directory of Parquet, a directory that
+    `save_to_disk` of Hugging Face's `datasets` wrote, or one of its hub as hf:NAME, hf:NAME:SPLIT ("train" by default)
+    or hf:NAME:CONFIGURATION:SPLIT.
+
+    `prompt`, `response`: templates over its fields (texts or numbers). A recipe that never reads responses may leave
+    theirs out. Or, in place of both, `messages`: the field that holds a conversation, a list of {role, content}, for
+    the tokenizer's chat template. `answers`: "all" of the assistant's messages are a response each, with all before it
+    as its prompt; "last": the last one alone. The loss is of their tokens and the token that ends them.
 
     `max_prompt_tokens`, `max_response_tokens` (end-of-sequence token included; where responses are read): longer
     examples are left out, counted and reported. Together they must fit the models' `max_position_embeddings`.
@@ -125,8 +131,10 @@ class DataConfig:
     """
 
     train: Place
-    prompt: str
+    prompt: str | None = None
     response: str | None = None
+    messages: str | None = None
+    answers: Literal["all", "last"] = "all"
     max_prompt_tokens: Count
     max_response_tokens: Count
     special_tokens_in_fields: bool = False

@@ -29,6 +29,7 @@ def resolve(config: Config) -> Config:
     """The recipe checked, and its defaults filled in, but for what follows from the objective and for its paths."""
     config = _expand_paths(config)
     _check_student(config)
+    _check_data(config)
     _check_train(config)
     _check_optimizer(config)
     config = replace(config, teacher=_teacher(config), tokenizer=_tokenizer(config), evaluation=_evaluation(config))
@@ -42,7 +43,8 @@ def resolve_objective(config: Config) -> Config:
     """The resolved recipe with what follows from its objective checked and filled in."""
     config = replace(config, rollout=_rollout(config))
     config = replace(config, collapse=_collapse(config))
-    if config.data.response is None and (config.rollout.student_fraction < 1 or config.evaluation is not None):
+    without = config.data.response is None and config.data.messages is None
+    if without and (config.rollout.student_fraction < 1 or config.evaluation is not None):
         raise InputError(
             "[data] key 'response' is missing; only a recipe whose student writes every response can do without, "
             "and only without [evaluation]"
@@ -124,6 +126,20 @@ def _check_student(config: Config) -> None:
     if student.path is not None and student.pad_vocab_to != 1:
         raise InputError(
             "[student] pad_vocab_to belongs to an architecture; the model at path has its vocabulary already"
+        )
+
+
+def _check_data(config: Config) -> None:
+    data = config.data
+    if data.messages is None and data.prompt is None:
+        raise InputError("[data] key 'prompt' or 'messages' is missing; expected exactly one of them")
+    if data.messages is None and data.answers != "all":
+        raise InputError(f"[data] answers are those of messages: leave it out, got {data.answers!r}")
+    if data.messages is not None and (data.prompt is not None or data.response is not None):
+        raise InputError("[data] expected either messages or prompt and response, got both")
+    if data.messages is not None and config.tokenizer.kind is not None:
+        raise InputError(
+            "[tokenizer] kind: a tokenizer that is trained has no chat template, which [data] messages needs: give path"
         )
 
 
@@ -279,7 +295,7 @@ def check_paths(config: Config, coming: Collection[str] = ()) -> None:
     _is("[run] output", Path(config.run.output) / "config.toml", Path.exists)  # whether there is such a path at all
     files = {"[data] train": config.data.train, "[evaluation] data": config.evaluation and config.evaluation.data}
     for key, path in files.items():
-        if path is not None and not _is(key, Path(path), Path.is_file):
+        if path is not None and not (path.startswith("hf:") or _is(key, Path(path), Path.exists)):
             raise InputError(f"{key}: no such file: {path}")
     for key, path in model_paths(config).items():
         if os.path.realpath(path) not in coming:

@@ -1,21 +1,22 @@
 """What a run was made from, by its contents: training data, held-out data, models and tokenizer.
 
-A run that goes on must find the same, wherever it lies by now. An identity is the SHA-256 of a data file, those of all
-files of a model's directory that transformers may read, or for a model of the hub the commit of its snapshot. Weights
-are read as a whole: a changed weight in a file of the same size and date is noticed.
+A run that goes on must find the same, wherever it lies by now. An identity is the SHA-256 of a data file or of the rows
+of a dataset, those of all files of a model's directory that transformers may read, or for a model of the hub the commit
+of its snapshot. Weights are read as a whole: a changed weight in a file of the same size and date is noticed.
 """
 
 from pathlib import Path
 
 from transformers.utils.hub import cached_file, extract_commit_hash
 
+from kdkernels.data.records import hash_of_rows, is_dataset
 from kdkernels.errors import InputError
 from kdkernels.training.recipe.config import Config
 from kdkernels.training.recipe.resolve import adapter_base
 from kdkernels.training.run.hashes import sha256_of_all
 
 MODEL_FILES = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja")
-TOKENIZER = "[tokenizer]"
+TOKENIZER, DATA = "[tokenizer]", ("[data] train", "[evaluation] data")
 Identity = str | dict[str, str]  # of a file or commit, or of every file in a directory
 
 
@@ -52,6 +53,8 @@ def differences(old: dict[str, Identity], new: dict[str, Identity], sources: dic
 def _identify(key: str, path: str) -> Identity:
     place = Path(path)
     try:
+        if key in DATA and is_dataset(path):
+            return f"rows {hash_of_rows(path)}"
         if place.is_file():
             return sha256_of_all([place])[0]
         if place.is_dir():
