@@ -1,6 +1,7 @@
 """A run that goes on with more steps, another rate or another cadence: only where asked by name, and written down."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from kdkernels.cli import main
 from kdkernels.training import InputError, load_config, train, trainer
 from kdkernels.training.recipe.schema import read_toml
+from kdkernels.training.run import history
 from kdkernels.training.run.directory import RunDirectory
 from kdkernels.training.run.history import CHANGEABLE, changes
 from kdkernels.training.run.metrics import read_metrics
@@ -141,3 +143,37 @@ def test_a_recipe_of_steps_extends_one_of_epochs(recipe, load, tmp_path):
     (tmp_path / "variant.toml").write_text(f'extends = "{recipe}"\n[train]\nsteps = 5\n')
     train_of = load_config(tmp_path / "variant.toml").train
     assert (train_of.steps, train_of.epochs) == (5, None) and load().train.epochs == 2
+
+
+@pytest.mark.parametrize("killed_at", range(3))
+def test_a_kill_while_the_change_is_written_down_costs_nothing(load, monkeypatch, killed_at):
+    """Before it, between the recipe that was and the one that is, and behind both."""
+    expected = final_weights(train(load(*CONSTANT, "train.steps=5")).output)
+    shutil.rmtree(load().run.output)
+    run = RunDirectory(train(load(*CONSTANT, "train.steps=4")).output)
+    written, once = [], history.write_text
+
+    def killed(path, text):
+        if len(written) == killed_at:
+            raise KeyboardInterrupt
+        written.append(path.name)
+        once(path, text)
+        if killed_at == 2 and len(written) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(history, "write_text", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(load(*CONSTANT, "train.steps=5"), resume=True, changes=["train.steps"])
+    assert written == ["config-000004.toml", "config.toml"][:killed_at]
+    assert changes(run.config) == ([] if killed_at == 0 else [(4, "train.steps: 4 -> 5" if killed_at == 2 else "")])
+    assert not run.final.exists() and (run.root / "final-000004").is_dir()
+    got = final_weights(train(load(*CONSTANT, "train.steps=5"), resume=True, changes=["train.steps"]).output)
+    assert all(torch.equal(got[name], weight) for name, weight in expected.items())
+    assert changes(run.config) == [(4, "train.steps: 4 -> 5")]
+
+
+def test_epochs_of_data_that_are_not_here(capsys):
+    recipe = Path(__file__).parents[2] / "recipes" / "qwen3-8b-to-1.7b-gkd.toml"
+    assert main(["train", str(recipe), "--set=train.epochs=2", "--dry-run"]) == 2
+    assert "cannot be known where data and models are not read: add --set train.steps=NUMBER" in capsys.readouterr().err
