@@ -65,6 +65,10 @@ class DeepSpeedStrategy:
                 "stage3_param_persistence_threshold": STAY_WHOLE,
             },
         }
+        if config.deepspeed.offload_optimizer:
+            pinned = torch.cuda.is_available()
+            settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": pinned}
+            settings["zero_force_ds_cpu_optimizer"] = False  # which needs a compiler; PyTorch's fused AdamW does not
         if config.deepspeed.zero_stage > 0:  # without ZeRO, DeepSpeed adds up in the weights' own precision
             settings["data_types"] = {"grad_accum_dtype": "fp32"}
         join()
@@ -100,6 +104,8 @@ class DeepSpeedStrategy:
             norm = torch.nn.utils.get_total_norm(gradients).item()
         optimizer.skip = not (apply and math.isfinite(loss) and (norm is None or math.isfinite(norm)))
         engine.step()  # which drops gradients that are not finite itself, but for those of a plain optimizer
+        if engine.zero_cpu_offload() and not self._in_parts:  # it keeps those, and would add the next step's to them
+            engine.optimizer.averaged_gradients = dict.fromkeys(engine.optimizer.averaged_gradients)
         norm = float(engine.get_global_grad_norm()) if norm is None else norm
         defects = {"loss": loss, "gradient norm": norm}
         defect = next((f"the {name} is {value}" for name, value in defects.items() if not math.isfinite(value)), None)
@@ -253,9 +259,11 @@ def _optimizer(config: Config, module: nn.Module) -> torch.optim.Optimizer:
     groups = [
         {"params": group, "weight_decay": one} for group, one in zip(_groups(module), decay, strict=True) if group
     ]
-    optimizer = torch.optim.AdamW(groups, lr=config.optimizer.lr, betas=config.optimizer.betas)
+    fused = True if config.deepspeed.offload_optimizer else None  # PyTorch's choice on GPUs; on CPUs 6 times faster
+    optimizer = torch.optim.AdamW(groups, lr=config.optimizer.lr, betas=config.optimizer.betas, fused=fused)
     optimizer.skip = False
-    optimizer.register_step_pre_hook(_drop_gradients)
+    optimizer.register_step_pre_hook(_set_gradients_aside)
+    optimizer.register_step_post_hook(_put_gradients_back)
     return optimizer
 
 
@@ -265,9 +273,18 @@ def _groups(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     return [p for p in parameters if p.dim() > 1], [p for p in parameters if p.dim() <= 1]
 
 
-def _drop_gradients(optimizer: torch.optim.Optimizer, *_: object) -> None:
+def _set_gradients_aside(optimizer: torch.optim.Optimizer, *_: object) -> None:
     """Makes a step of AdamW one of no effect: what has no gradient keeps its value and its moments. DeepSpeed's own
     work around the step goes on as ever.
     """
-    if optimizer.skip:
-        optimizer.zero_grad(set_to_none=True)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    optimizer.aside = [(parameter, parameter.grad) for parameter in parameters] if optimizer.skip else []
+    for parameter, _ in optimizer.aside:
+        parameter.grad = None
+
+
+def _put_gradients_back(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    """They are DeepSpeed's buffers, where the optimizer is offloaded."""
+    for parameter, gradient in optimizer.aside:
+        parameter.grad = gradient
+    optimizer.aside = []

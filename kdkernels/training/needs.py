@@ -21,7 +21,8 @@ from kdkernels.training.run.directory import RunDirectory
 
 @dataclass(frozen=True)
 class Needs:
-    """All in bytes. `memory`: of each process, by what it is for. `checkpoint`, `final`: of one of them on the disk;
+    """All in bytes. `memory`: of each process, by what it is for; `offloaded`: what it takes of the machine's memory
+    beside that of its device. `checkpoint`, `final`: of one of them on the disk;
     `written`: how many checkpoints a run writes; `keep`: how many of them stay.
     """
 
@@ -30,6 +31,7 @@ class Needs:
     final: int
     written: int
     keep: int
+    offloaded: int = 0
 
     def disk(self) -> int:
         """The space at the worst moment: an old checkpoint goes when the new one is there, the model comes last."""
@@ -47,7 +49,8 @@ def needs(
     width = _width(config.run.dtype)
     stage = config.deepspeed.zero_stage
     in_parts = stage == 3
-    master = 4 if stage in (1, 2) or width < 4 else 0  # float32 weights beside the model's own
+    offloads = config.deepspeed.offload_optimizer
+    master = 4 if stage in (1, 2) or width < 4 or offloads else 0  # float32 weights beside the model's own
     shares = (processes or distributed.world_size()) if stage > 0 else 1
     gradients = 0 if in_parts else trained * width
     if stage == 1 and width < 4:
@@ -58,7 +61,7 @@ def needs(
         "student": weights * width // (shares if in_parts else 1),
         **({"student, whole while it generates": weights * width} if in_parts else {}),
         "gradients": gradients,
-        "optimizer": (8 + master) * trained // shares,
+        **({} if offloads else {"optimizer": (8 + master) * trained // shares}),
         **({} if teacher is None else {"teacher": _teacher(config, teacher, processes)}),
     }
     every = config.checkpoint.every
@@ -69,6 +72,7 @@ def needs(
         # the last step has one in any case
         written=-(-config.train.steps // every) if every and done < config.train.steps else 0,
         keep=config.checkpoint.keep,
+        offloaded=(8 + master + 4) * trained // shares if offloads else 0,  # float32 gradients too
     )
 
 
@@ -103,7 +107,12 @@ def describe(run: RunDirectory, needed: Needs, here: bool = True) -> list[str]:
     memory, parts = sum(needed.memory.values()), needed.memory.items()
     lines = [
         f"memory: {text(memory)} for each process ({', '.join(f'{name} {text(part)}' for name, part in parts)}), "
-        "activations and logits on top",
+        "activations and logits on top"
+        + (
+            f"; of the machine's memory: {text(needed.offloaded)}, for the offloaded optimizer"
+            if needed.offloaded
+            else ""
+        ),
         f"disk: at most {text(needed.disk())} ({describe_disk(needed)})",
     ]
     if not here:

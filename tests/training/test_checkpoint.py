@@ -17,6 +17,7 @@ from kdkernels.training.processes import distributed
 from kdkernels.training.run import checkpoint
 
 from .conftest import final_weights
+from .test_engine import stage_set
 
 
 @pytest.fixture(autouse=True)
@@ -150,7 +151,7 @@ class Code:
         return os.system, (f"touch {self.path}",)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [0, 1, 2, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["shared.pt", "process-00000.pt"])
 def test_resuming_executes_nothing(load, tmp_path, name, stage):
     """The state of every ZeRO stage is numbers and text; code hidden in it, with fitting hashes, is not run."""
@@ -181,10 +182,22 @@ def test_a_checkpoint_of_another_model_is_an_input_error(load):
 
 @pytest.mark.parametrize(
     ("stage", "dtype"),  # ZeRO 1 in bfloat16, the default there, is what test_processes kills
-    [(0, "float32"), (0, "bfloat16"), (1, "float32"), (2, "float32"), (2, "bfloat16"), (3, "float32"), (3, "bfloat16")],
+    [
+        (0, "float32"),
+        (0, "bfloat16"),
+        (1, "float32"),
+        (2, "float32"),
+        (2, "bfloat16"),
+        pytest.param(3, "float32", marks=pytest.mark.slow),
+        (3, "bfloat16"),
+        pytest.param("1 offloaded", "float32", marks=pytest.mark.slow),
+        ("2 offloaded", "bfloat16"),
+        pytest.param("3 offloaded", "bfloat16", marks=pytest.mark.slow),
+        pytest.param("3 offloaded", "float32", marks=pytest.mark.slow),
+    ],
 )
 def test_every_state_is_restored_to_the_bit(load, in_parts, tmp_path, stage, dtype):
-    overrides = (f"deepspeed.zero_stage={stage}", f"run.dtype={dtype}", "checkpoint.every=2", "train.steps=4")
+    overrides = (*stage_set(stage), f"run.dtype={dtype}", "checkpoint.every=2", "train.steps=4")
     whole = train(load(*overrides, f"run.output={tmp_path / 'whole'}"))
     for path in (whole.output / "checkpoints" / "step-000004", whole.final):
         shutil.rmtree(path)

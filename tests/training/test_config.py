@@ -113,6 +113,10 @@ def test_malformed_overrides_are_refused(assignment):
         (["objective.name=VCRD", "objective.weighting=log"], ["[objective] weighting", "likelihood_ratio", "'log'"]),
         (["objective.name=GKD"], ["section [teacher] is missing"]),
         (["rollout.student_fraction=0.5"], ["[rollout] student_fraction: expected 0", "got 0.5"]),
+        (
+            ["deepspeed.zero_stage=0", "deepspeed.offload_optimizer=true"],
+            ["[deepspeed] offload_optimizer: expected zero_stage 1, 2 or 3 with it, got 0"],
+        ),
         (["deepspeed.zero_stage=4"], ["[deepspeed] zero_stage", "0, 1, 2 or 3", "got 4"]),
         (["train.micro_batch_size=3"], ["[train] batch_size: expected a multiple of micro_batch_size 3, got 4"]),
         (["teacher.path=runs/nowhere/final"], ["[teacher] path: no such directory: runs/nowhere/final"]),

@@ -35,7 +35,9 @@ OBJECTIVES = {
 TOLERANCE = {"float32": 2e-6, "bfloat16": 0.05}
 
 
-def overrides(name: str, teacher_set: str, dtype: str, stage: int, micro_batches: int, processes: int = 1) -> list[str]:
+def overrides(
+    name: str, teacher_set: str, dtype: str, stage: int | str, micro_batches: int, processes: int = 1
+) -> list[str]:
     return [
         *OBJECTIVES[name],
         *([teacher_set] if OBJECTIVES[name] else []),
@@ -44,8 +46,14 @@ def overrides(name: str, teacher_set: str, dtype: str, stage: int, micro_batches
         "optimizer.max_grad_norm=0",
         f"train.batch_size={EXAMPLES}",
         f"train.micro_batch_size={EXAMPLES // micro_batches // processes}",
-        f"deepspeed.zero_stage={stage}",
+        *stage_set(stage),
     ]
+
+
+def stage_set(stage: int | str) -> list[str]:
+    """The settings of a ZeRO stage; of "3 offloaded", with its optimizer in the machine's memory."""
+    number, _, offloaded = str(stage).partition(" ")
+    return [f"deepspeed.zero_stage={number}", *(["deepspeed.offload_optimizer=true"] if offloaded else [])]
 
 
 def check(got: dict, exact: dict, dtype: str, case: object) -> None:
@@ -63,10 +71,15 @@ FEW = [  # every objective, precision, stage and number of micro-batches at leas
     ("SFT", "float32", 0, 8), ("SFT", "bfloat16", 2, 8), ("SFT", "bfloat16", 0, 8), ("GKD", "bfloat16", 1, 8),
     ("GKD", "float32", 1, 4), ("TSDKD", "bfloat16", 2, 4), ("TSDKD", "float32", 2, 2), ("DistiLLM2", "bfloat16", 0, 4),
     ("DistiLLM2", "float32", 2, 8), ("VCRD", "bfloat16", 2, 2), ("VCRD", "float32", 0, 1), ("TSDKD", "float32", 3, 4),
-    ("GKD", "bfloat16", 3, 8), ("tied", "float32", 3, 2), ("tied", "float32", 1, 4),
+    ("tied", "float32", 3, 2), ("tied", "float32", 1, 4),
     ("layers computed again", "float32", 3, 2), ("layers computed again", "bfloat16", 0, 2),
+    ("GKD", "float32", "1 offloaded", 4), ("GKD", "bfloat16", "2 offloaded", 2), ("GKD", "bfloat16", "3 offloaded", 4),
 ]  # fmt: skip
-ALL = list(itertools.product(OBJECTIVES, TOLERANCE, (0, 1, 2, 3), (1, 2, 4, 8)))
+OFFLOADED = ("1 offloaded", "2 offloaded", "3 offloaded")
+ALL = [
+    *itertools.product(OBJECTIVES, TOLERANCE, (0, 1, 2, 3), (1, 2, 4, 8)),
+    *itertools.product(["TSDKD"], TOLERANCE, OFFLOADED, (1, 4)),
+]
 
 
 @pytest.mark.parametrize(
@@ -78,7 +91,7 @@ def test_one_process(load, in_parts, teacher_set, name, dtype, stage, micro_batc
     check(engine_gradients(config), exact_gradients(config), dtype, (name, dtype, stage, micro_batches))
 
 
-@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("stage", [0, pytest.param(3, marks=pytest.mark.slow)])
 def test_layers_are_computed_again(load, in_parts, teacher_set, monkeypatch, stage):
     """In the backward pass, and not while the student writes or is evaluated."""
     calls, forward = [], Qwen2MLP.forward
@@ -114,7 +127,8 @@ def test_two_processes(recipe, teacher_set, tmp_path):
     cases = [
         ("GKD", "bfloat16", 0, 4), ("TSDKD", "bfloat16", 2, 4), ("SFT", "float32", 1, 2), ("VCRD", "bfloat16", 1, 2),
         ("DistiLLM2", "float32", 2, 1), ("TSDKD", "float32", 3, 2), ("GKD", "bfloat16", 3, 4),
-        ("tied", "float32", 3, 2), ("layers computed again", "float32", 3, 2),
+        ("tied", "float32", 3, 2), ("layers computed again", "float32", 3, 2), ("GKD", "float32", "2 offloaded", 2),
+        ("GKD", "float32", "3 offloaded", 2),
     ]  # fmt: skip
     two_processes(recipe, teacher_set, tmp_path, cases)
 

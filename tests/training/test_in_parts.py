@@ -40,8 +40,15 @@ def seen(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("tied", "dtype"),
+    [
+        (True, "float32"),
+        (False, "bfloat16"),
+        pytest.param(False, "float32", marks=pytest.mark.slow),
+        pytest.param(True, "bfloat16", marks=pytest.mark.slow),
+    ],
+)
 def test_what_is_saved_has_the_logits_of_the_run(load, teacher_set, in_parts, seen, tied, dtype):
     word = str(tied).lower()
     settings = (*GKD, teacher_set, f"student.architecture.tie_word_embeddings={word}", f"run.dtype={dtype}")

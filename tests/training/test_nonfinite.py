@@ -21,15 +21,15 @@ from kdkernels.training.run.metrics import read_metrics
 
 from .conftest import GKD
 from .poison import train_poisoned
+from .test_engine import stage_set
 from .test_processes import finish, start
 
 ENGINES = [("float32", 0), ("float32", 1), ("float32", 2), ("bfloat16", 0), ("bfloat16", 1), ("bfloat16", 2)]
 ENGINES += [("float32", 3), ("bfloat16", 3)]
-QUICK = {("gradient", *engine) for engine in ENGINES} | {
-    ("loss", "float32", 0),
-    ("loss", "float32", 2),
-    ("loss", "float32", 3),
-}
+ENGINES += [("float32", "1 offloaded"), ("bfloat16", "2 offloaded"), ("float32", "3 offloaded")]
+SLOWER = [("float32", 3), ("float32", "1 offloaded"), ("float32", "3 offloaded")]
+QUICK = {("gradient", *engine) for engine in ENGINES if engine not in SLOWER}
+QUICK |= {("loss", "float32", 0), ("loss", "float32", 2)}
 CASES = [
     pytest.param(kind, *engine, marks=[] if (kind, *engine) in QUICK else pytest.mark.slow)
     for kind in ("gradient", "loss")
@@ -52,7 +52,7 @@ def strictly(path):
 
 
 def engine_set(dtype, stage):
-    return f"run.dtype={dtype}", f"deepspeed.zero_stage={stage}"
+    return f"run.dtype={dtype}", *stage_set(stage)
 
 
 @pytest.mark.parametrize(("kind", "dtype", "stage"), CASES)
@@ -199,7 +199,7 @@ def test_a_run_that_ends_with_a_skipped_step_tries_its_weights_once_more(load, b
     assert first_nonfinite(weights(result.final).items()) is None
 
 
-@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("stage", [0, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("where", ["weight", "moment"])
 def test_what_is_not_finite_is_never_saved(load, in_parts, monkeypatch, where, stage):
     """Weights that an update itself made infinite: the loss of that step was finite, the gradient too."""

@@ -20,6 +20,7 @@ from kdkernels.training.run.metrics import read_metrics
 from kdkernels.training.step import rate, student_steps
 
 from .conftest import GKD
+from .test_engine import OFFLOADED, stage_set
 
 FIXED = (
     *GKD,
@@ -147,10 +148,13 @@ def test_the_datas_responses_are_the_teachers(run):
     assert all(line["loss"] == pytest.approx(line["skl"] + line["srkl"]) for line in lines)
 
 
-def test_zero_stages_compute_the_same(run, in_parts):
+@pytest.mark.parametrize(
+    "stages", [(1, 2, 3), pytest.param(("1 offloaded", "2 offloaded", "3 offloaded"), marks=pytest.mark.slow)]
+)
+def test_zero_stages_compute_the_same(run, in_parts, stages):
     plain = run("plain", *FIXED)
-    for stage in (1, 2, 3):
-        sharded = run(f"stage-{stage}", *FIXED, f"deepspeed.zero_stage={stage}")
+    for stage in stages:
+        sharded = run(f"stage-{stage}", *FIXED, *stage_set(stage))
         assert difference(weights(sharded.final), weights(plain.final)) < 2e-5
         lines = zip(
             read_metrics(sharded.output / "metrics.jsonl"), read_metrics(plain.output / "metrics.jsonl"), strict=True
@@ -158,14 +162,14 @@ def test_zero_stages_compute_the_same(run, in_parts):
         assert all(line["gradient_norm"] == pytest.approx(other["gradient_norm"], rel=1e-4) for line, other in lines)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3, *(pytest.param(one, marks=pytest.mark.slow) for one in OFFLOADED)])
 def test_bfloat16_weights_move_by_less_than_they_can_show(run, load, teacher_set, stage):
     slow = (*FIXED, "optimizer.lr=1e-4", "optimizer.schedule=constant", "optimizer.warmup_ratio=0", "train.steps=30")
     config = load(*FIXED, teacher_set)
     torch.manual_seed(config.run.seed)
     start = load_student(config, load_tokenizer(config)).state_dict()
     exact = weights(run("float32", *slow).final)
-    half = weights(run("bfloat16", *slow, "run.dtype=bfloat16", f"deepspeed.zero_stage={stage}").final)
+    half = weights(run("bfloat16", *slow, "run.dtype=bfloat16", *stage_set(stage)).final)
     assert all(weight.dtype == torch.bfloat16 for weight in half.values())
     # of the weights that bfloat16 resolves no finer than 2e-3, a step of 1e-4 is lost without float32 master weights
     coarse = {name: weight.abs() > 0.3 for name, weight in start.items()}

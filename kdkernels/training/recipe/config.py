@@ -284,10 +284,14 @@ class DeepSpeedConfig:
     student's weights too, which then are whole on every process only while it generates and is evaluated.
 
     With bfloat16 weights, 0 adds up the micro-batches' gradients in bfloat16, 1 to 3 in float32. Default: 0, with
-    bfloat16 1.
+    bfloat16 or `offload_optimizer` 1.
+
+    `offload_optimizer`: with ZeRO 1 to 3, the optimizer's state and the float32 weights are in the machine's memory and
+    AdamW runs on its CPUs.
     """
 
     zero_stage: ZeroStage | None = None
+    offload_optimizer: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,8 +34,10 @@ def resolve(config: Config) -> Config:
     _check_optimizer(config)
     config = replace(config, teacher=_teacher(config), tokenizer=_tokenizer(config), evaluation=_evaluation(config))
     if config.deepspeed.zero_stage is None:
-        stage = 1 if config.run.dtype == "bfloat16" else 0
+        stage = 1 if config.run.dtype == "bfloat16" or config.deepspeed.offload_optimizer else 0
         config = replace(config, deepspeed=replace(config.deepspeed, zero_stage=stage))
+    if config.deepspeed.offload_optimizer and config.deepspeed.zero_stage == 0:
+        raise InputError("[deepspeed] offload_optimizer: expected zero_stage 1, 2 or 3 with it, got 0")
     return config
 
 

@@ -106,17 +106,19 @@ def test_an_interrupted_run_says_so_in_a_line(task, processes):
 
 
 @pytest.mark.slow
-def test_a_disk_that_is_full_on_another_process(task):
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_disk_that_is_full_on_another_process(task, stage):
     """All processes end, with the same status, and the last checkpoint is sound."""
     match = "unfinished-step-000002/process-00001.pt"
     job = {"processes": 2, "rank": 1, "fault": ["full", match, 1]}
-    answer = task.run("full-on-one", "--set=deepspeed.zero_stage=1", **job)
+    name, setting = f"full-on-one-{stage}", f"--set=deepspeed.zero_stage={stage}"
+    answer = task.run(name, setting, **job)
     assert answer["statuses"] == [3, 3], answer["output"]
     assert answer["output"].count("checkpoints/step-000002: no space left on the disk") == 2
-    assert [path.name for path in (task.root / "full-on-one" / "checkpoints").iterdir()] == ["step-000001"]
-    answer = task.run("full-on-one", "--set=deepspeed.zero_stage=1", "--resume", processes=2)
+    assert [path.name for path in (task.root / name / "checkpoints").iterdir()] == ["step-000001"]
+    answer = task.run(name, setting, "--resume", processes=2)
     assert answer["statuses"] == [0, 0], answer["output"]
-    task.check_left_by("full-on-one", "--set=deepspeed.zero_stage=1", processes=2)
+    task.check_left_by(name, setting, processes=2)
 
 
 def test_statuses_are_documented(worker):
