@@ -93,8 +93,8 @@ def _eval(options: argparse.Namespace) -> int:
         if options.lm_eval:
             from kdkernels.training import harness
 
-            print(harness.measure(options.model, harness.tasks(options.lm_eval, options.run_code), output, options))
-            return DONE
+            chosen = harness.tasks(options.lm_eval, options.run_code)
+            return _print(harness.measure(options.model, chosen, output, options))
         for name in ("chat", "run_code"):
             if getattr(options, name):
                 raise InputError(f"--{name.replace('_', '-')} belongs to --lm-eval, which is not given")
@@ -135,8 +135,14 @@ def _report(options: argparse.Namespace) -> int:
         return end(UNUSABLE, error)
     except OSError as error:
         return end(UNUSABLE, f"--output: {error.filename} cannot be written: {error.strerror}")
-    print(report)
-    print(", ".join(map(str, [text, figure] if options.figure else [text])))
+    return _print(f"{report}\n{', '.join(map(str, [text, figure] if options.figure else [text]))}")
+
+
+def _print(text: str) -> int:
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        return end(DISK, f"standard output: cannot be written: {error.strerror}")
     return DONE
 
 

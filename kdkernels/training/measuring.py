@@ -18,7 +18,7 @@ from kdkernels.training.processes import distributed
 from kdkernels.training.processes.exits import DISK, DONE, UNUSABLE, end
 from kdkernels.training.recipe.config import Config
 from kdkernels.training.recipe.measuring import by_argument, complete
-from kdkernels.training.run.atomic import write_text
+from kdkernels.training.run.atomic import write_text, writing
 
 
 def run(config: Config, output: Path) -> int:
@@ -26,7 +26,8 @@ def run(config: Config, output: Path) -> int:
     try:
         text = measure(config, output)
         if distributed.rank() == 0:
-            print(text, flush=True)
+            with writing(Path("standard output")):
+                print(text, flush=True)
         status = DONE
     except InputError as error:
         status = end(UNUSABLE, error)

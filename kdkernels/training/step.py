@@ -56,9 +56,9 @@ def train_step(
     written = student_steps(step, config.rollout.student_fraction)
     author = "student" if written > student_steps(step - 1, config.rollout.student_fraction) else "teacher"
     try:
-        with clock("rollout"):
-            responses = [example.response_ids for example in share]
-            if author == "student":
+        responses = [example.response_ids for example in share]
+        if author == "student":
+            with clock("rollout"):
                 responses = _rollout(parts, prompts, config.rollout.max_new_tokens)
     except FloatingPointError as error:
         return {"loss": math.nan, "lr": lr, "gradient_norm": math.nan, "tokens": 0} | clock.metrics(0), str(error)
@@ -116,9 +116,10 @@ def _micro_batches(
 
 def _forward_backward(parts: Parts, batch: Batch, share: float, clock: "Clock") -> dict[str, torch.Tensor]:
     """Adds the gradient of the mean over `batch`, which has this share in that of the step; its loss and metrics."""
-    with clock("teacher"):
-        scored = parts.teacher.score(batch) if parts.strategy.module.objective.needs_teacher else None
-    weights = None
+    scored = weights = None
+    if parts.strategy.module.objective.needs_teacher:
+        with clock("teacher"):
+            scored = parts.teacher.score(batch)
     if parts.judge is not None:
         with clock("judge"), torch.no_grad():
             weights = parts.judge(batch)

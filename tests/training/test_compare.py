@@ -112,6 +112,14 @@ def test_the_command(make, tmp_path, capsys, monkeypatch):
     assert "--output: missing/new.md cannot be written: No such file" in capsys.readouterr().err
 
 
+def test_a_reader_that_has_gone(make, tmp_path):
+    command = [sys.executable, "-m", "kdkernels", "report", make("a", STEPS), "--no-figure", f"--output={tmp_path}/out"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        told = process.stderr.read()
+    assert process.returncode == 3 and told == "kdkernels: standard output: cannot be written: Broken pipe\n"
+
+
 def test_without_matplotlib(make, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delitem(sys.modules, "kdkernels.training.run.figure", raising=False)

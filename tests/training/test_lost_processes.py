@@ -1,5 +1,6 @@
 """Two processes of one run, of which one cannot go on: the other one ends too, and both say why."""
 
+import json
 import os
 import signal
 import socket
@@ -132,6 +133,18 @@ def test_a_run_in_parts_that_lost_a_process_resumes_bit_for_bit(pair, teacher_se
     resumed, expected = final_weights(run), final_weights(tmp_path / "whole")
     assert all(torch.equal(resumed[name], weight) for name, weight in expected.items())
     assert {weight.dtype for weight in expected.values()} == {getattr(torch, dtype)}
+
+
+@pytest.mark.slow
+def test_a_student_that_collapses_ends_both(pair, teacher_set, tmp_path):
+    limits = ("collapse.min_entropy=50", "collapse.steps=3", "rollout.samples=4")
+    processes = pair([f"--set={text}" for text in (*GKD, teacher_set, *limits)])
+    assert [one.wait(timeout=200) for one in processes] == [5, 5]
+    for rank in range(2):
+        assert "kdkernels: step 3: student_entropy is" in (tmp_path / f"{rank}.txt").read_text()
+    kept = (tmp_path / "run" / "rollouts-000001.jsonl").read_text().splitlines()
+    assert len({json.loads(line)["line"] for line in kept}) == 4  # of both, in one file
+    assert len(untimed(tmp_path / "run")) == 3
 
 
 def test_half_a_launcher_is_refused(monkeypatch, recipe, capsys):

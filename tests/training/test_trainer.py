@@ -255,6 +255,15 @@ def test_every_phase_has_its_seconds_and_none_counts_twice(run, monkeypatch):
         assert line["tokens_per_second"] == line["tokens"] / 12221 and 0.1 < line["peak_memory_gib"] < 100
 
 
+def test_what_a_step_does_not_do_is_no_phase_of_it(run):
+    lines = read_metrics(run("sft").output / "metrics.jsonl")
+    assert {name for line in lines for name in line if "time/" in name} == {
+        "time/student",
+        "time/loss",
+        "time/optimizer",
+    }
+
+
 def test_a_batch_that_the_processes_cannot_share(load, monkeypatch):
     monkeypatch.setattr("kdkernels.training.processes.distributed.world_size", lambda: 3)
     with pytest.raises(InputError, match=r"\[train\] batch_size: expected a multiple of 6 .*2 x 3 processes.*got 4"):
