@@ -235,10 +235,11 @@ def _add_eval(commands) -> None:
     add = command.add_argument
     add("model", metavar="MODEL", help="directory or hub name: a model, or an adapter on one")
     add("data", metavar="DATA.jsonl", nargs="?", help="one JSON object a line")
-    add("--prompt", type=_text, default=PROMPT, help="template over a line's fields, where \\n is a line break "
-        "(default: %(default)r)")  # fmt: skip
-    add("--response", type=_text, default=RESPONSE, help="template of the text that has the right answer "
-        "(default: %(default)r)")  # fmt: skip
+    add("--prompt", type=_text, help="template over a line's fields, where \\n is a line break "
+        f"(default: {PROMPT!r})")  # fmt: skip
+    add("--response", type=_text, help=f"template of the text that has the right answer (default: {RESPONSE!r})")
+    add("--messages", metavar="FIELD", help="in place of both: the field that holds a conversation, a list of "
+        "{role, content}, for the tokenizer's chat template; the last answer is the right one")  # fmt: skip
     add("--answer", metavar="REGEX", default=ANSWER, help="its one group is the answer; the last match counts, and "
         "1,450 is 1450 (default: %(default)s)")  # fmt: skip
     add("--limit", metavar="N", type=_count, help="only the first N problems; of each task with --lm-eval")

@@ -1,6 +1,7 @@
 """`kdkernels eval`: right answers counted, on the command line's terms; lm-evaluation-harness through a stand-in."""
 
 import json
+import shutil
 import sys
 import types
 from types import SimpleNamespace
@@ -178,3 +179,24 @@ def test_tasks_of_ones_own(lm_eval, model, tmp_path, capsys):
     assert "--lm-eval: unknown task 'arc_eazy'; did you mean 'arc_easy'?" in capsys.readouterr().err
     assert main(["eval", model, "--lm-eval=gsm8k,,", output]) == 2
     assert "expected tsd-kd, vcrd-code, or tasks with commas" in capsys.readouterr().err
+
+
+def test_conversations_through_the_chat_template(recipe, model, tmp_path, capsys):
+    for path in (tmp_path / "chat", tmp_path / "plain"):
+        shutil.copytree(model, path)
+    template = "{% for m in messages %}{{ m.content }}{% if m.role == 'user' %}={% else %}<pad>{% endif %}{% endfor %}"
+    (tmp_path / "chat" / "chat_template.jinja").write_text(template)
+    sums = [(a, b) for a in range(2) for b in range(4)]
+    data = tmp_path / "chat.jsonl"
+    turns = [[{"role": "user", "content": f"{a}+{b}"}, {"role": "assistant", "content": f"{a + b}."}] for a, b in sums]
+    data.write_text("".join(json.dumps({"talk": talk}) + "\n" for talk in turns))
+    output = tmp_path / "out.jsonl"
+    few = [str(data), r"--answer=(\d+)\.", "--max-new-tokens=6", "--max-prompt-tokens=8", f"--output={output}"]
+    assert main(["eval", str(tmp_path / "chat"), *few, "--messages=talk"]) == 0
+    records = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [record["prompt"] for record in records] == [f"{a}+{b}=" for a, b in sums]
+    assert [record["expected"] for record in records] == [str(a + b) for a, b in sums]
+    assert main(["eval", str(tmp_path / "plain"), *few, "--messages=talk"]) == 2
+    assert "chat template" in capsys.readouterr().err
+    assert main(["eval", str(tmp_path / "chat"), *few, "--messages=talk", "--prompt=x"]) == 2
+    assert "--prompt and --messages: expected at most one of them" in capsys.readouterr().err

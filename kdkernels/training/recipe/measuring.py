@@ -25,6 +25,7 @@ ARGUMENTS = {  # what the keys of the recipe are on the command line
     "[data] train": "DATA.jsonl",
     "[data] prompt": "--prompt",
     "[data] response": "--response",
+    "[data] messages": "--messages",
     "[data] max_prompt_tokens": "--max-prompt-tokens",
     "[evaluation] data": "DATA.jsonl",
     "[evaluation] answer": "--answer",
@@ -42,8 +43,7 @@ def measuring(options: argparse.Namespace) -> Config:
         student=StudentConfig(path=options.model),
         data=DataConfig(
             train=options.data,
-            prompt=options.prompt,
-            response=options.response,
+            **_texts(options),
             max_prompt_tokens=options.max_prompt_tokens,
             max_response_tokens=1,  # of texts that nobody reads token by token
         ),
@@ -65,6 +65,18 @@ def measuring(options: argparse.Namespace) -> Config:
     except InputError as error:
         raise by_argument(error) from error
     return config
+
+
+def _texts(options: argparse.Namespace) -> dict[str, str]:
+    """Where a line has its prompt and the right answer."""
+    templates = {"prompt": options.prompt, "response": options.response}
+    if options.messages is None:
+        defaults = {"prompt": PROMPT, "response": RESPONSE}
+        return {name: defaults[name] if text is None else text for name, text in templates.items()}
+    for name, text in templates.items():
+        if text is not None:
+            raise InputError(f"--{name} and --messages: expected at most one of them")
+    return {"messages": options.messages, "answers": "last"}
 
 
 def complete(config: Config, accelerator: bool) -> Config:
