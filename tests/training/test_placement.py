@@ -157,16 +157,19 @@ def test_a_teacher_in_cpu_memory_is_on_the_device_while_it_scores(root, monkeypa
 def test_gradients_beside_a_teacher_in_parts_are_those_of_full_logits(root):
     """Whatever stage the student is in; and beside the student's own base where that is in parts."""
     parts = ["teacher.placement=zero3"]
-    cases = [("lora", 0, parts), ("lora", 2, parts), ("lora", 3, parts), ("lora", 3, ["teacher.base=true"])]
+    cases = [("float32", stage, parts) for stage in (0, 2, 3)]
+    cases += [("float32", 3, ["teacher.base=true"]), ("bfloat16", 1, parts), ("bfloat16", 3, parts)]
     settings, exact = [], []
-    for kind, stage, teacher in cases:
-        overrides = steps(root, kind, "float32", stage, 2, processes=2)
-        exact.append(exact_gradients(load_config(root / f"{kind}.toml", overrides)))
+    for dtype, stage, teacher in cases:
+        overrides = steps(root, "lora", dtype, stage, 2, processes=2)
+        exact.append(exact_gradients(load_config(root / "lora.toml", overrides)))
         kept = [text for text in overrides if "base" not in teacher[0] or "teacher" not in text]
-        settings.append((str(root / f"{kind}.toml"), [*kept, *teacher]))
+        settings.append((str(root / "lora.toml"), [*kept, *teacher]))
     finish(start(TWO, PROGRAM, json.dumps(settings), str(root / "gradients.pt"), cwd=root), root)
     for case, wanted, got in zip(cases, exact, torch.load(root / "gradients.pt"), strict=True):
-        check_gradients(got, wanted, "float32", case)
+        if case[0] == "float32":
+            check_gradients(got, wanted, *case[:1], case)
+        check(got, wanted, case[0], case)
 
 
 @pytest.mark.slow
