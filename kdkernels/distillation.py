@@ -125,7 +125,7 @@ class Distillation(nn.Module):
         if labels is not None:
             return Layout.from_labels(labels, position_ids=positions)
         if mask is not None:
-            _check_texts("mask", Layout.from_mask(mask), positions)
+            _check_texts("mask", mask, positions)
             return mask
         _check_texts("layout", layout, positions)
         return layout
@@ -175,13 +175,13 @@ def _positions_of_texts(inputs: dict) -> Tensor | None:
     return positions
 
 
-def _check_texts(name: str, layout: Layout, positions: Tensor | None) -> None:
+def _check_texts(name: str, counted: Layout | Tensor, positions: Tensor | None) -> None:
     """Refuses a response that goes on in the next of packed texts, on the CPU: elsewhere looking would cost a sync."""
     if positions is None or positions.device.type != "cpu":
         return
+    layout = (counted if isinstance(counted, Layout) else Layout.from_mask(counted)).to("cpu")
     if positions.shape not in (layout.shape, (1, layout.shape[1])):
         return  # another error, of the model or of the objective
-    layout = layout.to("cpu")
     starts = pad(positions.expand(layout.shape).diff(dim=1) < 1, (1, 1))
     text = starts.cumsum(1)[:, 1:].flatten()[layout.index]  # of the token that is predicted
     first = text[layout.position == 0][layout.response]

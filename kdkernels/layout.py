@@ -261,7 +261,7 @@ class Layout:
 
     def to(self, device) -> Layout:
         """The layout with its tensors on ``device``: itself, with what it has computed, if they are there already."""
-        if device == self.index.device:
+        if device == self.index.device and (self.token is None or device == self.token.device):
             return self
         ahead = torch.device(device).type != "cpu"  # a copy to the CPU has to be waited for before it is read
         index = self.index.to(device, non_blocking=ahead)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import sys
 from types import FrameType
 
-import torch
-
 from .errors import InputError
 
 MODULE, STEP = "transformers.trainer", "training_step"
@@ -16,7 +14,7 @@ LOSSES = ("compute_loss", "_compute_loss")  # what a class of its own loss defin
 
 def check_divided(reduction: str, denominator: object) -> None:
     """Raises an InputError where transformers' Trainer, in whose step this is called, would train on a loss that nobody
-    divides, or that is divided by what it is not a mean over.
+    divides, or that is divided by what it is not a mean over. Not to be asked of a loss without gradients.
 
     For most losses it adds up the gradients of the accumulated micro-batches without dividing them: those of a mean
     over one micro-batch would be those of several times the loss. TRL's trainers and many others are subclasses of it.
@@ -24,14 +22,14 @@ def check_divided(reduction: str, denominator: object) -> None:
     says is divided there (``loss_is_scaled_for_ga = True``; what a class above says is about that one's loss).
     Evaluation is no step.
     """
-    if reduction == "sum" or MODULE not in sys.modules or not torch.is_grad_enabled():
+    if reduction == "sum" or MODULE not in sys.modules:
         return
     if denominator is not None and reduction == "tokens":
         return
     step = _running_step()
     if step is None:
         return
-    trainer, items = step.f_locals["self"], step.f_locals.get("num_items_in_batch")
+    trainer, items = _of(step, "self", "num_items_in_batch")
     if denominator is not None:
         if denominator is items:
             raise InputError(
@@ -59,6 +57,15 @@ def _running_step() -> FrameType | None:
             return frame
         frame = frame.f_back
     return None
+
+
+def _of(step: FrameType, *names: str) -> tuple:
+    """The local variables of these names."""
+    found = step.f_locals
+    values = tuple(map(found.get, names))
+    if isinstance(found, dict):  # before Python 3.13 a copy, which would keep the batch for the backward
+        found.clear()
+    return values
 
 
 def _divides(trainer: object, items: object) -> bool:

@@ -143,6 +143,13 @@ def test_a_response_ends_with_its_text():
         assert module(mask=torch.arange(5).expand(2, 5) > 2, target=IDS, **inputs).count == 4
 
 
+def test_a_mask_is_read_once_where_nothing_shows_texts(monkeypatch):
+    """To read it on a GPU is a sync."""
+    module, read, once = kd.Distillation(models()[0], kd.SFT(), ENTRIES), [], kd.Layout.from_mask
+    monkeypatch.setattr(kd.Layout, "from_mask", lambda mask: read.append(mask) or once(mask))
+    assert module(mask=MASK, target=IDS, **TEXT).loss > 0.1 and len(read) == 1
+
+
 @pytest.mark.parametrize("name", ["cu_seq_lens_q", "seq_idx"])
 def test_packed_texts_without_position_ids(name):
     module = kd.Distillation(models()[0], kd.SFT(), ENTRIES)

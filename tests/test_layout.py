@@ -209,6 +209,8 @@ def test_taking_responses_in_another_order():
 def test_to_another_device():
     layout = kd.Layout.from_mask(torch.ones(2, 3, dtype=torch.bool)).to("meta")
     assert layout.index.device.type == "meta" and layout.lengths == (3, 3)
+    token = torch.arange(6)
+    assert kd.Layout(layout.index, (3, 3), (2, 3), token).to(torch.device("meta")).token.device.type == "meta"
 
 
 def positioned(position_ids) -> kd.Layout:

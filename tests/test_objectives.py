@@ -150,6 +150,17 @@ def test_metrics_have_no_graph(make, dtype):
     assert [name for name, metric in out.metrics.items() if metric.requires_grad] == []
 
 
+@pytest.mark.parametrize("dtype", [F32, F64])
+@pytest.mark.parametrize("make", OBJECTIVES)
+def test_a_loss_that_is_scaled_in_place_leaves_the_metrics(make, dtype):
+    """As transformers' Trainer scales what a loss function returns."""
+    batch = fixed(dtype)
+    out = run(make(), batch, target=batch.target)
+    before = {name: metric.clone() for name, metric in out.metrics.items()}
+    out.loss.mul_(4)
+    assert before["loss"] > 0 and all(torch.equal(out.metrics[name], each) for name, each in before.items())
+
+
 # ---- what is read and what is not ------------------------------------------------------------------------------------
 
 

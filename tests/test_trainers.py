@@ -1,6 +1,7 @@
 """Objectives in a step of transformers' Trainer, accumulated: the gradient of full logits in fp64, or an error."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -203,6 +204,34 @@ def test_evaluation_and_what_needs_no_gradient_are_no_step():
         return call(denominator=items).loss
 
     check(Distilling(logging_too, TOKENS).step(), by_full_logits(mean_of_tokens))
+
+
+def test_a_loss_that_trains_nothing_is_a_metric():
+    def logging_too(trainer, call, items):
+        logits = kd.Logits(torch.randn(1, 3, VOCABULARY))
+        assert kd.SFT()(logits, None, kd.Layout.from_labels(torch.tensor([[-100, 1, 2]]))).loss > 0.1
+        return call(denominator=items).loss
+
+    check(Distilling(logging_too, TOKENS).step(), by_full_logits(mean_of_tokens))
+
+
+def test_the_batch_is_not_kept_for_the_backward():
+    """Trainer.training_step deletes it before; who looks at that function's variables may keep them."""
+    batches, kept = [], []
+
+    class Watched(Distilling):
+        def call(self, model, inputs):
+            inputs["more"] = torch.zeros(1000)
+            batches.append(weakref.ref(inputs["more"]))
+            return super().call(model, {name: each for name, each in inputs.items() if name != "more"})
+
+    def watched(trainer, call, items):
+        loss = call().loss
+        loss.register_hook(lambda grad: kept.append(batches[-1]() is not None))
+        return loss
+
+    check(Watched(watched, accumulation=1).step(), by_full_logits(mean_of_means, 1))
+    assert kept == [False]
 
 
 def test_every_way_to_an_objective():

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_positive
-from ..engine.autograd import evaluate
+from ..engine.autograd import evaluate, needed
 from ..engine.operators import check_range
 from ..engine.spec import Call, Program
 from ..engine.terms import Term, Terms
@@ -135,7 +135,8 @@ class Objective(Program, Uncompiled):
         loss, result = evaluate(call)
         metrics = {}
         if result is not None:
-            metrics = {"loss": loss.detach(), **self.metrics(result.tokens), "nonfinite_tokens": result.nonfinite()}
+            own = loss.detach().clone()  # the caller's may be scaled in place
+            metrics = {"loss": own, **self.metrics(result.tokens), "nonfinite_tokens": result.nonfinite()}
             for name, value in result.terms.items():
                 metrics[name] = value.to(loss.dtype)
         return Output(loss, torch.full((), count, device=student.device), metrics)
@@ -156,7 +157,8 @@ class Objective(Program, Uncompiled):
         """What ``forward`` was given, checked and over the tokens of the layout, and the batch's own count."""
         check_student(student)
         check_limits(memory_budget, logits_dtype)
-        check_divided(self.reduction, denominator)
+        if any(needed(student)):
+            check_divided(self.reduction, denominator)
         terms = self.current_terms()
         layout = _layout("mask", mask, student, whole=self.selects)
         self._check_arguments(terms, student, teacher, layout, target, weights, from_teacher, teacher_mask)
