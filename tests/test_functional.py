@@ -108,6 +108,25 @@ def test_small_budgets_change_nothing(backend):
         assert len([shape for shape in products.shapes if shape[1:] == (10, ENTRIES)]) > 2
 
 
+@pytest.mark.parametrize("rows", [None, [5, 0, 20]], ids=["all", "rows"])
+@pytest.mark.parametrize("shape", [SHAPE, (1, 1)], ids=str)
+@pytest.mark.parametrize("name", ["cross_entropy", "entropy", "divergence", "plackett_luce"])
+def test_values_may_be_changed_in_place(name, shape, rows):
+    """As in ``loss *= mask``: autograd refuses that for a view."""
+    student, teacher = heads(F32, shape)
+    rows = None if rows is None else torch.tensor(rows) % (shape[0] * shape[1])
+    rows = rows if rows is None else rows.unique()
+    arguments = {
+        "cross_entropy": (torch.full(shape, 3),), "entropy": (), "divergence": (teacher, kd.JSD(0.5)),
+        "plackett_luce": (teacher, 4),
+    }[name]  # fmt: skip
+    value, factors = getattr(kd, name)(student, *arguments, rows=rows), torch.rand(shape)
+    expected = torch.autograd.grad(value, truth.leaves(student), factors, retain_graph=True)
+    value *= factors
+    got = torch.autograd.grad(value.sum(), truth.leaves(student))
+    assert all(torch.equal(a, b) and a.norm() > 0 for a, b in zip(got, expected, strict=True))
+
+
 @pytest.mark.parametrize("ignore_index", [-100, 0, 7])
 def test_ignored_targets(backend, ignore_index):
     student, _ = heads(F32)

@@ -102,10 +102,11 @@ def check_range(name: str, ids: Tensor, count: int, distinct: bool = False, hint
 
 
 def _spread(values: Tensor, call: Call, shape: torch.Size) -> Tensor:
-    """Values [N, ...] at their positions of the leading shape, 0 elsewhere."""
+    """Values [N, ...] at their positions of the leading shape, 0 elsewhere; not a view (see _token_values)."""
     rest = values.shape[1:]
-    out = values.new_zeros((shape.numel(), *rest))
-    return out.index_copy_(0, call.layout.index, values).view(shape + rest)
+    out = values.new_zeros(shape + rest)
+    out.view(shape.numel(), *rest).index_copy_(0, call.layout.index, values)
+    return out
 
 
 def _registered(function: Callable, schema: str, like: Callable, backward: Callable | None = None, setup=None):
@@ -190,7 +191,8 @@ def _token_values(*arguments) -> Tensor:
     if ignored is not None:
         out = out.masked_fill(ignored, 0)
     if sources.rows is None and out.numel() == sources.shape.numel():
-        return out.contiguous().view(sources.shape)
+        # not a view: autograd lets nobody change those in place
+        return out.view(sources.shape).clone(memory_format=torch.contiguous_format)
     return _spread(out, call, sources.shape)
 
 
