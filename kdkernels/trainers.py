@@ -9,6 +9,7 @@ from .errors import InputError
 
 MODULE, STEP = "transformers.trainer", "training_step"
 SCALED = "loss_is_scaled_for_ga"  # an attribute of Trainer from transformers 5.19 on; TRL's have it too
+COUNTS = ("get_batch_samples", "_get_num_items_in_batch")  # what makes num_items_in_batch
 LOSSES = ("compute_loss", "_compute_loss")  # what a class of its own loss defines; the second is TRL's
 
 
@@ -31,7 +32,7 @@ def check_divided(reduction: str, denominator: object) -> None:
         return
     trainer, items = _of(step, "self", "num_items_in_batch")
     if denominator is not None:
-        if denominator is items:
+        if denominator is items and _counts_tokens(trainer):
             raise InputError(
                 f"denominator: expected a number of {reduction}, got num_items_in_batch, which counts tokens; it "
                 'belongs to reduction="tokens"'
@@ -66,6 +67,12 @@ def _of(step: FrameType, *names: str) -> tuple:
     if isinstance(found, dict):  # before Python 3.13 a copy, which would keep the batch for the backward
         found.clear()
     return values
+
+
+def _counts_tokens(trainer: object) -> bool:
+    """Whether num_items_in_batch is what the trainer of transformers counts: a subclass may count something else."""
+    plain = sys.modules[MODULE].Trainer
+    return all(getattr(getattr(trainer, n, None), "__func__", None) is getattr(plain, n, None) for n in COUNTS)
 
 
 def _divides(trainer: object, items: object) -> bool:

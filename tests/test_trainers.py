@@ -140,6 +140,14 @@ def test_a_count_of_tokens_is_none_of_responses(accumulation):
     check(Distilling(lambda _, call, items: call(denominator=8).loss).step(), by_full_logits(mean_of_means))
 
 
+def test_a_trainer_may_count_responses():
+    class Counting(Distilling):
+        def _get_num_items_in_batch(self, batch_samples, device):
+            return sum(len(batch["labels"]) for batch in batch_samples)
+
+    check(Counting(given, kd.GKD(BETA)).step(), by_full_logits(mean_of_means))
+
+
 def test_one_micro_batch_needs_none():
     check(Distilling(bare, accumulation=1).step(), by_full_logits(mean_of_means, 1))
 
