@@ -22,7 +22,7 @@ examples:
   kdkernels export runs/mine/checkpoints/step-000050 models/step-50    make a model of a checkpoint
   kdkernels new recipe.toml                             write a recipe with every key explained
   kdkernels train recipe.toml --dry-run                 check everything, show the plan, train nothing
-  kdkernels train recipe.toml --dry-run --gpus 8        the same for another machine
+  kdkernels plan recipe.toml --gpu a100-80g --gpus 8    what it takes of another machine: memory, seconds
   kdkernels train recipe.toml --set train.steps=100     train, with one key of the recipe changed
   kdkernels train recipe.toml --resume                  go on after a crash, bit for bit; begin if there is nothing yet
   kdkernels train recipe.toml --resume --set train.steps=200    more steps than it had, or another [optimizer] lr
@@ -48,11 +48,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
+    if options.dry_run and len(options.recipes) > 1:
+        return end(
+            UNUSABLE, f"--dry-run: expected one recipe, got {len(options.recipes)}: give it one stage after another"
+        )
+    if options.save is not None and not options.dry_run:
+        return end(UNUSABLE, "--save says where a plan goes: add --dry-run")
+    return _run(options)
+
+
+def _plan(options: argparse.Namespace) -> int:
+    options.recipes, options.dry_run, options.resume = [options.recipe], True, False
+    return _run(options)
+
+
+def _run(options: argparse.Namespace) -> int:
+    """Trains, or says what training would do."""
     sources = options.recipes
-    if options.dry_run and len(sources) > 1:
-        return end(UNUSABLE, f"--dry-run: expected one recipe, got {len(sources)}: give it one stage after another")
-    if (options.gpus is not None or options.save is not None) and not options.dry_run:
-        return end(UNUSABLE, "--gpus and --save say what a plan is for, and where it goes: add --dry-run")
     try:
         recipes = read_recipes(sources, options.set, options.dry_run)
     except MissingPackage as error:
@@ -69,7 +81,13 @@ def _train(options: argparse.Namespace) -> int:
             from kdkernels.training import command  # torch, DeepSpeed, transformers: seconds
     except MissingPackage as error:
         return end(UNUSABLE, error)
-    dry_run = command.DryRun(options.gpus, options.save) if options.dry_run else None
+    machine = None
+    if "gpu" in options:
+        try:
+            machine = command.machine(options.gpu, options.gpus)
+        except InputError as error:
+            return end(UNUSABLE, error)
+    dry_run = command.DryRun(machine, options.save) if options.dry_run else None
     asked = [assignment.partition("=")[0].replace(" ", "") for assignment in options.set]
     return command.run(recipes, sources, resume=options.resume, asked=asked, dry_run=dry_run)
 
@@ -167,6 +185,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"kdkernels {kdkernels.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_train(commands)
+    _add_plan(commands)
     _add_eval(commands)
     _add_report(commands)
     export = commands.add_parser(
@@ -195,13 +214,7 @@ def _add_train(commands) -> None:
     )
     command.set_defaults(run=_train)
     command.add_argument("recipes", metavar="RECIPE.toml", nargs="+")
-    command.add_argument(
-        "--set",
-        metavar="SECTION.KEY=VALUE",
-        action="append",
-        default=[],
-        help="overrides a key of the recipe, in stages of each; may be repeated",
-    )
+    _add_set(command)
     command.add_argument(
         "--resume",
         action="store_true",
@@ -210,10 +223,33 @@ def _add_train(commands) -> None:
     command.add_argument(
         "--dry-run", action="store_true", help="check everything, print the resolved recipe and the plan, train nothing"
     )
-    command.add_argument(
-        "--gpus", metavar="N", type=_count, help="with --dry-run: the plan is for N GPUs, not for this machine"
-    )
     command.add_argument("--save", metavar="FILE", type=Path, help="with --dry-run: a new file for what is printed")
+
+
+def _add_set(command) -> None:
+    command.add_argument(
+        "--set",
+        metavar="SECTION.KEY=VALUE",
+        action="append",
+        default=[],
+        help="overrides a key of the recipe, in stages of each; may be repeated",
+    )
+
+
+def _add_plan(commands) -> None:
+    command = commands.add_parser(
+        "plan",
+        help="what a recipe takes of a machine with GPUs: memory, seconds",
+        description="Says what a recipe takes of a machine other than this one: memory of a GPU and seconds of a step, "
+        "both itemised, and what to change where it does not fit. Needs no GPU, and no weights and no data where the "
+        "models' configurations lie beside the recipe (models/NAME.json).",
+    )
+    command.set_defaults(run=_plan)
+    command.add_argument("recipe", metavar="RECIPE.toml")
+    _add_set(command)
+    command.add_argument("--gpu", metavar="NAME", default="a100-80g", help="what kind they are (default: %(default)s)")
+    command.add_argument("--gpus", metavar="N", type=_count, default=1, help="how many (default: %(default)s)")
+    command.add_argument("--save", metavar="FILE", type=Path, help="a new file for what is printed")
 
 
 def _count(text: str) -> int:

@@ -33,6 +33,13 @@ KNOWN = {  # 16-bit FLOP/s and bytes/s of the data sheets, by a part of the GPU'
     "H200": (989e12, 4.8e12),
     "B200": (2250e12, 8.0e12),
 }
+CARDS = {  # by the names of plans: the part of the name, FLOP/s, bytes/s, bytes
+    "a100-40g": ("A100", 312e12, 1.555e12, 40 * 10**9),
+    "a100-80g": ("A100", *KNOWN["A100"], 80 * 10**9),
+    "h100": ("H100", *KNOWN["H100"], 80 * 10**9),
+    "h200": ("H200", *KNOWN["H200"], 141 * 10**9),
+    "b200": ("B200", *KNOWN["B200"], 180 * 10**9),
+}
 _FLOPS_A_CLOCK = {8: 2048, 9: 4096, 10: 8192}  # of a multiprocessor, by major capability; consumer cards have less
 _H100 = KNOWN["H100"]
 
@@ -53,6 +60,11 @@ class Gpu(NamedTuple):
     def reached(cls, name: str, flops: float, bandwidth: float, memory: int) -> Gpu:
         """From the rates of a data sheet."""
         return cls(name, flops * _REACHED_FLOPS, bandwidth * _REACHED_BANDWIDTH, memory)
+
+    @classmethod
+    def named(cls, card: str) -> Gpu:
+        """One of CARDS."""
+        return cls.reached(*CARDS[card])
 
     @property
     def bandwidth_rows(self) -> float:

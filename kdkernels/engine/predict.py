@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from . import plan
-from .gpu import HIDDEN, HIDDEN_SUMS, KNOWN, TILE, ChunkRows, Gpu, Products
+from .gpu import HIDDEN, HIDDEN_SUMS, TILE, ChunkRows, Gpu, Products
 
 MULTIPROCESSORS = {"A100": (108, 1.41e9), "H100": (132, 1.75e9), "H200": (132, 1.75e9), "B200": (148, 1.8e9)}  # and Hz
-_MEMORY = {"A100": 80, "H100": 80, "H200": 141, "B200": 180}  # GB
+_CARDS = {"A100": "a100-80g", "H100": "h100", "H200": "h200", "B200": "b200"}
 _ISSUED = 0.8  # share of the issue slots that a kernel of many warps fills
 INSTRUCTIONS = 113  # per vocabulary entry, all sweeps of a JSD, in sm_90 code (docs/triton-resources.md, bf16 logits)
 MODELS = ((1536, 5120, 151936), (4096, 4096, 128256), (2048, 4096, 32000), (2304, 3584, 256000), (3840, 5376, 262144))
@@ -24,39 +24,44 @@ _TOKENS = 16384
 
 
 def known(name: str) -> Gpu:
-    flops, bandwidth = KNOWN[name]
-    return Gpu.reached(name, flops, bandwidth, _MEMORY[name] * 10**9)
+    return Gpu.named(_CARDS[name])
 
 
 @dataclass(frozen=True)
 class Call:
-    """A JSD of N tokens, forward and backward, bf16 operands, ``logits`` bytes a logit; ``budget`` in bytes."""
+    """A JSD of N tokens, forward and backward, bf16 operands, ``logits`` bytes a logit; ``budget`` in bytes.
 
-    gpu: Gpu
+    gpu: None is a CPU, whose seconds are not known. student, teacher: hidden sizes; 0: no teacher. trained: whether dW
+    is wanted.
+    """
+
+    gpu: Gpu | None
     tokens: int
     student: int
     teacher: int
     vocabulary: int
     logits: int = 4
     budget: int | None = None
+    trained: bool = True
 
     @cached_property
     def _costs(self) -> tuple[int, int, int]:
         """As Head.costs and loop.py have them: bytes whatever the chunk, of a student row, of a teacher row."""
         row = self.vocabulary * self.logits + 64
         fixed = 4 * min(self.tokens, 4096) * (math.ceil(self.vocabulary / 128) + 256) + self.tokens * plan.TOKEN_BYTES
-        return fixed, row + 8 * self.student, row + 2 * self.teacher
+        return fixed, row + 8 * self.student, (row + 2 * self.teacher) if self.teacher else 0
 
     @cached_property
     def planned_budget(self) -> int:
         if self.budget is not None:
             return self.budget
-        sums = 4 * self.vocabulary * self.student
+        sums = 4 * self.vocabulary * self.student if self.trained else 0
         return plan.default_budget(self._wanted, lambda: self.gpu.limit, *self._costs, self.tokens, sums)
 
     @property
-    def _wanted(self) -> ChunkRows:
-        return self.gpu.rows(Products(self.student, self.teacher, True, True, self.logits))
+    def _wanted(self) -> ChunkRows | None:
+        products = Products(self.student, self.teacher, True, self.trained, self.logits)
+        return self.gpu and self.gpu.rows(products)
 
     @cached_property
     def rows(self) -> ChunkRows:
@@ -75,9 +80,12 @@ class Call:
         for rows in pieces:
             total += self._product(rows, entries, self.student, self.logits)
             total += self._product(rows, self.student, entries, 4)
-            total += sum(self._product(n, entries, self.teacher, self.logits) for n in _sizes(rows, self.rows.teacher))
-            total += self._add(rows, 2 if len(pieces) == 1 else 8)
-        sums = 6 * entries * self.student / self.gpu.bandwidth if len(pieces) > 1 else 0
+            if self.teacher:
+                parts = _sizes(rows, self.rows.teacher)
+                total += sum(self._product(n, entries, self.teacher, self.logits) for n in parts)
+            if self.trained:
+                total += self._add(rows, 2 if len(pieces) == 1 else 8)
+        sums = 6 * entries * self.student / self.gpu.bandwidth if self.trained and len(pieces) > 1 else 0
         return total + sums + self._sweeps()
 
     def bare(self) -> float:
@@ -135,7 +143,7 @@ def _line(call: Call) -> str:
 
 def document() -> str:
     lines = [_HEAD]
-    for name in _MEMORY:
+    for name in _CARDS:
         for student, teacher, vocabulary in MODELS:
             for logits in (4, 2):
                 lines.append(_line(Call(known(name), _TOKENS, student, teacher, vocabulary, logits)))

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from transformers.utils.logging import disable_progress_bar
 
+from kdkernels.engine.gpu import CARDS, Gpu
 from kdkernels.errors import InputError, MissingPackage
-from kdkernels.training.dry_run import plan
+from kdkernels.training.dry_run import Machine, plan
 from kdkernels.training.errors import Collapsed, DiskError, Stopped
 from kdkernels.training.processes import distributed
 from kdkernels.training.processes.exits import (
@@ -35,11 +36,18 @@ from kdkernels.training.trainer import train
 
 @dataclass(frozen=True)
 class DryRun:
-    """`gpus`: plans for so many, each with a process, instead of the processes that there are. `save`: a file for what
-    is printed."""
+    """`machine`: plans for that one, instead of for this. `save`: a file for what is printed."""
 
-    gpus: int | None = None
+    machine: Machine | None = None
     save: Path | None = None
+
+
+def machine(card: str, gpus: int) -> Machine:
+    """So many GPUs of a name in engine/gpu.py's CARDS. Raises InputError."""
+    if card not in CARDS:
+        known = ", ".join(f"{name} ({memory / 1e9:.0f} GB)" for name, (*_, memory) in CARDS.items())
+        raise InputError(f"--gpu: expected one of {known}, got {card!r}")
+    return Machine(Gpu.named(card), gpus)
 
 
 def run(
@@ -81,7 +89,7 @@ def _run(
     try:
         configs = _agreed(recipes, sources)
         if dry_run:
-            text = plan(*configs, resume=resume, recipes=lineage(*sources), gpus=dry_run.gpus, asked=asked)
+            text = plan(*configs, resume=resume, recipes=lineage(*sources), machine=dry_run.machine, asked=asked)
             if first():
                 if dry_run.save is not None:
                     _save(text, dry_run.save)

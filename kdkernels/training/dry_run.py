@@ -4,13 +4,13 @@ Models that are not on this machine are planned with all the same where their co
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from transformers import PreTrainedModel
 
 from kdkernels.data.tokenizers import vocabulary_size
-from kdkernels.engine import predict
+from kdkernels.engine.gpu import Gpu
 from kdkernels.sources.from_model import tail
 from kdkernels.training.deepspeed_strategy import accumulation_steps
 from kdkernels.training.inputs import read_inputs
@@ -18,6 +18,8 @@ from kdkernels.training.models.attention import describe_attention
 from kdkernels.training.models.ends import describe_ends
 from kdkernels.training.models.loading import load_student, load_teacher
 from kdkernels.training.needs import check_disk, check_output, describe, describe_dtype, needs, text
+from kdkernels.training.plan.memory import Load
+from kdkernels.training.plan.report import describe_plan
 from kdkernels.training.processes import distributed
 from kdkernels.training.recipe.config import Config
 from kdkernels.training.recipe.elsewhere import described
@@ -28,14 +30,21 @@ from kdkernels.training.run.lock import refuse_if_locked
 from kdkernels.training.run.trackers import check_trackers
 
 Models = dict[str, PreTrainedModel]
-GPU = "A100"  # that the chunks of the loss are shown for where the run is not one of this machine
+
+
+@dataclass(frozen=True)
+class Machine:
+    """`gpus` of one kind, with a process each."""
+
+    gpu: Gpu
+    gpus: int
 
 
 def plan(
     config: Config,
     resume: bool = False,
     recipes: Sequence[Path] = (),
-    gpus: int | None = None,
+    machine: Machine | None = None,
     asked: Collection[str] = (),
 ) -> str:
     """The resolved recipe and, in comments, what it comes to. Raises InputError where training would, but for a judge
@@ -43,11 +52,11 @@ def plan(
 
     Args:
         recipes: the file that the recipe was read from, and those that it extends.
-        gpus: plans for so many processes with a GPU each, not for those that there are.
+        machine: plans for this one, not for the one that this is.
         asked: as `changes` of `train`.
     """
     distributed.start()
-    processes = gpus or distributed.world_size()
+    processes = machine.gpus if machine else distributed.world_size()
     accumulation_steps(config, processes)
     check_trackers(config)
     objective, run, elsewhere = config.objective.build(), RunDirectory(config.run.output), described(config, recipes)
@@ -66,10 +75,14 @@ def plan(
         trained = sum(one.numel() for one in models["student"].parameters() if one.requires_grad)
         lines.append(f"student's adapter: {trained:,} parameters, which alone are trained")
     lines += _describe_step(config, processes)
-    here = not elsewhere and gpus is None
+    here = not elsewhere and machine is None
     lines.append(describe_attention(config, models["student"], models.get("teacher"), here))
-    lines += _describe_loss(config, models, vocabulary, here)
-    lines += describe(run, needed, here) + (describe_dtype(config) if here else [])
+    if machine:
+        load = Load(config, models["student"], models.get("teacher"), processes, vocabulary, machine.gpu)
+        lines += describe_plan(load)
+    else:
+        lines.append(_describe_loss(config, vocabulary))
+    lines += describe(run, needed, here)[machine is not None :] + (describe_dtype(config) if here else [])
     lines += [f"{name}: {path}" for name, path in {"run": run.root, "metrics": run.metrics, "model": run.final}.items()]
     chain = [" extends ".join(map(str, recipes))] if len(recipes) > 1 else []
     return "\n".join([*_comments(chain), to_toml(config), *_comments(["plan", *lines])])
@@ -159,21 +172,8 @@ def _longest_response(config: Config) -> int:
     return max(config.data.max_response_tokens, config.rollout.max_new_tokens)
 
 
-def _describe_loss(config: Config, models: Models, vocabulary: int, here: bool) -> list[str]:
-    """What the loss of a micro-batch would take as logits and, on the GPU of another machine, takes in chunks."""
+def _describe_loss(config: Config, vocabulary: int) -> str:
+    """What the loss of a micro-batch would take as logits."""
     tokens = config.train.micro_batch_size * _longest_response(config)
     size = text(4 * tokens * vocabulary)
-    whole = f"loss: {tokens} tokens x {vocabulary} entries at most, {size} as whole float32 logits of one model"
-    if here or "teacher" not in models:
-        return [whole]
-    call = predict.Call(
-        predict.known(GPU),
-        tokens,
-        models["student"].get_output_embeddings().weight.shape[1],
-        models["teacher"].get_output_embeddings().weight.shape[1],
-        vocabulary,
-    )
-    return [
-        f"{whole}; on an {GPU} in chunks of {call.rows.student} tokens (the teacher's of "
-        f"{call.rows.teacher}), {text(call.memory)} for both"
-    ]
+    return f"loss: {tokens} tokens x {vocabulary} entries at most, {size} as whole float32 logits of one model"

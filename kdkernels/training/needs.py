@@ -18,6 +18,8 @@ from kdkernels.training.processes import distributed
 from kdkernels.training.recipe.config import Config
 from kdkernels.training.run.directory import RunDirectory
 
+BUCKET = 5 * 10**8  # gradients that ZeRO reduces at a time
+
 
 @dataclass(frozen=True)
 class Needs:
@@ -52,7 +54,7 @@ def needs(
     offloads = config.deepspeed.offload_optimizer
     master = 4 if stage in (1, 2) or width < 4 or offloads else 0  # float32 weights beside the model's own
     shares = (processes or distributed.world_size()) if stage > 0 else 1
-    gradients = 0 if in_parts else trained * width
+    gradients = 0 if stage > 0 else trained * width  # with ZeRO, each goes into the bucket as it comes
     if stage == 1 and width < 4:
         gradients += 4 * trained  # of all micro-batches so far, in float32
     elif stage > 0:
@@ -61,6 +63,7 @@ def needs(
         "student": weights * width // (shares if in_parts else 1),
         **({"student, whole while it generates": weights * width} if in_parts else {}),
         "gradients": gradients,
+        **({"ZeRO's bucket": min(BUCKET, trained) * (4 if stage == 1 else width)} if stage > 0 else {}),
         **({} if offloads else {"optimizer": (8 + master) * trained // shares}),
         **({} if teacher is None else {"teacher": _teacher(config, teacher, processes)}),
     }

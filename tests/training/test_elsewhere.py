@@ -67,10 +67,15 @@ def dry(capsys, *arguments) -> str:
     return capsys.readouterr().out
 
 
+def plan(capsys, *arguments) -> str:
+    assert main(["plan", *map(str, arguments)]) == 0
+    return capsys.readouterr().out
+
+
 def test_models_are_planned_from_their_descriptions(away, tmp_path, capsys):
     """Of 8 processes, with the numbers of both models worked out by hand."""
     before = sorted(tmp_path.rglob("*"))
-    printed = dry(capsys, away, "--gpus", 8)
+    printed = plan(capsys, away, "--gpus", 8)
     assert sorted(tmp_path.rglob("*")) == before
     root = tmp_path
     little = 2 * 40 * 16 + 2 * 16 * 16 + 16 + 2 * (16 * 8 + 8) + 3 * 16 * 32 + 3 * 16
@@ -83,9 +88,9 @@ def test_models_are_planned_from_their_descriptions(away, tmp_path, capsys):
         f"teacher: Qwen2ForCausalLM, {big:,} parameters, head 48 x 32",
         "3 steps of 16 responses (on each of 8 processes 1 micro-batches of 2), at most 288 response tokens",
         "micro-batch: tokens 2 x 14 (prompt 8, response 6) at most",
-        "loss: 12 tokens x 40 entries at most, 1.9 KiB as whole float32 logits of one model; on an A100 in chunks of "
-        "12 tokens (the teacher's of 12)",
-        f"memory: {needs.text(4 * little * 4 + 4 * big)} for each process (student {needs.text(4 * little)}, ",
+        "loss: 12 tokens x 40 entries a micro-batch, in chunks of 12 tokens (the teacher's of 12)",
+        f"  always: student {needs.text(4 * little)} (",
+        f"  always: teacher {needs.text(4 * big)} (",
     ):
         assert f"\n# {line}" in printed
     assert "free" not in printed and "epochs" not in printed
@@ -93,8 +98,8 @@ def test_models_are_planned_from_their_descriptions(away, tmp_path, capsys):
 
 def test_processes_share_what_zero_shards(away, capsys):
     def optimizer(*arguments) -> str:
-        printed = dry(capsys, away, "--set=run.dtype=bfloat16", *arguments)
-        return printed.split("optimizer ")[-1].split(",")[0]
+        printed = plan(capsys, away, "--set=run.dtype=bfloat16", *arguments)
+        return printed.split("always: optimizer ")[-1].split(" (")[0]
 
     with_one, with_eight = optimizer(), optimizer("--gpus=8")
     weights = 2 * 40 * 16 + 2 * 16 * 16 + 16 + 2 * (16 * 8 + 8) + 3 * 16 * 32 + 3 * 16
@@ -130,17 +135,18 @@ def test_what_is_printed_is_saved_and_is_a_recipe(away, tmp_path, capsys):
 def test_what_cannot_be_planned_is_told(away, tmp_path, capsys):
     """A batch for other processes, a model that nobody described, options of a plan without one."""
     for arguments, expected in (
-        (["--dry-run", "--gpus=3"], "expected a multiple of 6 (micro_batch_size 2 x 3 processes), got 16"),
+        (["--gpus=3"], "expected a multiple of 6 (micro_batch_size 2 x 3 processes), got 16"),
         (["--dry-run", "--set=teacher.path=someone/other-one"], "[data] train: no such file"),
         (["--dry-run", "--set=data.max_prompt_tokens=40000"], "the max_position_embeddings of [student] path"),
-        (["--gpus=8"], "--gpus and --save say what a plan is for"),
+        (["--gpu=a100"], "--gpu: expected one of a100-40g (40 GB), a100-80g (80 GB), h100 (80 GB), "),
         ([f"--save={tmp_path}/x"], "add --dry-run"),
     ):
-        assert main(["train", str(away), *arguments]) == 2
+        command = "plan" if arguments[0].startswith("--gpu") else "train"
+        assert main([command, str(away), *arguments]) == 2
         assert expected in capsys.readouterr().err
     for number in ("0", "-1", "1.5", "many", "9" * 5000):
         with pytest.raises(SystemExit) as ended:
-            main(["train", str(away), "--dry-run", f"--gpus={number}"])
+            main(["plan", str(away), f"--gpus={number}"])
         assert ended.value.code == 2
         assert "expected an integer from 1 to 999999" in capsys.readouterr().err
     (tmp_path / "models" / "big-one.json").write_text("{")
@@ -196,7 +202,7 @@ def test_another_machine_may_have_what_this_one_lacks(away, recipe, capsys, monk
     """No word about this one's memory and arithmetic in a plan for another."""
     monkeypatch.setattr("kdkernels.training.needs.gemm.torch_crawls", lambda dtype: True)
     for path in (away, recipe):
-        printed = dry(capsys, path, "--gpus=2", "--set=run.dtype=bfloat16")
+        printed = plan(capsys, path, "--gpus=2", "--set=run.dtype=bfloat16")
         assert "no units for bfloat16" not in printed and "free" not in printed
     printed = dry(capsys, recipe, "--set=run.dtype=bfloat16")
     assert "no units for bfloat16" in printed and "free" in printed
