@@ -79,7 +79,7 @@ def test_it_is_said_in_the_dry_run_and_in_the_banner(recipe, teacher_set, capsys
     for way in (["--dry-run"], []):
         assert main([*arguments, *way, "--set=teacher.attention=flash_attention_2"]) == 2
         assert "[teacher] attention: expected " in capsys.readouterr().err
-    assert main([*arguments, "--dry-run", "--gpus=2", "--set=teacher.attention=flash_attention_2"]) == 0
+    assert main(["plan", *arguments[1:], "--gpus=2", "--set=teacher.attention=flash_attention_2"]) == 0
     assert "attention: student auto, teacher flash_attention_2;" in capsys.readouterr().out
 
 
