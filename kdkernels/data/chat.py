@@ -11,6 +11,7 @@ from typing import Any, Literal
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from kdkernels.data.encoding import Encoder
 from kdkernels.data.records import IN_JSON, records
 from kdkernels.data.texts import Line, any_of
 from kdkernels.errors import InputError
@@ -18,6 +19,7 @@ from kdkernels.errors import InputError
 ASSISTANT = "assistant"
 Answers = Literal["all", "last"]
 Message = dict[str, str]
+REFUSALS = (TemplateError, ValueError, TypeError, LookupError)  # of a template
 
 
 def render_chat(
@@ -71,6 +73,19 @@ def render_chat(
                 yield _line(number, prompt, messages[turn]["content"], whole[len(prompt) :], special_tokens)
 
 
+def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The special token with which the tokenizer's chat template ends an answer, whether or not it is the tokenizer's
+    end-of-sequence token. None where no special token ends it, or the template refuses a question with its answer.
+    """
+    messages = [{"role": role, "content": "x"} for role in ("user", ASSISTANT)]
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False).rstrip()
+    except REFUSALS:
+        return None
+    ends = [one for one in Encoder(tokenizer).special_tokens() if text.endswith(one)]
+    return tokenizer.convert_tokens_to_ids(max(ends, key=len)) if ends else None
+
+
 def _line(number: int, prompt: str, answer: str, response: str, special_tokens: Sequence[str]) -> Line:
     """With the response as far as the token that ends the turn: white space that a template puts behind is no part."""
     stripped = response.rstrip()
@@ -112,7 +127,7 @@ def _message(message: Any, place: str, refused) -> Message:
 def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[Message], prompt: bool, place: str) -> str:
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
-    except (TemplateError, ValueError, TypeError, LookupError) as error:
+    except REFUSALS as error:
         raise InputError(f"{place}: the chat template of {tokenizer.name_or_path} refuses it: {error}") from error
 
 

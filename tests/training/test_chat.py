@@ -5,11 +5,12 @@ import random
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
 from kdkernels.cli import main
 from kdkernels.data import load_examples
 from kdkernels.data.tokenizers import train_tokenizer, vocabulary_size
+from kdkernels.rollouts import LocalSampler
 from kdkernels.training import InputError, load_config, train
 from kdkernels.training.models.loading import load_student
 from kdkernels.training.run.metrics import read_metrics
@@ -187,6 +188,23 @@ def test_the_student_writes_behind_the_generation_prompt(chat_recipe, teacher_se
     [first] = (json.loads(line) for line in (result.output / "rollouts-000001.jsonl").read_text().splitlines()[:1])
     assert first["prompt"].endswith("user\nAnd 5?<|im_end|>\n<|im_start|>assistant\n") and 0 < first["tokens"] <= 5
     assert all(line["loss"] > 0 for line in read_metrics(result.output / "metrics.jsonl"))
+
+
+def test_the_end_of_a_turn_ends_what_the_student_writes(chat_recipe, tmp_path, capsys):
+    """Base models' tokenizers end a sequence with another token than their chat template ends a turn with."""
+    other = PreTrainedTokenizerFast.from_pretrained(tmp_path / "tokenizer")
+    other.eos_token = "<eos>"
+    other.save_pretrained(tmp_path / "tokenizer")
+    end, turn = other.eos_token_id, other.convert_tokens_to_ids("<|im_end|>")
+    config = load_config(chat_recipe, ["train.steps=1"])
+    assert LocalSampler(load_student(config, other), other).ends == (end, turn) and end != turn
+    told = f"the student ends a response with '<eos>' ({end}), '<|im_end|>' ({turn})"
+    assert main(["train", str(chat_recipe), "--dry-run"]) == 0
+    assert f"# {told}\n" in capsys.readouterr().out
+    result = train(config)
+    assert f"{told}\n" in capsys.readouterr().out
+    assert read_metrics(result.output / "metrics.jsonl")[0]["teacher_finished"] == 1.0
+    assert GenerationConfig.from_pretrained(result.final).eos_token_id == [end, turn]  # whoever loads it
 
 
 @pytest.mark.parametrize(

@@ -10,19 +10,21 @@ from kdkernels.training.recipe.config import Config
 def describe_ends(
     config: Config, tokenizer: PreTrainedTokenizerBase, student: PreTrainedModel, teacher: PreTrainedModel | None
 ) -> list[str]:
-    """A line where the models end a response with different tokens, else none. Their order says nothing, and a model
-    may be on the meta device.
+    """A line for conversations: with which tokens the student ends a response. One where the models do so with
+    different tokens. Their order says nothing, and a model may be on the meta device.
     """
-    if teacher is None:
-        return []
     own = end_ids(student, tokenizer)
+    lines = [] if config.data.messages is None else [f"the student ends a response with {_names(own, tokenizer)}"]
+    if teacher is None:
+        return lines
     others = end_ids(teacher, read_tokenizer(config.teacher.path, "[teacher] path"))
     if set(own) == set(others):
-        return []
+        return lines
     return [
+        *lines,
         f"warning: the student ends a response with {_names(own, tokenizer)}, the teacher with "
         f"{_names(others, tokenizer)}: where only one of them ends, the student learns to go on, or never to end. Give "
-        "both models the same eos_token_id (generation_config.json, tokenizer_config.json)"
+        "both models the same eos_token_id (generation_config.json, tokenizer_config.json)",
     ]
 
 

@@ -21,9 +21,11 @@ from transformers import (
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from kdkernels.data.batch import collate
+from kdkernels.data.chat import turn_end
 from kdkernels.data.texts import render
 from kdkernels.data.tokenizers import train_tokenizer, vocabulary_size
 from kdkernels.errors import InputError
+from kdkernels.rollouts.local import end_ids
 from kdkernels.sources.from_model import tail, trunk
 from kdkernels.teachers import head
 from kdkernels.training.models.adapters import attach, merge, read
@@ -59,8 +61,13 @@ def load_student(config: Config, tokenizer: PreTrainedTokenizerBase | None, *, m
     Fresh weights are float32 until the strategy gives them the run's dtype: a seed draws the same weights for all.
     meta: without weights, on the meta device, to check as much as can be without them. tokenizer: None where it is not
     known and the student has a path, which may then be that of a configuration alone.
+
+    What it writes in a conversation ends with the turn: the chat template's token for that is one of its end tokens.
     """
     model = _student(config, tokenizer, meta).train()
+    turn = turn_end(tokenizer) if config.data.messages is not None and tokenizer is not None else None
+    if turn is not None and turn not in end_ids(model, tokenizer):
+        model.generation_config.eos_token_id = [*end_ids(model, tokenizer), turn]
     if not meta or config.student.attention != FLASH:
         attend(model, config.student.attention, config.run.dtype, "[student]")
     if config.train.gradient_checkpointing:
