@@ -7,6 +7,8 @@ import pytest
 from kdkernels.cli import main
 from kdkernels.training import InputError, load_config
 from kdkernels.training.recipe.extends import lineage, read_tables
+from kdkernels.training.recipe.read import parse_recipe
+from kdkernels.training.recipe.schema import toml_value
 
 from .conftest import GKD
 
@@ -15,6 +17,10 @@ def write(path: Path, text: str) -> Path:
     path.parent.mkdir(exist_ok=True)
     path.write_text(text, encoding="utf-8")
     return path
+
+
+def to_toml_table(section: str, table: dict) -> str:
+    return f"[{section}]\n" + "".join(f"{key} = {toml_value(value)}\n" for key, value in table.items())
 
 
 def test_tables_are_laid_key_by_key_over_those_of_the_extended_recipe(recipe, tmp_path):
@@ -49,6 +55,35 @@ def test_another_objective_leaves_the_options_of_the_extended_one_behind(recipe,
     assert load_config(less, overrides).objective.options["k"] == 5
     assert load_config(tsd, overrides).objective.options["k"] == 5
     assert load_config(other, overrides).objective == load_config(recipe, [*GKD, teacher_set]).objective
+
+
+@pytest.mark.parametrize(
+    ("section", "before", "after"),
+    [
+        ("student", {"architecture": {"model_type": "qwen2"}, "pad_vocab_to": 8}, {"path": "a"}),
+        ("student", {"path": "a"}, {"architecture": {"model_type": "qwen2"}}),
+        ("teacher", {"path": "a"}, {"base": True}),
+        ("teacher", {"base": True}, {"path": "a"}),
+        ("tokenizer", {"kind": "bpe", "vocab_size": 300}, {"path": "a"}),
+        ("tokenizer", {"path": "a"}, {"kind": "characters"}),
+        ("data", {"prompt": "{q}", "response": "{a}"}, {"messages": "talk"}),
+        ("data", {"messages": "talk", "answers": "last"}, {"prompt": "{q}"}),
+        ("train", {"steps": 4}, {"epochs": 2}),
+    ],
+)
+def test_keys_of_which_a_recipe_has_one_replace_each_other(tmp_path, section, before, after):
+    write(tmp_path / "first.toml", to_toml_table(section, before))
+    both = write(tmp_path / "both.toml", to_toml_table(section, before | after))
+    last = write(tmp_path / "last.toml", 'extends = "first.toml"\n' + to_toml_table(section, after))
+    assert read_tables(last) == {section: after} and read_tables(both) == {section: before | after}
+
+
+def test_the_base_as_the_teacher_of_a_recipe_that_has_another(recipe, tmp_path):
+    text = '[student]\npath = "a"\n[student.adapter]\nr = 4\n[teacher]\npath = "b"\n'
+    start, end = recipe.read_text().index("[student]"), recipe.read_text().index("[data]")
+    write(tmp_path / "with.toml", recipe.read_text()[:start] + text + recipe.read_text()[end:])
+    config = parse_recipe(write(tmp_path / "last.toml", 'extends = "with.toml"\n[teacher]\nbase = true\n'))
+    assert config.teacher.base and config.teacher.path is None
 
 
 def test_an_absolute_path_and_one_from_the_home_directory(recipe, tmp_path, monkeypatch):

@@ -8,14 +8,24 @@ from kdkernels.errors import InputError
 from kdkernels.training.recipe.schema import read_toml, show
 
 EXTENDS = "extends"
-INSTEAD = {"train.steps": "epochs", "train.epochs": "steps"}  # a key, and the one of its section that it replaces
+LENGTH = {"train.steps": ("epochs",), "train.epochs": ("steps",)}
+INSTEAD = LENGTH | {  # a key, and those of its section that it takes the place of
+    "student.path": ("architecture", "pad_vocab_to"),
+    "student.architecture": ("path",),
+    "teacher.path": ("base",),
+    "teacher.base": ("path",),
+    "tokenizer.path": ("kind", "vocab_size"),
+    "tokenizer.kind": ("path",),
+    "data.messages": ("prompt", "response"),
+    "data.prompt": ("messages", "answers"),
+}
 
 
 def read_tables(path: str | Path) -> dict[str, Any]:
     """The tables of the recipe at `path`, laid key by key over those of the recipe that it extends, if it does.
 
     The exceptions: an [objective] of another name replaces the section, since the options there are not its own, and
-    steps and epochs replace each other.
+    keys of which a recipe has one, such as steps and epochs, replace each other (INSTEAD).
 
     Raises:
         InputError: a recipe that cannot be read, or recipes that extend each other in a circle.
@@ -74,8 +84,8 @@ def _lay(tables: Mapping[str, Any], over: dict[str, Any]) -> None:
         del over["objective"]
     for section, table in tables.items():
         if isinstance(table, Mapping) and isinstance(over.get(section), dict):
-            for key in table:
-                over[section].pop(INSTEAD.get(f"{section}.{key}"), None)
+            for replaced in (one for key in table for one in INSTEAD.get(f"{section}.{key}", ())):
+                over[section].pop(replaced, None)
     _merge(tables, over)
 
 

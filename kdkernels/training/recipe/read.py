@@ -23,7 +23,7 @@ from typing import Any, Literal
 from kdkernels.errors import InputError
 from kdkernels.training.recipe.config import FINAL, Config, ObjectiveConfig
 from kdkernels.training.recipe.elsewhere import described
-from kdkernels.training.recipe.extends import EXTENDS, INSTEAD, lineage, read_tables
+from kdkernels.training.recipe.extends import EXTENDS, LENGTH, lineage, read_tables
 from kdkernels.training.recipe.resolve import check_paths, model_paths, resolve, resolve_objective
 from kdkernels.training.recipe.schema import override, parse_section, parse_table, refuse_unknown, show
 from kdkernels.training.recipe.signatures import known_objectives, objective_options
@@ -62,7 +62,7 @@ def parse_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     """As `read_recipe`, but for whether there is anything where it says that something lies."""
     tables = read_tables(path)
     for assignment in overrides:
-        override(tables, assignment, INSTEAD)
+        override(tables, assignment, LENGTH)
     source = str(path)
     known = {section.name: section for section in fields(Config)}
     refuse_unknown(tables, [*known, EXTENDS], f"{source}:", "section")

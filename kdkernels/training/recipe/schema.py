@@ -7,7 +7,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -47,9 +47,9 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         raise InputError(f"{path}: not a TOML file that can be read: arrays or tables nested too deeply") from error
 
 
-def override(tables: dict[str, Any], assignment: str, instead: Mapping[str, str] | None = None) -> None:
+def override(tables: dict[str, Any], assignment: str, instead: Mapping[str, Sequence[str]] | None = None) -> None:
     """Lays `section.key=value` over `tables`. The value is read as TOML; what is no TOML value is taken as a string.
-    `instead`: of a `section.key` the key of that section that it takes the place of. Raises InputError.
+    `instead`: of a `section.key` the keys of that section that it takes the place of. Raises InputError.
     """
     path, equals, text = assignment.partition("=")
     *parents, key = (part.strip() for part in path.split("."))
@@ -70,7 +70,8 @@ def override(tables: dict[str, Any], assignment: str, instead: Mapping[str, str]
     except ValueError as error:  # TOML, but no value of Python: a number of thousands of digits
         raise InputError(f"--set {path}: {error}") from error
     tables[key] = parsed["value"] if parsed.keys() == {"value"} else text
-    tables.pop((instead or {}).get(".".join([*parents, key])), None)
+    for replaced in (instead or {}).get(".".join([*parents, key]), ()):
+        tables.pop(replaced, None)
 
 
 def refuse_unknown(given: Iterable[str], known: Iterable[str], place: str, what: str) -> None:
