@@ -12,9 +12,9 @@ from kdkernels.training.recipe.signatures import known_objectives, objective_opt
 EXTENDING = """\
 Above its first section a recipe may name another one, as `extends = "other.toml"` (the path starts at the recipe's own
 directory): it then is that recipe, but for the keys that it sets itself. An `[objective]` of another `name` replaces
-the whole section, and keys of which a recipe has one replace each other: `steps` and `epochs` (for `--set` too), a `path`
-and what stands for it (`architecture`, `kind`, `base`), `messages` and `prompt` with `response`. `kdkernels train
-RECIPE.toml --dry-run` shows what comes of it."""
+the whole section, and keys of which a recipe has one replace each other: `steps` and `epochs` (for `--set` too), a
+`path` and what stands for it (`architecture`, `kind`, `base`), `messages` and `prompt` with `response`.
+`kdkernels train RECIPE.toml --dry-run` shows what comes of it."""
 
 
 def reference() -> str:
