@@ -108,7 +108,8 @@ def test_a_killed_run_resumes_bit_for_bit(recipe, teacher_set, tmp_path, dtype, 
     )
 
 
-@pytest.mark.parametrize("stage", [0, pytest.param(2, marks=pytest.mark.slow), 3])
+# test_exact_means.py has two processes under stage 3
+@pytest.mark.parametrize("stage", [0, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (2, 3))])
 def test_two_processes_compute_what_one_does(recipe, teacher_set, tmp_path, stage):
     overrides = [
         *GKD,
