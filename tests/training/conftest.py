@@ -90,6 +90,25 @@ def teacher_set(tmp_path_factory) -> str:
     return f"teacher.path={root / 'model'}"
 
 
+@pytest.fixture(scope="session")
+def written_once(tmp_path_factory) -> Path:
+    """What adapted.py writes, for all tests; each works on a copy (`root`)."""
+    from .adapted import write_base  # which needs this file
+
+    root = tmp_path_factory.mktemp("adapted") / "task"
+    root.mkdir()
+    write_base(root)
+    return root
+
+
+@pytest.fixture
+def root(written_once, tmp_path) -> Path:
+    """The directory of recipes whose student is a saved model with an adapter (adapted.py)."""
+    from .adapted import copy_of
+
+    return copy_of(written_once, tmp_path / "task")
+
+
 @pytest.fixture
 def load(recipe):
     """load(*overrides): the recipe's Config."""

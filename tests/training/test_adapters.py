@@ -17,26 +17,13 @@ from kdkernels.teachers import head
 from kdkernels.training import InputError, load_config, needs, run_stages, train
 from kdkernels.training.models.loading import load_student, load_teacher, load_tokenizer
 
-from .adapted import adapted, copy_of, trained_weights, write_base
+from .adapted import adapted, trained_weights
 from .conftest import final_weights
 from .engine_steps import EXAMPLES, engine_gradients, exact_gradients
 from .test_engine import PROGRAM, TOLERANCE
 from .test_processes import finish, start
 
 IDS = torch.tensor([[3, 4, 5, 6, 7, 2]])
-
-
-@pytest.fixture(scope="session")
-def original(tmp_path_factory):
-    root = tmp_path_factory.mktemp("adapted") / "task"
-    root.mkdir()
-    write_base(root)
-    return root
-
-
-@pytest.fixture
-def root(original, tmp_path):
-    return copy_of(original, tmp_path / "task")
 
 
 def load(root, *overrides, kind="lora"):

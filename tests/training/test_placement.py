@@ -19,7 +19,6 @@ from kdkernels.training.models.loading import load_student, load_teacher, load_t
 from kdkernels.training.models.placement import place
 from kdkernels.training.run.metrics import read_metrics
 
-from .adapted import copy_of, write_base
 from .engine_steps import engine_gradients, exact_gradients
 from .test_adapters import check_gradients, goes_on, steps
 from .test_engine import PROGRAM, check
@@ -28,19 +27,6 @@ from .test_processes import finish, start
 HERE = Path(__file__).parent
 TWO = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 BATCH = collate([[3, 4], [5]], [[6, 1], [7, 8, 1]], 0)
-
-
-@pytest.fixture(scope="session")
-def original(tmp_path_factory):
-    root = tmp_path_factory.mktemp("placed") / "task"
-    root.mkdir()
-    write_base(root)
-    return root
-
-
-@pytest.fixture
-def root(original, tmp_path):
-    return copy_of(original, tmp_path / "task")
 
 
 class Plain:
