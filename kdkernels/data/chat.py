@@ -54,15 +54,7 @@ def render_chat(
     for number, record in records(path):
         place = f"{path}, line {number}: [data] messages"
         messages = _messages(record, field, place, pattern)
-        turns = [i for i, message in enumerate(messages) if message["role"] == ASSISTANT]
-        open_end = messages[-1]["role"] != ASSISTANT
-        if open_end and needed:
-            raise InputError(
-                f"{place}: expected a conversation that ends with a message of the role {ASSISTANT!r}, got "
-                f"{messages[-1]['role']!r}"
-            )
-        turns += [len(messages)] if open_end else []
-        for turn in turns if answers == "all" else turns[-1:]:
+        for turn in _turns(messages, answers, needed, place):
             prompt = _rendered(tokenizer, messages[:turn], True, place)
             if turn == len(messages):
                 yield Line(number, prompt, "", "", False)
@@ -71,6 +63,25 @@ def render_chat(
                 if not whole.startswith(prompt):
                     raise InputError(_another_beginning(tokenizer, prompt, whole, place))
                 yield _line(number, prompt, messages[turn]["content"], whole[len(prompt) :], special_tokens)
+
+
+def _turns(messages: list[Message], answers: Answers, needed: bool, place: str) -> list[int]:
+    """Where in the conversation the answers stand; that of a conversation which ends before one: behind it."""
+    turns = [i for i, message in enumerate(messages) if message["role"] == ASSISTANT]
+    open_end = messages[-1]["role"] != ASSISTANT
+    if open_end and needed:
+        raise InputError(
+            f"{place}: expected a conversation that ends with a message of the role {ASSISTANT!r}, got "
+            f"{messages[-1]['role']!r}"
+        )
+    turns += [len(messages)] if open_end else []
+    turns = turns if answers == "all" else turns[-1:]
+    if turns[0] == 0:
+        raise InputError(
+            f"{place}: expected a message before the {ASSISTANT}'s first: take that one out of the data, or, of a "
+            'longer conversation, set answers = "last" in [data]'
+        )
+    return turns
 
 
 def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:

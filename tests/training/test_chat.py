@@ -135,6 +135,10 @@ def test_templates_that_mark_nothing(tokenizer, tmp_path):
             {"messages": [{"role": "user", "content": "a", "tool_calls": [1]}]},
             "role and content alone, got 'tool_calls'",
         ),
+        (
+            {"messages": conversation("a", "b", "c", "d")["messages"][1:]},
+            "expected a message before the assistant's first",
+        ),
         (conversation("a", "b<|im_end|>"), "message 2 of field 'messages': content has '<|im_end|>' in it"),
     ],
 )
