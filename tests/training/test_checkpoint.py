@@ -54,7 +54,7 @@ def test_resuming_needs_a_checkpoint_of_as_many_processes(tmp_path, monkeypatch)
     assert checkpoint.newest_sound(tmp_path)[1].inputs == INPUTS
     progress = tmp_path / "step-000004" / "progress.json"
     rewrite(progress, lambda contents: contents | {"processes": 2})
-    with pytest.raises(InputError, match="written by 2 processes; expected as many now, got 1"):
+    with pytest.raises(InputError, match="written by 2 processes; expected as many now, got 1: resume with 2, or"):
         checkpoint.newest_sound(tmp_path)
 
 
