@@ -112,8 +112,8 @@ def newest_sound(directory: Path) -> tuple[Path, Contents] | None:
     if contents.processes != distributed.world_size():
         raise InputError(
             f"--resume: {path} was written by {contents.processes} processes; expected as many now, got "
-            f"{distributed.world_size()}: resume with {contents.processes}, or make a model of it (kdkernels export) for "
-            "a run of its own ([student] path)"
+            f"{distributed.world_size()}: resume with {contents.processes}, or make a model of it (kdkernels export) "
+            "for a run of its own ([student] path)"
         )
     return path, contents
 
