@@ -1,6 +1,7 @@
 """The trainer asks nothing of DeepSpeed but through a `Strategy`: plain PyTorch in its place trains the same."""
 
 import math
+import re
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
@@ -88,5 +89,7 @@ def test_only_its_strategy_knows_deepspeed():
     assert len(files) > 20
     imported = [path.name for path in files if "import deepspeed\n" in path.read_text()]
     assert imported == ["deepspeed_strategy.py"]
-    known = [path.name for path in files if "from deepspeed" in path.read_text() or "engine." in path.read_text()]
+    known = [path.name for path in files if re.search(r"from deepspeed|(?<!kdkernels\.)\bengine\.", path.read_text())]
     assert known == ["deepspeed_strategy.py"]
+    engines = {path.name for path in files if "deepspeed.initialize" in path.read_text()}
+    assert engines == {"deepspeed_strategy.py", "deepspeed_teacher.py"}
