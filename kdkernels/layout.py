@@ -35,6 +35,8 @@ class Layout:
         shape: (B, L) of the batch.
         token: [N] int64 or int32, the token that each position predicts; None where the layout was not made from
             labels.
+        parted: whether it is known where texts end. Labels alone do not show it of a sequence in which nothing stands
+            before the first scored token: it may be one text or several that touch (``from_labels``).
 
     Raises:
         TypeError: index is neither int64 nor int32, or token is neither of them nor None.
@@ -46,6 +48,7 @@ class Layout:
     lengths: tuple[int, ...]
     shape: tuple[int, int]
     token: Tensor | None = None
+    parted: bool = True
 
     def __post_init__(self):
         for name in ("index", "token"):
@@ -69,11 +72,12 @@ class Layout:
 
     @classmethod
     def trusted(
-        cls, index: Tensor, lengths: tuple[int, ...], shape: tuple[int, int], token: Tensor | None = None
-    ) -> Layout:
+        cls, index: Tensor, lengths: tuple[int, ...], shape: tuple[int, int], token: Tensor | None = None,
+        parted: bool = True,
+    ) -> Layout:  # fmt: skip
         """The layout of parts that are known to be right. Checking them on a GPU would cost a sync."""
         layout = cls.__new__(cls)
-        layout.__dict__.update(index=index, lengths=lengths, shape=shape, token=token)
+        layout.__dict__.update(index=index, lengths=lengths, shape=shape, token=token, parted=parted)
         return layout
 
     @classmethod
@@ -144,9 +148,10 @@ class Layout:
         turns, just as if each of these had a sequence of its own.
 
         Packed texts that touch (no ignored label between them) need ``position_ids``: labels alone do not show where a
-        text ends, and without them such texts are silently one response, in which the last token of a text predicts
-        the first of the next. Give the ``position_ids`` of the batch wherever it is packed or free of padding; the
-        collators of transformers and TRL make them by default. An ignored label *inside* a response makes two of it:
+        text ends, and without them such texts are one response, in which the last token of a text predicts the first
+        of the next. Objectives that select within responses refuse such a layout; others cannot tell. Give the
+        ``position_ids`` of the batch wherever it is packed or free of padding; the collators of transformers and TRL
+        make them by default. An ignored label *inside* a response makes two of it:
         that case needs ``from_segments``.
 
         The layout keeps the tokens (``token``, ``target``): an objective that needs a target takes them from there,
@@ -165,7 +170,8 @@ class Layout:
         """
         _check_integers("labels", labels, signed=True)
         position_ids = position_ids.cpu() if isinstance(position_ids, Tensor) else position_ids
-        targets = cls.targets(labels.cpu(), ignore_index, position_ids=position_ids)
+        device, labels = labels.device, labels.cpu()
+        targets = cls.targets(labels, ignore_index, position_ids=position_ids)
         scored = targets != ignore_index
         first = scored & ~scored.roll(1, dims=1)  # the last position of a sequence is never scored
         layout = cls.from_segments(first.cumsum(1) * scored)
@@ -175,7 +181,8 @@ class Layout:
                 f"labels: expected ids of tokens, or {ignore_index} where a token is not scored, got "
                 f"{int(token.min())}; say ignore_index={int(token.min())} if that is what it means"
             )
-        return cls.trusted(layout.index, layout.lengths, layout.shape, token).to(labels.device)
+        parted = position_ids is not None or not bool((labels[:, :1] != ignore_index).any())
+        return cls.trusted(layout.index, layout.lengths, layout.shape, token, parted).to(device)
 
     @staticmethod
     def targets(labels: Tensor, ignore_index: int = -100, *, position_ids: Tensor | None = None) -> Tensor:
@@ -247,7 +254,7 @@ class Layout:
         start, count = sum(self.lengths[:first]), sum(self.lengths[first:last])
         part = slice(start, start + count)
         token = None if self.token is None else self.token[part]
-        return Layout.trusted(self.index[part], self.lengths[first:last], self.shape, token)
+        return Layout.trusted(self.index[part], self.lengths[first:last], self.shape, token, self.parted)
 
     def take(self, responses: Sequence[int]) -> Layout:
         """The responses of these numbers as a layout, in this order."""
@@ -257,7 +264,8 @@ class Layout:
             return torch.cat([parts[i] for i in responses]) if responses else values[:0]
 
         token = None if self.token is None else taken(self.token)
-        return Layout.trusted(taken(self.index), tuple(self.lengths[i] for i in responses), self.shape, token)
+        lengths = tuple(self.lengths[i] for i in responses)
+        return Layout.trusted(taken(self.index), lengths, self.shape, token, self.parted)
 
     def to(self, device) -> Layout:
         """The layout with its tensors on ``device``: itself, with what it has computed, if they are there already."""
@@ -268,7 +276,7 @@ class Layout:
         token = None if self.token is None else self.token.to(device, non_blocking=ahead)
         if index is self.index and token is self.token:
             return self
-        return Layout.trusted(index, self.lengths, self.shape, token)
+        return Layout.trusted(index, self.lengths, self.shape, token, self.parted)
 
     @cached_property
     def response_lengths(self) -> Tensor:

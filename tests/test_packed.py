@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tiny_models import tiny
 
 import kdkernels as kd
 from kdkernels import reference
@@ -52,6 +53,37 @@ def test_position_ids_part_texts_that_touch():
     assert torch.equal(targets.flatten()[layout.index], layout.token)
     assert (targets != -100).sum() == len(layout)
     assert kd.Layout.from_labels(labels).lengths == (14, 11), "labels alone do not show them"
+
+
+@pytest.mark.parametrize("way", ["layout", "part", "take", "distillation"])
+def test_texts_that_may_touch_are_refused_where_whole_responses_matter(way):
+    """Every token has a label: one text a sequence or several, which labels alone do not show."""
+    labels, ids = padded(map(touching, PACKED), -100), padded(map(places, PACKED), 0)
+    student, teacher = (kd.Logits(torch.randn(*labels.shape, 10)) for _ in range(2))
+    ways = {
+        "layout": lambda layout: layout,
+        "part": lambda layout: layout.part(0, 1),
+        "take": lambda layout: layout.take([0]),
+    }
+    objective = kd.TSDKD(k=4, opener=0.3, entropy_ratio=0.4)
+    refused = pytest.raises(ValueError, match=r"several texts that touch: kd\.Layout\.from_labels\(")
+    if way == "distillation":
+        model = tiny("qwen2")
+        module, words = kd.Distillation(model, objective, model.config.vocab_size), padded(map(touching, PACKED), 0)
+        scored = kd.Logits(torch.randn(*labels.shape, model.config.vocab_size))
+        with refused:
+            module(input_ids=words, labels=labels, teacher=scored)
+        assert module(input_ids=words, labels=labels, teacher=scored, position_ids=ids).count == 6
+        return
+    made = ways[way](kd.Layout.from_labels(labels))
+    assert not made.to("meta").parted
+    with refused:
+        objective(student, teacher, made)
+    assert kd.GKD(0.5)(student, teacher, made).loss > 0
+    assert objective(student, teacher, ways[way](kd.Layout.from_labels(labels, position_ids=ids))).loss != 0
+    prompted = labels.clone()
+    prompted[:, 0] = -100  # the first token of a prompt, or what packing collators put before each text
+    assert kd.Layout.from_labels(prompted).parted
 
 
 def test_what_the_flattening_collator_of_transformers_makes():
@@ -108,7 +140,8 @@ def test_a_packed_sequence_is_scored_as_its_texts_in_sequences_of_their_own(obje
         parameter = weight.clone().requires_grad_()
         teacher = kd.Head(hidden[1], teacher_weight) if objective.needs_teacher else None
         by_teacher = {"from_teacher": torch.arange(len(rows)) * 0 == 0} if objective.by_author else {}
-        layout = kd.Layout.from_labels(labels, position_ids=ids if parted else None)
+        one_text = torch.arange(labels.shape[1])[None]
+        layout = kd.Layout.from_labels(labels, position_ids=ids if parted else one_text)
         out = objective(kd.Head(hidden[0], parameter), teacher, layout, **by_teacher)
         out.loss.backward()
         return out, parameter.grad
@@ -145,7 +178,8 @@ def test_tsd_kd_of_packed_texts_is_the_reference():
     got, exact = (torch.autograd.grad(each, z_s)[0] for each in (out.loss, expected))
     torch.testing.assert_close(got, exact)
     assert exact.norm() > 0.05 and out.count == 6
-    joined = objective(kd.Logits(z_s), kd.Logits(z_t), kd.Layout.from_labels(labels))
+    one_text = torch.arange(labels.shape[1])[None]
+    joined = objective(kd.Logits(z_s), kd.Logits(z_t), kd.Layout.from_labels(labels, position_ids=one_text))
     assert abs(joined.loss - expected) > 0.02 * expected, "else nothing is tested"
 
 

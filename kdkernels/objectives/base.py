@@ -289,6 +289,12 @@ def _layout(name: str, mask: Tensor | Layout, source: Source, whole: bool = Fals
     """The layout of a mask. ``whole``: the objective selects within responses, so it matters what is one response."""
     if isinstance(mask, Layout):
         layout = mask
+        if whole and not layout.parted:
+            raise ValueError(
+                f"{name}: expected a layout that knows where texts end, because the objective selects within "
+                "responses, got one of labels that have a sequence's first token too, which may be several texts that "
+                "touch: kd.Layout.from_labels(labels, position_ids=position_ids)"
+            )
     else:
         layout = Layout.from_mask(mask.cpu() if isinstance(mask, Tensor) else mask)
         if whole:
