@@ -4,7 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from kdkernels.data import ExampleStream
 from kdkernels.training import load_config, train
+from kdkernels.training.inputs import read_examples
+from kdkernels.training.models.loading import load_tokenizer
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT.parent / "shared" / "data"
@@ -52,3 +55,31 @@ def test_the_chain_from_text_to_a_distilled_student(run, capsys):
     report = (distilled.output / "report.md").read_text()
     assert f"| kl | {before['kl']:.4f} | {after['kl']:.4f} |" in report
     assert "with too long a response" in report
+
+
+@pytest.mark.slow
+def test_padding_of_steps_on_eight_processes():
+    """docs/TRAINING.md: batches of 64, micro-batches of 8."""
+    if not (DATA / "gsm8k_train.jsonl").is_file():
+        pytest.skip(f"needs GSM8K: {DATA / 'gsm8k_train.jsonl'} is not there")
+    recipe = ROOT / "recipes" / "gsm8k-small-teacher.toml"
+    overrides = [f"data.train={DATA / 'gsm8k_train.jsonl'}", "tokenizer.kind=bpe", "tokenizer.vocab_size=4096"]
+    limits = ["data.max_prompt_tokens=512", "data.max_response_tokens=512"]  # nothing is left out
+    config = load_config(recipe, [*overrides, *limits])
+    tokens = [one.tokens for one in read_examples(config.data, config.data.train, load_tokenizer(config)).usable]
+    assert len(tokens) > 7000
+
+    def padding(lengths) -> tuple[float, float]:
+        """Padding as a share of all positions; positions of the process with the most over the mean of a step."""
+        stream, places, slowest = ExampleStream(len(tokens), 0, 0, lengths, 64), 0, []
+        steps = [[tokens[i] for i in stream.next(64)] for _ in range(len(tokens) // 64)]
+        for step in steps:
+            shares = [step[rank::8] for rank in range(8)]
+            places += sum(8 * max(share) for share in shares)
+            slowest.append(max(8 * max(share) for share in shares) / (sum(8 * max(share) for share in shares) / 8))
+        return 1 - sum(map(sum, steps)) / places, sum(slowest) / len(slowest)
+
+    by_length, in_any_order = padding(tokens), padding(None)
+    print(f"padding, slowest process over the mean: by length {by_length}, in any order {in_any_order}")
+    assert by_length[0] < 0.1 and by_length[1] < 1.05
+    assert in_any_order[0] > 0.3 and in_any_order[1] > 1.2
