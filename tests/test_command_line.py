@@ -164,6 +164,27 @@ def test_the_first_commands_of_the_readme(tmp_path):
     assert "left out 0" in (tmp_path / "run" / "report.md").read_text()
 
 
+def test_a_launcher_starts_the_trainer():
+    """Two processes, each before torch is there; what they say is the help of one command."""
+    recipe = "recipes/qwen2.5-14b-to-1.5b-tsd-kd.toml"
+    launcher = "torch.distributed.run --standalone --nproc-per-node 2 -m kdkernels.training.cli"  # torchrun
+    command = [sys.executable, "-m", *launcher.split(), "train", recipe, "--help"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("usage: kdkernels train [-h]") == 2
+
+
+def test_the_command_has_the_trainers_commands(capsys):
+    from kdkernels import cli
+    from kdkernels.training.cli import COMMANDS, main
+
+    for start in (cli.main, main):
+        with pytest.raises(SystemExit):
+            start(["--help"])
+        assert {"train", "plan", "eval", "report", "export", "new"} <= set(capsys.readouterr().out.split())
+    assert set(COMMANDS) <= set(cli.COMMANDS)
+
+
 def test_the_reference_of_recipes_is_current():
     from kdkernels.training.recipe.reference import reference
 

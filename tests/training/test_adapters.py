@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from kdkernels.cli import main
+from kdkernels.training.cli import main
 from kdkernels.data import collate
 from kdkernels.sources.adapted import AdaptedHead
 from kdkernels.teachers import head

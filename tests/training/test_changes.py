@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kdkernels.cli import main
+from kdkernels.training.cli import main
 from kdkernels.training import InputError, load_config, train, trainer
 from kdkernels.training.recipe.schema import read_toml
 from kdkernels.training.run import history

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
-from kdkernels.cli import main
+from kdkernels.training.cli import main
 from kdkernels.data import load_examples
 from kdkernels.data.tokenizers import train_tokenizer, vocabulary_size
 from kdkernels.rollouts import LocalSampler

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from kdkernels.cli import main
+from kdkernels.training.cli import main
 from kdkernels.training import InputError, train
 from kdkernels.training.collapse import Collapse
 from kdkernels.training.models.ends import describe_ends

@@ -7,7 +7,7 @@ import sys
 import pytest
 from matplotlib.image import imread
 
-from kdkernels.cli import main
+from kdkernels.training.cli import main
 from kdkernels.errors import InputError
 from kdkernels.training import train
 from kdkernels.training.run import figure
@@ -134,7 +134,7 @@ def test_without_matplotlib(make, tmp_path, capsys, monkeypatch):
 
 def test_runs_are_compared_without_torch(make, tmp_path):
     program = (
-        "import sys; from kdkernels.cli import main; status = main(sys.argv[1:]); "
+        "import sys; from kdkernels.training.cli import main; status = main(sys.argv[1:]); "
         "assert not {'torch', 'transformers', 'deepspeed'} & set(sys.modules); sys.exit(status)"
     )
     command = [sys.executable, "-c", program, "report", make("a", STEPS), f"--output={tmp_path / 'out'}"]

@@ -6,7 +6,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from kdkernels.cli import main
+from kdkernels.training.cli import main
 from kdkernels.training import InputError, load_config, needs
 from kdkernels.training.recipe.elsewhere import described
 from kdkernels.training.recipe.extends import read_tables

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 from torch import nn
 
-from kdkernels.cli import main
+from kdkernels.training.cli import main
 from kdkernels.data import Example
 from kdkernels.rollouts import LocalSampler
 from kdkernels.training import harness, train
@@ -126,7 +126,8 @@ def test_what_cannot_be_evaluated(evaluated, tmp_path):
 @pytest.mark.slow
 def test_two_processes_share_the_problems(evaluated, recipe, model, tmp_path):
     _, alone = evaluated()
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "kdkernels")
+    run = "-m torch.distributed.run --standalone --nproc-per-node=2 -m kdkernels.training.cli"
+    launcher = (sys.executable, *run.split())
     arguments = ("eval", model, str(tmp_path / "test.jsonl"), *SUMS, f"--output={tmp_path / 'two.jsonl'}")
     printed = finish(start((*launcher, *arguments), cwd=tmp_path), tmp_path)
     assert [json.loads(line) for line in (tmp_path / "two.jsonl").read_text().splitlines()] == alone

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from kdkernels.cli import main
+from kdkernels.training.cli import main
 from kdkernels.training import InputError, load_config, train
 
 from .conftest import GKD, final_weights

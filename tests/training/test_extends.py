@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from kdkernels.cli import main
+from kdkernels.training.cli import main
 from kdkernels.training import InputError, load_config
 from kdkernels.training.recipe.extends import lineage, read_tables
 from kdkernels.training.recipe.read import parse_recipe

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kdkernels.cli import main
+from kdkernels.training.cli import main
 from kdkernels.compute import gemm
 from kdkernels.training import InputError, needs, train
 from kdkernels.training.models.loading import load_student, load_tokenizer

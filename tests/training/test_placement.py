@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import kdkernels as kd
-from kdkernels.cli import main
+from kdkernels.training.cli import main
 from kdkernels.data import collate
 from kdkernels.distillation import Distillation
 from kdkernels.training import InputError, load_config, train

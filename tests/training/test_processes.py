@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kdkernels.cli import main
+from kdkernels.training.cli import main
 from kdkernels.training import load_config, train
 from kdkernels.training.models.loading import load_student, load_tokenizer
 from kdkernels.training.run.metrics import read_metrics

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from kdkernels.cli import main
+from kdkernels.training.cli import main
 from kdkernels.training.recipe.config import Config
 from kdkernels.training.recipe.read import complete, read_recipe
 from kdkernels.training.recipe.schema import read_toml

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from kdkernels.cli import main
+from kdkernels.training.cli import main
 from kdkernels.data.records import hash_of_rows, records
 from kdkernels.errors import MissingPackage
 from kdkernels.training import InputError, train

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from kdkernels.cli import main
+from kdkernels.training.cli import main
 from kdkernels.training import train
 from kdkernels.training.run.directory import RunDirectory
 from kdkernels.training.run.metrics import read_metrics

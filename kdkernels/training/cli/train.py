@@ -1,0 +1,93 @@
+"""`kdkernels train`. What is wrong with a recipe is told before torch and DeepSpeed are imported."""
+
+import argparse
+import sys
+import textwrap
+from dataclasses import fields
+from pathlib import Path
+
+import kdkernels
+from kdkernels.errors import InputError, MissingPackage
+from kdkernels.training import with_reason
+from kdkernels.training.cli.common import EXAMPLES, add_set
+from kdkernels.training.processes.exits import STATUSES, UNUSABLE, end
+from kdkernels.training.processes.launcher import first, launched
+from kdkernels.training.recipe.config import Config
+from kdkernels.training.recipe.read import read_recipes, section_class
+
+
+def add(commands) -> None:
+    command = commands.add_parser(
+        "train",
+        help="train the student of a recipe, or in stages, of several",
+        description="Trains the student of a recipe. Several recipes are stages, trained one after another: a later "
+        "one may start from the model of an earlier one ([student] path). A finished stage is skipped and a begun one "
+        "resumed, with --resume or without.",
+        epilog=f"{EXAMPLES}\n{_keys()}\n{STATUSES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.set_defaults(run=_train)
+    command.add_argument("recipes", metavar="RECIPE.toml", nargs="+")
+    add_set(command)
+    command.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue from the latest checkpoint in the run's directory, or from the beginning where there is none",
+    )
+    command.add_argument(
+        "--dry-run", action="store_true", help="check everything, print the resolved recipe and the plan, train nothing"
+    )
+    command.add_argument("--save", metavar="FILE", type=Path, help="with --dry-run: a new file for what is printed")
+
+
+def _train(options: argparse.Namespace) -> int:
+    if options.dry_run and len(options.recipes) > 1:
+        return end(
+            UNUSABLE, f"--dry-run: expected one recipe, got {len(options.recipes)}: give it one stage after another"
+        )
+    if options.save is not None and not options.dry_run:
+        return end(UNUSABLE, "--save says where a plan goes: add --dry-run")
+    return run(options)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Trains, or says what training would do."""
+    sources = options.recipes
+    try:
+        recipes = read_recipes(sources, options.set, options.dry_run)
+    except MissingPackage as error:
+        return end(UNUSABLE, error)
+    except InputError as error:
+        if not launched():
+            return end(UNUSABLE, error)
+        recipes = error  # the other processes must hear of it
+    if first():
+        told = f"kdkernels {kdkernels.__version__}: {', '.join(sources)}: loading libraries"
+        print(told, file=sys.stderr, flush=True)
+    try:
+        with with_reason():
+            from kdkernels.training import command  # torch, DeepSpeed, transformers: seconds
+    except MissingPackage as error:
+        return end(UNUSABLE, error)
+    machine = None
+    if "gpu" in options:
+        try:
+            machine = command.machine(options.gpu, options.gpus)
+        except InputError as error:
+            return end(UNUSABLE, error)
+    dry_run = command.DryRun(machine, options.save) if options.dry_run else None
+    asked = [assignment.partition("=")[0].replace(" ", "") for assignment in options.set]
+    return command.run(recipes, sources, resume=options.resume, asked=asked, dry_run=dry_run)
+
+
+def _keys() -> str:
+    """The keys of a recipe, a section a line."""
+    lines = ["keys of a recipe (docs/RECIPES.md says what each means):"]
+    lines.append("  extends: another recipe; it stands above all sections")
+    for section in fields(Config):
+        names = [entry.name for entry in fields(section_class(section.type))]
+        names = [name if name != "options" else "the options of that objective" for name in names]
+        lines.append(
+            textwrap.fill(", ".join(names), 100, initial_indent=f"  [{section.name}] ", subsequent_indent=" " * 6)
+        )
+    return "\n".join(lines) + "\n"
