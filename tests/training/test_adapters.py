@@ -10,11 +10,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from kdkernels.training.cli import main
 from kdkernels.data import collate
 from kdkernels.sources.adapted import AdaptedHead
 from kdkernels.teachers import head
 from kdkernels.training import InputError, load_config, needs, run_stages, train
+from kdkernels.training.cli import main
 from kdkernels.training.models.loading import load_student, load_teacher, load_tokenizer
 
 from .adapted import adapted, trained_weights

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from kdkernels.training.cli import main
 from kdkernels.training import InputError
+from kdkernels.training.cli import main
 from kdkernels.training.models import attention
 from kdkernels.training.models.loading import load_student, load_tokenizer
 

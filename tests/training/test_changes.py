@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from kdkernels.training.cli import main
 from kdkernels.training import InputError, load_config, train, trainer
+from kdkernels.training.cli import main
 from kdkernels.training.recipe.schema import read_toml
 from kdkernels.training.run import history
 from kdkernels.training.run.directory import RunDirectory

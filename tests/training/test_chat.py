@@ -7,11 +7,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
-from kdkernels.training.cli import main
 from kdkernels.data import load_examples
 from kdkernels.data.tokenizers import train_tokenizer, vocabulary_size
 from kdkernels.rollouts import LocalSampler
 from kdkernels.training import InputError, load_config, train
+from kdkernels.training.cli import main
 from kdkernels.training.models.loading import load_student
 from kdkernels.training.run.metrics import read_metrics
 

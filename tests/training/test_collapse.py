@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from kdkernels.training.cli import main
 from kdkernels.training import InputError, train
+from kdkernels.training.cli import main
 from kdkernels.training.collapse import Collapse
 from kdkernels.training.models.ends import describe_ends
 from kdkernels.training.models.loading import load_student, load_teacher, load_tokenizer

@@ -7,9 +7,9 @@ import sys
 import pytest
 from matplotlib.image import imread
 
-from kdkernels.training.cli import main
 from kdkernels.errors import InputError
 from kdkernels.training import train
+from kdkernels.training.cli import main
 from kdkernels.training.run import figure
 from kdkernels.training.run.compare import read_runs, render
 

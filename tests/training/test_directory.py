@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from kdkernels.training.cli import main
 from kdkernels.training import InputError, train, trainer
+from kdkernels.training.cli import main
 from kdkernels.training.errors import Stopped
 from kdkernels.training.models.loading import load_student, load_tokenizer
 from kdkernels.training.processes import distributed

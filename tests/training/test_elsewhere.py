@@ -6,8 +6,8 @@ from unittest.mock import Mock
 
 import pytest
 
-from kdkernels.training.cli import main
 from kdkernels.training import InputError, load_config, needs
+from kdkernels.training.cli import main
 from kdkernels.training.recipe.elsewhere import described
 from kdkernels.training.recipe.extends import read_tables
 from kdkernels.training.recipe.read import read_recipe

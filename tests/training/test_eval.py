@@ -9,10 +9,10 @@ from types import SimpleNamespace
 import pytest
 from torch import nn
 
-from kdkernels.training.cli import main
 from kdkernels.data import Example
 from kdkernels.rollouts import LocalSampler
 from kdkernels.training import harness, train
+from kdkernels.training.cli import main
 from kdkernels.training.evaluation import evaluate, wilson
 from kdkernels.training.models.loading import load_tokenizer
 from kdkernels.training.recipe.config import EvaluationConfig

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from kdkernels.training.cli import main
 from kdkernels.training import InputError, load_config, train
+from kdkernels.training.cli import main
 
 from .conftest import GKD, final_weights
 from .test_processes import finish, start

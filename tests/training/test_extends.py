@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from kdkernels.training.cli import main
 from kdkernels.training import InputError, load_config
+from kdkernels.training.cli import main
 from kdkernels.training.recipe.extends import lineage, read_tables
 from kdkernels.training.recipe.read import parse_recipe
 from kdkernels.training.recipe.schema import toml_value

@@ -5,8 +5,8 @@ import re
 import pytest
 import torch
 
-from kdkernels.training.cli import main
 from kdkernels.training import InputError, train
+from kdkernels.training.cli import main
 from kdkernels.training.dry_run import plan
 from kdkernels.training.run.metrics import read_metrics
 

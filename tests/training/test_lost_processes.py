@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from kdkernels.training.cli import main
 from kdkernels.training import InputError, train
+from kdkernels.training.cli import main
 from kdkernels.training.processes import distributed
 
 from .conftest import GKD, final_weights

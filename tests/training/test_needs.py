@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from kdkernels.training.cli import main
 from kdkernels.compute import gemm
 from kdkernels.training import InputError, needs, train
+from kdkernels.training.cli import main
 from kdkernels.training.models.loading import load_student, load_tokenizer
 from kdkernels.training.run.checkpoint import complete
 

@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import kdkernels as kd
-from kdkernels.training.cli import main
 from kdkernels.data import collate
 from kdkernels.distillation import Distillation
 from kdkernels.training import InputError, load_config, train
+from kdkernels.training.cli import main
 from kdkernels.training.models.loading import load_student, load_teacher, load_tokenizer
 from kdkernels.training.models.placement import place
 from kdkernels.training.run.metrics import read_metrics

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from kdkernels.training.cli import main
 from kdkernels.training import load_config, train
+from kdkernels.training.cli import main
 from kdkernels.training.models.loading import load_student, load_tokenizer
 from kdkernels.training.run.metrics import read_metrics
 

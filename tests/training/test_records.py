@@ -6,10 +6,10 @@ import sys
 
 import pytest
 
-from kdkernels.training.cli import main
 from kdkernels.data.records import hash_of_rows, records
 from kdkernels.errors import MissingPackage
 from kdkernels.training import InputError, train
+from kdkernels.training.cli import main
 from kdkernels.training.run.metrics import read_metrics
 
 datasets = pytest.importorskip("datasets")

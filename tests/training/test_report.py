@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from kdkernels.training.cli import main
 from kdkernels.training import train
+from kdkernels.training.cli import main
 from kdkernels.training.run.directory import RunDirectory
 from kdkernels.training.run.metrics import read_metrics
 from kdkernels.training.run.report import render_report

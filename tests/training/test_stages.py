@@ -7,8 +7,8 @@ import pytest
 import torch
 from deepspeed import DeepSpeedEngine
 
-from kdkernels.training.cli import main
 from kdkernels.training import InputError, stages, trainer
+from kdkernels.training.cli import main
 from kdkernels.training.run.metrics import read_metrics
 from kdkernels.training.stages import run_stages
 

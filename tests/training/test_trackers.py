@@ -5,8 +5,8 @@ import types
 
 import pytest
 
-from kdkernels.training.cli import main
 from kdkernels.training import InputError, train
+from kdkernels.training.cli import main
 from kdkernels.training.run.metrics import read_metrics
 from kdkernels.training.run.trackers import WANDB_ID
 

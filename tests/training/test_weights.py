@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from kdkernels.training.cli import main
 from kdkernels.training import InputError
+from kdkernels.training.cli import main
 from kdkernels.training.models.loading import load_teacher, load_tokenizer
 from kdkernels.training.models.weights import check_weights
 
