@@ -9,3 +9,9 @@ class InputError(ValueError):
 
 class MissingPackage(ImportError):
     """A package that an extra of kdkernels asks for is not installed: the message says what to install."""
+
+
+class ServerError(Exception):
+    """A server did not do what it was asked for, however often: the message names it, what it was asked, what came and
+    the way out.
+    """

@@ -10,7 +10,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "kdkernels"
 
 # A unit is a module or package right under kdkernels/. Leaves may be imported by all, and import only leaves.
-LEAVES = {"_ops", "checks", "divergences", "errors", "tensors", "layout", "trainers", "wrappers"}
+LEAVES = {"_ops", "checks", "divergences", "errors", "http", "tensors", "layout", "trainers", "wrappers"}
 # Each imports only what is to its left, leaves, and itself. The package's __init__ collects the core.
 ORDER = [
     "reference",

@@ -3,6 +3,9 @@
 Axes: B responses, L length of the longest prompt + response (the others are padded on the right).
 """
 
+import hashlib
+import sys
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,7 +21,9 @@ class Batch:
 
     `input_ids`, `attention_mask`, `target` [B, L]; `target[b, t]` is the token after position t. `layout` marks the
     positions that predict a response token: from the last prompt position to the one before the response's last token,
-    which is the end-of-sequence token if it ended. `from_teacher` [B]: responses of the data rather than the student.
+    which is the end-of-sequence token if it ended. `from_teacher` [B]: who wrote each response, the teacher (or another
+    author of the data) or the student. `ids`: the `sample_id` of each. `teachers`: the name of the teacher that scores
+    each, None where there is but one.
     """
 
     input_ids: torch.Tensor
@@ -26,6 +31,8 @@ class Batch:
     target: torch.Tensor
     layout: Layout
     from_teacher: torch.Tensor
+    ids: tuple[str, ...]
+    teachers: tuple[str | None, ...]
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch for models on `device`. Layout and authors stay on the CPU, where an objective reads them
@@ -46,10 +53,20 @@ class Batch:
 
 
 def collate(
-    prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], pad_id: int, from_teacher: bool = False
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    pad_id: int,
+    from_teacher: bool | Sequence[bool] = False,
+    teachers: Sequence[str | None] | None = None,
 ) -> Batch:
-    """The Batch of `prompts` and their `responses` (token ids), all of them by the same author. Padding is known by
-    position: a response may contain `pad_id`.
+    """The Batch of `prompts` and their `responses` (token ids). Padding is known by position: a response may contain
+    `pad_id`.
+
+    Args:
+        prompts, responses: token ids, one response to a prompt.
+        pad_id: fills up the shorter ones.
+        from_teacher: who wrote each response, or all of them.
+        teachers: the name of the teacher that scores each.
     """
     length = max(len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True))
     input_ids = torch.full((len(prompts), length), pad_id)
@@ -60,5 +77,28 @@ def collate(
         attention_mask[b, :end] = 1
     target = input_ids.roll(-1, dims=1)
     layout = Layout.from_spans([len(prompt) - 1 for prompt in prompts], [*map(len, responses)], length)
-    authors = torch.full((len(prompts),), from_teacher)
-    return Batch(input_ids, attention_mask, target, layout, authors)
+    authors = [from_teacher] * len(prompts) if isinstance(from_teacher, bool) else from_teacher
+    teachers = [None] * len(prompts) if teachers is None else teachers
+    for name, values in (("from_teacher", authors), ("teachers", teachers)):
+        if len(values) != len(prompts):
+            raise ValueError(f"{name}: expected {len(prompts)}, one for each prompt, got {len(values)}")
+    return Batch(
+        input_ids,
+        attention_mask,
+        target,
+        layout,
+        torch.tensor(authors),
+        tuple(map(sample_id, prompts, responses)),
+        tuple(teachers),
+    )
+
+
+def sample_id(prompt: Sequence[int], response: Sequence[int]) -> str:
+    """What a prompt with its response is known by: 32 hexadecimal digits that depend on the very tokens (BLAKE2b, 128
+    bits, of the prompt's length and all ids as little-endian 64-bit integers). Stored scores and caches of teachers are
+    addressed by it, so that they never fit other tokens.
+    """
+    numbers = array("q", [len(prompt), *prompt, *response])
+    if sys.byteorder == "big":
+        numbers.byteswap()
+    return hashlib.blake2b(numbers.tobytes(), digest_size=16).hexdigest()

@@ -24,6 +24,8 @@ class Example:
     """One line of a data file, or one of the answers in it: prompt and response, rendered and tokenized.
 
     `response_ids` ends with the end-of-sequence token; it is empty where nobody reads responses token by token.
+    `from_teacher`: who wrote the response, the teacher (or another author of the data) or the student. `teacher`: the
+    name of the teacher that scores it, None where there is but one.
     """
 
     line: int
@@ -31,6 +33,8 @@ class Example:
     response: str
     prompt_ids: tuple[int, ...]
     response_ids: tuple[int, ...]
+    from_teacher: bool = True
+    teacher: str | None = None
 
     @property
     def tokens(self) -> int:

@@ -9,21 +9,11 @@ from pathlib import Path
 from transformers.utils.logging import disable_progress_bar
 
 from kdkernels.engine.gpu import CARDS, Gpu
-from kdkernels.errors import InputError, MissingPackage
+from kdkernels.errors import InputError
 from kdkernels.training.dry_run import Machine, plan
-from kdkernels.training.errors import Collapsed, DiskError, Stopped
+from kdkernels.training.errors import Stopped
 from kdkernels.training.processes import distributed
-from kdkernels.training.processes.exits import (
-    COLLAPSED,
-    DISK,
-    DIVERGED,
-    DONE,
-    INTERRUPTED,
-    LOST,
-    UNFORESEEN,
-    UNUSABLE,
-    end,
-)
+from kdkernels.training.processes.exits import DONE, INTERRUPTED, LOST, UNFORESEEN, end, status_of
 from kdkernels.training.processes.launcher import first
 from kdkernels.training.recipe.config import Config
 from kdkernels.training.recipe.extends import lineage
@@ -101,14 +91,6 @@ def _run(
                 with writing(Path("standard output")):
                     for result in results:
                         print(f"model: {result.final}\nreport: {RunDirectory(result.output).report}", flush=True)
-    except FloatingPointError as error:
-        return end(DIVERGED, error)
-    except Collapsed as error:
-        return end(COLLAPSED, error)
-    except (InputError, MissingPackage, OSError) as error:
-        return end(UNUSABLE, error)
-    except DiskError as error:
-        return end(DISK, error)
     except (KeyboardInterrupt, Stopped) as error:
         stopped = isinstance(error, Stopped)
         text = str(error) if stopped else "interrupted"
@@ -118,6 +100,8 @@ def _run(
             end(DONE, text)
         return DONE if stopped else INTERRUPTED
     except Exception as error:
+        if status_of(error) is not None:
+            return end(status_of(error), error)
         if distributed.lost_process(error):
             return end(
                 LOST,

@@ -65,7 +65,7 @@ def train_step(
 
     if author == "student" and apply and parts.samples is not None:
         parts.samples.keep(step, written, share, responses)
-    batches = _micro_batches(prompts, responses, config.train.micro_batch_size, parts.pad_id, author == "teacher")
+    batches = _micro_batches(share, responses, author == "student", config.train.micro_batch_size, parts.pad_id)
     counts = [objective.count(batch.layout, batch.from_teacher) for batch in batches]
     finished = sum(response[-1] in parts.sampler.ends for response in responses)
     own = torch.tensor([sum(counts), sum(map(len, responses)), finished], device=strategy.device)
@@ -100,18 +100,29 @@ def _rollout(parts: Parts, prompts: Sequence[Sequence[int]], max_new_tokens: int
 
 
 def _micro_batches(
-    prompts: Sequence[Sequence[int]],
+    examples: Sequence[Example],
     responses: Sequence[Sequence[int]],
+    written: bool,
     size: int,
     pad_id: int,
-    from_teacher: bool,
 ) -> list[Batch]:
-    """Batches of `size` responses each. The loss does not depend on who shares one: those of similar lengths do, which
-    takes less padding.
+    """Batches of `size` responses each, `written` by the student in this step or else those of the examples. The loss
+    does not depend on who shares one: those of similar lengths do, which takes less padding.
     """
-    pairs = sorted(zip(prompts, responses, strict=True), key=lambda pair: len(pair[0]) + len(pair[1]))
-    groups = [pairs[i : i + size] for i in range(0, len(pairs), size)]
-    return [collate([p for p, _ in group], [r for _, r in group], pad_id, from_teacher) for group in groups]
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt_ids) + len(responses[i]))
+    batches = []
+    for start in range(0, len(order), size):
+        group = order[start : start + size]
+        batches.append(
+            collate(
+                [examples[i].prompt_ids for i in group],
+                [responses[i] for i in group],
+                pad_id,
+                [not written and examples[i].from_teacher for i in group],
+                [examples[i].teacher for i in group],
+            )
+        )
+    return batches
 
 
 def _forward_backward(parts: Parts, batch: Batch, share: float, clock: "Clock") -> dict[str, torch.Tensor]:

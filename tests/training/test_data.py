@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 
-from kdkernels.data import ExampleStream, collate
+from kdkernels.data import ExampleStream, collate, sample_id
 from kdkernels.data import examples as examples_module
 from kdkernels.data.texts import render
 from kdkernels.data.tokenizers import train_tokenizer
@@ -299,3 +299,21 @@ def test_a_stream_goes_on_from_its_position():
     stream = ExampleStream(size=10, seed=1)
     stream.next(17)
     assert ExampleStream(size=10, seed=1, position=stream.position).next(25) == stream.next(25)
+
+
+def test_ids_are_those_of_the_very_tokens():
+    batch = collate([(1, 2), (1,)], [(5,), (2, 5)], pad_id=9)
+    assert len(set(batch.ids)) == 2  # the same text, the responses begin elsewhere
+    assert batch.ids[0] == sample_id([1, 2], [5]) == collate([(3,) * 8, (1, 2)], [(4,), (5,)], 0).ids[1]
+    assert sample_id([1, 2], [5, 9]) != batch.ids[0] != sample_id([1, 2], [6])
+    assert sample_id([1, 2], [5]) == "f334d1d3908f3375eb70a67ef82cd38c"  # what is stored stays readable
+
+
+def test_responses_of_several_authors_and_teachers():
+    batch = collate([(1,), (2,)], [(5,), (7,)], 0, from_teacher=[True, False], teachers=["a", None])
+    assert batch.from_teacher.tolist() == [True, False] and batch.teachers == ("a", None)
+    assert batch.to(torch.device("cpu")).ids == batch.ids
+    with pytest.raises(ValueError, match=r"^from_teacher: expected 2, one for each prompt, got 1"):
+        collate([(1,), (2,)], [(5,), (7,)], 0, from_teacher=[True])
+    with pytest.raises(ValueError, match=r"^teachers: expected 2, one for each prompt, got 3"):
+        collate([(1,), (2,)], [(5,), (7,)], 0, teachers=["a", "b", "a"])

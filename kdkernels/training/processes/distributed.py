@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from kdkernels.errors import InputError
+from kdkernels.errors import InputError, ServerError
 from kdkernels.training.errors import DiskError
 from kdkernels.training.processes.launcher import LAUNCHER, launched
 
@@ -147,6 +147,6 @@ def _backend() -> str:
 def _for_others(error: Exception) -> Exception:
     """`error` as the other processes raise it; of a kind that survives the journey and keeps the exit status."""
     text = f"process {rank()}: {error}"
-    if isinstance(error, (DiskError, InputError, FloatingPointError)):
+    if isinstance(error, (DiskError, InputError, ServerError, FloatingPointError)):
         return type(error)(text)
     return InputError(text) if isinstance(error, OSError) else RuntimeError(f"{type(error)}, {text}")

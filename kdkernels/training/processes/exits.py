@@ -3,7 +3,10 @@
 import os
 import sys
 
-DONE, DIVERGED, UNUSABLE, DISK, LOST, COLLAPSED, UNFORESEEN, INTERRUPTED = 0, 1, 2, 3, 4, 5, 70, 130
+from kdkernels.errors import InputError, MissingPackage, ServerError
+from kdkernels.training.errors import Collapsed, DiskError
+
+DONE, DIVERGED, UNUSABLE, DISK, LOST, COLLAPSED, SERVER, UNFORESEEN, INTERRUPTED = 0, 1, 2, 3, 4, 5, 6, 70, 130
 STATUSES = """\
 exit status, each but the first with a line that says why:
   0    the run is finished; or SIGTERM came, a checkpoint was written after the step under way, and --resume goes on
@@ -12,9 +15,25 @@ exit status, each but the first with a line that says why:
   3    the disk did not take what the run had to write, for want of space or else
   4    another process of the run ended or stopped answering
   5    the student collapsed: its entropy or the length of its responses left the limits of [collapse]
+  6    a server that the run needs (a teacher, a sampler) did not answer, or not with what was asked for
   70   an error that none of these is, with a traceback: out of memory, or a fault of kdkernels
   130  interrupted (Ctrl-C)
 """
+
+FORESEEN = {
+    FloatingPointError: DIVERGED,
+    InputError: UNUSABLE,
+    MissingPackage: UNUSABLE,
+    OSError: UNUSABLE,
+    DiskError: DISK,
+    Collapsed: COLLAPSED,
+    ServerError: SERVER,
+}
+
+
+def status_of(error: BaseException) -> int | None:
+    """The exit status of an error that commands foresee; None for any other."""
+    return next((status for kind, status in FORESEEN.items() if isinstance(error, kind)), None)
 
 
 def end(status: int, text: object) -> int:
