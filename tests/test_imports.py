@@ -29,6 +29,7 @@ ORDER = [
     "rollouts",
     "judges",
     "training",
+    "curation",
     "cli",
     "__main__",
     "demo",
