@@ -15,13 +15,13 @@ from kdkernels.training.errors import Stopped
 from kdkernels.training.processes import distributed
 from kdkernels.training.processes.exits import DONE, INTERRUPTED, LOST, UNFORESEEN, end, status_of
 from kdkernels.training.processes.launcher import first
-from kdkernels.training.recipe.config import Config
 from kdkernels.training.recipe.extends import lineage
-from kdkernels.training.recipe.read import complete
+from kdkernels.training.recipe.stages import Stage
 from kdkernels.training.run.atomic import writing
 from kdkernels.training.run.directory import RunDirectory
-from kdkernels.training.stages import train_stages
-from kdkernels.training.trainer import train
+from kdkernels.training.run.stages import REPORT
+from kdkernels.training.stages import Compressor, completed, train_stages
+from kdkernels.training.trainer import Result, train
 
 
 @dataclass(frozen=True)
@@ -41,61 +41,60 @@ def machine(card: str, gpus: int) -> Machine:
 
 
 def run(
-    recipes: list[Config] | InputError,
-    sources: Sequence[str],
+    recipes: list[Stage] | InputError,
     *,
     resume: bool,
     asked: Sequence[str] = (),
     dry_run: DryRun | None = None,
+    compressor: Compressor | None = None,
 ) -> int:
     """Does what the recipes say.
 
     Args:
         recipes: what `read_recipes` returned, or raised in this process: others may have been able to read theirs.
-        sources: the recipes' paths, for error messages.
         resume: goes on from the newest checkpoint, as stages do in any case.
         asked: the keys that were set by name, which may be others than those of the one run that is resumed.
         dry_run: prints the plan of the one recipe instead of training; what is asked of it.
+        compressor: what makes the data of stages of compressed rationales.
 
     Returns:
         The exit status (exits.STATUSES).
     """
     if not sys.stderr.isatty():
         disable_progress_bar()
-    status = _run(recipes, sources, resume, asked, dry_run)
+    status = _run(recipes, resume, asked, dry_run, compressor)
     if status not in (LOST, UNFORESEEN, INTERRUPTED):  # of these, the others may know nothing yet
         distributed.leave()
     return status
 
 
 def _run(
-    recipes: list[Config] | InputError,
-    sources: Sequence[str],
+    recipes: list[Stage] | InputError,
     resume: bool,
     asked: Sequence[str],
     dry_run: DryRun | None,
+    compressor: Compressor | None,
 ) -> int:
-    configs = []
+    stages = []
     try:
-        configs = _agreed(recipes, sources)
+        stages = _agreed(recipes)
         if dry_run:
-            text = plan(*configs, resume=resume, recipes=lineage(*sources), machine=dry_run.machine, asked=asked)
+            text = "\n\n".join(_plan(stage, resume, dry_run.machine, asked) for stage in stages)
             if first():
                 if dry_run.save is not None:
                     _save(text, dry_run.save)
                 with writing(Path("standard output")):
                     print(text, flush=True)
         else:
-            results = train_stages(configs) if len(configs) > 1 else [train(*configs, resume, changes=asked)]
+            alone = len(stages) == 1 and stages[0].root is None
+            results = [train(stages[0].config, resume, changes=asked)] if alone else train_stages(stages, compressor)
             if first():
-                with writing(Path("standard output")):
-                    for result in results:
-                        print(f"model: {result.final}\nreport: {RunDirectory(result.output).report}", flush=True)
+                _tell(stages, results)
     except (KeyboardInterrupt, Stopped) as error:
         stopped = isinstance(error, Stopped)
         text = str(error) if stopped else "interrupted"
-        if configs and not dry_run:
-            text += f"; {_way_on(configs)}"
+        if stages and not dry_run:
+            text += f"; {_way_on(stages)}"
         if first():  # it is the same for all processes
             end(DONE, text)
         return DONE if stopped else INTERRUPTED
@@ -113,6 +112,15 @@ def _run(
     return DONE
 
 
+def _tell(stages: Sequence[Stage], results: Sequence[Result]) -> None:
+    """Where all is that came of it."""
+    with writing(Path("standard output")):
+        for result in results:
+            print(f"model: {result.final}\nreport: {RunDirectory(result.output).report}", flush=True)
+        for root in dict.fromkeys(stage.root for stage in stages if stage.root is not None):
+            print(f"stages: {Path(root) / REPORT}", flush=True)
+
+
 def _save(text: str, path: Path) -> None:
     try:
         with path.open("x", encoding="utf-8") as file, writing(path):
@@ -123,22 +131,33 @@ def _save(text: str, path: Path) -> None:
         raise InputError(f"--save {path}: cannot be written: {error.strerror}") from error
 
 
-def _way_on(configs: Sequence[Config]) -> str:
+def _plan(stage: Stage, resume: bool, machine: Machine | None, asked: Sequence[str]) -> str:
+    """The plan of one training; of one of several in a file, as if it began with what the first one begins with."""
+    text = plan(stage.config, resume=resume, recipes=lineage(stage.path), machine=machine, asked=asked)
+    if stage.name is None:
+        return text
+    title = f"# stage {stage.name}: target {stage.target}"
+    if stage.compression is not None:
+        title += f", its rationales rewritten (planned with those of {stage.compression.source})"
+    return f"{title}\n{text}"
+
+
+def _way_on(stages: Sequence[Stage]) -> str:
     """How the first of the runs that did not come to its end goes on."""
-    runs = [RunDirectory(config.run.output) for config in configs]
+    runs = [RunDirectory(stage.config.run.output) for stage in stages]
     return next((run for run in runs if not run.final.is_dir()), runs[-1]).way_on()
 
 
-def _agreed(recipes: list[Config] | InputError, sources: Sequence[str]) -> list[Config]:
+def _agreed(recipes: list[Stage] | InputError) -> list[Stage]:
     """The complete recipes of all processes: where one cannot use them, all end."""
-    configs, error = [], recipes
+    stages, error = [], recipes
     if not isinstance(recipes, InputError):
         try:
-            configs, error = [complete(*each) for each in zip(recipes, sources, strict=True)], None
+            stages, error = completed(recipes), None
         except InputError as caught:
             error = caught
     if error is not None and not distributed.launched():
         raise error
-    distributed.start(*[config.run.timeout_seconds for config in configs[:1]])
+    distributed.start(*[stage.config.run.timeout_seconds for stage in stages[:1]])
     distributed.agree(error)
-    return configs
+    return stages

@@ -60,10 +60,11 @@ def summarize(records: Sequence[dict[str, Any]]) -> dict[str, float]:
     """The metrics of evaluation records, those that the records have data for.
 
     exact_match: share of right answers. finished: share of the generated responses that ended by themselves (with any
-    of the tokens that end one), not at the limit. cross_entropy, kl: means over all response tokens.
+    of the tokens that end one), not at the limit. response_tokens: their mean length, with the token that ends one.
+    cross_entropy, kl: means over all tokens of the data's responses.
     """
     metrics = {}
-    for name, field in (("exact_match", "correct"), ("finished", "finished")):
+    for name, field in (("exact_match", "correct"), *((name, name) for name in ("finished", "response_tokens"))):
         if field in records[0]:
             metrics[name] = sum(record[field] for record in records) / len(records)
     for name in ("cross_entropy", "kl"):
@@ -134,6 +135,7 @@ def _answers(
                 "expected": expected,
                 "correct": answer is not None and _plain(answer) == _plain(expected),
                 "finished": finished,
+                "response_tokens": len(ids),
             }
         )
     return answers

@@ -1,6 +1,6 @@
 """What a run is made from, read and checked against each other: the same for training and for a dry run."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -50,11 +50,17 @@ def read_inputs(config: Config, objective: Objective, trained: Path | None = Non
     examples = read_examples(config.data, config.data.train, tokenizer, read_responses=read)
     held_out = None
     if config.evaluation is not None:
-        held_out = read_examples(config.data, config.evaluation.data, tokenizer, config.evaluation.by_token)
+        held_out = read_examples(of_evaluation(config), config.evaluation.data, tokenizer, config.evaluation.by_token)
     if held_out is not None and config.evaluation.answer is not None:
         for example in held_out.usable[: config.evaluation.limit]:
             expected_answer(config.evaluation, example)
     return Inputs(tokenizer, examples, held_out)
+
+
+def of_evaluation(config: Config) -> DataConfig:
+    """[data] as the held-out data have it."""
+    response = config.evaluation.response
+    return config.data if response is None else replace(config.data, response=response)
 
 
 def read_examples(

@@ -124,7 +124,9 @@ def test_what_counts_as_right(load_all, monkeypatch):
     assert [record["correct"] for record in records] == [True, True, True, False, False]
     assert [record["finished"] for record in records] == [True, True, False, True, True]
     assert records[3]["answer"] is None
-    assert summarize(records) == {"exact_match": 0.6, "finished": 0.8}
+    lengths = [len(answers[one.prompt_ids]) for one in examples[:5]]
+    assert [record["response_tokens"] for record in records] == lengths and len(set(lengths)) > 1
+    assert summarize(records) == {"exact_match": 0.6, "finished": 0.8, "response_tokens": sum(lengths) / 5}
     assert {"prompt", "response", "expected"} < records[0].keys()
 
 

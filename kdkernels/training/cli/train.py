@@ -3,6 +3,7 @@
 import argparse
 import sys
 import textwrap
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
@@ -13,20 +14,23 @@ from kdkernels.training.cli.common import EXAMPLES, add_set
 from kdkernels.training.processes.exits import STATUSES, UNUSABLE, end
 from kdkernels.training.processes.launcher import first, launched
 from kdkernels.training.recipe.config import Config
-from kdkernels.training.recipe.read import read_recipes, section_class
+from kdkernels.training.recipe.read import section_class
+from kdkernels.training.recipe.stages import REASONING, STAGES, ReasoningConfig, StageConfig, read_recipes
 
 
-def add(commands) -> None:
+def add(commands, compressor: Callable | None = None) -> None:
+    """compressor: returns what makes the data of stages of compressed rationales, and loads what that takes."""
     command = commands.add_parser(
         "train",
         help="train the student of a recipe, or in stages, of several",
         description="Trains the student of a recipe. Several recipes are stages, trained one after another: a later "
-        "one may start from the model of an earlier one ([student] path). A finished stage is skipped and a begun one "
-        "resumed, with --resume or without.",
+        "one may start from the model of an earlier one ([student] path). So are the [[stages]] of one recipe, each "
+        "from the model of the one before. A finished stage is skipped and a begun one resumed, with --resume or "
+        "without.",
         epilog=f"{EXAMPLES}\n{_keys()}\n{STATUSES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    command.set_defaults(run=_train)
+    command.set_defaults(run=_train, compressor=compressor)
     command.add_argument("recipes", metavar="RECIPE.toml", nargs="+")
     add_set(command)
     command.add_argument(
@@ -47,10 +51,10 @@ def _train(options: argparse.Namespace) -> int:
         )
     if options.save is not None and not options.dry_run:
         return end(UNUSABLE, "--save says where a plan goes: add --dry-run")
-    return run(options)
+    return run(options, options.compressor)
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace, compressor: Callable | None = None) -> int:
     """Trains, or says what training would do."""
     sources = options.recipes
     try:
@@ -67,6 +71,8 @@ def run(options: argparse.Namespace) -> int:
     try:
         with with_reason():
             from kdkernels.training import command  # torch, DeepSpeed, transformers: seconds
+
+            made = compressor and compressor()
     except MissingPackage as error:
         return end(UNUSABLE, error)
     machine = None
@@ -77,7 +83,7 @@ def run(options: argparse.Namespace) -> int:
             return end(UNUSABLE, error)
     dry_run = command.DryRun(machine, options.save) if options.dry_run else None
     asked = [assignment.partition("=")[0].replace(" ", "") for assignment in options.set]
-    return command.run(recipes, sources, resume=options.resume, asked=asked, dry_run=dry_run)
+    return command.run(recipes, resume=options.resume, asked=asked, dry_run=dry_run, compressor=made)
 
 
 def _keys() -> str:
@@ -90,4 +96,7 @@ def _keys() -> str:
         lines.append(
             textwrap.fill(", ".join(names), 100, initial_indent=f"  [{section.name}] ", subsequent_indent=" " * 6)
         )
+    for title, kind in ((f"[{REASONING}]", ReasoningConfig), (f"[[{STAGES}]]", StageConfig)):
+        names = ", ".join(entry.name for entry in fields(kind))
+        lines.append(textwrap.fill(names, 100, initial_indent=f"  {title} ", subsequent_indent=" " * 6))
     return "\n".join(lines) + "\n"

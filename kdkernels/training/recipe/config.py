@@ -261,10 +261,11 @@ class EvaluationConfig:
     `every` steps (0: not between).
 
     `answer`: a regular expression with one group, by which exact_match finds the answer in a response (its last match
-    counts).
+    counts). `response`: the template of the held-out responses, [data] `response` by default.
     """
 
     data: Place
+    response: str | None = None
     every: CountOrZero = 0
     limit: Count | None = None
     batch_size: Count = 32

@@ -7,7 +7,7 @@ from typing import Any
 from kdkernels.errors import InputError
 from kdkernels.training.recipe.schema import read_toml, show
 
-EXTENDS = "extends"
+EXTENDS, STAGES = "extends", "stages"
 LENGTH = {"train.steps": ("epochs",), "train.epochs": ("steps",)}
 INSTEAD = LENGTH | {  # a key, and those of its section that it takes the place of
     "student.path": ("architecture", "pad_vocab_to"),
@@ -32,7 +32,7 @@ def read_tables(path: str | Path) -> dict[str, Any]:
     """
     tables = {}
     for _, own in reversed(list(_chain(Path(path)))):
-        _lay(own, over=tables)
+        lay(own, over=tables)
     return tables
 
 
@@ -76,7 +76,7 @@ def _arrows(paths: list[Path]) -> str:
     return " -> ".join(map(str, paths))
 
 
-def _lay(tables: Mapping[str, Any], over: dict[str, Any]) -> None:
+def lay(tables: Mapping[str, Any], over: dict[str, Any]) -> None:
     """Lays `tables` over the others, key by key; an [objective] of another name replaces what is there."""
     mine, other = tables.get("objective"), over.get("objective")
     both = isinstance(mine, Mapping) and isinstance(other, Mapping)

@@ -12,19 +12,18 @@ makes the objective, which imports torch, checks the values of its options and f
 """
 
 import inspect
-import os
 import typing
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from kdkernels.errors import InputError
-from kdkernels.training.recipe.config import FINAL, Config, ObjectiveConfig
+from kdkernels.training.recipe.config import Config, ObjectiveConfig
 from kdkernels.training.recipe.elsewhere import described
-from kdkernels.training.recipe.extends import EXTENDS, LENGTH, lineage, read_tables
-from kdkernels.training.recipe.resolve import check_paths, model_paths, resolve, resolve_objective
+from kdkernels.training.recipe.extends import EXTENDS, LENGTH, STAGES, lineage, read_tables
+from kdkernels.training.recipe.resolve import check_paths, resolve, resolve_objective
 from kdkernels.training.recipe.schema import override, parse_section, parse_table, refuse_unknown, show
 from kdkernels.training.recipe.signatures import known_objectives, objective_options
 
@@ -52,7 +51,7 @@ def read_recipe(
         InputError: the recipe cannot be used.
     """
     config = parse_recipe(path, overrides)
-    with _naming(str(path)):
+    with naming(str(path)):
         if not (dry_run and described(config, lineage(path))):
             check_paths(config, coming)
     return config
@@ -63,7 +62,13 @@ def parse_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     tables = read_tables(path)
     for assignment in overrides:
         override(tables, assignment, LENGTH)
-    source = str(path)
+    if STAGES in tables:
+        raise InputError(f"{path}: expected a recipe of one training, got one with [[{STAGES}]]: run_stages trains it")
+    return parse_tables(tables, str(path))
+
+
+def parse_tables(tables: Mapping[str, Any], source: str) -> Config:
+    """The recipe of the tables, resolved; `source` is what errors name. Raises InputError."""
     known = {section.name: section for section in fields(Config)}
     refuse_unknown(tables, [*known, EXTENDS], f"{source}:", "section")
     sections = {}
@@ -76,35 +81,8 @@ def parse_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Config:
             sections[name] = parse(kind, tables[name], f"{source}: [{name}]")
         elif section.default is MISSING:
             raise InputError(f"{source}: section [{name}] is missing")
-    with _naming(source):
+    with naming(source):
         return resolve(Config(**sections))
-
-
-def read_recipes(paths: Sequence[str | Path], overrides: Iterable[str] = (), dry_run: bool = False) -> list[Config]:
-    """`read_recipe` of each recipe of a training in stages. A later one may start from the model of an earlier one,
-    which need not be there yet. `dry_run`: as there.
-
-    Raises:
-        InputError: one cannot be used, starts from a model that it or a later one makes, or has the output of another.
-    """
-    configs, outputs = [], {}
-    for path in paths:
-        config = read_recipe(path, overrides, [os.path.join(output, FINAL) for output in outputs], dry_run)
-        output = os.path.realpath(config.run.output)
-        if output in outputs:
-            raise InputError(
-                f"{path}: [run] output: {config.run.output} is that of {outputs[output]} already: every stage needs a "
-                "directory of its own"
-            )
-        configs.append(config)
-        outputs[output] = path
-    makers = {os.path.join(output, FINAL): path for output, path in outputs.items()}
-    for path, config in zip(paths, configs, strict=True):
-        for key, model in model_paths(config).items():
-            maker = makers.get(os.path.realpath(model))
-            if maker in paths[paths.index(path) :] and not os.path.isdir(model):
-                raise InputError(f"{path}: {key}: {model} is what {maker} trains, which has to come before")
-    return configs
 
 
 def complete(config: Config, source: str) -> Config:
@@ -113,7 +91,7 @@ def complete(config: Config, source: str) -> Config:
     Raises:
         InputError: they cannot be used; it names `source`, the recipe.
     """
-    with _naming(source):
+    with naming(source):
         return resolve_objective(config)
 
 
@@ -123,7 +101,7 @@ def section_class(kind: Any) -> type:
 
 
 @contextmanager
-def _naming(source: str) -> Iterator[None]:
+def naming(source: str) -> Iterator[None]:
     """Puts `source` in front of an InputError's message."""
     try:
         yield

@@ -8,6 +8,7 @@ from kdkernels.training.recipe.read import section_class
 from kdkernels.training.recipe.resolve import NO_JUDGE
 from kdkernels.training.recipe.schema import describe, toml_value
 from kdkernels.training.recipe.signatures import known_objectives, objective_options
+from kdkernels.training.recipe.stages import REASONING, STAGES, ReasoningConfig, StageConfig
 
 EXTENDING = """\
 Above its first section a recipe may name another one, as `extends = "other.toml"` (the path starts at the recipe's own
@@ -43,6 +44,9 @@ def reference() -> str:
                 required = any(default is MISSING for _, default in options.values())
                 if not required and ObjectiveConfig(name=name).build().needs_weights:
                     lines += ["", f"With these defaults {name} {NO_JUDGE}."]
+    for title, kind in ((f"[{REASONING}]", ReasoningConfig), (f"[[{STAGES}]]", StageConfig)):
+        known = {entry.name: (entry.type, entry.default) for entry in fields(kind)}
+        lines += ["", f"## {title}", "", inspect.getdoc(kind), "", *_table(known)]
     return "\n".join(lines) + "\n"
 
 

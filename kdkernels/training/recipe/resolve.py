@@ -46,7 +46,8 @@ def resolve_objective(config: Config) -> Config:
     config = replace(config, rollout=_rollout(config))
     config = replace(config, collapse=_collapse(config))
     without = config.data.response is None and config.data.messages is None
-    if without and (config.rollout.student_fraction < 1 or config.evaluation is not None):
+    unanswered = config.evaluation is not None and config.evaluation.response is None
+    if without and (config.rollout.student_fraction < 1 or unanswered):
         raise InputError(
             "[data] key 'response' is missing; only a recipe whose student writes every response can do without, "
             "and only without [evaluation]"
@@ -261,6 +262,10 @@ def _evaluation(config: Config) -> EvaluationConfig | None:
     evaluation = config.evaluation
     if evaluation is None:
         return None
+    if evaluation.response is not None and config.data.messages is not None:
+        raise InputError(
+            "[evaluation] response belongs to a [data] response; with messages the conversations have them"
+        )
     if not evaluation.metrics:
         raise InputError("[evaluation] metrics: expected at least one")
     if "kl" in evaluation.metrics and config.teacher is None:
@@ -293,11 +298,12 @@ def _evaluation(config: Config) -> EvaluationConfig | None:
 
 
 def check_paths(config: Config, coming: Collection[str] = ()) -> None:
-    """Raises InputError for a file or model that is not there. `coming`: real paths of models that may be missing."""
+    """Raises InputError for a file or model that is not there. `coming`: real paths of those that may be missing."""
     _is("[run] output", Path(config.run.output) / "config.toml", Path.exists)  # whether there is such a path at all
     files = {"[data] train": config.data.train, "[evaluation] data": config.evaluation and config.evaluation.data}
     for key, path in files.items():
-        if path is not None and not (path.startswith("hf:") or _is(key, Path(path), Path.exists)):
+        there = path is None or path.startswith("hf:") or os.path.realpath(path) in coming
+        if not (there or _is(key, Path(path), Path.exists)):
             raise InputError(f"{key}: no such file: {path}")
     for key, path in model_paths(config).items():
         if os.path.realpath(path) not in coming:
