@@ -74,7 +74,7 @@ def plan(
     if config.student.adapter is not None:
         trained = sum(one.numel() for one in models["student"].parameters() if one.requires_grad)
         lines.append(f"student's adapter: {trained:,} parameters, which alone are trained")
-    lines += _describe_step(config, processes)
+    lines += _describe_step(config, models, processes)
     here = not elsewhere and machine is None
     lines.append(describe_attention(config, models["student"], models.get("teacher"), here))
     if machine:
@@ -154,18 +154,27 @@ def _describe_model(name: str, model: PreTrainedModel) -> str:
     return f"{name}: {type(model).__name__}, {model.num_parameters():,} parameters, head {weight}{softcap}"
 
 
-def _describe_step(config: Config, processes: int) -> list[str]:
+def _describe_step(config: Config, models: Models, processes: int) -> list[str]:
     """What a step takes of the processes, at most."""
     train, accumulation = config.train, accumulation_steps(config, processes)
     prompt, response = config.data.max_prompt_tokens, _longest_response(config)
     steps = f"{train.epochs:g} epochs in steps" if train.steps is None else f"{train.steps} steps"
     whole = "" if train.steps is None else f", at most {train.steps * train.batch_size * response:,} response tokens"
+    where = f"on each of {processes} processes " if processes > 1 else ""
+    size = f"{train.micro_batch_size} x {prompt + response}"
+    hidden = [f", hidden states of the {name} {size} x {_width(model)}" for name, model in models.items()]
+    written = f"{train.batch_size // processes} x {prompt + config.rollout.max_new_tokens}"
     return [
-        f"{steps} of {train.batch_size} responses (on each of {processes} processes {accumulation} micro-batches of "
-        f"{train.micro_batch_size}){whole}",
-        f"micro-batch: tokens {train.micro_batch_size} x {prompt + response} (prompt {prompt}, response {response}) "
-        "at most",
+        f"{steps} of {train.batch_size} responses "
+        f"({where}{accumulation} micro-batches of {train.micro_batch_size}){whole}",
+        *([f"rollout: tokens {written} at most"] if config.rollout.student_fraction > 0 else []),
+        f"micro-batch: tokens {size} (prompt {prompt}, response {response}){''.join(hidden)} at most",
     ]
+
+
+def _width(model: PreTrainedModel) -> int:
+    """H, the entries of a hidden state."""
+    return tail(model).layer.weight.shape[1]
 
 
 def _longest_response(config: Config) -> int:

@@ -76,6 +76,7 @@ def test_models_are_planned_from_their_descriptions(away, tmp_path, capsys):
     """Of 8 processes, with the numbers of both models worked out by hand."""
     before = sorted(tmp_path.rglob("*"))
     printed = plan(capsys, away, "--gpus", 8)
+    assert dry(capsys, away, "--gpu", "a100-80g", "--gpus", 8) == printed
     assert sorted(tmp_path.rglob("*")) == before
     root = tmp_path
     little = 2 * 40 * 16 + 2 * 16 * 16 + 16 + 2 * (16 * 8 + 8) + 3 * 16 * 32 + 3 * 16
@@ -87,7 +88,8 @@ def test_models_are_planned_from_their_descriptions(away, tmp_path, capsys):
         f"student: Qwen2ForCausalLM, {little:,} parameters, head 40 x 16",
         f"teacher: Qwen2ForCausalLM, {big:,} parameters, head 48 x 32",
         "3 steps of 16 responses (on each of 8 processes 1 micro-batches of 2), at most 288 response tokens",
-        "micro-batch: tokens 2 x 14 (prompt 8, response 6) at most",
+        "micro-batch: tokens 2 x 14 (prompt 8, response 6), "
+        "hidden states of the student 2 x 14 x 16, hidden states of the teacher 2 x 14 x 32 at most",
         "loss: 12 tokens x 40 entries a micro-batch, in chunks of 12 tokens (the teacher's of 12)",
         f"  always: student {needs.text(4 * little)} (",
         f"  always: teacher {needs.text(4 * big)} (",
@@ -109,7 +111,7 @@ def test_processes_share_what_zero_shards(away, capsys):
 def test_epochs_that_the_data_would_count(away, capsys):
     """How many steps they are is not known, but that they are enough for all checkpoints that are kept."""
     in_steps, in_epochs = dry(capsys, away, "--set=train.steps=100"), dry(capsys, away, "--set=train.epochs=2.5")
-    said = "epochs in steps of 16 responses (on each of 1 processes 8 micro-batches of 2)\n"
+    said = "epochs in steps of 16 responses (8 micro-batches of 2)\n"
     assert f"# 2.5 {said}" in in_epochs and "[train]\nepochs = 2.5\nbatch_size" in in_epochs
     disk = in_steps.split("\n# disk: ")[1].split("\n")[0]
     assert disk.startswith("at most ") and "(3 checkpoints of " in disk and f"\n# disk: {disk}\n" in in_epochs
@@ -139,7 +141,9 @@ def test_what_cannot_be_planned_is_told(away, tmp_path, capsys):
         (["--dry-run", "--set=teacher.path=someone/other-one"], "[data] train: no such file"),
         (["--dry-run", "--set=data.max_prompt_tokens=40000"], "the max_position_embeddings of [student] path"),
         (["--gpu=a100"], "--gpu: expected one of a100-40g (40 GB), a100-80g (80 GB), h100 (80 GB), "),
-        ([f"--save={tmp_path}/x"], "add --dry-run"),
+        ([f"--save={tmp_path}/x"], "--save: of a plan, and this would train: add --dry-run"),
+        (["--set=train.steps=3", "--gpu=h100", "--gpus=2"], "--gpu, --gpus: of a plan, and this would train"),
+        (["--dry-run", "--gpus=2"], "--gpus: expected with --gpu, the name of their kind"),
     ):
         command = "plan" if arguments[0].startswith("--gpu") else "train"
         assert main([command, str(away), *arguments]) == 2

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from kdkernels.training.cli import main
 from kdkernels.training.recipe.config import Config
 from kdkernels.training.recipe.read import complete, read_recipe
-from kdkernels.training.recipe.schema import read_toml
+from kdkernels.training.recipe.schema import read_toml, to_toml
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 TSD_KD = ("qwen2.5-14b-to-1.5b", "qwen3-8b-to-1.7b", "gemma2-9b-to-2b")
@@ -152,13 +152,25 @@ def test_a_variant_is_its_differing_lines(name):
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in NAMES]
 )
-def test_the_plan_is_made_for_eight_gpus(name, capsys):
-    assert main(["plan", f"recipes/{name}.toml", "--gpu", "a100-80g", "--gpus", "8"]) == 0
+def test_a_dry_run_of_eight_processes(name, tmp_path, capsys):
+    """Resolved recipe printed and saved, models from their configurations, shapes of a process's step, its memory."""
+    saved = tmp_path / "plan.toml"
+    eight = ["--gpu", "a100-80g", "--gpus", "8", "--save", str(saved)]
+    assert main(["train", f"recipes/{name}.toml", "--dry-run", *eight]) == 0
     printed = capsys.readouterr().out
+    assert saved.read_text() == printed
     config = read(name)
+    assert to_toml(config) in printed
     response = config.data.max_response_tokens
+    texts = 512 + response
     assert "on each of 8 processes 4 micro-batches of 4)" in printed
-    assert f"# micro-batch: tokens 4 x {512 + response} (prompt 512, response {response}) at most\n" in printed
+    assert (
+        f"# micro-batch: tokens 4 x {texts} (prompt 512, response {response}), hidden states of the student 4"
+        in printed
+    )
+    assert printed.count(f", hidden states of the teacher 4 x {texts} x ") == (config.teacher is not None)
+    assert printed.count("# rollout: tokens 16 x 1024 at most\n") == (config.rollout.student_fraction > 0)
+    assert re.search(r"^# loss: \d+ tokens x \d+ entries a micro-batch, in chunks of \d+ tokens", printed, re.MULTILINE)
     assert ("needs a judge's weight for each token" in printed) == name.endswith("-vcrd")
     assert printed.count("logits soft-capped at 30") == (2 if "gemma" in name else 0)
     assert ("student's adapter: " in printed) == (config.student.adapter is not None)

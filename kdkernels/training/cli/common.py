@@ -1,6 +1,7 @@
 """What several commands share: arguments, and words."""
 
 import argparse
+from pathlib import Path
 
 from kdkernels.training.processes.exits import DISK, DONE, end
 
@@ -9,7 +10,7 @@ examples:
   kdkernels export runs/mine/checkpoints/step-000050 models/step-50    make a model of a checkpoint
   kdkernels new recipe.toml                             write a recipe with every key explained
   kdkernels train recipe.toml --dry-run                 check everything, show the plan, train nothing
-  kdkernels plan recipe.toml --gpu a100-80g --gpus 8    what it takes of another machine: memory, seconds
+  kdkernels plan recipe.toml --gpu a100-80g --gpus 8    the same for another machine: memory, seconds
   kdkernels train recipe.toml --set train.steps=100     train, with one key of the recipe changed
   kdkernels train recipe.toml --resume                  go on after a crash, bit for bit; begin if there is nothing yet
   kdkernels train recipe.toml --resume --set train.steps=200    more steps than it had, or another [optimizer] lr
@@ -28,6 +29,14 @@ def add_set(command: argparse.ArgumentParser) -> None:
         default=[],
         help="overrides a key of the recipe, in stages of each; may be repeated",
     )
+
+
+def add_plan(command: argparse.ArgumentParser, gpu: str | None = None) -> None:
+    """What a plan can be asked for; `gpu` by default, None being this machine."""
+    add = command.add_argument
+    add("--gpu", metavar="NAME", default=gpu, help=f"what kind of GPUs (default: {gpu or 'what this machine has'})")
+    add("--gpus", metavar="N", type=count, help="how many, with a process each (default: 1)")
+    add("--save", metavar="FILE", type=Path, help="a new file for what is printed")
 
 
 def count(text: str) -> int:

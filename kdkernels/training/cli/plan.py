@@ -1,9 +1,8 @@
 """`kdkernels plan`: what a recipe takes of a machine with GPUs."""
 
 import argparse
-from pathlib import Path
 
-from kdkernels.training.cli.common import add_set, count
+from kdkernels.training.cli.common import add_plan, add_set
 from kdkernels.training.cli.train import run
 
 
@@ -13,14 +12,12 @@ def add(commands) -> None:
         help="what a recipe takes of a machine with GPUs: memory, seconds",
         description="Says what a recipe takes of a machine other than this one: memory of a GPU and seconds of a step, "
         "both itemised, and what to change where it does not fit. Needs no GPU, and no weights and no data where the "
-        "models' configurations lie beside the recipe (models/NAME.json).",
+        "models' configurations lie beside the recipe (models/NAME.json). The same as train --dry-run --gpu NAME.",
     )
     command.set_defaults(run=_run)
     command.add_argument("recipe", metavar="RECIPE.toml")
     add_set(command)
-    command.add_argument("--gpu", metavar="NAME", default="a100-80g", help="what kind they are (default: %(default)s)")
-    command.add_argument("--gpus", metavar="N", type=count, default=1, help="how many (default: %(default)s)")
-    command.add_argument("--save", metavar="FILE", type=Path, help="a new file for what is printed")
+    add_plan(command, gpu="a100-80g")
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -5,12 +5,11 @@ import sys
 import textwrap
 from collections.abc import Callable
 from dataclasses import fields
-from pathlib import Path
 
 import kdkernels
 from kdkernels.errors import InputError, MissingPackage
 from kdkernels.training import with_reason
-from kdkernels.training.cli.common import EXAMPLES, add_set
+from kdkernels.training.cli.common import EXAMPLES, add_plan, add_set
 from kdkernels.training.processes.exits import STATUSES, UNUSABLE, end
 from kdkernels.training.processes.launcher import first, launched
 from kdkernels.training.recipe.config import Config
@@ -41,7 +40,7 @@ def add(commands, compressor: Callable | None = None) -> None:
     command.add_argument(
         "--dry-run", action="store_true", help="check everything, print the resolved recipe and the plan, train nothing"
     )
-    command.add_argument("--save", metavar="FILE", type=Path, help="with --dry-run: a new file for what is printed")
+    add_plan(command.add_argument_group("with --dry-run"))
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -49,8 +48,12 @@ def _train(options: argparse.Namespace) -> int:
         return end(
             UNUSABLE, f"--dry-run: expected one recipe, got {len(options.recipes)}: give it one stage after another"
         )
-    if options.save is not None and not options.dry_run:
-        return end(UNUSABLE, "--save says where a plan goes: add --dry-run")
+    of_plan = {"--gpu": options.gpu, "--gpus": options.gpus, "--save": options.save}
+    given = [name for name, value in of_plan.items() if value is not None]
+    if given and not options.dry_run:
+        return end(UNUSABLE, f"{', '.join(given)}: of a plan, and this would train: add --dry-run")
+    if options.gpus is not None and options.gpu is None:
+        return end(UNUSABLE, "--gpus: expected with --gpu, the name of their kind")
     return run(options, options.compressor)
 
 
@@ -76,9 +79,9 @@ def run(options: argparse.Namespace, compressor: Callable | None = None) -> int:
     except MissingPackage as error:
         return end(UNUSABLE, error)
     machine = None
-    if "gpu" in options:
+    if options.gpu is not None:
         try:
-            machine = command.machine(options.gpu, options.gpus)
+            machine = command.machine(options.gpu, options.gpus or 1)
         except InputError as error:
             return end(UNUSABLE, error)
     dry_run = command.DryRun(machine, options.save) if options.dry_run else None
