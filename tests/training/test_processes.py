@@ -173,7 +173,7 @@ def test_a_dry_run_tells_everything_and_writes_nothing(recipe, teacher_set, tmp_
     assert "#   text    '0+0=' | ''\n#   tokens  0 + 0 = |\n#   4 tokens | none: nobody reads the responses" in printed
     assert "# 0.38 epochs\n" in printed
     assert "3 steps of 4 responses (2 micro-batches of 2), at most 72 response tokens" in printed
-    assert "micro-batch: tokens 2 x 14 (prompt 8, response 6), hidden states of the student 2 x 14 x 16" in printed
+    assert "micro-batch: tokens 2 x 14 (prompt 8, response 6), hidden states of the student 2 x 14 x 24" in printed
     assert "loss: 12 tokens x 16 entries at most, 768 bytes as whole float32 logits of one model\n" in printed
     resolved = tmp_path / "resolved.toml"
     resolved.write_text(printed)
