@@ -92,6 +92,17 @@ def train_step(
     } | clock.metrics(tokens), defect
 
 
+def describe_phases(parts: Parts, config: Config) -> str:
+    """A line on the phases of a step: what of it is timed."""
+    some = {
+        "rollout": config.rollout.student_fraction > 0,
+        "teacher": parts.strategy.module.objective.needs_teacher,
+        "judge": parts.judge is not None,
+    }
+    names = [*(name for name, there in some.items() if there), "student", "loss", "optimizer"]
+    return f"timed in each step: {', '.join(names)}; shown are their shares of the last steps' seconds"
+
+
 def _rollout(parts: Parts, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
     """What the student writes to this process's prompts. Raises FloatingPointError, on all processes."""
     parts.sampler.sync()

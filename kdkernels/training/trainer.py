@@ -51,7 +51,7 @@ from kdkernels.training.run.metrics import EVALUATION, evaluations, read_metrics
 from kdkernels.training.run.report import write_report
 from kdkernels.training.run.samples import Samples
 from kdkernels.training.run.trackers import check_trackers, open_trackers
-from kdkernels.training.step import Parts, train_step
+from kdkernels.training.step import Parts, describe_phases, train_step
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ class _Training:
             tokens = (*examples[0].prompt_ids, *examples[0].response_ids, tokenizer.eos_token_id)[:2]
             _check_models(config, student, self.parts.teacher, tokens)
             self.notes = [*describe_dtype(config), *describe_ends(config, tokenizer, student, teacher)]
-            self.notes.append(describe_attention(config, student, teacher))
+            self.notes += [describe_attention(config, student, teacher), describe_phases(self.parts, config)]
         lengths = [one.tokens for one in examples] if config.data.by_length else None
         position, batch_size = start.progress["position"], config.train.batch_size
         self.stream = ExampleStream(len(examples), config.run.seed, position, lengths, batch_size)

@@ -1,6 +1,7 @@
 """Training: the numbers of a step, whatever the micro-batches, precision and ZeRO stage; what a run leaves behind."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -48,11 +49,11 @@ def without_times(path):
 
 @pytest.fixture
 def run(load, teacher_set, tmp_path):
-    """run(name, *overrides): the Result of training into a directory of that name."""
+    """run(name, *overrides, judge=None): the Result of training into a directory of that name."""
 
-    def run(name, *overrides):
+    def run(name, *overrides, judge=None):
         overrides = (teacher_set, *overrides) if any("objective" in text for text in overrides) else overrides
-        return train(load(f"run.output={tmp_path / name}", *overrides))
+        return train(load(f"run.output={tmp_path / name}", *overrides), judge=judge)
 
     return run
 
@@ -260,13 +261,20 @@ def test_every_phase_has_its_seconds_and_none_counts_twice(run, monkeypatch):
         assert line["tokens_per_second"] == line["tokens"] / 12221 and 0.1 < line["peak_memory_gib"] < 100
 
 
-def test_what_a_step_does_not_do_is_no_phase_of_it(run):
-    lines = read_metrics(run("sft").output / "metrics.jsonl")
-    assert {name for line in lines for name in line if "time/" in name} == {
-        "time/student",
-        "time/loss",
-        "time/optimizer",
-    }
+@pytest.mark.parametrize("objective", ["SFT", "GKD", "VCRD"])
+def test_the_banner_names_the_phases_that_a_run_times(run, capsys, objective):
+    """None for what its steps do not do; VCRD's take turns, with rollouts and without, and have a judge here."""
+    settings = {"SFT": (), "GKD": GKD, "VCRD": (*GKD, "objective.name=VCRD")}[objective]
+    judge = {"VCRD": lambda batch: torch.ones(batch.target.shape)}.get(objective)
+    lines = read_metrics(run("phases", *settings, "train.steps=2", judge=judge).output / "metrics.jsonl")
+    timed = {name.removeprefix("time/") for line in lines for name in line if name.startswith("time/")}
+    said = capsys.readouterr().out
+    banner = re.search(r"^timed in each step: (.*); shown are their shares of the last steps' seconds$", said, re.M)[1]
+    assert set(banner.split(", ")) == timed
+    assert timed - {"rollout", "teacher", "judge"} == {"student", "loss", "optimizer"}
+    assert ("judge" in timed, "teacher" in timed) == (objective == "VCRD", objective != "SFT")
+    progress = re.search(r"^step 2/2 .*tokens_per_second .*peak_memory_gib .*seconds [\d.e-]+ \((.*)\)$", said, re.M)[1]
+    assert {share.split()[0] for share in progress.split(", ")} == timed
 
 
 def test_a_batch_that_the_processes_cannot_share(load, monkeypatch):
