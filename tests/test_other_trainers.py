@@ -19,7 +19,6 @@ import kdkernels as kd
 import kdkernels.data
 from kdkernels.data import Batch, collate
 from kdkernels.data import encoding, jsonl, texts, tokenizers
-from kdkernels.teachers import head
 from kdkernels.rollouts import LocalSampler
 
 torch.manual_seed(0)
@@ -31,7 +30,7 @@ batch = collate([[1, 2], [3]], [[4, 5, 0], [6, 0]], pad_id=0)
 losses = []
 for _ in range(2):
     with torch.no_grad():
-        scored = head(teacher, batch, 11)
+        scored = kd.Head.of(teacher, vocab_size=11, **batch.inputs)
     out = module(teacher=scored, **batch.fields(by_author=False))
     out.loss.backward()
     for weight in (student.lm_head.weight, student.transformer.ln_f.weight):

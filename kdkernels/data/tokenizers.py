@@ -1,5 +1,7 @@
 """Tokenizers: trained on a run's own text, for models that start from fresh weights, and the ids that they use."""
 
+import hashlib
+import json
 from collections.abc import Iterable
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -13,6 +15,12 @@ BYTES = 256
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
     """The number of ids with a token behind them: a model may have more, as padding."""
     return max(tokenizer.get_vocab().values()) + 1
+
+
+def vocabulary_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What a tokenizer's entries, tokens with their ids, are known by: tokenizers of equal ids have the same."""
+    entries = sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
+    return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
 
 
 def train_tokenizer(texts: Iterable[str], kind: str, vocab_size: int | None = None) -> PreTrainedTokenizerFast:

@@ -1,58 +1,25 @@
 """Teachers: what scores a batch for the student to learn from."""
 
-from collections.abc import Callable
-from dataclasses import replace
-from typing import Any, Protocol, TypeVar
-
-import torch
-from transformers import PreTrainedModel
+from typing import Protocol
 
 from kdkernels.data.batch import Batch
-from kdkernels.sources import Head, Source
+from kdkernels.sources import Source
+from kdkernels.teachers.hidden import HiddenStatesTeacher
+from kdkernels.teachers.local import LocalTeacher
 
-__all__ = ["LocalTeacher", "Teacher", "as_it_is", "head"]
-
-T = TypeVar("T")
+__all__ = ["HiddenStatesTeacher", "LocalTeacher", "Teacher"]
 
 
 class Teacher(Protocol):
-    """Gives the teacher's distributions over the next token, as a source that objectives take."""
+    """Gives the teacher's distributions over the next token, as a source that objectives take.
 
-    def score(self, batch: Batch) -> Source:
-        """The source of `batch`, on its device, over its positions [B, L]; no gradient reaches it."""
-
-
-def head(model: PreTrainedModel, batch: Batch, vocab_size: int) -> Head:
-    """The model's last hidden states [B, L, H] for `batch` with its lm_head, which is left to multiply the positions
-    that matter.
-    """
-    return Head.of(model, vocab_size=vocab_size, **batch.inputs)
-
-
-def as_it_is(function: Callable[[], T]) -> T:
-    """Calls `function`: the model's weights are always where its forward looks for them."""
-    return function()
-
-
-class LocalTeacher:
-    """A frozen model in this process.
-
-    Args:
-        model: the teacher.
-        vocab_size: the ids that have a token, which it shares with the student.
-        present: calls a function while the model's weights are where its forward looks for them.
+    `alone`: whether `score` may fail on one process and not on the others, as what asks a server or reads a disk may:
+    a step then ends on all of them. Such a `score` may have no operation of all processes in it.
     """
 
-    def __init__(self, model: PreTrainedModel, vocab_size: int, present: Callable[[Callable[[], Any]], Any] = as_it_is):
-        self.model, self.vocab_size, self.present = model, vocab_size, present
+    alone: bool
 
-    @torch.no_grad()
     def score(self, batch: Batch) -> Source:
-        """The model's last hidden states with its lm_head, which stays where it was in the forward."""
-        return self.present(lambda: _held(head(self.model, batch, self.vocab_size)))
-
-
-def _held(source: Head) -> Head:
-    """The same tensors, whatever becomes of the parameters that they come from."""
-    tensors = {name: getattr(source, name) for name in source.names}
-    return replace(source, **{name: one.detach() for name, one in tensors.items() if one is not None})
+        """The source of `batch`, on its device, over its positions [B, L], of which only those that its layout has are
+        read; no gradient reaches it.
+        """

@@ -109,7 +109,7 @@ def _from_here(
     lines = [*map(str, inputs.data), inputs.examples.first, f"tokenizer: {vocabulary} tokens"]
     lines += [
         f"{name}: {path} is not on this disk: its weights were not looked at"
-        for name, path in (("student", config.student.path), ("teacher", config.teacher and config.teacher.path))
+        for name, path in (("student", config.student.path), ("teacher", config.teacher and config.teacher.model))
         if path is not None and not Path(path).is_dir()
     ]
     lines += describe_ends(config, inputs.tokenizer, models["student"], models.get("teacher"))
@@ -142,7 +142,7 @@ def _counted(config: Config) -> Config:
 
 def _models(config: Config, tokenizer) -> Models:
     models = {"student": load_student(config, tokenizer, meta=True)}
-    if config.teacher is not None and config.teacher.path is not None:
+    if config.teacher is not None and config.teacher.model is not None:
         models["teacher"] = load_teacher(config, tokenizer, meta=True)
     return models
 

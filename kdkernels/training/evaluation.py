@@ -17,7 +17,7 @@ from kdkernels.data.tokenizers import vocabulary_size
 from kdkernels.errors import InputError
 from kdkernels.rollouts import Sampler, write
 from kdkernels.rollouts.local import evaluating
-from kdkernels.teachers import Teacher, head
+from kdkernels.teachers import Teacher
 from kdkernels.training.recipe.config import Config, EvaluationConfig
 
 Z95 = 1.959963984540054  # standard normal quantile of 0.975
@@ -152,7 +152,7 @@ def _token_means(
     prompts, responses = [one.prompt_ids for one in batch], [one.response_ids for one in batch]
     inputs = collate(prompts, responses, tokenizer.eos_token_id).to(model.device)
     layout = inputs.layout.to(model.device)
-    student = head(model, inputs, vocabulary_size(tokenizer))
+    student = kd.Head.of(model, vocab_size=vocabulary_size(tokenizer), **inputs.inputs)
     values = {}  # each [B, L], 0 where no response token is predicted
     if "cross_entropy" in settings.metrics:
         values["cross_entropy"] = kd.cross_entropy(student, inputs.target, rows=layout)

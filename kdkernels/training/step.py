@@ -9,7 +9,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -140,7 +140,7 @@ def _forward_backward(parts: Parts, batch: Batch, share: float, clock: "Clock") 
     """Adds the gradient of the mean over `batch`, which has this share in that of the step; its loss and metrics."""
     scored = weights = None
     if parts.strategy.module.objective.needs_teacher:
-        with clock("teacher"):
+        with clock("teacher"), distributed.together() if parts.teacher.alone else nullcontext():
             scored = parts.teacher.score(batch)
     if parts.judge is not None:
         with clock("judge"), torch.no_grad():

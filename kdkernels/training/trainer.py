@@ -24,7 +24,7 @@ from kdkernels.errors import InputError
 from kdkernels.judges import Judge
 from kdkernels.objectives import Objective
 from kdkernels.rollouts import LocalSampler
-from kdkernels.teachers import LocalTeacher
+from kdkernels.teachers import LocalTeacher, Teacher
 from kdkernels.training.collapse import Collapse
 from kdkernels.training.deepspeed_strategy import DeepSpeedStrategy, accumulation_steps
 from kdkernels.training.errors import Collapsed, DiskError, Stopped
@@ -35,7 +35,7 @@ from kdkernels.training.models.agreement import check_model
 from kdkernels.training.models.attention import describe_attention
 from kdkernels.training.models.ends import describe_ends
 from kdkernels.training.models.loading import load_student, load_teacher
-from kdkernels.training.models.placement import place
+from kdkernels.training.models.placement import describe, place
 from kdkernels.training.models.saving import save_model
 from kdkernels.training.needs import check_disk, describe_dtype, needs
 from kdkernels.training.processes import distributed
@@ -142,7 +142,7 @@ class _Training:
         strategy = DeepSpeedStrategy(config, Distillation(student, objective, entries))
         self.parts = Parts(
             strategy=strategy,
-            teacher=place(config, teacher, strategy),
+            teacher=place(config, teacher, strategy, tokenizer),
             sampler=sampler,
             judge=judge,
             pad_id=tokenizer.eos_token_id,
@@ -154,6 +154,7 @@ class _Training:
             _check_models(config, student, self.parts.teacher, tokens)
             self.notes = [*describe_dtype(config), *describe_ends(config, tokenizer, student, teacher)]
             self.notes += [describe_attention(config, student, teacher), describe_phases(self.parts, config)]
+            self.notes += describe(self.parts.teacher)
         lengths = [one.tokens for one in examples] if config.data.by_length else None
         position, batch_size = start.progress["position"], config.train.batch_size
         self.stream = ExampleStream(len(examples), config.run.seed, position, lengths, batch_size)
@@ -285,7 +286,7 @@ def _load_models(
     """Student and teacher, of finite weights, where the disk can hold the run, of which `done` steps are trained."""
     _seed(config.run.seed)
     student = load_student(config, tokenizer)
-    teacher = load_teacher(config, tokenizer) if config.teacher and config.teacher.path else None
+    teacher = load_teacher(config, tokenizer) if config.teacher and config.teacher.model else None
     check_disk(run, needs(config, student, teacher, done))
     for section, model in (("student", student), ("teacher", teacher)):
         name = None if model is None else first_nonfinite(model.state_dict().items())
@@ -294,11 +295,9 @@ def _load_models(
     return student, teacher
 
 
-def _check_models(
-    config: Config, student: PreTrainedModel, teacher: LocalTeacher | None, tokens: Sequence[int]
-) -> None:
+def _check_models(config: Config, student: PreTrainedModel, teacher: Teacher | None, tokens: Sequence[int]) -> None:
     check_model("[student] path" if config.student.path else "[student] architecture", student, tokens, trained=True)
-    if teacher is not None:
+    if isinstance(teacher, LocalTeacher):
         key = "[teacher] base" if config.teacher.base else "[teacher] path"
         teacher.present(lambda: check_model(key, teacher.model, tokens, trained=False))
 

@@ -44,7 +44,11 @@ def engine_gradients(config: Config, judge: Judge | None = None) -> dict[str, to
     tokenizer, student, teacher, examples = models(config)
     strategy = DeepSpeedStrategy(config, Distillation(student, config.objective.build(), vocabulary_size(tokenizer)))
     parts = step.Parts(
-        strategy, place(config, teacher, strategy), LocalSampler(student, tokenizer), judge, tokenizer.eos_token_id
+        strategy,
+        place(config, teacher, strategy, tokenizer),
+        LocalSampler(student, tokenizer),
+        judge,
+        tokenizer.eos_token_id,
     )
     found, step_once = {}, strategy.step
 

@@ -66,7 +66,7 @@ def engine_steps(config: Config) -> tuple[dict, dict]:
     tokenizer, student, teacher, _ = models(config)
     entries = vocabulary_size(tokenizer)
     strategy = DeepSpeedStrategy(config, Distillation(student, config.objective.build(), entries))
-    parts = step.Parts(strategy, place(config, teacher, strategy), Stored(entries), None, 0)
+    parts = step.Parts(strategy, place(config, teacher, strategy, None), Stored(entries), None, 0)
     gradients, step_once = {}, strategy.step
 
     def capturing(*arguments):

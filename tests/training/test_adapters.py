@@ -11,8 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from kdkernels.data import collate
-from kdkernels.sources.adapted import AdaptedHead
-from kdkernels.teachers import head
+from kdkernels.sources.adapted import AdaptedHead, Head
 from kdkernels.training import InputError, load_config, needs, run_stages, train
 from kdkernels.training.cli import main
 from kdkernels.training.models.loading import load_student, load_teacher, load_tokenizer
@@ -87,7 +86,7 @@ def test_two_processes_have_the_gradients_of_full_logits(root):
 
 def test_the_head_reads_its_adapter_without_a_full_weight(root):
     student = load_student(config := load(root, goes_on(root)), load_tokenizer(config))
-    assert isinstance(head(student, collate([[3]], [[4]], pad_id=0), 16), AdaptedHead)
+    assert isinstance(Head.of(student, **collate([[3]], [[4]], pad_id=0).inputs), AdaptedHead)
 
 
 # ---- what a run leaves ----

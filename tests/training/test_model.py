@@ -13,7 +13,6 @@ import kdkernels as kd
 from kdkernels.data import collate
 from kdkernels.data.tokenizers import vocabulary_size
 from kdkernels.distillation import Distillation
-from kdkernels.teachers import head
 from kdkernels.training import InputError
 from kdkernels.training.models.loading import load_student, load_teacher, load_tokenizer
 from kdkernels.training.recipe.config import StudentConfig, TokenizerConfig
@@ -44,7 +43,7 @@ def test_the_loss_is_that_of_the_full_logits(models):
     batch = collate(prompts, [tokenizer("3.")["input_ids"], [4, 5, 6, tokenizer.eos_token_id]], tokenizer.eos_token_id)
     module = Distillation(student, kd.GKD(beta=0.5), entries)
     with torch.no_grad():
-        out = module(teacher=head(teacher, batch, entries), **batch.fields(by_author=False))
+        out = module(teacher=kd.Head.of(teacher, vocab_size=entries, **batch.inputs), **batch.fields(by_author=False))
         logits = [
             model(batch.input_ids, attention_mask=batch.attention_mask).logits[..., :entries]
             for model in (student, teacher)

@@ -53,7 +53,7 @@ def test_the_base_scores_without_the_adapter_which_is_trained_as_before(root, ki
     with torch.no_grad():
         expected = AutoModelForCausalLM.from_pretrained(root / "base").eval()(**BATCH.inputs).logits
         own = student(**BATCH.inputs).logits
-        scored = place(config, None, Plain(student)).score(BATCH)
+        scored = place(config, None, Plain(student), None).score(BATCH)
         assert torch.allclose(logits(scored), expected, atol=1e-6) and not torch.allclose(own, expected, atol=0.1)
         assert torch.equal(student(**BATCH.inputs).logits, own) and student.training
     assert not scored.hidden.requires_grad and not scored.weight.requires_grad
@@ -121,7 +121,7 @@ def test_a_teacher_in_cpu_memory_is_on_the_device_while_it_scores(root, monkeypa
         return to(tensor, *arguments, **options).clone() if "non_blocking" in options else to(tensor, *arguments)
 
     monkeypatch.setattr(torch.Tensor, "to", copied)
-    teacher = place(config, model, Plain(model))
+    teacher = place(config, model, Plain(model), None)
 
     def places():
         return [one.data_ptr() for one in (*model.parameters(), *model.buffers())]
@@ -210,8 +210,11 @@ def test_by_default_it_is_the_runs(root):
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["teacher.dtype=float32"], r"\[teacher\] expected either path or base, got neither"),
-        (["teacher.path={root}/base", "teacher.base=true"], r"\[teacher\] expected either path or base, got both"),
+        (["teacher.dtype=float32"], r"\[teacher\] expected one of path, base and url, or a cache, got none of them"),
+        (
+            ["teacher.path={root}/base", "teacher.base=true"],
+            r"\[teacher\] expected one of path, base and url, or a cache, got path and base",
+        ),
         (["teacher.base=true", "teacher.placement=cpu"], r"\[teacher\] placement belongs to a model at path"),
         (["teacher.base=true", "teacher.attention=eager"], r"\[teacher\] attention belongs to a model at path"),
         (["teacher.base=true", "teacher.dtype=float32"], r"\[teacher\] dtype belongs to a model at path"),

@@ -6,7 +6,7 @@ import torch
 
 import kdkernels as kd
 from kdkernels.data import collate
-from kdkernels.teachers import LocalTeacher, head
+from kdkernels.teachers import LocalTeacher
 from kdkernels.training import train
 from kdkernels.training.models import placement
 from kdkernels.training.models.loading import load_teacher, load_tokenizer
@@ -19,7 +19,7 @@ def test_a_local_teacher_is_its_model_and_gets_no_gradient(load, teacher_set):
     tokenizer = load_tokenizer(config)
     model = load_teacher(config, tokenizer).requires_grad_(True)
     batch = collate([[3, 4], [5]], [[6, 1], [7, 8, 1]], 0)
-    scored, expected = LocalTeacher(model, 16).score(batch), head(model, batch, 16)
+    scored, expected = LocalTeacher(model, 16).score(batch), kd.Head.of(model, vocab_size=16, **batch.inputs)
     assert torch.equal(scored.hidden, expected.hidden) and scored.vocabulary == 16
     assert expected.hidden.requires_grad and not scored.hidden.requires_grad
 

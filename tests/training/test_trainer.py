@@ -12,7 +12,7 @@ from kdkernels.data import ExampleStream, collate
 from kdkernels.data.tokenizers import vocabulary_size
 from kdkernels.distillation import Distillation
 from kdkernels.rollouts import LocalSampler
-from kdkernels.teachers import LocalTeacher, head
+from kdkernels.teachers import LocalTeacher
 from kdkernels.training import InputError, train
 from kdkernels.training.deepspeed_strategy import DeepSpeedStrategy
 from kdkernels.training.inputs import read_examples
@@ -90,7 +90,7 @@ def test_gradients_of_micro_batches_add_up(load, teacher_set, reduction):
             some = examples[i : i + size]
             batch = collate([one.prompt_ids for one in some], [one.response_ids for one in some], 0)
             with torch.no_grad():
-                scored = head(teacher, batch, entries)
+                scored = kd.Head.of(teacher, vocab_size=entries, **batch.inputs)
             module(**batch.fields(by_author=False), teacher=scored, denominator=units).loss.backward()
         found[size] = torch.cat([p.grad.flatten() for p in student.parameters()])
     assert found[4].norm() > 0.01
@@ -126,7 +126,7 @@ def test_a_run_is_what_plain_pytorch_computes(run, load, teacher_set, objective)
         picked = [examples[i] for i in stream.next(4)]
         batch = collate([one.prompt_ids for one in picked], [one.response_ids for one in picked], 0)
         with torch.no_grad():
-            scored = head(teacher, batch, entries) if teacher else None
+            scored = kd.Head.of(teacher, vocab_size=entries, **batch.inputs) if teacher else None
         out = module(teacher=scored, **batch.fields(by_author=False))
         optimizer.zero_grad()
         out.loss.backward()

@@ -26,8 +26,8 @@ from kdkernels.data.texts import render
 from kdkernels.data.tokenizers import train_tokenizer, vocabulary_size
 from kdkernels.errors import InputError
 from kdkernels.rollouts.local import end_ids
+from kdkernels.sources import Head
 from kdkernels.sources.from_model import tail, trunk
-from kdkernels.teachers import head
 from kdkernels.training.models.adapters import attach, merge, read
 from kdkernels.training.models.attention import FLASH, attend
 from kdkernels.training.models.weights import check_weights
@@ -102,6 +102,14 @@ def load_teacher(config: Config, tokenizer: PreTrainedTokenizerBase | None, *, m
     return model
 
 
+def load_frozen(path: str, key: str, dtype: str, attention: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The frozen model at `path` in evaluation mode, without a recipe, and its tokenizer. Raises InputError."""
+    tokenizer = read_tokenizer(path, key)
+    model = _read_model(path, key, None, tokenizer, False, dtype).eval().requires_grad_(False)
+    attend(model, attention, dtype, key)
+    return model, tokenizer
+
+
 def _fresh_model(config: Config, tokenizer: PreTrainedTokenizerBase, meta: bool) -> PreTrainedModel:
     key = "[student] architecture"
     configuration = _architecture(config, tokenizer, key)
@@ -116,7 +124,7 @@ def _fresh_model(config: Config, tokenizer: PreTrainedTokenizerBase, meta: bool)
 def _read_model(
     path: str,
     key: str,
-    config: Config,
+    config: Config | None,
     tokenizer: PreTrainedTokenizerBase | None,
     meta: bool,
     dtype: str,
@@ -135,11 +143,12 @@ def _read_model(
 
 
 def _read_whole(
-    path: str, key: str, config: Config, tokenizer: PreTrainedTokenizerBase | None, meta: bool, dtype: str
+    path: str, key: str, config: Config | None, tokenizer: PreTrainedTokenizerBase | None, meta: bool, dtype: str
 ) -> PreTrainedModel:
     with _named(key):
         configuration = AutoConfig.from_pretrained(path)
-    _check_positions(configuration, key, config)
+    if config is not None:
+        _check_positions(configuration, key, config)
     with _named(key), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(configuration)
     if Path(path).is_dir():
@@ -190,19 +199,22 @@ def _try_out(model: PreTrainedModel, vocab_size: int) -> None:
         for buffer in model.buffers():
             buffer.zero_()
     with torch.no_grad():
-        head(model.eval(), collate([[0]], [[0]], pad_id=0), vocab_size)
+        Head.of(model.eval(), vocab_size=vocab_size, **collate([[0]], [[0]], pad_id=0).inputs)
 
 
 def _check_positions(configuration: PreTrainedConfig, key: str, config: Config) -> None:
-    """Refuses token limits beyond the positions of a model; some models have no bound."""
+    check_positions(getattr(configuration.get_text_config(), "max_position_embeddings", None), key, config)
+
+
+def check_positions(positions: int | None, key: str, config: Config) -> None:
+    """Refuses token limits beyond the positions of a model; some models have no bound (None)."""
     fraction, evaluation, limits = config.rollout.student_fraction, config.evaluation, {}
     if fraction < 1 or (evaluation is not None and evaluation.by_token):
         limits["[data] max_response_tokens"] = config.data.max_response_tokens
     if fraction > 0:
         limits["[rollout] max_new_tokens"] = config.rollout.max_new_tokens
-    if evaluation is not None and "exact_match" in evaluation.metrics and key != "[teacher] path":
+    if evaluation is not None and "exact_match" in evaluation.metrics and not key.startswith("[teacher]"):
         limits["[evaluation] max_new_tokens"] = evaluation.max_new_tokens
-    positions = getattr(configuration.get_text_config(), "max_position_embeddings", None)
     for name, limit in limits.items():
         if positions is not None and config.data.max_prompt_tokens + limit > positions:
             raise InputError(

@@ -4,11 +4,15 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from kdkernels.data.tokenizers import vocabulary_hash
+from kdkernels.http import Server
 from kdkernels.rollouts.local import evaluating
-from kdkernels.teachers import LocalTeacher
+from kdkernels.teachers import HiddenStatesTeacher, LocalTeacher, Teacher
+from kdkernels.teachers.served import Client
 from kdkernels.training.deepspeed_teacher import sharded
+from kdkernels.training.models.loading import check_positions
 from kdkernels.training.processes import distributed
 from kdkernels.training.recipe.config import Config
 from kdkernels.training.strategy import Strategy
@@ -16,24 +20,40 @@ from kdkernels.training.strategy import Strategy
 T = TypeVar("T")
 
 
-def place(config: Config, teacher: PreTrainedModel | None, strategy: Strategy) -> LocalTeacher | None:
-    """The recipe's teacher as [teacher] wants it, None where there is none.
+def place(
+    config: Config, teacher: PreTrainedModel | None, strategy: Strategy, tokenizer: PreTrainedTokenizerBase
+) -> Teacher | None:
+    """The recipe's teacher as [teacher] wants it, None where there is none; all processes call this together.
 
     Args:
         config: the recipe.
-        teacher: the model at [teacher] path, as it was read; None for the base of the student.
+        teacher: the model at [teacher] path, as it was read; None where there is none to read.
         strategy: that of the student.
+        tokenizer: the run's.
+
+    Raises:
+        InputError, ServerError: a served teacher has another tokenizer, or its server does not answer.
     """
     entries = strategy.module.vocab_size
     if config.teacher is None:
         return None
     if config.teacher.base:
         return LocalTeacher(strategy.module.student, entries, without_adapter(strategy))
+    if config.teacher.url is not None:
+        with distributed.together():
+            client = Client(Server(config.teacher.url), vocabulary_hash(tokenizer), "[teacher] url")
+            check_positions(client.about["positions"], "[teacher] url", config)
+            return client.teacher(entries, distributed.device())
     if config.teacher.placement == "zero3":
         return LocalTeacher(teacher, entries, sharded(teacher, config))
     if config.teacher.placement == "cpu":
         return LocalTeacher(teacher, entries, offloaded(teacher, distributed.device()))
     return LocalTeacher(teacher.to(distributed.device()), entries)
+
+
+def describe(teacher: Teacher | None) -> list[str]:
+    """A line about what of a teacher comes from somewhere else."""
+    return [f"teacher: {teacher}"] if isinstance(teacher, HiddenStatesTeacher) else []
 
 
 def offloaded(model: PreTrainedModel, device: torch.device) -> Callable[[Callable[[], T]], T]:

@@ -85,6 +85,10 @@ class TeacherConfig:
     """`path`: directory or hub name of a model that shares the student's tokenizer (an adapter's directory: merged into
     its base), or `base = true`: the student as it was, its adapter left out of the forward, which takes no weights.
 
+    `url`: in place of them, a model that `kdkernels teacher-serve` serves, as http://HOST:PORT: its hidden states come
+    from there. `cache`: a directory that `kdkernels teacher-cache` wrote, with what a teacher says about the data's
+    responses (rollout.student_fraction = 0); a `path` beside it is that of the teacher which wrote it, and not loaded.
+
     `placement`: "replicated" on every process's device; "cpu" in its CPU memory, copied to the device for each
     micro-batch; "zero3" in parts on all processes, each layer gathered while it is used (no [evaluation] of kl).
     `dtype`: of its weights, [run] dtype by default. `attention`: as in [student].
@@ -92,9 +96,16 @@ class TeacherConfig:
 
     path: Place | None = None
     base: bool = False
+    url: Name | None = None
+    cache: Place | None = None
     placement: Literal["replicated", "cpu", "zero3"] = "replicated"
     dtype: Literal["float32", "bfloat16"] | None = None
     attention: Attention = "auto"
+
+    @property
+    def model(self) -> str | None:
+        """Where the model is that this process loads; None where there is none to load."""
+        return self.path if self.cache is None else None
 
 
 @dataclass(frozen=True, kw_only=True)

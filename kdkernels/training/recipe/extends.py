@@ -12,7 +12,8 @@ LENGTH = {"train.steps": ("epochs",), "train.epochs": ("steps",)}
 INSTEAD = LENGTH | {  # a key, and those of its section that it takes the place of
     "student.path": ("architecture", "pad_vocab_to"),
     "student.architecture": ("path",),
-    "teacher.path": ("base",),
+    "teacher.path": ("base", "url"),
+    "teacher.url": ("path", "base"),
     "teacher.base": ("path",),
     "tokenizer.path": ("kind", "vocab_size"),
     "tokenizer.kind": ("path",),

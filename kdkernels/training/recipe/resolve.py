@@ -86,6 +86,7 @@ PATHS = (  # the keys of a recipe that say where something lies
     ("evaluation", "data"),
     ("student", "path"),
     ("teacher", "path"),
+    ("teacher", "cache"),
     ("tokenizer", "path"),
 )
 
@@ -166,16 +167,21 @@ def _teacher(config: Config) -> TeacherConfig | None:
     teacher = config.teacher
     if teacher is None:
         return None
-    if (teacher.path is not None) == teacher.base:
-        raise InputError(f"[teacher] expected either path or base, got {'both' if teacher.base else 'neither'}")
-    if not teacher.base:
+    given = [name for name in ("path", "base", "url") if getattr(teacher, name)]
+    if len(given) > 1 or not (given or teacher.cache):
+        raise InputError(
+            f"[teacher] expected one of path, base and url, or a cache, got {' and '.join(given) or 'none of them'}"
+        )
+    if teacher.cache is not None and given not in ([], ["path"]):
+        raise InputError(f"[teacher] cache: expected it alone or beside a path, got {given[0]} too")
+    if teacher.path is not None:
         return teacher if teacher.dtype else replace(teacher, dtype=config.run.dtype)
-    if config.student.adapter is None:
+    if teacher.base and config.student.adapter is None:
         raise InputError("[teacher] base is that of a student with [student.adapter]: without one, give it a path")
-    default = TeacherConfig(base=True)
     for key in ("placement", "dtype", "attention"):
-        if getattr(teacher, key) != getattr(default, key):
-            raise InputError(f"[teacher] {key} belongs to a model at path; the base shares the student's weights")
+        if getattr(teacher, key) != getattr(TeacherConfig(), key):
+            other = "the base shares the student's weights" if teacher.base else "none is loaded here"
+            raise InputError(f"[teacher] {key} belongs to a model at path; {other}")
     return teacher
 
 
@@ -218,6 +224,12 @@ def _rollout(config: Config) -> RolloutConfig:
         raise InputError(
             f"[rollout] student_fraction: expected 0, since {config.objective.name} learns from the data's responses, "
             f"got {rollout.student_fraction}"
+        )
+    if rollout.student_fraction > 0 and config.teacher is not None and config.teacher.cache is not None:
+        raise InputError(
+            f"[rollout] student_fraction: expected 0, since [teacher] cache holds what a teacher says about the "
+            f"data's responses, got {rollout.student_fraction:g}; for responses that the student writes give the "
+            "teacher's path or url, or store them as data"
         )
     if rollout.max_new_tokens is None:
         rollout = replace(rollout, max_new_tokens=config.data.max_response_tokens)

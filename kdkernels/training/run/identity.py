@@ -2,20 +2,26 @@
 
 A run that goes on must find the same, wherever it lies by now. An identity is the SHA-256 of a data file or of the rows
 of a dataset, those of all files of a model's directory that transformers may read, or for a model of the hub the commit
-of its snapshot. Weights are read as a whole: a changed weight in a file of the same size and date is noticed.
+of its snapshot; of a served teacher, what its server says. Weights are read as a whole: a changed weight in a file of
+the same size and date is noticed.
 """
 
+import hashlib
+import json
 from pathlib import Path
 
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from kdkernels.data.records import hash_of_rows, is_dataset
 from kdkernels.errors import InputError
+from kdkernels.http import Server
+from kdkernels.teachers.served import about
 from kdkernels.training.recipe.config import Config
 from kdkernels.training.recipe.resolve import adapter_base
 from kdkernels.training.run.hashes import sha256_of_all
 
 MODEL_FILES = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja")
+URL = "[teacher] url"
 TOKENIZER, DATA = "[tokenizer]", ("[data] train", "[evaluation] data")
 Identity = str | dict[str, str]  # of a file or commit, or of every file in a directory
 
@@ -29,6 +35,7 @@ def sources(config: Config, trained_tokenizer: Path | None) -> dict[str, str]:
         "[evaluation] data": config.evaluation and config.evaluation.data,
         "[student] path": config.student.path,
         "[teacher] path": config.teacher and config.teacher.path,
+        URL: config.teacher and config.teacher.url,
         "[tokenizer] path": config.tokenizer.path,
         TOKENIZER: trained_tokenizer and str(trained_tokenizer),
     }
@@ -44,6 +51,11 @@ def identify(sources: dict[str, str]) -> dict[str, Identity]:
     return {key: known[path] for key, path in sources.items()}
 
 
+def digest(identity: object) -> str:
+    """An identity, and what belongs to it, as one hash."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
 def differences(old: dict[str, Identity], new: dict[str, Identity], sources: dict[str, str]) -> list[str]:
     """What has other contents now than the run began with, in words."""
     places = {key: f"{key} ({sources[key]})" if key in sources else key for key in {**old, **new}}
@@ -52,6 +64,8 @@ def differences(old: dict[str, Identity], new: dict[str, Identity], sources: dic
 
 def _identify(key: str, path: str) -> Identity:
     place = Path(path)
+    if key == URL:
+        return f"model {about(Server(path))['model']}"
     try:
         if key in DATA and is_dataset(path):
             return f"rows {hash_of_rows(path)}"
