@@ -5,7 +5,8 @@ Axes: B examples of a batch, L length.
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ def evaluate(
     examples: Sequence[Example],
     config: Config,
     teacher: Teacher | None = None,
+    together: Callable[[], AbstractContextManager] = nullcontext,
 ) -> list[dict[str, Any]]:
     """One record per example, in the given order, with all that the `metrics` of [evaluation] come from (`summarize`).
 
@@ -40,19 +42,25 @@ def evaluate(
     cross_entropy, kl: -log q(token) and KL(p || q) of the teacher p and the model q, in nats per token of the data's
     responses, the end-of-sequence token included.
 
+    Of several processes, each calls this with as many examples as the others, where a teacher in parts scores for all
+    of them at once. `together` is around what each does on its own: answers at its own pace, and all before the first
+    score, as a process that cannot answer would leave the others waiting there.
+
     Raises InputError for a data response in which `answer` finds nothing.
     """
-    settings = config.evaluation
-    records = []
+    settings, size = config.evaluation, config.evaluation.batch_size
+    records = [{"line": example.line, "prompt": example.prompt} for example in examples]
+    parts = [slice(start, start + size) for start in range(0, len(examples), size)]
     with torch.no_grad(), evaluating(model):
-        for start in range(0, len(examples), settings.batch_size):
-            batch = examples[start : start + settings.batch_size]
-            part = [{"line": example.line, "prompt": example.prompt} for example in batch]
-            if "exact_match" in settings.metrics:
-                _add(part, _answers(sampler, tokenizer, batch, settings))
-            if {"cross_entropy", "kl"} & set(settings.metrics):
-                _add(part, _token_means(model, tokenizer, batch, settings, teacher))
-            records += part
+        if "exact_match" in settings.metrics:
+            with together():
+                for part in parts:
+                    _add(records[part], _answers(sampler, tokenizer, examples[part], settings))
+        if {"cross_entropy", "kl"} & set(settings.metrics):
+            in_parts = config.teacher is not None and config.teacher.placement == "zero3"
+            with nullcontext() if in_parts else together():
+                for part in parts:
+                    _add(records[part], _token_means(model, tokenizer, examples[part], settings, teacher))
     return records
 
 

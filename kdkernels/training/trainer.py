@@ -5,7 +5,6 @@
 Without a launcher it is one process; torchrun starts several, which run this together.
 """
 
-import itertools
 import random
 from collections.abc import Collection, Sequence
 from contextlib import ExitStack
@@ -234,18 +233,22 @@ class _Training:
         return [examples[i] for i in self.stream.next(self.config.train.batch_size)]
 
     def _evaluation(self) -> dict[str, float]:
-        """Evaluates the student on the held-out data, each process its share, and writes the records; the metrics."""
-        parts, tokenizer = self.parts, self.inputs.tokenizer
+        """Evaluates the student on the held-out data, each process its share, and writes the records; the metrics. The
+        shares are equally long: where the examples do not divide, some are in two of them, and count once.
+        """
+        parts, tokenizer, processes = self.parts, self.inputs.tokenizer, distributed.world_size()
         chosen = self.inputs.held_out.usable[: self.config.evaluation.limit]
-        share = chosen[distributed.rank() :: distributed.world_size()]
+        places = range(distributed.rank(), -(-len(chosen) // processes) * processes, processes)
+        share = [chosen[place % len(chosen)] for place in places]
         parts.sampler.sync()
         try:
-            with parts.strategy.whole(), distributed.together():
-                student = parts.strategy.module.student
-                own = evaluate(student, parts.sampler, tokenizer, share, self.config, parts.teacher)
+            with parts.strategy.whole():
+                student, own_pace = parts.strategy.module.student, distributed.together
+                own = evaluate(student, parts.sampler, tokenizer, share, self.config, parts.teacher, own_pace)
         except FloatingPointError as error:
             raise self._diverged(f"evaluation: {error}") from error
-        records = sorted(itertools.chain(*distributed.gathered(own)), key=lambda record: record["line"])
+        found = distributed.gathered(own)
+        records = [found[place % processes][place // processes] for place in range(len(chosen))]
         self.run.write_records(self.run.evaluation(self.step), records)
         return {EVALUATION + name: value for name, value in summarize(records).items()}
 

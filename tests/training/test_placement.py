@@ -159,11 +159,16 @@ def test_gradients_beside_a_teacher_in_parts_are_those_of_full_logits(root):
 
 
 @pytest.mark.slow
-def test_a_run_with_a_teacher_in_parts_is_that_with_whole_ones(root):
-    found = []
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_run_with_a_teacher_in_parts_is_that_with_whole_ones(root, stage):
+    """Evaluations of three examples too, of which one process has two."""
+    found, logs = [], []
     for placement in ("replicated", "zero3"):
+        output = root / f"{placement}-{stage}"
         overrides = [
-            f"run.output={root / placement}",
+            f"run.output={output}",
+            "run.timeout_seconds=60",
+            f"deepspeed.zero_stage={stage}",
             "train.micro_batch_size=1",
             "objective.name=TSDKD",
             "objective.k=4",
@@ -171,19 +176,21 @@ def test_a_run_with_a_teacher_in_parts_is_that_with_whole_ones(root):
             f"teacher.placement={placement}",
             f"evaluation.data={root / 'test.jsonl'}",
             "evaluation.limit=3",
-            'evaluation.metrics=["cross_entropy"]',
+            "evaluation.batch_size=1",
+            'evaluation.metrics=["exact_match", "kl"]',
+            "evaluation.answer='(.*)'",
         ]
         arguments = [str(root / "lora.toml"), *(f"--set={text}" for text in overrides)]
         finish(start(TWO, str(HERE / "in_parts.py"), "train", *arguments, cwd=root), root)
-        found.append(load_file(root / placement / "final" / "adapter_model.safetensors"))
+        found.append(load_file(output / "final" / "adapter_model.safetensors"))
+        logs.append(read_metrics(output / "metrics.jsonl"))
+        records = [json.loads(line) for line in (output / "evaluation-000003.jsonl").read_text().splitlines()]
+        assert [record["line"] for record in records] == [1, 2, 3] and all("kl" in record for record in records)
     assert all(torch.allclose(found[1][name], weight, atol=1e-6) for name, weight in found[0].items())
     assert all(torch.count_nonzero(weight) for weight in found[0].values()) and len(found[0]) == 16
-
-
-def test_a_teacher_in_parts_is_not_evaluated_against(root):
-    overrides = [f"teacher.path={root / 'base'}", "teacher.placement=zero3", f"evaluation.data={root / 'test.jsonl'}"]
-    with pytest.raises(InputError, match=r'"kl" needs all of the teacher.*"replicated" or "cpu", got "zero3"'):
-        load_config(root / "lora.toml", [*overrides, 'evaluation.metrics=["kl"]'])
+    measured = [[line["evaluation/kl"] for line in log if "evaluation/kl" in line] for log in logs]
+    assert measured[1] == pytest.approx(measured[0], rel=1e-4) and len(measured[0]) > 1 and measured[0][0] > 0.01
+    assert all("evaluation/exact_match" in log[-1] for log in logs)
 
 
 # ---- dtype ----

@@ -90,7 +90,7 @@ class TeacherConfig:
     responses (rollout.student_fraction = 0); a `path` beside it is that of the teacher which wrote it, and not loaded.
 
     `placement`: "replicated" on every process's device; "cpu" in its CPU memory, copied to the device for each
-    micro-batch; "zero3" in parts on all processes, each layer gathered while it is used (no [evaluation] of kl).
+    micro-batch; "zero3" in parts on all processes, each layer gathered while it is used.
     `dtype`: of its weights, [run] dtype by default. `attention`: as in [student].
     """
 

@@ -282,11 +282,6 @@ def _evaluation(config: Config) -> EvaluationConfig | None:
         raise InputError("[evaluation] metrics: expected at least one")
     if "kl" in evaluation.metrics and config.teacher is None:
         raise InputError('[evaluation] metrics: "kl" needs a [teacher]')
-    if "kl" in evaluation.metrics and config.teacher.placement == "zero3":
-        raise InputError(
-            '[evaluation] metrics: "kl" needs all of the teacher, as processes evaluate different numbers of batches; '
-            'expected [teacher] placement "replicated" or "cpu", got "zero3"'
-        )
     if "exact_match" in evaluation.metrics and evaluation.answer is None:
         raise InputError("[evaluation] key 'answer' is missing; the metric \"exact_match\" needs it")
     if "exact_match" not in evaluation.metrics and evaluation.answer is not None:
