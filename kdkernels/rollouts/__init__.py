@@ -38,6 +38,11 @@ class Sampler(Protocol):
         weights that have changed.
         """
 
+    def metrics(self) -> dict[str, float]:
+        """What it measured since the last `sync`, over all processes, which call this together; by the names under
+        which it is logged.
+        """
+
     def close(self) -> None:
         """Gives back what the sampler holds; nothing is generated afterwards."""
 

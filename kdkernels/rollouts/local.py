@@ -65,6 +65,10 @@ class LocalSampler:
     def sync(self) -> None:
         """Nothing: the model is the student."""
 
+    def metrics(self) -> dict[str, float]:
+        """Nothing."""
+        return {}
+
     def close(self) -> None:
         """Nothing: the model is the trainer's."""
 

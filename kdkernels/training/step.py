@@ -56,10 +56,10 @@ def train_step(
     written = student_steps(step, config.rollout.student_fraction)
     author = "student" if written > student_steps(step - 1, config.rollout.student_fraction) else "teacher"
     try:
-        responses = [example.response_ids for example in share]
+        responses, told = [example.response_ids for example in share], {}
         if author == "student":
             with clock("rollout"):
-                responses = _rollout(parts, prompts, config.rollout.max_new_tokens)
+                responses, told = _rollout(parts, prompts, config.rollout.max_new_tokens)
     except FloatingPointError as error:
         return {"loss": math.nan, "lr": lr, "gradient_norm": math.nan, "tokens": 0} | clock.metrics(0), str(error)
 
@@ -80,7 +80,6 @@ def train_step(
     with clock("optimizer"):
         means = dict(zip(sums, distributed.total(torch.stack(list(sums.values()))).tolist(), strict=True))
         gradient_norm, defect = strategy.step(means["loss"], lr, apply)
-
     return {
         **means,
         "lr": lr,
@@ -89,6 +88,7 @@ def train_step(
         f"{author}_length": tokens / len(examples),
         f"{author}_finished": finished / len(examples),
         PEAK_MEMORY: distributed.peak_memory(),
+        **told,
     } | clock.metrics(tokens), defect
 
 
@@ -103,11 +103,16 @@ def describe_phases(parts: Parts, config: Config) -> str:
     return f"timed in each step: {', '.join(names)}; shown are their shares of the last steps' seconds"
 
 
-def _rollout(parts: Parts, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
-    """What the student writes to this process's prompts. Raises FloatingPointError, on all processes."""
+def _rollout(
+    parts: Parts, prompts: Sequence[Sequence[int]], max_new_tokens: int
+) -> tuple[list[list[int]], dict[str, float]]:
+    """What the student writes to this process's prompts, and what the sampler measured of that. Raises
+    FloatingPointError, on all processes.
+    """
     parts.sampler.sync()
     with parts.strategy.whole(), distributed.together():
-        return write(parts.sampler, prompts, max_new_tokens, parts.strategy.module.vocab_size)
+        responses = write(parts.sampler, prompts, max_new_tokens, parts.strategy.module.vocab_size)
+    return responses, parts.sampler.metrics()
 
 
 def _micro_batches(

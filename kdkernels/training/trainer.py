@@ -22,7 +22,6 @@ from kdkernels.distillation import Distillation
 from kdkernels.errors import InputError
 from kdkernels.judges import Judge
 from kdkernels.objectives import Objective
-from kdkernels.rollouts import LocalSampler
 from kdkernels.teachers import LocalTeacher, Teacher
 from kdkernels.training.collapse import Collapse
 from kdkernels.training.deepspeed_strategy import DeepSpeedStrategy, accumulation_steps
@@ -50,6 +49,7 @@ from kdkernels.training.run.metrics import EVALUATION, evaluations, read_metrics
 from kdkernels.training.run.report import write_report
 from kdkernels.training.run.samples import Samples
 from kdkernels.training.run.trackers import check_trackers, open_trackers
+from kdkernels.training.sampling import make_sampler
 from kdkernels.training.step import Parts, describe_phases, train_step
 
 
@@ -137,8 +137,8 @@ class _Training:
             student, teacher = _load_models(config, run, self.inputs.tokenizer, done=self.first)
         tokenizer, examples = self.inputs.tokenizer, self.inputs.examples.usable
         entries = vocabulary_size(tokenizer)
-        sampler = LocalSampler(student, tokenizer)
         strategy = DeepSpeedStrategy(config, Distillation(student, objective, entries))
+        sampler = make_sampler(config, run, student, tokenizer, strategy)
         self.parts = Parts(
             strategy=strategy,
             teacher=place(config, teacher, strategy, tokenizer),

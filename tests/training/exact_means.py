@@ -43,6 +43,9 @@ class Stored:
     def sync(self):
         pass
 
+    def metrics(self):
+        return {}
+
 
 def batches(config: Config, tokenizer):
     """The examples of each step."""

@@ -2,14 +2,21 @@
 
 import math
 import string
+from dataclasses import replace
 
 import pytest
 import torch
+from faulty_server import faulty_server
 from transformers import AutoModelForCausalLM, GenerationConfig
+from vllm_server import VllmServer
 
 from kdkernels.data.tokenizers import vocabulary_size
+from kdkernels.http import Server
 from kdkernels.rollouts import LocalSampler
-from kdkernels.training import train, trainer
+from kdkernels.rollouts.drift import measure
+from kdkernels.rollouts.engine import Asked
+from kdkernels.rollouts.server import ServerEngine
+from kdkernels.training import sampling, train
 from kdkernels.training.models.loading import load_student, load_tokenizer
 from kdkernels.training.run.metrics import read_metrics
 
@@ -100,6 +107,27 @@ def test_sampling_is_the_models_distribution(model, tokenizer):
         after = [response[1] for response in responses if response[0] == likely]
         assert len(after) > 200
         assert_drawn_from(probabilities(model, tokenizer, (*prompt, likely)), after)
+
+
+def test_a_server_is_asked_for_the_models_distribution(model, tokenizer, tmp_path):
+    """One whose own defaults, and those of the checkpoint, would all change it; and which says what it drew from."""
+    server, ends = VllmServer(tmp_path / "hostile"), LocalSampler(model, tokenizer).ends
+    entries = model.get_output_embeddings().weight.shape[0]
+    asked = Asked(2, False, ends, vocabulary_size(tokenizer), entries)
+    prompt = tuple(tokenizer("7+1=")["input_ids"])
+    with faulty_server(server.answer) as http:
+        drawn = ServerEngine(Server(http.url), 4).draw([prompt] * 600, asked, range(600))
+        again = ServerEngine(Server(http.url), 4).draw([prompt] * 9, asked, range(9))
+        ids = ServerEngine(Server(http.url), 4).draw([prompt], replace(asked, greedy=True), [0])[0].ids
+    first = probabilities(model, tokenizer, prompt)
+    assert_drawn_from(first, [one.ids[0] for one in drawn])
+    assert again == drawn[:9], "a seed gives the same response"
+    assert {len(one.ids) for one in drawn if one.ids[0] not in ends} == {2}
+    assert {len(one.ids) for one in drawn if one.ids[0] in ends} == {1}, "the token that ends a response is in it"
+    assert all(math.isclose(one.log_probs[0], first[one.ids[0]].log().item(), abs_tol=1e-4) for one in drawn)
+    drift = measure(model, [prompt] * 600, drawn, vocabulary_size(tokenizer), ends[0])
+    assert drift.tokens == sum(len(one.ids) for one in drawn) and 0 < drift.mean < drift.largest < 1e-4
+    assert [ids] == LocalSampler(model, tokenizer).generate([prompt], 2, greedy=True)
 
 
 def test_greedy_takes_the_most_probable_token(model, tokenizer):
@@ -194,10 +222,13 @@ def test_a_run_takes_a_sampler_that_is_no_model(load, teacher_set, tmp_path, mon
         def sync(self):
             calls.append("sync")
 
+        def metrics(self):
+            return {"liked": 0.5}
+
         def close(self):
             calls.append("close")
 
-    monkeypatch.setattr(trainer, "LocalSampler", Scripted)
+    monkeypatch.setattr(sampling, "LocalSampler", Scripted)
     config = load(
         *GKD,
         teacher_set,
@@ -215,6 +246,7 @@ def test_a_run_takes_a_sampler_that_is_no_model(load, teacher_set, tmp_path, mon
     assert calls == ["sync", "greedy", "sync", "sample", "sync", "sample", "sync", "greedy", "close"]
     lines = read_metrics(result.output / "metrics.jsonl")
     assert [line["tokens"] for line in lines[1:]] == [4 * 3, 4 * 3]
+    assert [line["liked"] for line in lines[1:]] == [0.5, 0.5], "what it measured is logged"
     assert result.evaluations[2]["finished"] == 1 and 0 < result.evaluations[2]["exact_match"] < 1
 
 
@@ -240,7 +272,7 @@ def test_what_is_no_response_to_each_prompt_is_refused(load, teacher_set, monkey
             return spoil(responses) if greedy == spoiled else responses
 
     spoiled = greedy
-    monkeypatch.setattr(trainer, "LocalSampler", Broken)
+    monkeypatch.setattr(sampling, "LocalSampler", Broken)
     settings = ("train.steps=1", "train.batch_size=2", "evaluation.batch_size=2", "evaluation.limit=2")
     answers = (
         f"evaluation.data={tmp_path}/test.jsonl",

@@ -162,12 +162,31 @@ class RolloutConfig:
     `samples`: so many rollouts of a step are kept as texts in rollouts-000123.jsonl (4 by default, batch_size where
     that is less; 0: none), at the first step whose responses the student writes and at every `samples_every`-th of
     these steps (a tenth of train.steps by default).
+
+    `engine`: what writes the responses (docs/ROLLOUTS.md): "transformers" the student itself; "vllm" an engine in each
+    process (an extra of kdkernels), which takes the share `gpu_memory` of its GPU (0.3 by default); "server" a vLLM
+    server at `url`, with at most `at_once` requests of a process under way (64 by default), tried again where they fail
+    or take more than `timeout_seconds` (an eighth of run.timeout_seconds by default). `key_variable`: the environment
+    variable that has the server's key.
+
+    `weights`: the directory that an engine's weights are handed over in, of this run alone (by default rollout-weights
+    in the run's; one in memory, such as under /dev/shm, is faster). `max_drift`: after every handing over, the engine's
+    log-probabilities of some drawn tokens are compared with the student's; where they are more than so many nats apart
+    in the mean, the run stops (0.1 by default).
     """
 
     student_fraction: Share | None = None
     max_new_tokens: Count | None = None
     samples: CountOrZero | None = None
     samples_every: Count | None = None
+    engine: Literal["transformers", "vllm", "server"] = "transformers"
+    url: Name | None = None
+    key_variable: Name | None = None
+    at_once: Count | None = None
+    timeout_seconds: Positive | None = None
+    gpu_memory: Share | None = None
+    weights: Place | None = None
+    max_drift: Positive | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

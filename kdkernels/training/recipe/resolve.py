@@ -23,6 +23,7 @@ from kdkernels.training.recipe.config import (
     TokenizerConfig,
     TrainConfig,
 )
+from kdkernels.training.recipe.engines import resolve_engine
 
 
 def resolve(config: Config) -> Config:
@@ -88,6 +89,7 @@ PATHS = (  # the keys of a recipe that say where something lies
     ("teacher", "path"),
     ("teacher", "cache"),
     ("tokenizer", "path"),
+    ("rollout", "weights"),
 )
 
 
@@ -233,7 +235,7 @@ def _rollout(config: Config) -> RolloutConfig:
         )
     if rollout.max_new_tokens is None:
         rollout = replace(rollout, max_new_tokens=config.data.max_response_tokens)
-    return _samples(rollout, config.train)
+    return _samples(resolve_engine(rollout, config), config.train)
 
 
 def _samples(rollout: RolloutConfig, train: TrainConfig) -> RolloutConfig:

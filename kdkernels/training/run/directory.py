@@ -8,6 +8,7 @@ tensorboard/             the same numbers, where TensorBoard is installed
 checkpoints/step-000123/
 evaluation-000123.jsonl  one line per held-out problem, after that step
 rollouts-000123.jsonl    some of what the student wrote in that step
+rollout-weights/         the student's weights for an engine, while the run goes on
 final/                   model and tokenizer, as transformers reads them
 config-000123.toml       the recipe up to that step, where it was changed for the steps behind it (history.py)
 final-000123/            the model of a run that ended there before more steps were asked for
@@ -73,6 +74,7 @@ class RunDirectory:
         self.checkpoints = self.root / "checkpoints"
         self.final = self.root / FINAL
         self.report = self.root / "report.md"
+        self.rollout_weights = self.root / "rollout-weights"
 
     def rollouts(self, step: int) -> Path:
         """Where some of what the student wrote in `step` is."""

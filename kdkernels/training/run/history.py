@@ -27,6 +27,7 @@ CHANGEABLE = (  # the keys that another value may be asked for of, by name, when
     "run.timeout_seconds",
     "rollout.samples",
     "rollout.samples_every",
+    *(f"rollout.{name}" for name in ("url", "key_variable", "at_once", "timeout_seconds", "gpu_memory", "max_drift")),
     *(f"collapse.{entry.name}" for entry in fields(CollapseConfig)),
     *(f"log.{entry.name}" for entry in fields(LogConfig)),
 )
