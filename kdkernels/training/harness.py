@@ -27,9 +27,13 @@ LISTS: dict[str, dict[str, int | None]] = {
         "leaderboard_musr": 0,
         "ifeval": 0,
     },
-    # VCRD (arXiv 2605.04078), section 4.2, which does not name the harness
+    # VCRD (arXiv 2605.04078), sections 4.1 and 4.2, which do not name the harness
+    "vcrd-math": {"gsm8k": None, "minerva_math": None, "agieval_sat_math": None, "aime24": None},  # MATH, SAT-Math
     "vcrd-code": {"humaneval": None, "humaneval_plus": None, "mbpp": None, "mbpp_plus": None},
 }
+# Of the papers' tasks, those that the harness (0.4.13) has not. Its minerva_math is MATH with Minerva's prompts; VCRD's
+# Minerva is other problems (math-ai/minervamath).
+LACKING = {"vcrd-math": "SVAMP, Minerva, Gaokao2023-EN, OlympiadBench, CMATH, AMC23"}
 RUNS_CODE = ("mbpp", "humaneval")  # how the names begin of tasks that run what the model writes
 
 
@@ -68,7 +72,7 @@ def measure(model: str, chosen: dict[str, int | None], output: Path, options: ar
     """Runs the tasks with the command's options, and writes all that the harness says about them to `output`, as JSON.
 
     Returns:
-        A table of the results, as Markdown; those of a group's members are in the file alone.
+        A table of the results, as Markdown; those of a group's members are in the file alone. And what a list lacks.
 
     Raises:
         InputError: the harness has no such task, or `output` cannot be written. MissingPackage.
@@ -95,7 +99,9 @@ def measure(model: str, chosen: dict[str, int | None], output: Path, options: ar
         if answer is not None:  # as it is on all processes but the first
             found |= {**answer["results"], **answer.get("groups", {})}
             _write(output, {"model": model, "results": found})
-    return _table({task: found.get(task, {}) for task in chosen})
+    lacking = LACKING.get(options.lm_eval)
+    more = f"\n\nof the paper's tasks, not in lm-evaluation-harness: {lacking}" if lacking else ""
+    return _table({task: found.get(task, {}) for task in chosen}) + more
 
 
 def _pretrained(model: str) -> dict[str, str]:

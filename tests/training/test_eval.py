@@ -179,7 +179,17 @@ def test_tasks_of_ones_own(lm_eval, model, tmp_path, capsys):
     assert main(["eval", model, "--lm-eval=arc_eazy", output]) == 2
     assert "--lm-eval: unknown task 'arc_eazy'; did you mean 'arc_easy'?" in capsys.readouterr().err
     assert main(["eval", model, "--lm-eval=gsm8k,,", output]) == 2
-    assert "expected tsd-kd, vcrd-code, or tasks with commas" in capsys.readouterr().err
+    assert "expected tsd-kd, vcrd-math, vcrd-code, or tasks with commas" in capsys.readouterr().err
+
+
+def test_what_the_harness_lacks_of_a_papers_tasks_is_told(lm_eval, model, tmp_path, capsys):
+    output = f"--output={tmp_path / 'out.json'}"
+    lacking = "of the paper's tasks, not in lm-evaluation-harness: SVAMP, Minerva, Gaokao2023-EN, "
+    assert main(["eval", model, "--lm-eval=vcrd-math", output]) == 0
+    assert lacking in capsys.readouterr().out
+    assert lm_eval[0]["tasks"] == ["gsm8k", "minerva_math", "agieval_sat_math", "aime24"]
+    assert main(["eval", model, "--lm-eval=gsm8k", output]) == 0
+    assert "not in lm-eval" not in capsys.readouterr().out
 
 
 def test_conversations_through_the_chat_template(recipe, model, tmp_path, capsys):
