@@ -38,8 +38,8 @@ def add(commands) -> None:
     add("--output", metavar="FILE", default="kdkernels-eval.jsonl", help="where the records go: a line a problem with "
         "its response; of --lm-eval, one JSON object of all results (default: %(default)s)")  # fmt: skip
     add("--lm-eval", metavar="TASKS", nargs="?", const="tsd-kd", help="instead of DATA.jsonl: tasks of "
-        "lm-evaluation-harness (kdkernels[lm-eval]) with commas between them, or those of the papers that it has: tsd-kd "
-        "(the default), vcrd-math, vcrd-code")  # fmt: skip
+        "lm-evaluation-harness (kdkernels[lm-eval]) with commas between them, or those of the papers that it has: "
+        "tsd-kd (the default), vcrd-math, vcrd-code")  # fmt: skip
     add("--chat", action="store_true", help="with --lm-eval: prompts through the tokenizer's chat template")
     add("--run-code", action="store_true", help="with --lm-eval: allows tasks that run the code which the model writes")
 
