@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 
+from kdkernels.curation import cli as curation
 from kdkernels.training import cli
 
-COMMANDS = cli.COMMANDS  # and the `add` of packages that lie above training
+COMMANDS = (*cli.COMMANDS, curation.add)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -15,7 +15,7 @@ class Answer:
 
     `tokens_in`, `tokens_out`: of the conversation and of the answer; None where a server does not say. `logprob`: the
     mean log-probability of the answer's tokens, in nats a token; None where it is not known. `truncated`: the model had
-    more to say than it was allowed tokens.
+    more to say than it was allowed tokens. `faults`: the kinds of failure that came before the answer.
     """
 
     text: str
@@ -23,18 +23,40 @@ class Answer:
     tokens_out: int | None
     logprob: float | None = None
     truncated: bool = False
+    faults: tuple[str, ...] = ()
 
 
 class Failure(Exception):
-    """No answer. `kind`: a few words by which failures are counted. `final`: asking again would not help.
+    """No answer. The message never has a key in it.
 
-    `stops`: no conversation can be answered (a wrong key, a model that is not there). `wait`: the seconds for which the
-    server wants to be left alone. The message never has a key in it.
+    Args:
+        kind: a few words by which failures are counted.
+        passes: it may pass by itself, so that asking again helps.
+        final: this conversation is never answered by this teacher, and not asked for again, not by a later run either.
+        stops: no conversation is answered (a wrong key, a model that is not there).
+        wait: the seconds for which a server wants to be left alone.
+        faults: as of an answer.
     """
 
-    def __init__(self, kind: str, message: str, *, final: bool = False, stops: bool = False, wait: float | None = None):
+    def __init__(
+        self,
+        kind: str,
+        message: str,
+        *,
+        passes: bool = True,
+        final: bool = False,
+        stops: bool = False,
+        wait: float | None = None,
+        faults: Sequence[str] = (),
+    ):
         super().__init__(message)
-        self.kind, self.final, self.stops, self.wait = kind, final, stops, wait
+        self.kind, self.passes, self.final, self.stops = kind, passes, final, stops
+        self.wait, self.faults = wait, tuple(faults)
+
+    def after(self, faults: Sequence[str]) -> "Failure":
+        """The same, with what came before it."""
+        self.faults = tuple(faults)
+        return self
 
 
 class Chat(ABC):
@@ -61,6 +83,9 @@ class Chat(ABC):
         if isinstance(found, Failure):
             raise found
         return found
+
+    def stop(self) -> None:  # noqa: B027  most have nothing to interrupt
+        """Calls under way end as soon as they can: a Failure of the kind "stopped" for what is not answered yet."""
 
     def close(self) -> None:  # noqa: B027  most hold nothing
         """Gives back what it holds."""

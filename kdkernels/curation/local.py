@@ -58,9 +58,8 @@ class LocalChat(Chat):
     ):
         self.model, self.tokenizer, self.batch = model, tokenizer, batch
         self.max_new_tokens, self.temperature, self.top_p, self.seed = max_new_tokens, temperature, top_p, seed
-        drawn = {"top_p": top_p, "seed": seed} if temperature else {}
-        settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "dtype": str(model.dtype)} | drawn
-        self.identity = {"model": dict(identity or {}), **settings}
+        dtype = str(model.dtype).removeprefix("torch.")
+        self.identity = _identity(identity or {}, dtype, max_new_tokens, temperature, top_p, seed)
 
     @classmethod
     def load(cls, path: str | Path, *, dtype: str = "float32", key: str = "path", **settings: Any) -> "LocalChat":
@@ -83,7 +82,7 @@ class LocalChat(Chat):
         if report["missing_keys"]:
             raise InputError(f"{key}: weights are missing in {path}, for instance {min(report['missing_keys'])}")
         model.to("cuda" if torch.cuda.is_available() else "cpu").requires_grad_(False).eval()
-        return cls(model, tokenizer, identity=_identity(Path(path)), **settings)
+        return cls(model, tokenizer, identity=_files(Path(path)), **settings)
 
     def answers(self, conversations: Sequence[Conversation]) -> list[Answer | Failure]:
         """The model's answers; a Failure for a conversation that leaves no room for one. Raises FloatingPointError for
@@ -95,6 +94,7 @@ class LocalChat(Chat):
             Failure(
                 "query too long",
                 f"{len(prompt)} tokens, and {self.max_new_tokens} of an answer, of {limit}",
+                passes=False,
                 final=True,
             )
             for prompt in prompts
@@ -186,6 +186,19 @@ def _own_settings(model: PreTrainedModel):
         model.generation_config = hidden
 
 
-def _identity(path: Path) -> dict[str, str]:
+def identity_of(path: str | Path, dtype: str, **settings: Any) -> dict[str, Any]:
+    """The identity that a `LocalChat` of the model in the directory `path` has, without loading it."""
+    return _identity(_files(Path(path)), dtype, **settings)
+
+
+def _identity(
+    model: Mapping[str, Any], dtype: str, max_new_tokens: int, temperature: float, top_p: float, seed: int
+) -> dict[str, Any]:
+    drawn = {"top_p": top_p, "seed": seed} if temperature else {}
+    settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "dtype": dtype}
+    return {"model": dict(model), **settings, **drawn}
+
+
+def _files(path: Path) -> dict[str, str]:
     files = sorted(file for file in path.iterdir() if file.suffix in MODEL_FILES and file.is_file())
     return dict(zip((file.name for file in files), sha256_of_all(files), strict=True))

@@ -15,7 +15,11 @@ from kdkernels.errors import InputError
 
 
 def render(
-    path: str, prompt: str, response: str | None, special_tokens: Iterable[str] = ()
+    path: str,
+    prompt: str,
+    response: str | None,
+    special_tokens: Iterable[str] = (),
+    keys: tuple[str, str] = ("[data] prompt", "[data] response"),
 ) -> Iterator[tuple[int, str, str]]:
     """(line number, prompt, response) of every record at `path` (records.py).
 
@@ -24,11 +28,12 @@ def render(
         prompt, response: templates over the fields of a record; a response of None is an empty text.
         special_tokens: may stand in a template but not in a field, where they are data that would be read as an
             instruction.
+        keys: what errors call the two templates.
 
     Raises:
         InputError: naming file and line, for what `records` refuses, and fields that a template has no use for.
     """
-    templates = [_Template(prompt, "prompt", path), _Template(response or "", "response", path)]
+    templates = [_Template(prompt, keys[0], path), _Template(response or "", keys[1], path)]
     special = any_of(special_tokens)
     for number, record in records(path):
         yield number, *(template.fill(record, number, special) for template in templates)
@@ -69,7 +74,7 @@ class _Template:
         try:
             parsed = list(string.Formatter().parse(template))
         except ValueError as error:
-            raise InputError(f"[data] {key}: not a template: {error}: {template!r}") from error
+            raise InputError(f"{key}: not a template: {error}: {template!r}") from error
         self.pieces = []
         for text, name, form, conversion in parsed:
             if text:
@@ -78,8 +83,7 @@ class _Template:
                 continue
             if not name.isidentifier():
                 raise InputError(
-                    f"[data] {key}: expected field names in braces (literal braces doubled), got {{{name}}} in "
-                    f"{template!r}"
+                    f"{key}: expected field names in braces (literal braces doubled), got {{{name}}} in {template!r}"
                 )
             braces = "{" + name + (f"!{conversion}" if conversion else "") + (f":{form}" if form else "") + "}"
             self.pieces.append(_Piece(braces, name))
@@ -96,24 +100,24 @@ class _Template:
         place = f"{self.path}, line {line}"
         if piece.field not in record:
             raise InputError(
-                f"{place}: field {piece.field!r} of [data] {self.key} is missing; the line has {', '.join(record)}"
+                f"{place}: field {piece.field!r} of {self.key} is missing; the line has {', '.join(record)}"
             )
         value = record[piece.field]
         if type(value) in IN_JSON or not isinstance(value, (str, int, float)):
             raise InputError(
-                f"{place}: field {piece.field!r} of [data] {self.key}: expected a text or a number, got "
+                f"{place}: field {piece.field!r} of {self.key}: expected a text or a number, got "
                 f"{IN_JSON.get(type(value), type(value).__name__)}"
             )
         try:
             text = piece.text.format_map(record)
         except (ValueError, TypeError, LookupError, OverflowError, MemoryError) as error:  # a format it does not have
             said = str(error) or "the text would be longer than memory"
-            raise InputError(f"{place}: [data] {self.key}: {self.template!r} cannot be filled in: {said}") from error
+            raise InputError(f"{place}: {self.key}: {self.template!r} cannot be filled in: {said}") from error
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise InputError(
-                f"{place}: field {piece.field!r} of [data] {self.key}: expected a text, got half a surrogate pair, "
+                f"{place}: field {piece.field!r} of {self.key}: expected a text, got half a surrogate pair, "
                 f"\\u{ord(text[error.start]):04x}, at character {error.start + 1}"
             ) from error
         return text
@@ -126,7 +130,7 @@ class _Template:
                 end = start + len(part)
                 if piece.field is not None and start < found.end() and found.start() < end:
                     raise InputError(
-                        f"{self.path}, line {line}: field {piece.field!r} of [data] {self.key} has {found[0]!r} in it, "
+                        f"{self.path}, line {line}: field {piece.field!r} of {self.key} has {found[0]!r} in it, "
                         "which the tokenizer reads as a special token: take it out, or, where the fields are written "
                         "with such tokens on purpose (rendered chat templates), set special_tokens_in_fields = true "
                         "in [data]"

@@ -23,21 +23,21 @@ NAME = "run.lock"
 
 
 @contextmanager
-def locked(directory: Path) -> Iterator[None]:
+def locked(directory: Path, key: str = "[run] output") -> Iterator[None]:
     """Keeps every other run out of `directory`, which is made if it is not there. Where nothing else has been written
-    into it in the end, it is left as it was.
+    into it in the end, it is left as it was. `key`: what the recipe calls the directory.
 
     Raises InputError naming the owner where another run is in it, or where no lock can be had.
     """
     made = [path for path in (directory, *directory.parents) if not path.exists()]
     path = directory / NAME
     try:
-        handle = _own(path)
+        handle = _own(path, key)
     except OSError as error:
         _remove_empty(made)
         if is_full(error):
             raise DiskError(f"{path}: {NO_SPACE}") from error
-        raise InputError(f"[run] output: {path} cannot be locked: {error.strerror}") from error
+        raise InputError(f"{key}: {path} cannot be locked: {error.strerror}") from error
     try:
         yield
     finally:
@@ -58,14 +58,14 @@ def refuse_if_locked(directory: Path) -> None:
         os.close(handle)
 
 
-def _own(path: Path) -> int:
+def _own(path: Path, key: str) -> int:
     """An open handle of the lock file, which is this process's now."""
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         # a link in a directory that somebody else made may point to any file of this user, which is overwritten here
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         try:
-            _lock(handle, path)
+            _lock(handle, path, key)
             if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
                 owner = f"pid {os.getpid()} on {socket.gethostname()}, since {datetime.now():%Y-%m-%d %H:%M:%S}"
                 os.ftruncate(handle, 0)
@@ -77,15 +77,14 @@ def _own(path: Path) -> int:
         os.close(handle)  # its owner ended and deleted it after we had opened it, perhaps with the directory
 
 
-def _lock(handle: int, path: Path) -> None:
+def _lock(handle: int, path: Path, key: str = "[run] output") -> None:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         time.sleep(0.2)  # an owner that has just come still has to write its name
         owner = os.pread(handle, 1000, 0).decode(errors="replace") or "a process that is just starting"
         raise InputError(
-            f"[run] output: another run is in {path.parent} ({owner}): wait for its end, stop it, or give another "
-            "directory"
+            f"{key}: another run is in {path.parent} ({owner}): wait for its end, stop it, or give another directory"
         ) from error
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
