@@ -378,8 +378,8 @@ def test_a_damaged_file_of_the_run_is_an_input_error(load, name, contents):
 def test_sigterm_while_the_directory_is_locked_leaves_nothing(load, monkeypatch):
     own, config = lock._own, load()
 
-    def owned(path: Path) -> int:
-        handle = own(path)
+    def owned(path: Path, key: str) -> int:
+        handle = own(path, key)
         os.kill(os.getpid(), signal.SIGTERM)
         return handle
 
