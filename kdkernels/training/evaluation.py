@@ -40,7 +40,8 @@ def evaluate(
     response, separators of thousands aside. The answer of a text is what the regular expression `answer` matches last
     in it.
     cross_entropy, kl: -log q(token) and KL(p || q) of the teacher p and the model q, in nats per token of the data's
-    responses, the end-of-sequence token included.
+    responses, the end-of-sequence token included. agreement: the share of these tokens at which p and q have the same
+    most probable one.
 
     Of several processes, each calls this with as many examples as the others, where a teacher in parts scores for all
     of them at once. `together` is around what each does on its own: answers at its own pace, and all before the first
@@ -56,7 +57,7 @@ def evaluate(
             with together():
                 for part in parts:
                     _add(records[part], _answers(sampler, tokenizer, examples[part], settings))
-        if {"cross_entropy", "kl"} & set(settings.metrics):
+        if settings.by_token:
             in_parts = config.teacher is not None and config.teacher.placement == "zero3"
             with nullcontext() if in_parts else together():
                 for part in parts:
@@ -69,13 +70,13 @@ def summarize(records: Sequence[dict[str, Any]]) -> dict[str, float]:
 
     exact_match: share of right answers. finished: share of the generated responses that ended by themselves (with any
     of the tokens that end one), not at the limit. response_tokens: their mean length, with the token that ends one.
-    cross_entropy, kl: means over all tokens of the data's responses.
+    cross_entropy, kl, agreement: means over all tokens of the data's responses.
     """
     metrics = {}
     for name, field in (("exact_match", "correct"), *((name, name) for name in ("finished", "response_tokens"))):
         if field in records[0]:
             metrics[name] = sum(record[field] for record in records) / len(records)
-    for name in ("cross_entropy", "kl"):
+    for name in ("cross_entropy", "kl", "agreement"):
         if name in records[0]:
             tokens = sum(record["tokens"] for record in records)
             metrics[name] = sum(record[name] * record["tokens"] for record in records) / tokens
@@ -156,7 +157,7 @@ def _token_means(
     settings: EvaluationConfig,
     teacher: Teacher | None,
 ) -> list[dict[str, Any]]:
-    """Cross-entropy and KL of each example, per token of its response."""
+    """Cross-entropy, KL and agreement of each example, per token of its response."""
     prompts, responses = [one.prompt_ids for one in batch], [one.response_ids for one in batch]
     inputs = collate(prompts, responses, tokenizer.eos_token_id).to(model.device)
     layout = inputs.layout.to(model.device)
@@ -164,8 +165,12 @@ def _token_means(
     values = {}  # each [B, L], 0 where no response token is predicted
     if "cross_entropy" in settings.metrics:
         values["cross_entropy"] = kd.cross_entropy(student, inputs.target, rows=layout)
+    scored = teacher.score(inputs) if {"kl", "agreement"} & set(settings.metrics) else None
     if "kl" in settings.metrics:
-        values["kl"] = kd.divergence(student, teacher.score(inputs), kd.ForwardKL(), rows=layout)
+        values["kl"] = kd.divergence(student, scored, kd.ForwardKL(), rows=layout)
+    if "agreement" in settings.metrics:
+        found = kd.statistics(student, scored, rows=layout)
+        values["agreement"] = found.argmax == found.teacher.argmax
     lengths = torch.tensor(layout.lengths)
     means = {
         name: layout.sums(value.flatten()[layout.index].double()).cpu() / lengths for name, value in values.items()

@@ -136,6 +136,7 @@ def test_malformed_overrides_are_refused(assignment):
         (["evaluation.data={root}/test.jsonl"], ["[evaluation] key 'metrics' is missing"]),
         ([*EVALUATION, 'evaluation.metrics=["bleu"]'], ["metrics[0]: expected one of 'exact_match'", "got 'bleu'"]),
         ([*EVALUATION, 'evaluation.metrics=["kl"]'], ['"kl" needs a [teacher]']),
+        ([*EVALUATION, 'evaluation.metrics=["agreement"]'], ['"agreement" needs a [teacher]']),
         (EVALUATION[:2], ["[evaluation] key 'answer' is missing; the metric \"exact_match\" needs it"]),
         (
             [EVALUATION[0], 'evaluation.metrics=["cross_entropy"]', "evaluation.answer='(a)'"],

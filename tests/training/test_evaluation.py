@@ -1,5 +1,6 @@
 """Held-out evaluation: answers against a greedy loop by hand, cross-entropy and KL against dense logits in fp64."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -21,7 +22,7 @@ from .conftest import GKD
 def settings(tmp_path):
     return (
         f"evaluation.data={tmp_path / 'test.jsonl'}",
-        'evaluation.metrics=["exact_match", "cross_entropy", "kl"]',
+        'evaluation.metrics=["exact_match", "cross_entropy", "kl", "agreement"]',
         r"evaluation.answer='(\d+)'",
         "evaluation.batch_size=3",
     )
@@ -50,26 +51,46 @@ def log_probs(model, example, vocab_size):
     return logits.double().log_softmax(-1)
 
 
-def test_cross_entropy_and_kl_are_those_of_dense_logits(load_all):
+def test_the_metrics_by_token_are_those_of_dense_logits(load_all):
     student, tokenizer, examples, config, teacher = load_all()
     records = evaluate(student, LocalSampler(student, tokenizer), tokenizer, examples, config, teacher)
     entries = vocabulary_size(tokenizer)
     assert student.config.vocab_size > entries  # padding rows, which must have no probability
-    sums = torch.zeros(3, dtype=torch.float64)
+    sums = torch.zeros(4, dtype=torch.float64)
     with torch.no_grad():
         for example, record in zip(examples, records, strict=True):
             q, p = (log_probs(model.eval(), example, entries) for model in (student, teacher.model))
             target = torch.tensor(example.response_ids)
             cross_entropy = -q.gather(1, target[:, None])[:, 0]
             kl = (p.exp() * (p - q)).sum(1)
+            same = (p.argmax(1) == q.argmax(1)).double()
             assert record["tokens"] == len(target)
             assert record["line"] == example.line
             assert record["cross_entropy"] == pytest.approx(cross_entropy.mean().item(), rel=1e-5)
             assert record["kl"] == pytest.approx(kl.mean().item(), rel=1e-5)
+            assert record["agreement"] == pytest.approx(same.mean().item())
             assert kl.mean() > 0.01
-            sums += torch.stack([cross_entropy.sum(), kl.sum(), torch.tensor(float(len(target)))])
-    assert summarize(records)["cross_entropy"] == pytest.approx((sums[0] / sums[2]).item(), rel=1e-5)
-    assert summarize(records)["kl"] == pytest.approx((sums[1] / sums[2]).item(), rel=1e-5)
+            sums += torch.stack([cross_entropy.sum(), kl.sum(), same.sum(), torch.tensor(float(len(target)))])
+    for name, total in zip(("cross_entropy", "kl", "agreement"), sums, strict=False):
+        assert summarize(records)[name] == pytest.approx((total / sums[3]).item(), rel=1e-5)
+
+
+def test_agreement_counts_the_tokens_with_the_same_most_probable_entry(load_all):
+    student, tokenizer, examples, config, _ = load_all()
+    near = copy.deepcopy(student)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for weight in near.parameters():
+            weight += 0.3 * weight.std(correction=0) * torch.randn_like(weight)
+    config = replace(config, evaluation=replace(config.evaluation, metrics=("agreement",)))
+    entries, same, tokens = vocabulary_size(tokenizer), 0, 0
+    with torch.no_grad():
+        for example in examples:
+            one, other = (log_probs(model.eval(), example, entries).argmax(1) for model in (student, near))
+            same, tokens = same + (one == other).sum().item(), tokens + len(one)
+    records = evaluate(student, None, tokenizer, examples, config, LocalTeacher(near, entries))
+    assert 0 < same < tokens
+    assert summarize(records) == {"agreement": pytest.approx(same / tokens)}
 
 
 def test_a_teacher_is_whatever_scores_a_batch(load_all):

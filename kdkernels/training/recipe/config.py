@@ -290,6 +290,10 @@ class EvaluationConfig:
     """Held-out `data` (the format and limits of [data]), its first `limit` examples, measured before, after and each
     `every` steps (0: not between).
 
+    `metrics`: "exact_match", of the student's greedy responses; of the data's responses, per token, "cross_entropy",
+    "kl" of the teacher and the student in nats, and "agreement", the share of tokens at which both find the same one
+    most probable.
+
     `answer`: a regular expression with one group, by which exact_match finds the answer in a response (its last match
     counts). `response`: the template of the held-out responses, [data] `response` by default.
     """
@@ -300,13 +304,13 @@ class EvaluationConfig:
     limit: Count | None = None
     batch_size: Count = 32
     max_new_tokens: Count | None = None
-    metrics: tuple[Literal["exact_match", "cross_entropy", "kl"], ...]
+    metrics: tuple[Literal["exact_match", "cross_entropy", "kl", "agreement"], ...]
     answer: str | None = None
 
     @property
     def by_token(self) -> bool:
         """Whether the data's responses are read token by token; for exact_match, only the answers in them are."""
-        return bool({"cross_entropy", "kl"} & set(self.metrics))
+        return bool({"cross_entropy", "kl", "agreement"} & set(self.metrics))
 
 
 @dataclass(frozen=True, kw_only=True)

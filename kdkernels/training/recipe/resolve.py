@@ -282,8 +282,9 @@ def _evaluation(config: Config) -> EvaluationConfig | None:
         )
     if not evaluation.metrics:
         raise InputError("[evaluation] metrics: expected at least one")
-    if "kl" in evaluation.metrics and config.teacher is None:
-        raise InputError('[evaluation] metrics: "kl" needs a [teacher]')
+    compared = next((name for name in evaluation.metrics if name in ("kl", "agreement")), None)
+    if compared and config.teacher is None:
+        raise InputError(f'[evaluation] metrics: "{compared}" needs a [teacher]')
     if "exact_match" in evaluation.metrics and evaluation.answer is None:
         raise InputError("[evaluation] key 'answer' is missing; the metric \"exact_match\" needs it")
     if "exact_match" not in evaluation.metrics and evaluation.answer is not None:
