@@ -1,6 +1,8 @@
 """What cannot be curated is refused before anybody is asked, with the key, what was expected and what came."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
@@ -184,3 +186,13 @@ def test_queries_that_are_none(recipe, tmp_path):
         queries.write_text(text)
         with pytest.raises(InputError, match=said):
             curate(read_curation(recipe), chats={name: Scripted(name, good) for name in "abc"})
+
+
+def test_the_documentation_has_every_key():
+    from dataclasses import fields
+
+    from kdkernels.curation import CurationConfig, TeacherConfig
+
+    text = (Path(__file__).parents[2] / "docs/TWT.md").read_text()
+    keys = {entry.name for kind in (CurationConfig, TeacherConfig) for entry in fields(kind)}
+    assert len(keys) > 30 and [key for key in sorted(keys) if not re.search(rf"\b{key}\b", text)] == []
