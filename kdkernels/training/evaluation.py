@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import kdkernels as kd
-from kdkernels.data import Example, collate
+from kdkernels.data import Batch, Example, collate
 from kdkernels.data.tokenizers import vocabulary_size
 from kdkernels.errors import InputError
 from kdkernels.rollouts import Sampler, write
@@ -150,6 +150,12 @@ def _answers(
     return answers
 
 
+def as_batch(examples: Sequence[Example], pad_id: int) -> Batch:
+    """The examples with the data's responses, as they are scored together."""
+    prompts, responses = [one.prompt_ids for one in examples], [one.response_ids for one in examples]
+    return collate(prompts, responses, pad_id, teachers=[one.teacher for one in examples])
+
+
 def _token_means(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -158,14 +164,13 @@ def _token_means(
     teacher: Teacher | None,
 ) -> list[dict[str, Any]]:
     """Cross-entropy, KL and agreement of each example, per token of its response."""
-    prompts, responses = [one.prompt_ids for one in batch], [one.response_ids for one in batch]
-    inputs = collate(prompts, responses, tokenizer.eos_token_id).to(model.device)
+    inputs = as_batch(batch, tokenizer.eos_token_id).to(model.device)
     layout = inputs.layout.to(model.device)
     student = kd.Head.of(model, vocab_size=vocabulary_size(tokenizer), **inputs.inputs)
     values = {}  # each [B, L], 0 where no response token is predicted
     if "cross_entropy" in settings.metrics:
         values["cross_entropy"] = kd.cross_entropy(student, inputs.target, rows=layout)
-    scored = teacher.score(inputs) if {"kl", "agreement"} & set(settings.metrics) else None
+    scored = teacher.score(inputs) if settings.by_teacher else None
     if "kl" in settings.metrics:
         values["kl"] = kd.divergence(student, scored, kd.ForwardKL(), rows=layout)
     if "agreement" in settings.metrics:

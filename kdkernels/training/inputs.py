@@ -5,15 +5,17 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from kdkernels.data import Examples, load_examples
-from kdkernels.data.tokenizers import vocabulary_size
+from kdkernels.data import Examples, load_examples, sample_id
+from kdkernels.data.tokenizers import vocabulary_hash, vocabulary_size
 from kdkernels.errors import InputError
 from kdkernels.judges import Judge
 from kdkernels.objectives import Objective
+from kdkernels.teachers.stored import TOP_K, Cache
 from kdkernels.training.evaluation import expected_answer
 from kdkernels.training.models.loading import load_tokenizer
 from kdkernels.training.recipe.config import Config, DataConfig
 from kdkernels.training.recipe.resolve import NO_JUDGE
+from kdkernels.training.run.identity import identify
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,41 @@ def read_inputs(config: Config, objective: Objective, trained: Path | None = Non
     if held_out is not None and config.evaluation.answer is not None:
         for example in held_out.usable[: config.evaluation.limit]:
             expected_answer(config.evaluation, example)
-    return Inputs(tokenizer, examples, held_out)
+    inputs = Inputs(tokenizer, examples, held_out)
+    _check_cache(config, objective, inputs)
+    return inputs
+
+
+def _check_cache(config: Config, objective: Objective, inputs: Inputs) -> None:
+    """Raises InputError where [teacher] cache is not one of what the objective needs, or not of these inputs."""
+    if config.teacher is None or config.teacher.cache is None:
+        return
+    key, by_teacher = "[teacher] cache", config.evaluation is not None and config.evaluation.by_teacher
+    cache = Cache(Path(config.teacher.cache), key)
+    whole = objective.needs.all_entries
+    if cache.manifest["kind"] == TOP_K and (whole or by_teacher):
+        who = f"[objective] {config.objective.name}" if whole else '[evaluation] "kl" or "agreement"'
+        raise InputError(
+            f"{key}: {who} needs the teacher's probability of every entry, and {cache.root} has {cache.manifest['k']} "
+            "of each token: write one of hidden states (kdkernels teacher-cache without --top-k)"
+        )
+    if cache.manifest["tokenizer"] != vocabulary_hash(inputs.tokenizer):
+        raise InputError(
+            f"{key}: {cache.root} was made with another tokenizer (sha256 {cache.manifest['tokenizer'][:12]}, not "
+            f"{vocabulary_hash(inputs.tokenizer)[:12]}): ids in it mean other words"
+        )
+    used = [(config.data.train, inputs.examples.usable)]
+    if by_teacher:
+        used.append((config.evaluation.data, inputs.held_out.usable[: config.evaluation.limit]))
+    for path, examples in used:
+        for example in examples:
+            if sample_id(example.prompt_ids, example.response_ids) not in cache.places:
+                made_from, now = cache.manifest["[data] train"], identify({"[data] train": config.data.train})
+                raise InputError(
+                    f"{key}: {cache.root} has no sample of {path}, line {example.line}: it was made from data of "
+                    f"sha256 {made_from}, and [data] train is {now['[data] train']}, or from other settings of [data]; "
+                    "write another one with kdkernels teacher-cache"
+                )
 
 
 def of_evaluation(config: Config) -> DataConfig:

@@ -65,7 +65,7 @@ def train_step(
 
     if author == "student" and apply and parts.samples is not None:
         parts.samples.keep(step, written, share, responses)
-    batches = _micro_batches(share, responses, author == "student", config.train.micro_batch_size, parts.pad_id)
+    batches = micro_batches(share, responses, author == "student", config.train.micro_batch_size, parts.pad_id)
     counts = [objective.count(batch.layout, batch.from_teacher) for batch in batches]
     finished = sum(response[-1] in parts.sampler.ends for response in responses)
     own = torch.tensor([sum(counts), sum(map(len, responses)), finished], device=strategy.device)
@@ -115,7 +115,7 @@ def _rollout(
     return responses, parts.sampler.metrics()
 
 
-def _micro_batches(
+def micro_batches(
     examples: Sequence[Example],
     responses: Sequence[Sequence[int]],
     written: bool,

@@ -80,7 +80,7 @@ def test_shipped_hidden_states_are_the_local_teachers(path, dtype):
             assert torch.equal(loss, found[0][0]) and torch.equal(gradient, found[0][1])
 
 
-@pytest.mark.parametrize("options", [(), BF16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("options", [(), pytest.param(BF16, marks=pytest.mark.slow)], ids=["float32", "bfloat16"])
 def test_a_run_with_a_served_teacher_is_that_with_a_local_one(load, teacher_set, path, options, capsys):
     """Responses by the student and by the data, evaluated against the teacher."""
     root = load().run.output
@@ -120,6 +120,8 @@ def test_the_served_lm_head_has_all_of_its_parts():
 
 
 # ---- a server that fails ----
+
+SLOWER = ("hang", "500", "garbage", "cut", "empty")
 
 
 def changed(service, path, change):
@@ -173,7 +175,7 @@ def test_nothing_is_trained_on_what_is_wrong(load, path, case):
     assert not log.exists() or not log.read_text()
 
 
-@pytest.mark.parametrize("fault", ["die", "hang", "500", "garbage", "cut", "empty"])
+@pytest.mark.parametrize("fault", ["die", *(pytest.param(one, marks=pytest.mark.slow) for one in SLOWER)])
 def test_a_fault_that_passes_changes_nothing_and_one_that_stays_ends_the_run(load, teacher_set, path, fault):
     expected = kept(train(load(*GKD, teacher_set)))
     root, service = load().run.output, serving.service(path, "float32")

@@ -1,6 +1,7 @@
 """Where the teacher's weights are between its forwards, and that they are where they are needed in them."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -11,6 +12,7 @@ from kdkernels.http import Server
 from kdkernels.rollouts.local import evaluating
 from kdkernels.teachers import HiddenStatesTeacher, LocalTeacher, Teacher
 from kdkernels.teachers.served import Client
+from kdkernels.teachers.stored import Cache, TopKTeacher
 from kdkernels.training.deepspeed_teacher import sharded
 from kdkernels.training.models.loading import check_positions
 from kdkernels.training.processes import distributed
@@ -34,11 +36,21 @@ def place(
     Raises:
         InputError, ServerError: a served teacher has another tokenizer, or its server does not answer.
     """
-    entries = strategy.module.vocab_size
     if config.teacher is None:
         return None
+    entries = strategy.module.vocab_size
     if config.teacher.base:
         return LocalTeacher(strategy.module.student, entries, without_adapter(strategy))
+    return placed(config, teacher, entries, tokenizer)
+
+
+def placed(
+    config: Config, teacher: PreTrainedModel | None, entries: int, tokenizer: PreTrainedTokenizerBase
+) -> Teacher:
+    """As `place`, of a teacher that is no part of the student. entries: the ids that have a token."""
+    if config.teacher.cache is not None:
+        with distributed.together():
+            return Cache(Path(config.teacher.cache), "[teacher] cache").teacher(entries, distributed.device())
     if config.teacher.url is not None:
         with distributed.together():
             client = Client(Server(config.teacher.url), vocabulary_hash(tokenizer), "[teacher] url")
@@ -53,7 +65,7 @@ def place(
 
 def describe(teacher: Teacher | None) -> list[str]:
     """A line about what of a teacher comes from somewhere else."""
-    return [f"teacher: {teacher}"] if isinstance(teacher, HiddenStatesTeacher) else []
+    return [f"teacher: {teacher}"] if isinstance(teacher, (HiddenStatesTeacher, TopKTeacher)) else []
 
 
 def offloaded(model: PreTrainedModel, device: torch.device) -> Callable[[Callable[[], T]], T]:

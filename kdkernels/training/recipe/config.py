@@ -87,7 +87,8 @@ class TeacherConfig:
 
     `url`: in place of them, a model that `kdkernels teacher-serve` serves, as http://HOST:PORT: its hidden states come
     from there. `cache`: a directory that `kdkernels teacher-cache` wrote, with what a teacher says about the data's
-    responses (rollout.student_fraction = 0); a `path` beside it is that of the teacher which wrote it, and not loaded.
+    responses (rollout.student_fraction = 0); a `path` or `url` beside it is that of the teacher that writes it, which a
+    run does not load or ask.
 
     `placement`: "replicated" on every process's device; "cpu" in its CPU memory, copied to the device for each
     micro-batch; "zero3" in parts on all processes, each layer gathered while it is used.
@@ -310,7 +311,12 @@ class EvaluationConfig:
     @property
     def by_token(self) -> bool:
         """Whether the data's responses are read token by token; for exact_match, only the answers in them are."""
-        return bool({"cross_entropy", "kl", "agreement"} & set(self.metrics))
+        return self.by_teacher or "cross_entropy" in self.metrics
+
+    @property
+    def by_teacher(self) -> bool:
+        """Whether the teacher scores the data's responses."""
+        return bool({"kl", "agreement"} & set(self.metrics))
 
 
 @dataclass(frozen=True, kw_only=True)

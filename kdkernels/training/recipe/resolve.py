@@ -174,8 +174,8 @@ def _teacher(config: Config) -> TeacherConfig | None:
         raise InputError(
             f"[teacher] expected one of path, base and url, or a cache, got {' and '.join(given) or 'none of them'}"
         )
-    if teacher.cache is not None and given not in ([], ["path"]):
-        raise InputError(f"[teacher] cache: expected it alone or beside a path, got {given[0]} too")
+    if teacher.cache is not None and teacher.base:
+        raise InputError("[teacher] cache: expected it alone or beside a path or url, got base too")
     if teacher.path is not None:
         return teacher if teacher.dtype else replace(teacher, dtype=config.run.dtype)
     if teacher.base and config.student.adapter is None:

@@ -2,8 +2,8 @@
 
 A run that goes on must find the same, wherever it lies by now. An identity is the SHA-256 of a data file or of the rows
 of a dataset, those of all files of a model's directory that transformers may read, or for a model of the hub the commit
-of its snapshot; of a served teacher, what its server says. Weights are read as a whole: a changed weight in a file of
-the same size and date is noticed.
+of its snapshot; of a served teacher, what its server says; of a cache, its manifest and index. Weights are read as a
+whole: a changed weight in a file of the same size and date is noticed.
 """
 
 import hashlib
@@ -16,12 +16,13 @@ from kdkernels.data.records import hash_of_rows, is_dataset
 from kdkernels.errors import InputError
 from kdkernels.http import Server
 from kdkernels.teachers.served import about
+from kdkernels.teachers.stored import INDEX, MANIFEST, finished
 from kdkernels.training.recipe.config import Config
 from kdkernels.training.recipe.resolve import adapter_base
 from kdkernels.training.run.hashes import sha256_of_all
 
 MODEL_FILES = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja")
-URL = "[teacher] url"
+URL, CACHE = "[teacher] url", "[teacher] cache"
 TOKENIZER, DATA = "[tokenizer]", ("[data] train", "[evaluation] data")
 Identity = str | dict[str, str]  # of a file or commit, or of every file in a directory
 
@@ -35,7 +36,8 @@ def sources(config: Config, trained_tokenizer: Path | None) -> dict[str, str]:
         "[evaluation] data": config.evaluation and config.evaluation.data,
         "[student] path": config.student.path,
         "[teacher] path": config.teacher and config.teacher.path,
-        URL: config.teacher and config.teacher.url,
+        URL: (config.teacher and config.teacher.cache is None and config.teacher.url) or None,
+        CACHE: config.teacher and config.teacher.cache,
         "[tokenizer] path": config.tokenizer.path,
         TOKENIZER: trained_tokenizer and str(trained_tokenizer),
     }
@@ -51,6 +53,24 @@ def identify(sources: dict[str, str]) -> dict[str, Identity]:
     return {key: known[path] for key, path in sources.items()}
 
 
+def check_cache(config: Config, inputs: dict[str, Identity]) -> None:
+    """Raises InputError where the model at [teacher] path is not the one that wrote the [teacher] cache. inputs: the
+    identities of what a run is made from.
+    """
+    teacher = config.teacher
+    if teacher is None or teacher.cache is None or teacher.path is None:
+        return
+    manifest, key = finished(Path(teacher.cache), CACHE), "[teacher] path"
+    told = differences({key: manifest.get(key)}, {key: inputs[key]}, {key: teacher.path})
+    if manifest["dtype"] != teacher.dtype:
+        told.append(f"[teacher] dtype: {manifest['dtype']} -> {teacher.dtype}")
+    if told:
+        raise InputError(
+            f"{CACHE}: {teacher.cache} was made by another teacher: {'; '.join(told)}. Give that one's path, or write "
+            "another cache with kdkernels teacher-cache"
+        )
+
+
 def digest(identity: object) -> str:
     """An identity, and what belongs to it, as one hash."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
@@ -64,6 +84,10 @@ def differences(old: dict[str, Identity], new: dict[str, Identity], sources: dic
 
 def _identify(key: str, path: str) -> Identity:
     place = Path(path)
+    if key == CACHE:
+        finished(Path(path), key)
+        files = [Path(path, name) for name in (MANIFEST, INDEX)]
+        return dict(zip((file.name for file in files), sha256_of_all(files), strict=True))
     if key == URL:
         return f"model {about(Server(path))['model']}"
     try:

@@ -27,7 +27,8 @@ def locked(directory: Path, key: str = "[run] output") -> Iterator[None]:
     """Keeps every other run out of `directory`, which is made if it is not there. Where nothing else has been written
     into it in the end, it is left as it was. `key`: what the recipe calls the directory.
 
-    Raises InputError naming the owner where another run is in it, or where no lock can be had.
+    Raises InputError naming the `key` of the recipe, and the owner where another run is in it, or why no lock can be
+    had.
     """
     made = [path for path in (directory, *directory.parents) if not path.exists()]
     path = directory / NAME

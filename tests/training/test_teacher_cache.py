@@ -1,0 +1,308 @@
+"""Stored teachers: runs from a cache are those with the teacher, and a cache of anything else is refused."""
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from faulty_server import faulty_server
+
+import kdkernels as kd
+from kdkernels.cli import main
+from kdkernels.teachers import stored
+from kdkernels.training import InputError, caching, serving, train
+from kdkernels.training.inputs import read_inputs
+from kdkernels.training.run.metrics import read_metrics
+
+from .conftest import GKD, final_weights
+from .test_placement import TWO
+from .test_processes import finish, start, untimed
+from .test_served_teachers import BF16, check_same, kept
+
+OFF = (*GKD, "rollout.student_fraction=0", "train.steps=8")
+
+
+@pytest.fixture
+def made(load, teacher_set):
+    """made(*overrides, top_k=None): writes the cache; the overrides of runs that read it."""
+
+    def made(*overrides, top_k=None, name="cache"):
+        more = [*OFF, *overrides]
+        cache = f"teacher.cache={Path(load().run.output).parent / name}"
+        made.told = caching.cache(load(*more, teacher_set, cache), top_k)
+        return [*more, cache]
+
+    return made
+
+
+def root_of(overrides) -> Path:
+    return Path(overrides[-1].partition("=")[2])
+
+
+# ---- runs from a cache ----
+
+
+@pytest.mark.parametrize("options", [(), pytest.param(BF16, marks=pytest.mark.slow)], ids=["float32", "bfloat16"])
+def test_a_run_from_stored_hidden_states_is_that_with_the_teacher(load, teacher_set, made, options, capsys):
+    """Its first epoch, in micro-batches of several responses, with padding, and what is evaluated."""
+    root = Path(load().run.output).parent
+    options = (*options, f"evaluation.data={root}/test.jsonl", 'evaluation.metrics=["kl"]', "evaluation.batch_size=3")
+    expected = kept(train(load(*OFF, *options, teacher_set)))
+    cached = [one for one in made(*options) if not one.startswith("teacher.dtype")]
+    found = kept(train(load(*cached, f"run.output={root}/from-cache")))
+    check_same(found, expected)
+    assert found[0][0]["evaluation/kl"] > 0 and len(found[0]) == 9
+    assert "16 numbers in bfloat16, 32 bytes a token" in made.told + capsys.readouterr().out or not options[:-3]
+
+
+@pytest.mark.slow
+def test_every_epoch_is_to_the_bit_in_micro_batches_of_one(load, teacher_set, made):
+    """And up to rounding otherwise."""
+    root = Path(load().run.output).parent
+    more = ("train.micro_batch_size=1", "train.steps=20", "data.by_length=true")
+    expected = kept(train(load(*OFF, *more, teacher_set)))
+    check_same(kept(train(load(*made(*more), f"run.output={root}/again"))), expected)
+    more = ("train.steps=20",)
+    losses = [line["loss"] for line in kept(train(load(*OFF, *more, teacher_set, f"run.output={root}/two")))[0]]
+    found = kept(train(load(*made(*more, name="of-two"), f"run.output={root}/two-again")))[0]
+    torch.testing.assert_close([line["loss"] for line in found], losses, rtol=1e-4, atol=1e-6)
+
+
+def test_stored_top_k_of_all_entries_is_the_teacher_up_to_sixteen_bits(load, teacher_set, made):
+    root = Path(load().run.output).parent
+    expected = kept(train(load(*OFF, teacher_set)))[0]
+    entries = json.loads((root_of(made(name="hidden")) / stored.MANIFEST).read_text())["vocabulary"]
+    for k, tolerance in ((entries, 1e-3), (entries - 2, 0.05)):
+        found = kept(train(load(*made(top_k=k, name=f"k{k}"), f"run.output={root}/run-k{k}")))[0]
+        for line, wanted in zip(found, expected, strict=True):
+            assert line["loss"] == pytest.approx(wanted["loss"], rel=tolerance) and line["loss"] > 0
+        assert f"{4 * k + 2} bytes a token" in str(stored.Cache(root / f"k{k}", "").teacher(entries, "cpu"))
+
+
+def test_the_tail_is_that_of_the_teacher():
+    """Not what rounding leaves of sixteen-bit log-probabilities."""
+    torch.manual_seed(0)
+    log_p = (6 * torch.randn(200, 300, dtype=torch.float64)).log_softmax(-1)
+    top, ids = log_p.topk(32)
+    for vocabulary, kind, size in ((300, torch.uint16, 4), (10**5, torch.int32, 6)):
+        rows = stored.packed_top_k(ids, top, vocabulary)
+        assert rows["ids"].dtype == kind and stored.bytes_per_token(rows) == size * 32 + 2
+        found, log_probs = stored.unpacked_top_k(rows)
+        rest, wanted = -torch.expm1(log_probs.double().logsumexp(-1)), 1 - top.exp().sum(-1)
+        assert torch.equal(found.long(), ids) and wanted.min() < 1e-4
+        assert ((rest - wanted).abs() <= 5e-3 * wanted + 3e-7).all()
+        assert (log_probs.double() - top).abs().max() < 0.01
+    whole = stored.packed_top_k(ids, log_p.topk(32).values.log_softmax(-1), 32)
+    assert (stored.unpacked_top_k(whole)[1].exp().sum(-1) - 1).abs().max() < 1e-6
+
+
+# ---- writing ----
+
+
+def test_what_is_written_is_what_is_said(made, capsys):
+    overrides = made()
+    root, index = root_of(overrides), json.loads((root_of(overrides) / stored.INDEX).read_text())["parts"]
+    tokens = sum(one["tokens"] for one in index.values())
+    assert sum(one["samples"] for one in index.values()) == 32 and tokens > 100
+    assert f"32 samples, {tokens} tokens" in made.told
+    cache = stored.Cache(root, "")
+    rows = [cache.rows(one)["hidden"] for one in cache.places]
+    assert sum(map(len, rows)) == tokens and all(one.shape[1] == 16 for one in rows)
+    size = sum(one["bytes"] for one in index.values())
+    assert 0 <= size - tokens * 64 < 32 * 64 + 200, "ids and checksums beside 64 bytes a token"
+
+
+def test_a_cache_that_was_interrupted_is_finished(load, made, teacher_set, monkeypatch):
+    monkeypatch.setattr(caching, "PART_BYTES", 500)
+    whole = stored.Cache(root_of(made(name="whole")), "")
+    written, stop = caching.write_bytes, [5]
+
+    def killed(path, contents):
+        stop[0] -= 1
+        if stop[0] < 0:
+            path.with_name(f"unfinished-{path.name}").write_bytes(contents[:50])
+            raise KeyboardInterrupt
+        written(path, contents)
+
+    monkeypatch.setattr(caching, "write_bytes", killed)
+    with pytest.raises(KeyboardInterrupt):
+        made(name="cut")
+    overrides = [*OFF, f"teacher.cache={whole.root.parent / 'cut'}"]
+    with pytest.raises(InputError, match="not finished: kdkernels teacher-cache goes on"):
+        train(load(*overrides))
+    monkeypatch.setattr(caching, "write_bytes", written)
+    parts = {path.name: path.stat().st_mtime_ns for path in root_of(overrides).glob("part-*")}
+    assert len(parts) == 4
+    again = stored.Cache(root_of(made(name="cut")), "")
+    assert again.places.keys() == whole.places.keys() and len(list(again.root.glob("unfinished-*"))) == 0
+    assert all(torch.equal(again.rows(one)["hidden"], whole.rows(one)["hidden"]) for one in whole.places)
+    assert all((again.root / name).stat().st_mtime_ns == when for name, when in parts.items()), "none is made twice"
+
+
+# ---- refused ----
+
+
+def spoil(root: Path, case: str) -> None:
+    manifest, index = (root / name for name in (stored.MANIFEST, stored.INDEX))
+    part = next(root.glob("part-*"))
+    contents = part.read_bytes()
+    said = json.loads(manifest.read_text())
+    if case == "part":
+        part.unlink()
+    elif case == "cut":
+        part.write_bytes(contents[:-5])
+    elif case == "other bytes":
+        part.write_bytes(contents[:-2] + bytes([contents[-2] ^ 1, contents[-1]]))
+    elif case == "no tensors":
+        part.write_bytes(b"x" * len(contents))
+    elif case == "version":
+        manifest.write_text(json.dumps(said | {"format": "kdkernels teacher cache 0"}))
+    elif case == "tokenizer":
+        manifest.write_text(json.dumps(said | {"tokenizer": "0" * 64}))
+    elif case == "manifest":
+        manifest.write_text("{")
+    elif case == "index":
+        index.unlink()
+    elif case == "lm_head":
+        (root / stored.HEAD).write_bytes(b"")
+    elif case == "none":
+        shutil.rmtree(root)
+
+
+@pytest.mark.parametrize(
+    ("case", "said"),
+    [
+        ("part", r"expected \d+ bytes, got none"),
+        ("cut", r"part-0000-000000.safetensors: expected \d+ bytes, got \d+ bytes"),
+        ("no tensors", "is damaged or cut"),
+        ("other bytes", "the bytes of sample .* are not those that were written"),
+        ("version", "expected a cache of the format 'kdkernels teacher cache 1', got 'kdkernels teacher cache 0'"),
+        ("tokenizer", "was made with another tokenizer \\(sha256 000000000000, not "),
+        ("manifest", "is no cache of a teacher: manifest.json"),
+        ("index", "is not finished"),
+        ("lm_head", "head.safetensors cannot be read"),
+        ("none", "is no cache of a teacher"),
+    ],
+)
+def test_caches_that_are_refused(load, made, case, said):
+    overrides = made()
+    spoil(root_of(overrides), case)
+    with pytest.raises(InputError, match=r"\[teacher\] cache: .*" + said):
+        train(load(*overrides))
+    metrics = Path(load().run.output, "metrics.jsonl")
+    steps = len(metrics.read_text().splitlines()) if metrics.exists() else 0
+    assert steps < 8 if case == "other bytes" else steps == 0, "nothing was trained on it"
+
+
+def test_a_cache_of_other_data_or_of_another_teacher_is_refused(load, made, teacher_set, tmp_path):
+    overrides, data = made(), Path(load().data.train)
+    other = tmp_path / "other"
+    shutil.copytree(teacher_set.partition("=")[2], other)
+    config = json.loads((other / "generation_config.json").read_text())
+    (other / "generation_config.json").write_text(json.dumps(config | {"x": 1}))
+    with pytest.raises(InputError, match=r"another teacher: \[teacher\] path .*generation_config.json changed"):
+        train(load(*overrides, f"teacher.path={other}"))
+    with pytest.raises(InputError, match=r"another teacher: \[teacher\] dtype: float32 -> bfloat16"):
+        train(load(*overrides, teacher_set, "teacher.dtype=bfloat16"))
+    lines = data.read_text().splitlines()
+    data.write_text("\n".join([*lines[:9], '{"question": "7+7=", "answer": "14."}', *lines[10:]]) + "\n")
+    with pytest.raises(
+        InputError, match=r"has no sample of .*train.jsonl, line 10: .*data of sha256 [0-9a-f]{64}, and"
+    ):
+        train(load(*overrides))
+    with pytest.raises(InputError, match=r"was made from something else: \[data\] train: its contents changed"):
+        made()
+    data.write_text("\n".join(lines) + "\n")
+    assert train(load(*overrides, teacher_set)).final.is_dir()
+
+
+def test_a_cache_that_does_not_fit_the_recipe_is_refused(load, made, teacher_set):
+    of_words = made(top_k=4, name="words")
+    for more, said in (
+        (["objective.name=TSDKD", "objective.k=4"], r"\[objective\] TSDKD needs the teacher's probability of every"),
+        ([f"evaluation.data={load().data.train}", 'evaluation.metrics=["kl"]'], '"agreement" needs the teacher'),
+        (["rollout.student_fraction=0.5"], r"\[rollout\] student_fraction: expected 0, since \[teacher\] cache"),
+    ):
+        with pytest.raises(InputError, match=said):
+            train(load(*of_words, *more))
+    with pytest.raises(InputError, match=r"--top-k: expected at most .*, the tokenizer's vocabulary, got 99"):
+        made(top_k=99, name="many")
+    with pytest.raises(InputError, match=r"made from something else: kind: top-k -> hidden; k: 4 -> None"):
+        made(name="words")
+    with pytest.raises(InputError, match=r"made from something else: k: 4 -> 5"):
+        made(top_k=5, name="words")
+    (root_of(of_words).parent / "mine").mkdir()
+    (root_of(of_words).parent / "mine" / "notes.txt").touch()
+    with pytest.raises(InputError, match="is not empty, and what it holds is no cache"):
+        made(name="mine")
+
+
+def test_a_resumed_run_finds_the_same_cache(load, made):
+    overrides = [*made(), "checkpoint.every=1"]
+    train(load(*overrides))
+    index = root_of(overrides[:-1]) / stored.INDEX
+    index.write_text(index.read_text() + " ")
+    with pytest.raises(InputError, match=r"\[teacher\] cache .*: index.json changed"):
+        train(load(*overrides), resume=True)
+
+
+def test_the_command_writes_a_cache(recipe, load, teacher_set, capsys):
+    more = [f"--set={one}" for one in (*OFF, teacher_set)]
+    assert main(["teacher-cache", str(recipe), *more]) == 2
+    assert "expected a path or url, and the cache" in capsys.readouterr().err
+    more.append(f"--set=teacher.cache={recipe.parent / 'cache'}")
+    assert main(["teacher-cache", str(recipe), "--top-k", "8", *more]) == 0
+    assert "8 of 1" in (said := capsys.readouterr().out) and "bytes a token" in said
+    assert main(["train", str(recipe), *more, "--dry-run"]) == 0
+    assert main(["train", str(recipe), *more]) == 0
+    losses = [line["loss"] for line in read_metrics(recipe.parent / "run" / "metrics.jsonl")]
+    assert len(losses) == 8 and losses[0] > 0
+
+
+@pytest.mark.slow
+def test_two_processes_write_a_cache_and_train_from_it(recipe, load, teacher_set):
+    """As two with the teacher in each do; killed while they write, they go on."""
+    root, more = recipe.parent, [f"--set={one}" for one in (*OFF, "train.micro_batch_size=1")]
+    cache = [*more, f"--set={teacher_set}", f"--set=teacher.cache={root}/cache"]
+    writing = [*TWO, "-m", "kdkernels.training.cli", "teacher-cache", str(recipe), *cache]
+    process = start(writing, cwd=root)
+    while process.poll() is None and not list((root / "cache").glob("manifest.json")):
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    time.sleep(3)  # the launcher's own processes end after it
+    assert "32 samples" in finish(start(writing, cwd=root), root)
+    assert {path.name[:9] for path in (root / "cache").glob("part-*")} == {"part-0000", "part-0001"}
+    found = []
+    for name, own in (("live", teacher_set), ("stored", f"teacher.cache={root}/cache")):
+        own = [*more, f"--set={own}", f"--set=run.output={root}/{name}"]
+        finish(start([*TWO, "-m", "kdkernels.training.cli", "train", str(recipe), *own], cwd=root), root)
+        found.append((untimed(root / name), final_weights(root / name)))
+    check_same(*found)
+
+
+@pytest.mark.slow
+def test_two_processes_end_when_one_of_them_gets_no_answer(recipe, load, teacher_set):
+    service, root = serving.service(teacher_set.partition("=")[2], "float32"), recipe.parent
+    seen = []
+
+    def answer(path, body):
+        seen.append(path)
+        if path == "/states" and seen.count(path) > 4:
+            raise ConnectionError  # of this request alone: the other process gets its answer
+        return service.answer(path, body)
+
+    with faulty_server(answer) as server:
+        more = [f"--set={one}" for one in (*GKD, "train.steps=6", f"teacher.url={server.url}")]
+        process = start([*TWO, "-m", "kdkernels.training.cli", "train", str(recipe), *more], cwd=root)
+        assert process.wait(timeout=240) != 0
+    printed = (root / "output.txt").read_text()
+    assert "exitcode  : 6" in printed and "/states: asked 6 times" in printed
+    assert 0 < len(read_metrics(root / "run" / "metrics.jsonl")) < 6
+
+
+def test_inputs_are_read_without_a_cache(load, teacher_set):
+    config = load(*OFF, teacher_set)
+    assert len(read_inputs(config, kd.GKD()).examples.usable) == 32
