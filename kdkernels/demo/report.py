@@ -1,10 +1,11 @@
 """The demo's report in Markdown: how often each arm is right, how far arms differ, and what everything cost."""
 
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 
+from kdkernels.demo.markdown import count, table
 from kdkernels.demo.phases import PROBLEMS, STUDENTS
 from kdkernels.demo.results import Arm
 from kdkernels.demo.statistics import bootstrap_mean
@@ -35,8 +36,8 @@ def render(arms: Iterable[Arm], seconds: float, cores: int) -> str:
         [
             "# Distilling a small student: the demo's report",
             "",
-            f"{problems} held-out problems, {_count(seeds, 'seed')}, {seconds:.0f} seconds in all on "
-            f"{_count(cores, 'core')} ({platform.machine()}, torch {torch.__version__}).",
+            f"{problems} held-out problems, {count(seeds, 'seed')}, {seconds:.0f} seconds in all on "
+            f"{count(cores, 'core')} ({platform.machine()}, torch {torch.__version__}).",
             "",
             "## Exact match on held-out problems",
             "",
@@ -86,7 +87,7 @@ def _accuracies(arms: dict[str, Arm], seeds: int) -> list[str]:
         rows.append([arm.phase.title, *cells, PROBLEMS[arm.phase.solutions] if arm.phase.solutions else "none"])
     over = "problems (Wilson)" if seeds == 1 else "seeds and problems (bootstrap)"
     return [
-        *_table(["arm", *columns], rows),
+        *table(["arm", *columns], rows),
         "",
         f"Intervals are over {over}. Finished: responses that ended with the end-of-sequence token. Response tokens: "
         "those trained on, prompts not counted. Solutions: worked solutions the arm learnt from. The arms below a "
@@ -103,7 +104,7 @@ def _differences(arms: dict[str, Arm], seeds: int) -> list[str]:
         rows.append([titles, f"{100 * mean:+.1f}", _range((low, high), "+"), reading])
     over = "problems" if seeds == 1 else "seeds and problems"
     return [
-        *_table(["difference", "points", "95 % interval", "reading"], rows),
+        *table(["difference", "points", "95 % interval", "reading"], rows),
         "",
         f"Paired bootstrap over {over}.",
     ]
@@ -154,21 +155,12 @@ def _costs(arms: Iterable[Arm], cores: int) -> list[str]:
         spent = [f"{arm.seconds(part):.1f}" for part in parts]
         rows.append([arm.phase.name, f"{seconds:.0f}", *spent, f"{max(cost.peak for cost in arm.costs):.0f}"])
     return [
-        *_table(["phase", "seconds", *parts, "peak MiB"], rows),
+        *table(["phase", "seconds", *parts, "peak MiB"], rows),
         "",
         "Seconds of the whole process, start-up and evaluation included, and of the parts of its steps; means over the "
         f"seeds. The teacher has the machine to itself; the others run side by side, up to {cores} at a time.",
     ]
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
-
-
 def _range(bounds: tuple[float, float], sign: str) -> str:
     return " to ".join(f"{100 * bound:{sign}.1f}" for bound in bounds)
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence]) -> list[str]:
-    rule = "|" + "---|" * len(header)
-    return [f"| {' | '.join(header)} |", rule, *(f"| {' | '.join(map(str, row))} |" for row in rows)]

@@ -24,6 +24,9 @@ def write_tiny_chat(directory: Path, layers: int = 4) -> Path:
         num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True, initializer_range=0.4,
         max_position_embeddings=256, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(directory)
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():  # it ends some of its answers by itself
+        model.get_input_embeddings().weight[tokenizer.eos_token_id] *= 3
+    model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
