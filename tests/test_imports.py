@@ -30,6 +30,7 @@ ORDER = [
     "judges",
     "training",
     "curation",
+    "compression",
     "cli",
     "__main__",
     "demo",

@@ -169,7 +169,7 @@ def test_an_adapter_is_trained_further_or_begun_anew(root, merge):
         ('"{rationale}{label}"', '"{label}"', r"1 \(full\): expected \[data\] response with the field \{rationale\}"),
         ('label = "{label}"', "", r"\[reasoning\] key 'label' is missing"),
         ('target = "rationale"', 'target = "compressed"', r"1 \(full\): target: .compressed. is for the student of"),
-        ('target = "label"', 'target = "compressed"', r"2 \(label\): \[reasoning\] key 'teachers' is missing"),
+        ('target = "label"', 'target = "compressed"', r"2 \(label\): \[reasoning\] key 'pattern' is missing"),
         (
             'target = "label"\ntrain.steps = 2',
             'target = "label"\n[[stages]]\nname = "late"\ntarget = "compressed"',

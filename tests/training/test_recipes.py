@@ -10,8 +10,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from kdkernels.training.cli import main
 from kdkernels.training.recipe.config import Config
+from kdkernels.training.recipe.extends import read_tables
 from kdkernels.training.recipe.read import complete, read_recipe
 from kdkernels.training.recipe.schema import read_toml, to_toml
+from kdkernels.training.recipe.stages import parse_stages
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 TSD_KD = ("qwen2.5-14b-to-1.5b", "qwen3-8b-to-1.7b", "gemma2-9b-to-2b")
@@ -59,6 +61,8 @@ PARAMETERS = {  # of the published checkpoints, in which a tied weight counts on
     "Qwen3-1.7B": 1_720_574_976,
     "gemma-2-9b-it": 9_241_705_984,
     "gemma-2-2b-it": 2_614_341_888,
+    "Mistral-7B-v0.3": 7_248_023_552,
+    "Phi-3.5-mini-instruct": 3_821_079_552,
 }
 
 
@@ -191,3 +195,50 @@ def test_a_rehearsal_trains_what_the_paper_describes(extended, tmp_path, monkeyp
     settings = ["--set=train.steps=2", "--set=train.batch_size=16"]
     assert main(["train", str(RECIPES / "first.toml"), "rehearsal.toml", *settings]) == 0
     assert (tmp_path / "runs" / "rehearsal" / "metrics.jsonl").read_text().count('"loss"') == 2
+
+
+TWT = [f"{student}-twt-{task}" for student in ("mistral-7b", "phi-3.5-mini") for task in ("metamath", "cqa", "mbpp")]
+IN_FOUR = "mistral-7b-twt-cqa-4-stages"
+
+
+@pytest.mark.parametrize("name", [*TWT, IN_FOUR])
+def test_the_settings_of_twt_are_the_papers(name):
+    """Section 4.1, of every stage; and each stage starts from the one before."""
+    stages = parse_stages(f"recipes/{name}.toml")
+    assert sorted(path.stem for path in RECIPES.glob("*-twt-*.toml")) == sorted([*TWT, IN_FOUR])
+    assert f"`{name}`" in (RECIPES / "README.md").read_text()
+    targets = ["rationale", *["compressed"] * (2 if name == IN_FOUR else 1), "label"]
+    assert [stage.target for stage in stages] == targets
+    for before, stage in zip([None, *stages], stages, strict=False):
+        config = stage.config
+        assert config.run.output == f"runs/{name}/{stage.name}"
+        assert (config.student.adapter.kind, config.student.adapter.r, config.student.adapter.merge) == (
+            "lora",
+            8,
+            False,
+        )
+        assert (config.optimizer.lr, config.train.batch_size, config.train.epochs) == (1e-5, 8, 4)
+        assert config.data.max_prompt_tokens + config.data.max_response_tokens == 4096
+        assert config.evaluation.max_new_tokens == 2048 and config.objective.name == "SFT"
+        assert ("{rationale}" in config.data.response) == (stage.target != "label")
+        assert config.evaluation.response in config.data.response
+        assert config.student.path.endswith(f"{before.name}/final" if before else ("v0.3", "instruct"))
+        found = re.search(stages[1].compression.settings.pattern, "a\nb\n\n" + config.evaluation.response)
+        assert found[1] == "a\nb"
+    settings = stages[1].compression.settings
+    tables = read_tables(settings.teachers)["curation"]
+    assert (tables["threshold"], len(tables["teachers"])) == (0.95, 3) and settings.teachers == f"recipes/{name}.toml"
+    assert f"{tables['output']}/dataset.jsonl" == stages[0].config.data.train
+    for teacher in tables["teachers"]:
+        assert [teacher[key] for key in ("temperature", "top_p", "max_new_tokens")] == [0, 0.95, 2048]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*TWT, IN_FOUR])
+def test_a_dry_run_of_twt_needs_nothing(name, capsys):
+    assert main(["train", f"recipes/{name}.toml", "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("# stage stage") == (4 if name == IN_FOUR else 3)
+    assert printed.count("student's adapter: ") == printed.count("# stage stage")
+    assert main(["plan", f"recipes/{name}.toml", "--gpu", "a100-80g", "--gpus", "4"]) == 0
+    assert re.search(r"^# memory of a GPU: \d\d\.\d GiB at most", capsys.readouterr().out, re.MULTILINE)

@@ -8,6 +8,7 @@ from kdkernels.errors import InputError
 from kdkernels.training.recipe.schema import read_toml, show
 
 EXTENDS, STAGES = "extends", "stages"
+CURATION = "curation"  # a section of other commands (kdkernels.curation)
 LENGTH = {"train.steps": ("epochs",), "train.epochs": ("steps",)}
 INSTEAD = LENGTH | {  # a key, and those of its section that it takes the place of
     "student.path": ("architecture", "pad_vocab_to"),

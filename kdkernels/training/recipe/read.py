@@ -22,7 +22,7 @@ from typing import Any, Literal
 from kdkernels.errors import InputError
 from kdkernels.training.recipe.config import Config, ObjectiveConfig
 from kdkernels.training.recipe.elsewhere import described
-from kdkernels.training.recipe.extends import EXTENDS, LENGTH, STAGES, lineage, read_tables
+from kdkernels.training.recipe.extends import CURATION, EXTENDS, LENGTH, STAGES, lineage, read_tables
 from kdkernels.training.recipe.resolve import check_paths, resolve, resolve_objective
 from kdkernels.training.recipe.schema import override, parse_section, parse_table, refuse_unknown, show
 from kdkernels.training.recipe.signatures import known_objectives, objective_options
@@ -62,6 +62,7 @@ def parse_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     tables = read_tables(path)
     for assignment in overrides:
         override(tables, assignment, LENGTH)
+    tables.pop(CURATION, None)
     if STAGES in tables:
         raise InputError(f"{path}: expected a recipe of one training, got one with [[{STAGES}]]: run_stages trains it")
     return parse_tables(tables, str(path))

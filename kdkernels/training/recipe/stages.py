@@ -24,14 +24,14 @@ was merged ([student.adapter] merge = true): then each stage begins a new one.
 import copy
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from kdkernels.errors import InputError
 from kdkernels.training.recipe.config import FINAL, Config, Count, Name, Place
 from kdkernels.training.recipe.elsewhere import described
-from kdkernels.training.recipe.extends import INSTEAD, LENGTH, STAGES, lay, lineage, read_tables
+from kdkernels.training.recipe.extends import CURATION, INSTEAD, LENGTH, STAGES, lay, lineage, read_tables
 from kdkernels.training.recipe.read import naming, parse_tables
 from kdkernels.training.recipe.resolve import check_paths, model_paths
 from kdkernels.training.recipe.schema import Rule, override, parse_section, refuse_unknown, show
@@ -52,23 +52,26 @@ class ReasoningConfig:
     """What the targets of the stages are made of. `label`: the template of the response of `target = "label"`; [data]
     response is that of the others.
 
-    `rationale`, `teacher`: the fields of a record that hold the rationale and the name of the teacher that wrote it.
+    `rationale`, `teacher`: the fields of a record that hold the rationale and the name of the teacher that wrote it;
+    `query`: the template of what the teacher was asked.
     `pattern`: a regular expression with one group, the rationale in a response of the student (the last match counts).
 
     `compressor`: "teacher": the student of the stage before answers the training queries, and each rationale's own
     teacher rewrites it to the length, style and structure of the student's. "length": the teacher rewrites it in at
-    most `words` words, whatever the student writes. `teachers`: the recipe of `kdkernels curate` that has the teachers.
+    most `words` words, whatever the student writes. `teachers`: the recipe whose [curation] has the teachers; by
+    default this one.
     `request`: a file with the wording of what they are asked for, instead of the project's own.
 
     `unusable`: what becomes of a record whose compression cannot be used (no rationale in the student's response, an
     empty rewriting, one of more than `words`): "keep" its rationale as it is, or "drop" the record; counted either way.
 
-    `batch_size`: queries that the student answers at a time. `at_once`: how many rewritings a process asks for at once.
+    `batch_size`: queries that the student answers at a time.
     """
 
     label: str
     rationale: Name = "rationale"
     teacher: Name = "teacher"
+    query: str = "{query}"
     pattern: str | None = None
     compressor: Literal["teacher", "length"] = "teacher"
     words: Count | None = None
@@ -76,7 +79,6 @@ class ReasoningConfig:
     request: Place | None = None
     unusable: Literal["keep", "drop"] = "keep"
     batch_size: Count = 32
-    at_once: Count = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +128,7 @@ def read_recipes(paths: Sequence[str | Path], overrides: Iterable[str] = (), dry
     Raises:
         InputError: one cannot be used, starts from a model that it or a later one makes, or has the output of another.
     """
-    stages = [stage for path in paths for stage in _stages(path, list(overrides), dry_run)]
+    stages = [stage for path in paths for stage in parse_stages(path, list(overrides), dry_run)]
     outputs = {}
     for stage in stages:
         coming = [os.path.join(output, FINAL) for output in outputs]
@@ -157,12 +159,13 @@ def _check_order(stages: Sequence[Stage]) -> None:
                 )
 
 
-def _stages(path: str | Path, overrides: list[str], dry_run: bool) -> list[Stage]:
+def parse_stages(path: str | Path, overrides: Sequence[str] = (), dry_run: bool = False) -> list[Stage]:
     """The trainings of one file, all of whose models and data may be missing."""
     tables = read_tables(path)
     for assignment in overrides:
         override(tables, assignment, LENGTH)
     listed, reasoning = tables.pop(STAGES, None), tables.pop(REASONING, None)
+    curated = tables.pop(CURATION, None) is not None
     if listed is None:
         if reasoning is not None:
             raise InputError(f"{path}: [{REASONING}] belongs to [[{STAGES}]], which the recipe does not have")
@@ -170,6 +173,8 @@ def _stages(path: str | Path, overrides: list[str], dry_run: bool) -> list[Stage
     if not isinstance(listed, list) or not listed or not all(isinstance(one, Mapping) for one in listed):
         raise InputError(f"{path}: {STAGES}: expected one table [[{STAGES}]] or more, got {show(listed)}")
     settings = parse_section(ReasoningConfig, reasoning or {}, f"{path}: [{REASONING}]")
+    if curated and settings.teachers is None:
+        settings = replace(settings, teachers=str(path))
     said = [_stage(dict(one), i, str(path)) for i, one in enumerate(listed, start=1)]
     _check_chain([config for config, _ in said], settings, tables, str(path))
     stages: list[Stage] = []
@@ -220,11 +225,6 @@ def _check_chain(configs: Sequence[StageConfig], settings: ReasoningConfig, tabl
 
 
 def _check_compressor(settings: ReasoningConfig) -> None:
-    if settings.teachers is None:
-        raise InputError(
-            f"[{REASONING}] key 'teachers' is missing; a stage of the target \"compressed\" needs the recipe of "
-            "kdkernels curate that has the teachers"
-        )
     if settings.compressor == "teacher" and settings.pattern is None:
         raise InputError(
             f"[{REASONING}] key 'pattern' is missing; the compressor \"teacher\" needs it to find the rationale in "
@@ -253,8 +253,8 @@ def _expanded(
     lay(own, over=laid)
     for assignment in overrides:
         override(laid, assignment, LENGTH)
-    laid.pop(STAGES, None)
-    laid.pop(REASONING, None)
+    for name in (STAGES, REASONING, CURATION):
+        laid.pop(name, None)
     source = f"{path}, stage {config.name}"
     root = tables.get("run", {}).get("output")
     if isinstance(root, str):  # else the recipe's own reading refuses it
