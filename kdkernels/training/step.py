@@ -19,9 +19,10 @@ from kdkernels.data import Batch, Example, collate
 from kdkernels.judges import Judge
 from kdkernels.rollouts import Sampler, write
 from kdkernels.teachers import Teacher
+from kdkernels.training.buffer import Buffer, student_steps
 from kdkernels.training.processes import distributed
 from kdkernels.training.recipe.config import Config, OptimizerConfig
-from kdkernels.training.run.metrics import PEAK_MEMORY, TIME, TOKENS_PER_SECOND
+from kdkernels.training.run.metrics import PEAK_MEMORY, STALENESS, TIME, TOKENS_PER_SECOND
 from kdkernels.training.run.samples import Samples
 from kdkernels.training.strategy import Strategy
 
@@ -29,7 +30,7 @@ from kdkernels.training.strategy import Strategy
 @dataclass(frozen=True)
 class Parts:
     """What a step works with. `pad_id` fills up the shorter responses of a batch; `samples` keeps some of what the
-    student writes.
+    student writes; `buffer`, which gave the step's examples, what it wrote for steps to come (None: nothing).
     """
 
     strategy: Strategy
@@ -38,6 +39,7 @@ class Parts:
     judge: Judge | None
     pad_id: int
     samples: Samples | None = None
+    buffer: Buffer | None = None
 
 
 def train_step(
@@ -59,7 +61,7 @@ def train_step(
         responses, told = [example.response_ids for example in share], {}
         if author == "student":
             with clock("rollout"):
-                responses, told = _rollout(parts, prompts, config.rollout.max_new_tokens)
+                responses, told = _rollout(parts, prompts, step, config)
     except FloatingPointError as error:
         return {"loss": math.nan, "lr": lr, "gradient_norm": math.nan, "tokens": 0} | clock.metrics(0), str(error)
 
@@ -104,15 +106,24 @@ def describe_phases(parts: Parts, config: Config) -> str:
 
 
 def _rollout(
-    parts: Parts, prompts: Sequence[Sequence[int]], max_new_tokens: int
+    parts: Parts, prompts: Sequence[Sequence[int]], step: int, config: Config
 ) -> tuple[list[list[int]], dict[str, float]]:
-    """What the student writes to this process's prompts, and what the sampler measured of that. Raises
+    """What the student writes, or wrote before, to this process's prompts, and what there is to log of that. Raises
     FloatingPointError, on all processes.
     """
-    parts.sampler.sync()
-    with parts.strategy.whole(), distributed.together():
-        responses = write(parts.sampler, prompts, max_new_tokens, parts.strategy.module.vocab_size)
-    return responses, parts.sampler.metrics()
+    told = {}
+
+    def generate(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+        parts.sampler.sync()
+        with parts.strategy.whole(), distributed.together():
+            responses = write(parts.sampler, prompts, config.rollout.max_new_tokens, parts.strategy.module.vocab_size)
+        told.update(parts.sampler.metrics())
+        return responses
+
+    if parts.buffer is None:
+        return generate(prompts), told
+    responses, staleness = parts.buffer.write(step, generate)
+    return responses, told | ({STALENESS: staleness} if config.rollout.updates > 1 else {})
 
 
 def micro_batches(
@@ -168,11 +179,6 @@ def rate(config: OptimizerConfig, step: int, steps: int) -> float:
     if config.schedule == "constant" or step >= steps:
         return 1.0 if config.schedule == "constant" else 0.0
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
-
-
-def student_steps(step: int, fraction: float) -> int:
-    """Of the steps 1 ... `step`, those whose responses the student writes: the given fraction, evenly spread."""
-    return math.floor(step * fraction)
 
 
 def _now() -> float:

@@ -16,13 +16,14 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kdkernels.data import Example, ExampleStream
+from kdkernels.data import ExampleStream
 from kdkernels.data.tokenizers import vocabulary_size
 from kdkernels.distillation import Distillation
 from kdkernels.errors import InputError
 from kdkernels.judges import Judge
 from kdkernels.objectives import Objective
 from kdkernels.teachers import LocalTeacher, Teacher
+from kdkernels.training.buffer import Buffer
 from kdkernels.training.collapse import Collapse
 from kdkernels.training.deepspeed_strategy import DeepSpeedStrategy, accumulation_steps
 from kdkernels.training.errors import Collapsed, DiskError, Stopped
@@ -139,6 +140,9 @@ class _Training:
         entries = vocabulary_size(tokenizer)
         strategy = DeepSpeedStrategy(config, Distillation(student, objective, entries))
         sampler = make_sampler(config, run, student, tokenizer, strategy)
+        lengths = [one.tokens for one in examples] if config.data.by_length else None
+        position, batch_size = start.progress["position"], config.train.batch_size
+        self.stream = ExampleStream(len(examples), config.run.seed, position, lengths, batch_size)
         self.parts = Parts(
             strategy=strategy,
             teacher=place(config, teacher, strategy, tokenizer),
@@ -146,6 +150,7 @@ class _Training:
             judge=judge,
             pad_id=tokenizer.eos_token_id,
             samples=Samples(config, run, tokenizer, sampler.ends),
+            buffer=Buffer(config, examples, self.stream),
         )
         held.callback(self.parts.sampler.close)
         with self.parts.strategy.whole(), distributed.together():
@@ -154,9 +159,6 @@ class _Training:
             self.notes = [*describe_dtype(config), *describe_ends(config, tokenizer, student, teacher)]
             self.notes += [describe_attention(config, student, teacher), describe_phases(self.parts, config)]
             self.notes += describe(self.parts.teacher)
-        lengths = [one.tokens for one in examples] if config.data.by_length else None
-        position, batch_size = start.progress["position"], config.train.batch_size
-        self.stream = ExampleStream(len(examples), config.run.seed, position, lengths, batch_size)
         self.resumed = start.checkpoint is not None
         self.made_from = self._begin(start)
 
@@ -167,7 +169,7 @@ class _Training:
         config, run = self.config, self.run
         run.remove_left_overs()
         if start.checkpoint is not None:
-            checkpoint.restore(self.parts.strategy, start.checkpoint)
+            self.parts.buffer.load_state(checkpoint.restore(self.parts.strategy, start.checkpoint))
             run.go_on(config, self.first)
             made_from = start.inputs
         else:
@@ -187,7 +189,7 @@ class _Training:
                 log.write(0, self._evaluation())
             while self.step < steps:
                 self.step += 1
-                values, defect = train_step(self.parts, self._batch(), self.step, config)
+                values, defect = train_step(self.parts, self.parts.buffer.batch(self.step), self.step, config)
                 self.skipped, self.in_a_row = (self.skipped + 1, self.in_a_row + 1) if defect else (self.skipped, 0)
                 last = self.step == steps
                 if inputs.held_out and (last or _due(self.step, config.evaluation.every)):
@@ -214,7 +216,7 @@ class _Training:
         """Writes the report and the trained model."""
         run, config = self.run, self.config
         if self.in_a_row:  # nothing says yet that the weights are good for anything: one more batch, without an update
-            _, defect = train_step(self.parts, self._batch(), self.step, config, apply=False)
+            _, defect = train_step(self.parts, self.parts.buffer.batch(self.step), self.step, config, apply=False)
             if defect:
                 raise self._diverged(f"{defect}, and so it is of one more batch")
         self._save_if_due()
@@ -226,11 +228,6 @@ class _Training:
         save = partial(save_model, config, student, weights, self.inputs.tokenizer)
         write_directory(run.final, save)
         return Result.of(run)
-
-    def _batch(self) -> list[Example]:
-        """The examples of the next step, of all processes."""
-        examples = self.inputs.examples.usable
-        return [examples[i] for i in self.stream.next(self.config.train.batch_size)]
 
     def _evaluation(self) -> dict[str, float]:
         """Evaluates the student on the held-out data, each process its share, and writes the records; the metrics. The
@@ -258,8 +255,8 @@ class _Training:
         self._check_finite()
         progress = {"step": self.step, "position": self.stream.position, "skipped_steps": self.skipped}
         progress["steps_beyond_limits"] = self.collapse.in_a_row
-        run, keep = self.run, self.config.checkpoint.keep
-        checkpoint.save(self.parts.strategy, run.checkpoints, progress, self.made_from, run.metrics, keep)
+        run, keep, buffer = self.run, self.config.checkpoint.keep, self.parts.buffer.state()
+        checkpoint.save(self.parts.strategy, run.checkpoints, progress, self.made_from, run.metrics, keep, buffer)
         self.unsaved = False
 
     def _check_finite(self) -> None:

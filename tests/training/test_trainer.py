@@ -14,11 +14,12 @@ from kdkernels.distillation import Distillation
 from kdkernels.rollouts import LocalSampler
 from kdkernels.teachers import LocalTeacher
 from kdkernels.training import InputError, train
+from kdkernels.training.buffer import student_steps
 from kdkernels.training.deepspeed_strategy import DeepSpeedStrategy
 from kdkernels.training.inputs import read_examples
 from kdkernels.training.models.loading import load_student, load_teacher, load_tokenizer
 from kdkernels.training.run.metrics import read_metrics
-from kdkernels.training.step import rate, student_steps
+from kdkernels.training.step import rate
 
 from .conftest import GKD
 from .test_engine import OFFLOADED, stage_set

@@ -164,6 +164,11 @@ class RolloutConfig:
     that is less; 0: none), at the first step whose responses the student writes and at every `samples_every`-th of
     these steps (a tenth of train.steps by default).
 
+    `updates`: so many of these steps in a row share one generation, which writes to the prompts of all of them at once
+    with the weights of the first. `reuse`: each of its batches is trained on so often, in turn: updates / reuse batches
+    are written. `max_staleness`: responses that were written more steps ago are written anew before they are used
+    (by default never). docs/ROLLOUTS.md says what that costs and saves.
+
     `engine`: what writes the responses (docs/ROLLOUTS.md): "transformers" the student itself; "vllm" an engine in each
     process (an extra of kdkernels), which takes the share `gpu_memory` of its GPU (0.3 by default); "server" a vLLM
     server at `url`, with at most `at_once` requests of a process under way (64 by default), tried again where they fail
@@ -180,6 +185,9 @@ class RolloutConfig:
     max_new_tokens: Count | None = None
     samples: CountOrZero | None = None
     samples_every: Count | None = None
+    updates: Count = 1
+    reuse: Count = 1
+    max_staleness: CountOrZero | None = None
     engine: Literal["transformers", "vllm", "server"] = "transformers"
     url: Name | None = None
     key_variable: Name | None = None

@@ -1,4 +1,6 @@
-"""What [rollout] says of the engine that writes responses: which keys go with which, and their defaults."""
+"""What [rollout] says of the engine that writes responses, and for how many steps: which keys go with which, and their
+defaults.
+"""
 
 from dataclasses import replace
 
@@ -17,11 +19,25 @@ BELONG = {  # key -> engines that have it
 }
 
 
+def check_updates(rollout: RolloutConfig) -> None:
+    """Raises InputError for a generation that cannot be shared as it should be."""
+    if rollout.updates % rollout.reuse:
+        raise InputError(
+            f"[rollout] updates: expected a multiple of reuse = {rollout.reuse}, so that every batch of a generation "
+            f"is used so often, got {rollout.updates}"
+        )
+    if rollout.updates > 1 and rollout.student_fraction == 0:
+        raise InputError("[rollout] updates is of what the student writes; student_fraction is 0")
+    if rollout.max_staleness is not None and rollout.updates == 1:
+        raise InputError("[rollout] max_staleness is of responses for several updates: set updates, or leave it out")
+
+
 def resolve_engine(rollout: RolloutConfig, config: Config) -> RolloutConfig:
     """`rollout`, that of the recipe `config`, with what its engine takes filled in.
 
     Raises InputError for keys that its engine does not have, or lacks, and for a time that others would not wait for.
     """
+    check_updates(rollout)
     for key, engines in BELONG.items():
         if getattr(rollout, key) is not None and rollout.engine not in engines:
             raise InputError(

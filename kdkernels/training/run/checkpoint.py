@@ -1,7 +1,8 @@
 """Checkpoints from which a run continues bit for bit: `step-000123` is that after step 123.
 
 shared.pt             what all processes have alike: weights, objective buffers, without ZeRO the optimizer
-process-00000.pt      what each process has of its own: random state, with ZeRO its share of the optimizer
+process-00000.pt      what each process has of its own: random state, rollouts for steps to come, with ZeRO its share of
+                      the optimizer
 metrics.jsonl         the log up to this step
 progress.json         where the run stood, what it was made from, and the SHA-256 of all the files
 
@@ -43,18 +44,25 @@ class Contents:
 
 
 def save(
-    strategy: Strategy, directory: Path, progress: dict[str, int], inputs: dict[str, Any], metrics: Path, keep: int
+    strategy: Strategy,
+    directory: Path,
+    progress: dict[str, int],
+    inputs: dict[str, Any],
+    metrics: Path,
+    keep: int,
+    buffer: dict[str, Any] | None = None,
 ) -> None:
     """Writes the checkpoint of `progress["step"]` into `directory` and deletes all but the newest `keep` up to it; all
     processes call this together.
 
-    It holds the strategy's state, the random state of every process, a copy of the log at `metrics`, and `progress` and
-    `inputs`. Raises DiskError.
+    It holds the strategy's state, the random state of every process and its `buffer` of rollouts, a copy of the log at
+    `metrics`, and `progress` and `inputs`. Raises DiskError.
     """
     shared, own = strategy.state()
 
     def write(path: Path) -> dict[str, str]:
-        hashes = {_own_file(): _dump(own | {"random": _random_state()}, path / _own_file())}
+        of_its_own = own | {"random": _random_state(), "buffer": buffer or {}}
+        hashes = {_own_file(): _dump(of_its_own, path / _own_file())}
         if distributed.rank() == 0:
             hashes[SHARED] = _dump(shared, path / SHARED)
             log = metrics.read_bytes()
@@ -130,15 +138,16 @@ def states(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     return _load(path / SHARED, mmap=True), own
 
 
-def restore(strategy: Strategy, path: Path) -> None:
-    """Puts strategy and random state back to the checkpoint at `path`. Raises InputError for files that hold something
-    else than this run's state.
+def restore(strategy: Strategy, path: Path) -> dict[str, Any]:
+    """Puts strategy and random state back to the checkpoint at `path`; this process's buffer of rollouts in it. Raises
+    InputError for files that hold something else than this run's state.
     """
     with distributed.together():
         shared, own = (_load(path / name) for name in (SHARED, _own_file()))
     try:
         strategy.load_state(shared, own)
         _set_random_state(own["random"])
+        return own["buffer"]
     except (KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
         said = " ".join(str(error).split("\n")[:2])  # torch names every weight of another shape
         raise InputError(f"--resume: {path} is not of this run: {type(error).__name__}: {said}") from error

@@ -10,6 +10,7 @@ from kdkernels.errors import InputError
 Line = dict[str, float | None]  # of a metrics.jsonl: a step and its numbers, None for one that was not finite
 EVALUATION = "evaluation/"  # what an evaluation measured is logged under this prefix
 TIME = "time/"  # seconds of a phase
+STALENESS = "rollout_staleness"  # steps since the responses were written
 TOKENS_PER_SECOND, PEAK_MEMORY = "tokens_per_second", "peak_memory_gib"
 
 
