@@ -8,7 +8,7 @@ import numpy as np
 try:
     import matplotlib
 except ImportError as error:
-    raise ImportError("the demo's figures need matplotlib: pip install kdkernels[dev]") from error
+    raise ImportError("the demo's figures need matplotlib: pip install kdkernels[report]") from error
 
 matplotlib.use("Agg")
 from matplotlib import pyplot

@@ -13,7 +13,7 @@ from kdkernels.demo.lm import answers as answering
 from kdkernels.demo.lm import run as running
 from kdkernels.demo.lm import step_cost
 from kdkernels.demo.lm.answers import read
-from kdkernels.demo.lm.phases import ARMS, settings
+from kdkernels.demo.lm.phases import ARMS, RECIPES, Arm, settings
 from kdkernels.demo.lm.prompts import SUBJECTS, prompts, side
 from kdkernels.demo.lm.run import Settings, run_demo
 from kdkernels.errors import InputError
@@ -82,6 +82,22 @@ def test_the_ways_of_a_step_are_measured(finished):
         assert 0 < cost["loss"]["seconds"] < cost["step"]["seconds"]
 
 
+def test_the_ways_of_a_step_have_the_same_gradient(finished):
+    output = finished[0]
+    step = step_cost.Step(
+        output / "models" / "teacher", output / "models" / "student", output / "data" / "train.jsonl", 4
+    )
+    gradients = {}
+    for way in (step_cost.ALL, step_cost.GATHERED, step_cost.OURS):
+        step.forget()
+        step.step(way)
+        gradients[way] = [weight.grad for weight in step.student.parameters()]
+    for way in (step_cost.GATHERED, step_cost.OURS):
+        for own, other in zip(gradients[way], gradients[step_cost.ALL], strict=True):
+            assert other.abs().max() > 1e-6
+            assert (own - other).abs().max() < 1e-4 * other.abs().max()
+
+
 def test_started_again_it_does_nothing_twice(finished, monkeypatch):
     output, report, failed = finished
     before = {path: path.stat().st_mtime_ns for path in output.rglob("metrics.jsonl")}
@@ -96,7 +112,7 @@ def test_started_again_it_does_nothing_twice(finished, monkeypatch):
     assert table and all(line in report.read_text() for line in table)
 
 
-def test_a_demo_of_other_prompts_is_refused(finished, tmp_path):
+def test_a_demo_of_other_prompts_is_refused(finished):
     with pytest.raises(InputError, match="holds a demo with other train prompts"):
         run_demo(finished[0], Settings(**{**vars(TINY), "train": 12}))
     with pytest.raises(InputError, match="holds a demo with other longest"):
@@ -173,7 +189,7 @@ def test_prompts_of_ones_own(tmp_path):
         running._prompts("train", Settings(data=own))
 
 
-def test_every_arm_is_a_recipe_with_all_its_paths_moved(finished, tmp_path):
+def test_every_arm_is_a_recipe_with_all_its_paths_moved(finished):
     output, _, _ = finished
     configs = [load_config(arm.recipe, settings(arm, output)) for arm in ARMS]
     for arm, config in zip(ARMS, configs, strict=True):
@@ -184,6 +200,9 @@ def test_every_arm_is_a_recipe_with_all_its_paths_moved(finished, tmp_path):
         assert (config.rollout.student_fraction == 1) == ("on-policy" in arm.name or "tsd" in arm.name)
     assert len({(config.train, config.optimizer, config.data) for config in configs}) == 1
     assert [config.objective.name for config in configs] == ["SFT", "GKD", "GKD", "TSDKD", "TSDKD"]
+    on_gpu = load_config(RECIPES / "smollm2-gkd-gpu.toml", settings(Arm("gkd-gpu", ""), output))
+    assert (on_gpu.train.steps, on_gpu.run.dtype) == (10 * configs[0].train.steps, "bfloat16")
+    assert (on_gpu.objective, on_gpu.optimizer) == (configs[1].objective, configs[1].optimizer)
 
 
 def test_a_kl_that_did_not_fall_fails_the_demo(monkeypatch, tmp_path, capsys):

@@ -76,8 +76,6 @@ class Step:
         if way == OURS:
             sources = [kd.Head(one, w, vocab_size=self.entries) for one, w in zip((own, other), weights, strict=True)]
             return self.objective(*sources, layout).loss
-        counted = torch.zeros(own.shape[0] * own.shape[1], dtype=torch.bool)
-        counted[layout.index] = True
         if way == GATHERED:
             own, other = (one.flatten(0, 1)[layout.index] for one in (own, other))
         values = _jsd(own @ weights[0].T, other @ weights[1].T, BETA)
@@ -100,9 +98,11 @@ def measure(step: Step, rounds: int = ROUNDS) -> dict:
     """
     costs = {way: {"loss": {}, "step": {}} for way in (OURS, GATHERED, ALL)}
     losses = {}
+    _give_back_blocks(1 << 16)
     for way, cost in costs.items():
         for name in cost:
             cost[name]["mib"], losses[way] = _peak(step, name, way)
+    _give_back_blocks(32 << 20)
     lowest, highest = min(losses.values()), max(losses.values())
     if not highest - lowest <= TOLERANCE * highest:
         raise RuntimeError(f"step_cost: expected the same loss from every way, got {losses}")
@@ -118,6 +118,15 @@ def measure(step: Step, rounds: int = ROUNDS) -> dict:
     tokens = sum(step.batch.layout.lengths)
     sizes = {"responses": responses, "length": length, "tokens": tokens, "vocabulary": step.entries}
     return {"sizes": sizes, "costs": costs, "threads": torch.get_num_threads()}
+
+
+def _give_back_blocks(size: int) -> None:
+    """Memory in blocks of `size` bytes and more goes back to the system when it is freed, so that it counts again when
+    it is taken again. 32 MiB is what glibc's own threshold grows to.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(-3, size)  # M_MMAP_THRESHOLD
 
 
 def _peak(step: Step, name: str, way: str) -> tuple[float | None, float]:
@@ -157,5 +166,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    ctypes.CDLL(None).mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD: what is freed goes back to the system, and counts again
     main()
