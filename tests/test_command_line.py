@@ -74,6 +74,11 @@ def run(*arguments, cwd, program: str = PROGRAM) -> subprocess.CompletedProcess:
         (["train", "nowhere.toml"], 2, "kdkernels: nowhere.toml: cannot be read: No such file"),
         (["train", RECIPE, "--set=trian.steps=1"], 2, "unknown section 'trian'; did you mean 'train'?"),
         (["train", RECIPE, "--set=train.stepz=1"], 2, "[train] unknown key 'stepz'; did you mean 'steps'?"),
+        (
+            ["train", RECIPE, "--set=train.steps=1", "--set=train.epochs=2"],
+            2,
+            "expected one of train.steps and train.epochs",
+        ),
         (["train", RECIPE, "--set=train.steps=many"], 2, "[train] steps: expected an integer >= 1, got 'many'"),
         (["train", RECIPE, "--set=objective.name=NOPE"], 2, "[objective] name: expected one of 'GKD', 'SFT', 'TSDKD'"),
         (["train", RECIPE, "--set=objective.name=GKD", "--set=objective.bata=1"], 2, "'bata'; did you mean 'beta'?"),

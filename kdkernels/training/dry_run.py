@@ -61,7 +61,7 @@ def plan(
     check_trackers(config)
     objective, run, elsewhere = config.objective.build(), RunDirectory(config.run.output), described(config, recipes)
     if resume and not elsewhere and run.is_finished(config, asked):
-        return f"{to_toml(config)}# plan\n# {run.root}: the run is finished, nothing is left to do; model: {run.final}"
+        return f"{to_toml(config)}# plan\n# {run.nothing_left(config)}; model: {run.final}"
     lines = [f"objective: {config.objective.name} with these options {NO_JUDGE}"] if objective.needs_weights else []
     if elsewhere:
         models, vocabulary, read = _from_descriptions(config, elsewhere)

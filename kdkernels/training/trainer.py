@@ -97,7 +97,7 @@ def train(config: Config, resume: bool = False, judge: Judge | None = None, chan
     accumulation_steps(config)
     check_trackers(config)
     if resume and run.is_finished(config, changes):
-        return _finished(run)
+        return _finished(run, config)
     with Termination() as termination, run.locked(), ExitStack() as held:
         termination.stop_at_once()  # not while the directory was locked: the lock would have stayed
         start = run.find_start(config, resume, changes)
@@ -269,12 +269,12 @@ class _Training:
         return FloatingPointError(f"step {self.step}: {what}: the run diverged; see {self.run.metrics}")
 
 
-def _finished(run: RunDirectory) -> Result:
+def _finished(run: RunDirectory, config: Config) -> Result:
     """The result of a run that came to its end earlier."""
 
     def say() -> None:
         with writing(Path("standard output")):
-            print(f"{run.root}: the run is finished, nothing is left to do", flush=True)
+            print(run.nothing_left(config), flush=True)
 
     distributed.by_first(say)
     return Result.of(run)

@@ -248,6 +248,7 @@ def test_a_base_that_changed_is_noticed_at_resume(root):
     ("overrides", "said"),
     [
         (["student.adapter.r=0"], r"\[student.adapter\] r: expected an integer >= 1, got 0"),
+        (["student.adapter.r=100000"], r"r: expected at most 8, the smaller side of \S+k_proj \(8 x 16\), got 100000"),
         (["student.adapter.rank=3"], r"\[student.adapter\] unknown key 'rank'"),
         (["student.adapter=3"], r"\[student\] adapter: expected a table, got 3"),
         (["student.adapter.kind=qlora"], r"\[student.adapter\] kind: expected one of 'lora', 'dora', got 'qlora'"),

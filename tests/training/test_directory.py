@@ -131,6 +131,9 @@ def test_one_command_for_a_job_scheduler(recipe, tmp_path, capsys, monkeypatch, 
     assert said in capsys.readouterr().out
     assert main([*command, "--dry-run"]) == 0
     assert said.splitlines()[0] in capsys.readouterr().out
+    assert main([*command, "--set=optimizer.lr=0.5", "--set=checkpoint.keep=9"]) == 0
+    late = "; without more steps, this changes nothing: optimizer.lr: 0.01 -> 0.5; checkpoint.keep: 2 -> 9\nmodel: "
+    assert f"{said.splitlines()[0]}{late}" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == left
     assert main([*command, "--set=run.seed=4"]) == 2
     assert "run.seed: 3 -> 4" in capsys.readouterr().err

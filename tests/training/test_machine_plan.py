@@ -4,6 +4,7 @@ Steps have two micro-batches of the longest texts that the recipe allows. malloc
 (MALLOC_MMAP_THRESHOLD_): otherwise what is measured is its fragmentation as well.
 """
 
+import itertools
 import json
 import os
 import subprocess
@@ -15,39 +16,59 @@ import torch
 from allocations import Resident
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from kdkernels.training import load_config
+from kdkernels.training.models.loading import load_student, load_tokenizer
 from kdkernels.training.plan.activations import forward_backward
 
 RECIPE = """
 [run]
 output = "{root}/run"
+dtype = "{dtype}"
 [student]
-architecture = {{model_type = "qwen2", hidden_size = {hidden}, num_hidden_layers = {layers}, num_attention_heads = 4, \
-num_key_value_heads = 2, intermediate_size = {inner}, tie_word_embeddings = {tied}}}
-pad_vocab_to = {vocabulary}
-{teacher}
-[tokenizer]
-kind = "characters"
+{student}
 [data]
 train = "{root}/train.jsonl"
 prompt = "{{question}}"
 response = "{{answer}}"
 max_prompt_tokens = {prompt}
 max_response_tokens = {response}
-[rollout]
-student_fraction = {fraction}
-[objective]
-name = "{objective}"
+{more}
 [optimizer]
 lr = 1e-4
 [train]
 steps = 2
-batch_size = 8
+batch_size = {batch}
 micro_batch_size = 4
 gradient_checkpointing = {checkpointing}
 [checkpoint]
 every = 0
 [deepspeed]
 zero_stage = {stage}
+"""
+FRESH = """
+architecture = {{model_type = "qwen2", hidden_size = {hidden}, num_hidden_layers = {layers}, num_attention_heads = 4, \
+num_key_value_heads = 2, intermediate_size = {inner}, tie_word_embeddings = {tied}}}
+pad_vocab_to = {vocabulary}
+[tokenizer]
+kind = "characters"
+"""
+ADAPTED = """
+path = "{root}/base"
+[student.adapter]
+r = 8
+alpha = 16
+"""
+SFT = """
+[objective]
+name = "SFT"
+"""
+DISTILLED = """
+[teacher]
+path = "{root}/teacher"
+[objective]
+name = "GKD"
+[rollout]
+student_fraction = {fraction}
 """
 
 MEASURE = """
@@ -56,43 +77,86 @@ from kdkernels.training import load_config, train
 from kdkernels.data.tokenizers import vocabulary_size
 from kdkernels.training.models.loading import load_student, load_teacher, load_tokenizer
 from kdkernels.training.plan.memory import Load, memory
+from kdkernels.training.processes import distributed
 
 tests, recipe = sys.argv[1:]
 sys.path.insert(0, tests)
 from allocations import Resident
 
 config = load_config(recipe)
+distributed.start()
 tokenizer = load_tokenizer(config)
 student = load_student(config, tokenizer, meta=True)
 teacher = load_teacher(config, tokenizer, meta=True) if config.teacher else None
-load = Load(config, student, teacher, 1, vocabulary_size(tokenizer), None)
+load = Load(config, student, teacher, distributed.world_size(), vocabulary_size(tokenizer), None)
 planned = memory(load, load.student_pass(), load.teacher_pass())
 with Resident() as resident:
     train(config)
-print(json.dumps([planned.peak, resident.peak, planned.widest, planned.lasting, planned.phases]))
+if distributed.rank() == 0:
+    print(json.dumps([planned.peak, resident.peak, planned.widest, planned.lasting, planned.phases]))
 """
 SMALL = {"hidden": 256, "layers": 6, "inner": 768, "vocabulary": 8192, "prompt": 96, "response": 160}
 MIDDLE = {"hidden": 512, "layers": 8, "inner": 1408, "vocabulary": 4096, "prompt": 128, "response": 128}
 LARGE = {"hidden": 768, "layers": 10, "inner": 2048, "vocabulary": 16384, "prompt": 64, "response": 96}
-DEFAULT = {"tied": "false", "checkpointing": "false", "stage": 0, "objective": "SFT", "teacher": "", "fraction": 0}
+DEFAULT = {"tied": "false", "checkpointing": "false", "stage": 0, "dtype": "float32", "processes": 1}
+DEFAULT |= {"adapter": False, "teacher": None, "fraction": 0}
+LETTERS = 2000  # each a token: of so many, a fresh model seldom writes the one that ends a response
 
 CASES = {
     "small": SMALL,
     "middle": MIDDLE | {"stage": 1},
     "large": LARGE,
     "large, tied, checkpointed": LARGE | {"tied": "true", "checkpointing": "true"},
+    "bfloat16": MIDDLE | {"dtype": "bfloat16", "stage": 2},
+    "adapter": LARGE | {"adapter": True},
+    "teacher": SMALL | {"teacher": LARGE, "fraction": 0},
+    "rollouts": SMALL | {"teacher": MIDDLE, "fraction": 1},
+    "two processes, ZeRO 2": MIDDLE | {"stage": 2, "processes": 2},
+    "two processes, ZeRO 3": MIDDLE | {"stage": 3, "processes": 2},
 }
 
 
+def write(root: Path, settings: dict) -> Path:
+    """The recipe, with its data and the models that it needs."""
+    letters = itertools.cycle(map(chr, range(0x4E00, 0x4E00 + LETTERS)))
+
+    def text(length: int) -> str:
+        return "".join(itertools.islice(letters, length))
+
+    lines = [{"question": text(settings["prompt"]), "answer": text(settings["response"] - 1)} for _ in range(16)]
+    (root / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    values = DEFAULT | settings | {"root": root, "batch": 8 * settings.get("processes", 1)}
+    if values["teacher"] is not None:
+        larger = settings["teacher"] | {name: settings[name] for name in ("vocabulary", "prompt", "response")}
+        _save(RECIPE, root / "teacher", values | larger)
+    if values["adapter"]:
+        _save(RECIPE, root / "base", values)
+    student = (ADAPTED if values["adapter"] else FRESH).format(**values)
+    more = (SFT if values["teacher"] is None else DISTILLED).format(**values)
+    recipe = root / "recipe.toml"
+    recipe.write_text(RECIPE.format(student=student, more=more, **values))
+    return recipe
+
+
+def _save(text: str, place: Path, values: dict) -> None:
+    """Writes a model of these sizes, and its tokenizer."""
+    recipe = place.with_suffix(".toml")
+    recipe.write_text(text.format(student=FRESH.format(**values), more=SFT, **values))
+    config = load_config(recipe)
+    tokenizer = load_tokenizer(config)
+    load_student(config, tokenizer).save_pretrained(place)
+    tokenizer.save_pretrained(place)
+
+
 def measure(root: Path, settings: dict) -> list:
-    line = {"question": "ab" * (settings["prompt"] // 2), "answer": "c" * (settings["response"] - 1)}
-    (root / "train.jsonl").write_text((json.dumps(line) + "\n") * 16)
-    (root / "recipe.toml").write_text(RECIPE.format(root=root, **DEFAULT | settings))
-    command = [sys.executable, "-c", MEASURE, str(Path(__file__).parents[1]), str(root / "recipe.toml")]
+    recipe, processes = write(root, settings), settings.get("processes", 1)
+    (root / "measure.py").write_text(MEASURE)
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    command = [sys.executable, *launcher, str(root / "measure.py"), str(Path(__file__).parents[1]), str(recipe)]
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith("[")))
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ and writes: adapter_config.json, which names the base, and adapter_model.safeten
 """
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -47,11 +47,13 @@ def attach(
         InputError: the model has no such layers; the adapter in `trained` is another one, or cannot be read.
         MissingPackage: there is no PEFT.
     """
+    targets = _targets(model, settings.target_modules)
+    _check_rank(model, settings.r, targets)
     config = peft().LoraConfig(
         r=settings.r,
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
-        target_modules=_targets(model, settings.target_modules),
+        target_modules=targets,
         use_dora=settings.kind == "dora",
         task_type="CAUSAL_LM",
     )
@@ -143,6 +145,18 @@ def _targets(model: PreTrainedModel, wanted: tuple[str, ...]) -> list[str]:
             )
         chosen |= found
     return sorted(chosen)
+
+
+def _check_rank(model: PreTrainedModel, rank: int, targets: Sequence[str]) -> None:
+    """Raises InputError for a product of a higher rank than any product of its size has."""
+    shapes = {name: tuple(model.get_submodule(name).weight.shape) for name in targets}
+    name = min(shapes, key=lambda name: min(shapes[name]))
+    if rank > min(shapes[name]):
+        rows, columns = shapes[name]
+        raise InputError(
+            f"[student.adapter] r: expected at most {min(shapes[name])}, the smaller side of {name} "
+            f"({rows} x {columns}), got {rank}"
+        )
 
 
 def _state(model: PreTrainedModel, weights: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:

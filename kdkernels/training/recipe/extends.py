@@ -1,11 +1,11 @@
 """A recipe that extends another: `extends = "other.toml"`, above its first section."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from kdkernels.errors import InputError
-from kdkernels.training.recipe.schema import read_toml, show
+from kdkernels.training.recipe.schema import override, read_toml, show
 
 EXTENDS, STAGES = "extends", "stages"
 CURATION = "curation"  # a section of other commands (kdkernels.curation)
@@ -89,6 +89,18 @@ def lay(tables: Mapping[str, Any], over: dict[str, Any]) -> None:
             for replaced in (one for key in table for one in INSTEAD.get(f"{section}.{key}", ())):
                 over[section].pop(replaced, None)
     _merge(tables, over)
+
+
+def set_keys(tables: dict[str, Any], assignments: Iterable[str]) -> None:
+    """Lays every `section.key=value` over `tables`. Raises InputError, also where both of two keys are given of which a
+    recipe has one: the order would decide.
+    """
+    given = set()
+    for assignment in assignments:
+        override(tables, assignment, LENGTH)
+        given.add(assignment.partition("=")[0].replace(" ", ""))
+    if given >= LENGTH.keys():
+        raise InputError(f"--set: expected one of {' and '.join(LENGTH)}, got both: each takes the other's place")
 
 
 def _merge(table: Mapping[str, Any], over: dict[str, Any]) -> None:

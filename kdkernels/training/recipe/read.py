@@ -22,9 +22,9 @@ from typing import Any, Literal
 from kdkernels.errors import InputError
 from kdkernels.training.recipe.config import Config, ObjectiveConfig
 from kdkernels.training.recipe.elsewhere import described
-from kdkernels.training.recipe.extends import CURATION, EXTENDS, LENGTH, STAGES, lineage, read_tables
+from kdkernels.training.recipe.extends import CURATION, EXTENDS, STAGES, lineage, read_tables, set_keys
 from kdkernels.training.recipe.resolve import check_paths, resolve, resolve_objective
-from kdkernels.training.recipe.schema import override, parse_section, parse_table, refuse_unknown, show
+from kdkernels.training.recipe.schema import parse_section, parse_table, refuse_unknown, show
 from kdkernels.training.recipe.signatures import known_objectives, objective_options
 
 
@@ -60,8 +60,7 @@ def read_recipe(
 def parse_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     """As `read_recipe`, but for whether there is anything where it says that something lies."""
     tables = read_tables(path)
-    for assignment in overrides:
-        override(tables, assignment, LENGTH)
+    set_keys(tables, overrides)
     tables.pop(CURATION, None)
     if STAGES in tables:
         raise InputError(f"{path}: expected a recipe of one training, got one with [[{STAGES}]]: run_stages trains it")

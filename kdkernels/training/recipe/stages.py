@@ -31,10 +31,10 @@ from typing import Annotated, Any, Literal
 from kdkernels.errors import InputError
 from kdkernels.training.recipe.config import FINAL, Config, Count, Name, Place
 from kdkernels.training.recipe.elsewhere import described
-from kdkernels.training.recipe.extends import CURATION, INSTEAD, LENGTH, STAGES, lay, lineage, read_tables
+from kdkernels.training.recipe.extends import CURATION, INSTEAD, STAGES, lay, lineage, read_tables, set_keys
 from kdkernels.training.recipe.read import naming, parse_tables
 from kdkernels.training.recipe.resolve import check_paths, model_paths
-from kdkernels.training.recipe.schema import Rule, override, parse_section, refuse_unknown, show
+from kdkernels.training.recipe.schema import Rule, parse_section, refuse_unknown, show
 
 REASONING, COMPRESSIONS = "reasoning", "compressions"
 Target = Literal["rationale", "compressed", "label"]
@@ -162,8 +162,7 @@ def _check_order(stages: Sequence[Stage]) -> None:
 def parse_stages(path: str | Path, overrides: Sequence[str] = (), dry_run: bool = False) -> list[Stage]:
     """The trainings of one file, all of whose models and data may be missing."""
     tables = read_tables(path)
-    for assignment in overrides:
-        override(tables, assignment, LENGTH)
+    set_keys(tables, overrides)
     listed, reasoning = tables.pop(STAGES, None), tables.pop(REASONING, None)
     curated = tables.pop(CURATION, None) is not None
     if listed is None:
@@ -251,8 +250,7 @@ def _expanded(
     laid = copy.deepcopy(dict(tables))
     lay({"data": {"response": settings.label}} if config.target == "label" else {}, over=laid)
     lay(own, over=laid)
-    for assignment in overrides:
-        override(laid, assignment, LENGTH)
+    set_keys(laid, overrides)
     for name in (STAGES, REASONING, CURATION):
         laid.pop(name, None)
     source = f"{path}, stage {config.name}"

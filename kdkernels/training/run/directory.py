@@ -41,7 +41,7 @@ from kdkernels.training.run.atomic import (
     write_text,
     writing,
 )
-from kdkernels.training.run.history import check_recipe, write_config
+from kdkernels.training.run.history import check_recipe, told_of_finished, write_config
 from kdkernels.training.run.identity import TOKENIZER, Identity, check_cache, differences, identify, sources
 
 BEGINNING = {"step": 0, "position": 0, "skipped_steps": 0, "steps_beyond_limits": 0}
@@ -145,6 +145,10 @@ class RunDirectory:
             return True
 
         return distributed.by_first(check)
+
+    def nothing_left(self, config: Config) -> str:
+        """What is said where the run has come to its end and `config` asks for no more steps."""
+        return f"{self.root}: the run is finished, nothing is left to do{told_of_finished(self.config, config)}"
 
     def remove_left_overs(self) -> None:
         """Deletes what a killed run did not write or delete to its end; all processes call this together."""

@@ -51,9 +51,7 @@ def check_recipe(path: Path, config: Config, asked: Collection[str]) -> bool:
             f"--resume: the run in {run} was begun by another version of kdkernels, which did not know "
             f"{', '.join(unknown)}: continue it with that version, or start a new run in another directory"
         )
-    changes = differences(old, new)
-    if config.train.epochs is not None:  # not known before the data are read
-        changes = {key: pair for key, pair in changes.items() if key not in FOLLOWING or pair[1] is not None}
+    changes = _known(differences(old, new), config)
     free = set(asked) & set(CHANGEABLE)
     if free & set(LENGTHS):
         free |= {*LENGTHS, *FOLLOWING}
@@ -63,6 +61,21 @@ def check_recipe(path: Path, config: Config, asked: Collection[str]) -> bool:
             f"--resume: the recipe differs from that of the run in {run}: {told(refused)}. {_way(refused)}"
         )
     return any(key in changes for key in LENGTHS)
+
+
+def told_of_finished(path: Path, config: Config) -> str:
+    """What `config` has otherwise than the finished run at `path`, its config.toml: it comes too late. In words, or
+    nothing.
+    """
+    late = _known(differences(read_toml(path), to_tables(config)), config)
+    return f"; without more steps, this changes nothing: {told(late)}" if late else ""
+
+
+def _known(changes: dict[str, tuple[Any, Any]], config: Config) -> dict[str, tuple[Any, Any]]:
+    """`changes` without what epochs come to, before the data are read."""
+    if config.train.epochs is None:
+        return changes
+    return {key: pair for key, pair in changes.items() if key not in FOLLOWING or pair[1] is not None}
 
 
 def differences(old: Tables, new: Tables) -> dict[str, tuple[Any, Any]]:
