@@ -5,6 +5,7 @@ import math
 import os
 import re
 import sys
+import urllib.request
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -106,7 +107,13 @@ def test_a_server_that_fails_ends_the_run_and_nothing_is_trained(load, teacher_s
     seen, server = watched(monkeypatch), VllmServer(teacher_of(teacher_set))
     good = ["ok"] * (2 + 4 + 2 + 1)  # weights, responses, weights, one response
     with faulty_server(server.answer, [*good, *[fault] * 99]) as http:
-        settings = served(http.url, teacher_set, "rollout.timeout_seconds=0.1", "rollout.at_once=1")
+        settings = served(http.url, teacher_set, "rollout.at_once=1")
+        urlopen = urllib.request.urlopen  # patience ends where the server hangs, however slow this machine is
+
+        def impatient(request, timeout):
+            return urlopen(request, timeout=0.05 if http.faults[0] == "hang" else timeout)
+
+        monkeypatch.setattr(urllib.request, "urlopen", impatient)
         times = "once" if fault == "404" else "6 times"
         with pytest.raises(ServerError, match=rf"POST {http.url}/v1/completions: asked {times}, the last time"):
             train(load(*settings))
