@@ -102,7 +102,7 @@ class OpenAIChat(Chat):
             pause = min(self.backoff * 2 ** (len(faults) - 1), LONGEST) * random.uniform(0.5, 1.0)
             if found.wait is not None:
                 self._gate.hold(found.wait)
-            self._stopped.wait(max(pause, found.wait or 0.0))
+            self._stopped.wait(pause)
 
     def _ask(self, conversation: Conversation, faults: Sequence[str]) -> Answer:
         import openai
