@@ -24,8 +24,9 @@ BUCKET = 5 * 10**8  # gradients that ZeRO reduces at a time
 @dataclass(frozen=True)
 class Needs:
     """All in bytes. `memory`: of each process, by what it is for; `offloaded`: what it takes of the machine's memory
-    beside that of its device. `checkpoint`, `final`: of one of them on the disk;
-    `written`: how many checkpoints a run writes; `keep`: how many of them stay.
+    beside that of its device. `checkpoint`, `final`: of one of them on the disk; `written`: how many checkpoints a run
+    writes; `keep`: how many of them stay. `version`: of the weights that an engine gets for rollouts, of which there
+    are two while one is written.
     """
 
     memory: dict[str, int]
@@ -34,11 +35,13 @@ class Needs:
     written: int
     keep: int
     offloaded: int = 0
+    version: int = 0
 
     def disk(self) -> int:
         """The space at the worst moment: an old checkpoint goes when the new one is there, the model comes last."""
         kept = min(self.written, self.keep)
-        return max(min(self.written, self.keep + 1) * self.checkpoint, kept * self.checkpoint + self.final)
+        most = max(min(self.written, self.keep + 1) * self.checkpoint, kept * self.checkpoint + self.final)
+        return most + 2 * self.version
 
 
 def needs(
@@ -76,6 +79,7 @@ def needs(
         written=-(-config.train.steps // every) if every and done < config.train.steps else 0,
         keep=config.checkpoint.keep,
         offloaded=(8 + master + 4) * trained // shares if offloads else 0,  # float32 gradients too
+        version=width * weights if config.rollout.engine != "transformers" and config.rollout.weights is None else 0,
     )
 
 
@@ -102,7 +106,8 @@ def describe_disk(needed: Needs) -> str:
     """What the space is for, in words."""
     at_once = min(needed.written, needed.keep + 1)
     checkpoints = f"{at_once} checkpoints of {text(needed.checkpoint)}, " if at_once else ""
-    return f"{checkpoints}a model of {text(needed.final)}"
+    versions = f"2 versions of {text(needed.version)} for the rollouts' engine, " if needed.version else ""
+    return f"{checkpoints}{versions}a model of {text(needed.final)}"
 
 
 def describe(run: RunDirectory, needed: Needs, here: bool = True) -> list[str]:

@@ -21,11 +21,11 @@ from kdkernels.rollouts.server import ServerEngine
 from kdkernels.training.models.saving import save_model
 from kdkernels.training.processes import distributed
 from kdkernels.training.recipe.config import Config
-from kdkernels.training.run.atomic import remove, write_directory, writing
+from kdkernels.training.run.atomic import UNFINISHED, remove, write_directory, writing
 from kdkernels.training.run.directory import RunDirectory
 from kdkernels.training.strategy import Strategy
 
-COMPARED = 4  # responses of each process whose tokens are compared after every sync
+COMPARED = 4  # responses of each process, at most, whose tokens are compared after every sync
 DRIFT = "rollout_drift"
 
 
@@ -109,7 +109,8 @@ class EngineSampler:
         seeds = [0] * len(prompts) if greedy else torch.randint(2**63 - 1, (len(prompts),)).tolist()
         drawn = self.engine.draw(prompts, asked, seeds)
         if self.drift is None:
-            self.drift = self._compare(prompts[:COMPARED], drawn[:COMPARED])
+            places = range(0, len(prompts), -(-len(prompts) // COMPARED))  # from the first to near the last
+            self.drift = self._compare([prompts[i] for i in places], [drawn[i] for i in places])
         return [one.ids for one in drawn]
 
     def metrics(self) -> dict[str, float]:
@@ -142,7 +143,8 @@ class EngineSampler:
         return drift
 
     def _remove_versions(self, but: Path | None) -> None:
-        for path in self.directory.glob("version-*"):
+        """Of this run, and what a run that was killed has left."""
+        for path in [*self.directory.glob("version-*"), *self.directory.glob(f"{UNFINISHED}version-*")]:
             if path != but:
                 with writing(path):
                     remove(path)

@@ -6,6 +6,7 @@ import os
 import re
 import sys
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +19,8 @@ from kdkernels.errors import MissingPackage, ServerError
 from kdkernels.rollouts.drift import Drift
 from kdkernels.training import InputError, load_config, train, trainer
 from kdkernels.training.cli import main
+from kdkernels.training.models.loading import load_student, load_tokenizer
+from kdkernels.training.needs import describe_disk, needs, text
 from kdkernels.training.run.metrics import read_metrics
 
 from .conftest import GKD, final_weights
@@ -73,6 +76,16 @@ def test_a_run_whose_responses_a_server_writes(load, teacher_set, tmp_path):
     drawn = [one for one in server.asked if one["temperature"] == 1]
     assert len(drawn) == 3 * 4 and len({one["seed"] for one in drawn}) == 12, "each response has a seed of its own"
     assert len(server.asked) == 12 + 2 * 3, "and the evaluations"
+
+
+def test_the_disk_that_handing_over_takes(load, teacher_set):
+    config = load(*served("http://a:1", teacher_set, "student.architecture.hidden_size=256"))
+    student = load_student(config, load_tokenizer(config))
+    needed, size = needs(config, student, None), sum(one.nbytes for one in student.state_dict().values())
+    assert needed.version == size and f"2 versions of {text(size)}" in describe_disk(needed)
+    without = needs(load(*GKD, teacher_set, "student.architecture.hidden_size=256"), student, None)
+    elsewhere = replace(config, rollout=replace(config.rollout, weights="/dev/shm/x"))
+    assert needed.disk() == without.disk() + 2 * size and needs(elsewhere, student, None).disk() == without.disk()
 
 
 def test_interrupted_and_resumed_is_uninterrupted(load, teacher_set, tmp_path):
