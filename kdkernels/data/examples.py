@@ -49,6 +49,7 @@ class Examples:
 
     `notes`: in words, how many were left out because no tokens express their response behind the prompt's, and how many
     usable ones have a text that the tokenizer changes. `first`: the first usable one as the model sees it, for people.
+    `together`: so many, one behind the other, answer the same prompt and are trained on in the same step.
     """
 
     path: str
@@ -57,8 +58,11 @@ class Examples:
     long_responses: int
     notes: tuple[str, ...] = ()
     first: str = ""
+    together: int = 1
 
     def __str__(self) -> str:
+        if self.together > 1:
+            return f"{self.path}: {len(self.usable) // self.together} prompts, {self.together} responses to each"
         left_out = (
             f"left out {self.long_prompts} with too long a prompt, {self.long_responses} with too long a response"
         )

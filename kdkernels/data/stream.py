@@ -13,23 +13,35 @@ class ExampleStream:
     them: of an epoch in random order, WINDOW batches at a time are sorted by length, cut into batches again, and these
     are taken in random order. Where an epoch ends within a batch, that one is of any lengths.
 
-    `position` counts the examples handed out since the beginning: it is the whole state.
+    `together`: so many examples, one behind the other, are a group: they are taken at the same time and are as long
+    as the longest one. Of those taken at a time, the first of all groups come first, then the second ones: every n-th
+    of them has its share of each.
+
+    `position` counts the groups handed out since the beginning: it is the whole state.
     """
 
     def __init__(
-        self, size: int, seed: int, position: int = 0, lengths: Sequence[int] | None = None, batch_size: int = 1
+        self,
+        size: int,
+        seed: int,
+        position: int = 0,
+        lengths: Sequence[int] | None = None,
+        batch_size: int = 1,
+        together: int = 1,
     ):
-        self.size, self.seed, self.position = size, seed, position
-        self.lengths, self.batch_size = lengths, batch_size
+        self.size, self.seed, self.position = size // together, seed, position
+        groups = lengths and [max(lengths[i : i + together]) for i in range(0, size, together)]
+        self.lengths, self.batch_size, self.together = groups, batch_size // together, together
         self._orders: dict[int, list[int]] = {}  # of the epochs at hand: to shuffle millions takes a second
 
     def next(self, count: int) -> list[int]:
-        """The next `count` examples."""
-        positions = range(self.position, self.position + count)
+        """The next `count` examples, whole groups."""
+        positions = range(self.position, self.position + count // self.together)
         epochs = {position // self.size for position in positions}
         self._orders = {epoch: self._orders.get(epoch) or self._order(epoch) for epoch in epochs}
-        self.position += count
-        return [self._orders[position // self.size][position % self.size] for position in positions]
+        self.position += len(positions)
+        groups = [self._orders[position // self.size][position % self.size] for position in positions]
+        return [group * self.together + i for i in range(self.together) for group in groups]
 
     def _order(self, epoch: int) -> list[int]:
         order, generator = list(range(self.size)), random.Random(f"seed {self.seed}, epoch {epoch}")

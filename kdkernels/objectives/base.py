@@ -243,13 +243,23 @@ class Objective(Program, Uncompiled):
         Raises:
             ValueError: ``reduction`` is none of ``reductions``, or "prompts" where ``from_teacher`` is None.
         """
+        return max(self.counts(layout, from_teacher))
+
+    def counts(self, layout: Layout, from_teacher: Tensor | None = None) -> tuple[int, int]:
+        """``count`` in two parts that add up over batches, of which the larger one counts: for "prompts" the responses
+        of either author, else all of it and 0. So several batches, among which the two responses of a prompt may be
+        spread, have together the count of one batch of all of them.
+
+        Raises:
+            ValueError: as ``count``.
+        """
         self._check_reduction()
         if self.reduction == "prompts":
             if from_teacher is None:
                 raise ValueError("reduction: expected another where nobody says who wrote a response, got 'prompts'")
             by_teacher = sum(layout.written_by(from_teacher))
-            return max(by_teacher, layout.responses - by_teacher)
-        return {"responses": layout.responses, "tokens": len(layout), "sum": 1}[self.reduction]
+            return by_teacher, layout.responses - by_teacher
+        return {"responses": layout.responses, "tokens": len(layout), "sum": 1}[self.reduction], 0
 
     def _check_reduction(self) -> None:
         if self.reduction not in self.reductions:

@@ -14,14 +14,21 @@ from transformers import (
 
 from kdkernels.data.tokenizers import vocabulary_size
 
-UNTRUNCATED = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}  # transformers' own default is top_k=50
+UNTRUNCATED = {"do_sample": True, "top_k": 0}  # transformers' own default is top_k=50
 
 
 class LocalSampler:
-    """The student's own `generate` in transformers: its weights are always the present ones, so nothing is synced."""
+    """The student's own `generate` in transformers: its weights are always the present ones, so nothing is synced.
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
+    `temperature`, `top_p`: of what is sampled; with any but 1 and 1, that is not the model's own distribution, which
+    training on what the student writes needs.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, temperature: float = 1.0, top_p: float = 1.0
+    ):
         self.model, self.tokenizer = model, tokenizer
+        self.sampling = UNTRUNCATED | {"temperature": temperature, "top_p": top_p}
 
     @property
     def ends(self) -> tuple[int, ...]:
@@ -32,9 +39,9 @@ class LocalSampler:
     ) -> list[list[int]]:
         """The model's response to each prompt, as in `Sampler.generate`.
 
-        Every token is drawn from softmax(logits) over the tokenizer's vocabulary, whatever the checkpoint's own
-        generation_config asks for. Ids without a token, which pad a vocabulary, have probability 0, as they have in
-        the objectives.
+        Every token is drawn from softmax(logits) over the tokenizer's vocabulary (or as the sampler's temperature and
+        top_p change that), whatever the checkpoint's own generation_config asks for. Ids without a token, which pad a
+        vocabulary, have probability 0, as they have in the objectives.
 
         Raises:
             FloatingPointError: for logits that are no distribution: with a NaN or +inf among them, or none above -inf.
@@ -48,7 +55,7 @@ class LocalSampler:
             input_ids[b, length - len(prompt) :] = torch.tensor(prompt)
             attention_mask[b, length - len(prompt) :] = 1
         settings = GenerationConfig(
-            **({"do_sample": False} if greedy else UNTRUNCATED),
+            **({"do_sample": False} if greedy else self.sampling),
             max_new_tokens=max_new_tokens,
             eos_token_id=list(ends),
             pad_token_id=padding,

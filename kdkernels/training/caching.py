@@ -142,7 +142,9 @@ def _batches(config: Config, inputs: Inputs) -> Iterator[Batch]:
     for _ in range(-(-len(examples) // size)):
         share = [examples[i] for i in stream.next(size)][rank::world]
         responses = [one.response_ids for one in share]
-        yield from micro_batches(share, responses, False, config.train.micro_batch_size, pad)
+        yield from micro_batches(
+            share, responses, [one.from_teacher for one in share], config.train.micro_batch_size, pad
+        )
     if inputs.held_out is not None and config.evaluation.by_teacher:
         chosen = inputs.held_out.usable[: config.evaluation.limit][rank::world]
         for start in range(0, len(chosen), config.evaluation.batch_size):

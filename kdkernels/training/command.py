@@ -12,6 +12,7 @@ from kdkernels.engine.gpu import CARDS, Gpu
 from kdkernels.errors import InputError
 from kdkernels.training.dry_run import Machine, plan
 from kdkernels.training.errors import Stopped
+from kdkernels.training.offline.rollout import rollout
 from kdkernels.training.processes import distributed
 from kdkernels.training.processes.exits import DONE, INTERRUPTED, LOST, UNFORESEEN, end, status_of
 from kdkernels.training.processes.launcher import first
@@ -22,6 +23,8 @@ from kdkernels.training.run.directory import RunDirectory
 from kdkernels.training.run.stages import REPORT
 from kdkernels.training.stages import Compressor, completed, train_stages
 from kdkernels.training.trainer import Result, train
+
+BEFORE = {"rollout": rollout}  # what is done before training, by its command: (recipe) -> what there is now, in words
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ def run(
     asked: Sequence[str] = (),
     dry_run: DryRun | None = None,
     compressor: Compressor | None = None,
+    before: str | None = None,
 ) -> int:
     """Does what the recipes say.
 
@@ -56,13 +60,14 @@ def run(
         asked: the keys that were set by name, which may be others than those of the one run that is resumed.
         dry_run: prints the plan of the one recipe instead of training; what is asked of it.
         compressor: what makes the data of stages of compressed rationales.
+        before: makes what the one recipe needs before it trains, instead of training: one of BEFORE.
 
     Returns:
         The exit status (exits.STATUSES).
     """
     if not sys.stderr.isatty():
         disable_progress_bar()
-    status = _run(recipes, resume, asked, dry_run, compressor)
+    status = _run(recipes, resume, asked, dry_run, compressor, before)
     if status not in (LOST, UNFORESEEN, INTERRUPTED):  # of these, the others may know nothing yet
         distributed.leave()
     return status
@@ -74,6 +79,7 @@ def _run(
     asked: Sequence[str],
     dry_run: DryRun | None,
     compressor: Compressor | None,
+    before: str | None,
 ) -> int:
     stages = []
     try:
@@ -85,6 +91,8 @@ def _run(
                     _save(text, dry_run.save)
                 with writing(Path("standard output")):
                     print(text, flush=True)
+        elif before:
+            _make(before, stages)
         else:
             alone = len(stages) == 1 and stages[0].root is None
             results = [train(stages[0].config, resume, changes=asked)] if alone else train_stages(stages, compressor)
@@ -93,7 +101,9 @@ def _run(
     except (KeyboardInterrupt, Stopped) as error:
         stopped = isinstance(error, Stopped)
         text = str(error) if stopped else "interrupted"
-        if stages and not dry_run:
+        if before:
+            text += "; the same command goes on"
+        elif stages and not dry_run:
             text += f"; {_way_on(stages)}"
         if first():  # it is the same for all processes
             end(DONE, text)
@@ -119,6 +129,15 @@ def _tell(stages: Sequence[Stage], results: Sequence[Result]) -> None:
             print(f"model: {result.final}\nreport: {RunDirectory(result.output).report}", flush=True)
         for root in dict.fromkeys(stage.root for stage in stages if stage.root is not None):
             print(f"stages: {Path(root) / REPORT}", flush=True)
+
+
+def _make(before: str, stages: Sequence[Stage]) -> None:
+    if len(stages) > 1:
+        raise InputError(f"{before}: expected a recipe without stages, got one of {len(stages)}")
+    made = BEFORE[before](stages[0].config)
+    if first():
+        with writing(Path("standard output")):
+            print("\n".join(made), flush=True)
 
 
 def _save(text: str, path: Path) -> None:

@@ -18,12 +18,14 @@ from kdkernels.training.models.attention import describe_attention
 from kdkernels.training.models.ends import describe_ends
 from kdkernels.training.models.loading import load_student, load_teacher
 from kdkernels.training.needs import check_disk, check_output, describe, describe_dtype, needs, text
+from kdkernels.training.offline.rollout import describe_offline
+from kdkernels.training.offline.scores import read_judge
 from kdkernels.training.plan.memory import Load
 from kdkernels.training.plan.report import describe_plan
 from kdkernels.training.processes import distributed
 from kdkernels.training.recipe.config import Config
 from kdkernels.training.recipe.elsewhere import described
-from kdkernels.training.recipe.resolve import NO_JUDGE, resolve_steps
+from kdkernels.training.recipe.resolve import NO_JUDGE, model_paths, resolve_steps
 from kdkernels.training.recipe.schema import to_toml
 from kdkernels.training.run.directory import RunDirectory
 from kdkernels.training.run.lock import refuse_if_locked
@@ -48,7 +50,7 @@ def plan(
     asked: Collection[str] = (),
 ) -> str:
     """The resolved recipe and, in comments, what it comes to. Raises InputError where training would, but for a judge
-    that is missing, and for files of other machines.
+    or what `kdkernels rollout` makes that is missing, and for files of other machines.
 
     Args:
         recipes: the file that the recipe was read from, and those that it extends.
@@ -62,7 +64,9 @@ def plan(
     objective, run, elsewhere = config.objective.build(), RunDirectory(config.run.output), described(config, recipes)
     if resume and not elsewhere and run.is_finished(config, asked):
         return f"{to_toml(config)}# plan\n# {run.nothing_left(config)}; model: {run.final}"
-    lines = [f"objective: {config.objective.name} with these options {NO_JUDGE}"] if objective.needs_weights else []
+    lines = describe_offline(config)
+    if objective.needs_weights and not config.asks_judge:
+        lines.append(f"objective: {config.objective.name} with these options {NO_JUDGE}")
     if elsewhere:
         models, vocabulary, read = _from_descriptions(config, elsewhere)
         needed = needs(_counted(config), models["student"], models.get("teacher"), processes=processes)
@@ -102,7 +106,10 @@ def _from_here(
     check_output(run.root)
     refuse_if_locked(run.root)
     start = run.find_start(config, resume, asked)
-    inputs = read_inputs(config, config.objective.build(), start.tokenizer)
+    made_from = start.inputs if "[responses] output" in start.inputs else None
+    inputs = read_inputs(config, config.objective.build(), start.tokenizer, made_from)
+    if config.needs_scores and "[judge] output" in start.inputs:
+        read_judge(config, inputs.examples)
     config = resolve_steps(config, len(inputs.examples.usable))
     run.check_resolved(config, start, asked)
     models, vocabulary = _models(config, inputs.tokenizer), vocabulary_size(inputs.tokenizer)
@@ -120,7 +127,7 @@ def _from_here(
 
 def _from_descriptions(config: Config, elsewhere: Mapping[str, Path]) -> tuple[Models, int, list[str]]:
     """As `_from_here`, where models are not on this machine: from their configurations, reading nothing else."""
-    names = {"[student] path": config.student.path, "[teacher] path": config.teacher and config.teacher.path}
+    names = model_paths(config)
     lines = [f"{key}: {names[key]} is not on this machine: planned with {file}" for key, file in elsewhere.items()]
     unread = [config.data.train, *([config.evaluation.data] if config.evaluation else [])]
     lines.append(f"not looked at, whether there or not: tokenizer {config.tokenizer.path}, data {', '.join(unread)}")

@@ -1,5 +1,6 @@
 """What a run is made from, read and checked against each other: the same for training and for a dry run."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,9 +14,10 @@ from kdkernels.objectives import Objective
 from kdkernels.teachers.stored import TOP_K, Cache
 from kdkernels.training.evaluation import expected_answer
 from kdkernels.training.models.loading import load_tokenizer
+from kdkernels.training.offline.responses import AUTHORS, read_responses
 from kdkernels.training.recipe.config import Config, DataConfig
 from kdkernels.training.recipe.resolve import NO_JUDGE
-from kdkernels.training.run.identity import identify
+from kdkernels.training.run.identity import Identity, identify
 
 
 @dataclass(frozen=True)
@@ -37,19 +39,36 @@ def build_objective(config: Config, judge: Judge | None = None) -> Objective:
     none.
     """
     objective = config.objective.build()
-    if objective.needs_weights and judge is None:
+    if judge is not None and config.judge is not None:
+        raise InputError("judge: expected either the recipe's [judge] or the argument, got both")
+    if objective.needs_weights and judge is None and not config.asks_judge:
         raise InputError(f"[objective] {config.objective.name} with these options {NO_JUDGE}")
     return objective
 
 
-def read_inputs(config: Config, objective: Objective, trained: Path | None = None) -> Inputs:
-    """Everything but the models; `trained` is where the run has the tokenizer that it trained. Raises InputError."""
+def read_inputs(
+    config: Config,
+    objective: Objective,
+    trained: Path | None = None,
+    made_from: Mapping[str, Identity] | None = None,
+) -> Inputs:
+    """Everything but the models; `trained` is where the run has the tokenizer that it trained, `made_from` the
+    identities of what it is made from: without them, the prompts of [data] stand for stored responses. Raises
+    InputError.
+    """
     tokenizer = load_tokenizer(config, trained)
     candidates, entries = objective.needs.candidates, vocabulary_size(tokenizer)
     if candidates > entries:
         raise InputError(f"[objective] k: expected at most {entries}, the tokenizer's vocabulary, got {candidates}")
-    read = config.rollout.student_fraction < 1
-    examples = read_examples(config.data, config.data.train, tokenizer, read_responses=read)
+    if config.reads_responses and made_from is not None:
+        examples = read_responses(config, made_from)
+    elif config.reads_responses:
+        prompts = read_prompts(config, tokenizer)
+        twice = tuple(one for one in prompts.usable for _ in AUTHORS)
+        examples = replace(prompts, usable=twice, together=len(AUTHORS))
+    else:
+        read = config.rollout.student_fraction < 1
+        examples = read_examples(config.data, config.data.train, tokenizer, read_responses=read)
     held_out = None
     if config.evaluation is not None:
         held_out = read_examples(of_evaluation(config), config.evaluation.data, tokenizer, config.evaluation.by_token)
@@ -97,6 +116,11 @@ def of_evaluation(config: Config) -> DataConfig:
     """[data] as the held-out data have it."""
     response = config.evaluation.response
     return config.data if response is None else replace(config.data, response=response)
+
+
+def read_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> Examples:
+    """The prompts of [data], whose responses nobody reads. Raises InputError."""
+    return read_examples(config.data, config.data.train, tokenizer, read_responses=False)
 
 
 def read_examples(

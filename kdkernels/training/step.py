@@ -56,25 +56,26 @@ def train_step(
     share = examples[distributed.rank() :: distributed.world_size()]
     prompts = [example.prompt_ids for example in share]
     written = student_steps(step, config.rollout.student_fraction)
-    author = "student" if written > student_steps(step - 1, config.rollout.student_fraction) else "teacher"
+    writes = written > student_steps(step - 1, config.rollout.student_fraction)
+    by_teacher = [not writes and example.from_teacher for example in share]
     try:
         responses, told = [example.response_ids for example in share], {}
-        if author == "student":
+        if writes:
             with clock("rollout"):
                 responses, told = _rollout(parts, prompts, step, config)
     except FloatingPointError as error:
         return {"loss": math.nan, "lr": lr, "gradient_norm": math.nan, "tokens": 0} | clock.metrics(0), str(error)
 
-    if author == "student" and apply and parts.samples is not None:
+    if writes and apply and parts.samples is not None:
         parts.samples.keep(step, written, share, responses)
-    batches = micro_batches(share, responses, author == "student", config.train.micro_batch_size, parts.pad_id)
-    counts = [objective.count(batch.layout, batch.from_teacher) for batch in batches]
-    finished = sum(response[-1] in parts.sampler.ends for response in responses)
-    own = torch.tensor([sum(counts), sum(map(len, responses)), finished], device=strategy.device)
-    count, tokens, finished = distributed.total(own).tolist()
+    batches = micro_batches(share, responses, by_teacher, config.train.micro_batch_size, parts.pad_id)
+    counts = [objective.counts(batch.layout, batch.from_teacher) for batch in batches]
+    own = [*map(sum, zip(*counts, strict=True)), *_lengths(responses, by_teacher, parts.sampler.ends)]
+    first, second, *lengths = distributed.total(torch.tensor(own, device=strategy.device)).tolist()
+    count, tokens = max(first, second), sum(lengths[1::3])
 
     sums = defaultdict(float)
-    for batch, own_count in zip(batches, counts, strict=True):
+    for batch, own_count in zip(batches, map(max, counts), strict=True):
         batch = batch.to(strategy.device)
         shares = {"count": own_count / count, "tokens": len(batch.layout) / tokens, "sum": 1}
         for name, value in _forward_backward(parts, batch, shares[reduction("loss")], clock).items():
@@ -87,8 +88,7 @@ def train_step(
         "lr": lr,
         "gradient_norm": gradient_norm,
         "tokens": tokens,
-        f"{author}_length": tokens / len(examples),
-        f"{author}_finished": finished / len(examples),
+        **_length_metrics(lengths),
         PEAK_MEMORY: distributed.peak_memory(),
         **told,
     } | clock.metrics(tokens), defect
@@ -129,12 +129,12 @@ def _rollout(
 def micro_batches(
     examples: Sequence[Example],
     responses: Sequence[Sequence[int]],
-    written: bool,
+    by_teacher: Sequence[bool],
     size: int,
     pad_id: int,
 ) -> list[Batch]:
-    """Batches of `size` responses each, `written` by the student in this step or else those of the examples. The loss
-    does not depend on who shares one: those of similar lengths do, which takes less padding.
+    """Batches of `size` responses to the examples' prompts. The loss does not depend on who shares one: those of
+    similar lengths do, which takes less padding.
     """
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt_ids) + len(responses[i]))
     batches = []
@@ -145,11 +145,29 @@ def micro_batches(
                 [examples[i].prompt_ids for i in group],
                 [responses[i] for i in group],
                 pad_id,
-                [not written and examples[i].from_teacher for i in group],
+                [by_teacher[i] for i in group],
                 [examples[i].teacher for i in group],
             )
         )
     return batches
+
+
+def _lengths(responses: Sequence[Sequence[int]], by_teacher: Sequence[bool], ends: Sequence[int]) -> list[int]:
+    """Of the teacher's responses, then of the student's: how many, their tokens, and how many end by themselves."""
+    out = []
+    for author in (True, False):
+        own = [response for response, teachers in zip(responses, by_teacher, strict=True) if teachers == author]
+        out += [len(own), sum(map(len, own)), sum(response[-1] in ends for response in own)]
+    return out
+
+
+def _length_metrics(lengths: Sequence[int]) -> dict[str, float]:
+    """Of each author who wrote some, as `_lengths` has them: tokens of a response, and the share that end."""
+    out = {}
+    for author, (count, tokens, finished) in (("teacher", lengths[:3]), ("student", lengths[3:])):
+        if count:
+            out |= {f"{author}_length": tokens / count, f"{author}_finished": finished / count}
+    return out
 
 
 def _forward_backward(parts: Parts, batch: Batch, share: float, clock: "Clock") -> dict[str, torch.Tensor]:

@@ -37,6 +37,7 @@ from kdkernels.training.models.loading import load_student, load_teacher
 from kdkernels.training.models.placement import describe, place
 from kdkernels.training.models.saving import save_model
 from kdkernels.training.needs import check_disk, describe_dtype, needs
+from kdkernels.training.offline.scores import read_judge
 from kdkernels.training.processes import distributed
 from kdkernels.training.processes.termination import Termination
 from kdkernels.training.recipe.config import Config
@@ -103,7 +104,8 @@ def train(config: Config, resume: bool = False, judge: Judge | None = None, chan
         start = run.find_start(config, resume, changes)
         try:
             with distributed.together():
-                inputs = read_inputs(config, objective, start.tokenizer)
+                inputs = read_inputs(config, objective, start.tokenizer, start.inputs)
+                judge = judge or read_judge(config, inputs.examples)
             config = resolve_steps(config, len(inputs.examples.usable))
             run.check_resolved(config, start, changes)
             training = _Training(config, objective, judge, run, start, inputs, held)
@@ -142,7 +144,8 @@ class _Training:
         sampler = make_sampler(config, run, student, tokenizer, strategy)
         lengths = [one.tokens for one in examples] if config.data.by_length else None
         position, batch_size = start.progress["position"], config.train.batch_size
-        self.stream = ExampleStream(len(examples), config.run.seed, position, lengths, batch_size)
+        together = self.inputs.examples.together
+        self.stream = ExampleStream(len(examples), config.run.seed, position, lengths, batch_size, together)
         self.parts = Parts(
             strategy=strategy,
             teacher=place(config, teacher, strategy, tokenizer),

@@ -26,13 +26,13 @@ VCRD = {  # lambda_teacher, lambda_student: appendix 10.2 of the paper
     "qwen2.5-7b-to-1.5b": (2, 2),
     "qwen2-7b-to-1.5b": (2, 1),
 }
-EPOCHS = {  # and steps, both for two responses to a prompt
-    "qwen2.5-math-7b-to-1.5b": (4, None),
-    "qwen2-math-7b-to-1.5b": (4, None),
-    "qwen2.5-coder-7b-to-1.5b": (None, 1200),
-    "qwen2.5-coder-14b-to-7b": (None, 800),
-    "qwen2.5-7b-to-1.5b": (6, None),
-    "qwen2-7b-to-1.5b": (6, None),
+EPOCHS = {  # and steps
+    "qwen2.5-math-7b-to-1.5b": (2, None),
+    "qwen2-math-7b-to-1.5b": (2, None),
+    "qwen2.5-coder-7b-to-1.5b": (None, 600),
+    "qwen2.5-coder-14b-to-7b": (None, 400),
+    "qwen2.5-7b-to-1.5b": (3, None),
+    "qwen2-7b-to-1.5b": (3, None),
 }
 TUNED_FIRST = [pair for pair in VCRD if pair != "qwen2.5-coder-14b-to-7b"]
 NAMES = sorted(
@@ -63,6 +63,7 @@ PARAMETERS = {  # of the published checkpoints, in which a tied weight counts on
     "gemma-2-2b-it": 2_614_341_888,
     "Mistral-7B-v0.3": 7_248_023_552,
     "Phi-3.5-mini-instruct": 3_821_079_552,
+    "Skywork-o1-Open-PRM-Qwen-2.5-1.5B": 1_543_714_304,  # beside its value head
 }
 
 
@@ -100,7 +101,9 @@ def test_the_settings_are_the_papers(name):
     pair = re.match(r".*?-to-[\d.]+b", name).group()
     options, adapter = config.objective.options, config.student.adapter
     assert config.run.output == f"runs/{name}" or name.endswith("-sft")
-    assert (config.run.dtype, config.train.batch_size) == ("bfloat16", 128)
+    pairs = config.reads_responses  # both responses of 128 prompts
+    assert (config.run.dtype, config.train.batch_size) == ("bfloat16", 256 if pairs else 128)
+    assert pairs == (pair in VCRD and not name.endswith(("-sft", "-gkd")))
     assert (config.optimizer.schedule, config.optimizer.warmup_ratio) == ("cosine", 0.1)
     longest = config.data.max_prompt_tokens + config.data.max_response_tokens
     assert longest == (2048 if name.endswith("-sft") else 1024)
@@ -114,7 +117,12 @@ def test_the_settings_are_the_papers(name):
     else:
         assert config.optimizer.lr == 5e-5
         assert (adapter.kind, adapter.r, adapter.alpha, adapter.dropout) == ("lora", 16, 128, 0.05)
-        assert config.rollout.student_fraction == (1 if "-gkd" in name else 0.5)
+        assert config.rollout.student_fraction == (1 if "-gkd" in name else 0)
+        assert (config.responses.temperature, config.responses.top_p) == (0.8, 0.95)
+        assert config.responses.output == f"responses/{pair}"
+        assert "50k" in config.data.train or "coder" in name
+        assert config.judge.path == "Skywork/Skywork-o1-Open-PRM-Qwen-2.5-1.5B" and config.judge.rule == "ratio"
+        assert config.asks_judge == name.endswith("-vcrd")
     assert (config.train.epochs, config.train.steps) == EPOCHS.get(pair, (3, None)) or name.endswith("-sft")
     if name.endswith("-sft"):
         assert config.train.epochs == (5 if "coder" in name else 1)
@@ -167,7 +175,7 @@ def test_a_dry_run_of_eight_processes(name, tmp_path, capsys):
     assert to_toml(config) in printed
     response = config.data.max_response_tokens
     texts = 512 + response
-    assert "on each of 8 processes 4 micro-batches of 4)" in printed
+    assert f"on each of 8 processes {config.train.batch_size // 32} micro-batches of 4)" in printed
     assert (
         f"# micro-batch: tokens 4 x {texts} (prompt 512, response {response}), hidden states of the student 4"
         in printed
@@ -175,11 +183,29 @@ def test_a_dry_run_of_eight_processes(name, tmp_path, capsys):
     assert printed.count(f", hidden states of the teacher 4 x {texts} x ") == (config.teacher is not None)
     assert printed.count("# rollout: tokens 16 x 1024 at most\n") == (config.rollout.student_fraction > 0)
     assert re.search(r"^# loss: \d+ tokens x \d+ entries a micro-batch, in chunks of \d+ tokens", printed, re.MULTILINE)
-    assert ("needs a judge's weight for each token" in printed) == name.endswith("-vcrd")
+    assert "needs a judge's weight for each token" not in printed
+    assert printed.count("first kdkernels rollout RECIPE") == config.reads_responses + config.asks_judge
     assert printed.count("logits soft-capped at 30") == (2 if "gemma" in name else 0)
     assert ("student's adapter: " in printed) == (config.student.adapter is not None)
     assert f"models/{Path(config.teacher.path).name}.json" in printed if config.teacher else True
     assert re.search(r"^# memory of a GPU: \d\d\.\d GiB at most, in the phase ", printed, re.MULTILINE)
+
+
+def test_the_rehearsal_of_vcrd_is_documented_and_runs(tmp_path, monkeypatch, capsys):
+    """What the recipe and docs/VCRD.md say, but for fewer steps."""
+    commands = [line[4:] for line in (RECIPES / "rehearsal-vcrd.toml").read_text().splitlines() if "#   " in line]
+    assert len(commands) == 3
+    for line in commands:
+        assert line in (RECIPES.parent / "docs" / "VCRD.md").read_text()
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes").symlink_to(RECIPES)
+    (tmp_path / "few.jsonl").write_text("".join((RECIPES / "data" / "arithmetic.jsonl").open().readlines()[:24]))
+    few = ["--set=train.steps=2", "--set=train.batch_size=8", "--set=data.train=few.jsonl"]
+    for line in commands:
+        assert main([*line.removeprefix("kdkernels ").split(), *few, "--set=train.micro_batch_size=4"]) == 0, line
+    assert "scores of both models' proposals in 48 responses" in capsys.readouterr().out
+    assert (tmp_path / "runs" / "rehearsal-vcrd" / "metrics.jsonl").read_text().count('"weight"') == 2
 
 
 @pytest.mark.slow
@@ -193,6 +219,8 @@ def test_a_rehearsal_trains_what_the_paper_describes(extended, tmp_path, monkeyp
     (tmp_path / "rehearsal.toml").write_text(text)
     monkeypatch.chdir(tmp_path)
     settings = ["--set=train.steps=2", "--set=train.batch_size=16"]
+    assert main(["train", str(RECIPES / "first.toml"), *settings]) == 0
+    assert "vcrd" not in extended or main(["rollout", "rehearsal.toml", *settings]) == 0
     assert main(["train", str(RECIPES / "first.toml"), "rehearsal.toml", *settings]) == 0
     assert (tmp_path / "runs" / "rehearsal" / "metrics.jsonl").read_text().count('"loss"') == 2
 

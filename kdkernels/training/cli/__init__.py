@@ -8,11 +8,14 @@ import traceback
 from collections.abc import Callable, Sequence
 
 import kdkernels
-from kdkernels.training.cli import evaluate, export, new, plan, report, teacher_cache, teacher_serve, train
+from kdkernels.training.cli import evaluate, export, new, plan, report, rollout, teacher_cache, teacher_serve, train
 from kdkernels.training.cli.common import EXAMPLES
 from kdkernels.training.processes.exits import STATUSES, UNFORESEEN, end
 
-COMMANDS = (train.add, plan.add, evaluate.add, report.add, export.add, new.add, teacher_cache.add, teacher_serve.add)
+COMMANDS = (
+    train.add, plan.add, rollout.add, evaluate.add, report.add, export.add, new.add, teacher_cache.add,
+    teacher_serve.add,
+)  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None, commands: Sequence[Callable] = COMMANDS) -> int:

@@ -15,6 +15,7 @@ examples:
   kdkernels train recipe.toml --resume                  go on after a crash, bit for bit; begin if there is nothing yet
   kdkernels train recipe.toml --resume --set train.steps=200    more steps than it had, or another [optimizer] lr
   kdkernels train first.toml second.toml                train in stages; the same again goes on after a crash
+  kdkernels rollout recipe.toml                         write both models' responses, and a judge's scores, beforehand
   torchrun --nproc-per-node 8 -m kdkernels train recipe.toml
   kdkernels eval runs/a/final gsm8k_test.jsonl         how often a model's answers are right
   kdkernels report runs/a runs/b                        compare runs, in Markdown and a figure

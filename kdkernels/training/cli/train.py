@@ -58,7 +58,7 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def run(options: argparse.Namespace, compressor: Callable | None = None) -> int:
-    """Trains, or says what training would do."""
+    """Trains, or says what training would do, or makes what has to be there before."""
     sources = options.recipes
     try:
         recipes = read_recipes(sources, options.set, options.dry_run)
@@ -86,7 +86,8 @@ def run(options: argparse.Namespace, compressor: Callable | None = None) -> int:
             return end(UNUSABLE, error)
     dry_run = command.DryRun(machine, options.save) if options.dry_run else None
     asked = [assignment.partition("=")[0].replace(" ", "") for assignment in options.set]
-    return command.run(recipes, resume=options.resume, asked=asked, dry_run=dry_run, compressor=made)
+    before = options.before if "before" in options else None
+    return command.run(recipes, resume=options.resume, asked=asked, dry_run=dry_run, compressor=made, before=before)
 
 
 def _keys() -> str:

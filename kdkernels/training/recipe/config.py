@@ -21,6 +21,7 @@ Epochs = Annotated[float, Rule(lambda value: 0 < value <= 10**6, "a number > 0 a
 Place = Annotated[str, Rule(lambda value: value.strip() and "\0" not in value, "a path, which is not empty")]
 Name = Annotated[str, Rule(lambda value: value.strip(), "a name, which is not empty")]
 Share = Annotated[float, Rule(lambda value: 0 <= value <= 1, "a number from 0 to 1")]
+PositiveShare = Annotated[float, Rule(lambda value: 0 < value <= 1, "a number > 0 and at most 1")]
 Momentum = Annotated[float, Rule(lambda value: 0 <= value < 1, "a number >= 0 and < 1")]
 Timeout = Annotated[float, Rule(lambda value: 1 <= value <= 10**9, "a number from 1 to 1e9")]
 Attention = Literal["auto", "flash_attention_2", "sdpa", "eager"]
@@ -154,11 +155,49 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ResponsesConfig:
+    """Responses to the prompts of [data], a teacher's and a student's to each, which `kdkernels rollout RECIPE` writes
+    once, before training: a step then has both of each prompt, which are two of `train.batch_size` (docs/VCRD.md).
+
+    `output`: their directory. `temperature`, `top_p`: how they are sampled; data.max_response_tokens is the longest
+    one. `batch_size`: prompts that a process answers at a time. `shard`: prompts of a file, which a killed command
+    begins anew.
+    """
+
+    output: Place
+    temperature: Positive = 0.8
+    top_p: PositiveShare = 0.95
+    batch_size: Count = 32
+    shard: Count = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgeConfig:
+    """Scores the models' proposals r(c, a) in [0, 1] at every prefix of [responses], for an objective that needs a
+    judge's weights (VCRD with weighting "given"); `kdkernels rollout RECIPE` stores them (docs/VCRD.md).
+
+    `path`: a process reward model with a value head, or `function`: a Python function as module:function. `output`:
+    where the scores are, by default scores/ in [responses] `output`. `proposals`: how the model that did not write a
+    response proposes a token, sampled from its distribution or its most probable one. `rule`: the weights, r_S / r_T
+    and its ablations; "uniform", which is 1, needs no scores. `batch_size`: responses that are scored at a time, of a
+    function prefixes. `dtype`: of the model, [run] dtype by default.
+    """
+
+    path: Place | None = None
+    function: Name | None = None
+    output: Place | None = None
+    proposals: Literal["sampled", "greedy"] = "sampled"
+    rule: Literal["ratio", "clamped_ratio", "difference", "student", "uniform"] = "ratio"
+    batch_size: Count = 8
+    dtype: Literal["float32", "bfloat16"] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
     """`student_fraction`: share of steps whose responses the student generates; the others take the data's, which count
-    as the teacher's. Default: 1 where the objective has a teacher, 1/2 where it distinguishes teacher and student
-    responses, else 0. `max_new_tokens`: tokens after which an unfinished rollout stops;
-    `data.max_response_tokens` by default.
+    as the teacher's, or those of [responses]. Default: 0 with [responses], else 1 where the objective has a teacher,
+    1/2 where it distinguishes teacher and student responses, else 0. `max_new_tokens`: tokens after which an
+    unfinished rollout stops; `data.max_response_tokens` by default.
 
     `samples`: so many rollouts of a step are kept as texts in rollouts-000123.jsonl (4 by default, batch_size where
     that is less; 0: none), at the first step whose responses the student writes and at every `samples_every`-th of
@@ -345,13 +384,15 @@ class DeepSpeedConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """A whole recipe; [teacher] and [evaluation] are None where the recipe has no such section."""
+    """A whole recipe; [teacher], [responses], [judge] and [evaluation] are None where the recipe has none."""
 
     run: RunConfig
     student: StudentConfig
     teacher: TeacherConfig | None = None
     tokenizer: TokenizerConfig = TokenizerConfig()
     data: DataConfig
+    responses: ResponsesConfig | None = None
+    judge: JudgeConfig | None = None
     rollout: RolloutConfig = RolloutConfig()
     objective: ObjectiveConfig
     optimizer: OptimizerConfig
@@ -361,3 +402,18 @@ class Config:
     log: LogConfig = LogConfig()
     evaluation: EvaluationConfig | None = None
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+
+    @property
+    def reads_responses(self) -> bool:
+        """Whether training takes the stored [responses], not the data's or fresh ones."""
+        return self.responses is not None and self.rollout.student_fraction == 0
+
+    @property
+    def asks_judge(self) -> bool:
+        """Whether [judge] gives the objective its weights."""
+        return self.judge is not None and self.objective.build().needs_weights
+
+    @property
+    def needs_scores(self) -> bool:
+        """Whether these weights come from stored scores."""
+        return self.asks_judge and self.judge.rule != "uniform"

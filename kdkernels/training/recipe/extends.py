@@ -18,6 +18,8 @@ INSTEAD = LENGTH | {  # a key, and those of its section that it takes the place 
     "teacher.base": ("path",),
     "tokenizer.path": ("kind", "vocab_size"),
     "tokenizer.kind": ("path",),
+    "judge.path": ("function",),
+    "judge.function": ("path",),
     "data.messages": ("prompt", "response"),
     "data.prompt": ("messages", "answers"),
 }

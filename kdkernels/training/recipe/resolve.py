@@ -18,6 +18,7 @@ from kdkernels.training.recipe.config import (
     CollapseConfig,
     Config,
     EvaluationConfig,
+    JudgeConfig,
     RolloutConfig,
     TeacherConfig,
     TokenizerConfig,
@@ -34,6 +35,8 @@ def resolve(config: Config) -> Config:
     _check_train(config)
     _check_optimizer(config)
     config = replace(config, teacher=_teacher(config), tokenizer=_tokenizer(config), evaluation=_evaluation(config))
+    config = replace(config, judge=_judge(config))
+    _check_responses(config)
     if config.deepspeed.zero_stage is None:
         stage = 1 if config.run.dtype == "bfloat16" or config.deepspeed.offload_optimizer else 0
         config = replace(config, deepspeed=replace(config.deepspeed, zero_stage=stage))
@@ -48,10 +51,16 @@ def resolve_objective(config: Config) -> Config:
     config = replace(config, collapse=_collapse(config))
     without = config.data.response is None and config.data.messages is None
     unanswered = config.evaluation is not None and config.evaluation.response is None
-    if without and (config.rollout.student_fraction < 1 or unanswered):
+    read = config.rollout.student_fraction < 1 and config.responses is None
+    if without and (read or unanswered):
         raise InputError(
-            "[data] key 'response' is missing; only a recipe whose student writes every response can do without, "
-            "and only without [evaluation]"
+            "[data] key 'response' is missing; only a recipe with [responses], or whose student writes every response, "
+            "can do without, and only without [evaluation]"
+        )
+    if config.asks_judge and not config.reads_responses:
+        raise InputError(
+            "[judge] scores stored responses, which [rollout] student_fraction 1 leaves unread: leave student_fraction "
+            'out, or set [objective] weighting = "likelihood_ratio"'
         )
     return config if config.train.epochs is not None else resolve_steps(config, 0)
 
@@ -77,9 +86,9 @@ def resolve_steps(config: Config, examples: int) -> Config:
     return replace(config, train=train, checkpoint=checkpoint, rollout=rollout)
 
 
-NO_JUDGE = (  # said of an objective whose `weights` a recipe cannot give
-    "needs a judge's weight for each token, which no recipe gives; expected "
-    'weighting = "likelihood_ratio" or "uniform", or from Python kdkernels.training.train(config, judge=...)'
+NO_JUDGE = (  # said of an objective whose `weights` come from nowhere
+    "needs a judge's weight for each token; expected a section [judge] with [responses], weighting = "
+    '"likelihood_ratio" or "uniform", or from Python kdkernels.training.train(config, judge=...)'
 )
 PATHS = (  # the keys of a recipe that say where something lies
     ("run", "output"),
@@ -90,6 +99,9 @@ PATHS = (  # the keys of a recipe that say where something lies
     ("teacher", "cache"),
     ("tokenizer", "path"),
     ("rollout", "weights"),
+    ("responses", "output"),
+    ("judge", "path"),
+    ("judge", "output"),
 )
 
 
@@ -159,6 +171,38 @@ def _check_train(config: Config) -> None:
         )
 
 
+def _check_responses(config: Config) -> None:
+    """That both models can write the responses of [responses]."""
+    if config.responses is None:
+        return
+    if config.student.path is None or config.teacher is None or config.teacher.path is None:
+        raise InputError(
+            "[responses] are those of the models at [student] path and [teacher] path: expected both, got "
+            f"{'no student' if config.student.path is None else 'no teacher'} with a path"
+        )
+    if config.teacher.cache is not None:
+        raise InputError(
+            "[teacher] cache holds what a teacher says of the data's responses: leave out it or [responses]"
+        )
+    if config.train.batch_size % 2:
+        raise InputError(
+            "[train] batch_size: expected an even number with [responses], two of each prompt, got "
+            f"{config.train.batch_size}"
+        )
+
+
+def _judge(config: Config) -> JudgeConfig | None:
+    judge = config.judge
+    if judge is None:
+        return None
+    if (judge.path is None) == (judge.function is None):
+        raise InputError(f"[judge] expected either path or function, got {'neither' if judge.path is None else 'both'}")
+    if config.responses is None:
+        raise InputError("section [responses] is missing: [judge] scores those, which kdkernels rollout RECIPE writes")
+    output = judge.output or os.path.join(config.responses.output, "scores")
+    return replace(judge, output=output, dtype=judge.dtype or config.run.dtype)
+
+
 def _check_optimizer(config: Config) -> None:
     lr, decay = config.optimizer.lr, config.optimizer.weight_decay
     if lr * decay > 1:  # a step would take more off each weight than there is
@@ -221,6 +265,7 @@ def _rollout(config: Config) -> RolloutConfig:
         raise InputError(f"section [teacher] is missing: the objective {config.objective.name} needs one")
     if rollout.student_fraction is None:
         fraction = 0.5 if objective.by_author else 1.0 if needs_teacher else 0.0
+        fraction = fraction if config.responses is None else 0.0
         rollout = replace(rollout, student_fraction=fraction)
     if rollout.student_fraction > 0 and not needs_teacher:
         raise InputError(
@@ -232,6 +277,11 @@ def _rollout(config: Config) -> RolloutConfig:
             f"[rollout] student_fraction: expected 0, since [teacher] cache holds what a teacher says about the "
             f"data's responses, got {rollout.student_fraction:g}; for responses that the student writes give the "
             "teacher's path or url, or store them as data"
+        )
+    if config.responses is not None and 0 < rollout.student_fraction < 1:
+        raise InputError(
+            "[rollout] student_fraction: expected 0 with [responses], which both models wrote, or 1, where the student "
+            f"writes others in every step, got {rollout.student_fraction:g}"
         )
     if rollout.max_new_tokens is None:
         rollout = replace(rollout, max_new_tokens=config.data.max_response_tokens)
@@ -326,6 +376,7 @@ def model_paths(config: Config) -> dict[str, str]:
         "[student] path": config.student.path,
         "[teacher] path": config.teacher and config.teacher.path,
         "[tokenizer] path": config.tokenizer.path,
+        "[judge] path": config.judge and config.judge.path,
     }
     return {key: path for key, path in paths.items() if path is not None}
 

@@ -8,6 +8,7 @@ whole: a changed weight in a file of the same size and date is noticed.
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 from transformers.utils.hub import cached_file, extract_commit_hash
@@ -41,7 +42,12 @@ def sources(config: Config, trained_tokenizer: Path | None) -> dict[str, str]:
         "[tokenizer] path": config.tokenizer.path,
         TOKENIZER: trained_tokenizer and str(trained_tokenizer),
     }
-    paths = {key: path for key, path in paths.items() if path is not None}
+    made = {  # of files that are made once, the manifest, which has their hashes
+        "[responses] output": config.responses.output if config.reads_responses else None,
+        "[judge] output": config.judge.output if config.needs_scores else None,
+    }
+    paths |= {key: os.path.join(root, MANIFEST) for key, root in made.items() if root is not None}
+    paths = {key: path for key, path in paths.items() if path is not None and (key not in made or os.path.isfile(path))}
     bases = {f"{key} (its base)": adapter_base(path) for key, path in paths.items()}
     return paths | {key: base for key, base in bases.items() if base is not None}
 
