@@ -7,6 +7,7 @@ Steps have two micro-batches of the longest texts that the recipe allows. malloc
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,9 @@ import torch
 from allocations import Resident
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from kdkernels.engine.gpu import CARDS
 from kdkernels.training import load_config
+from kdkernels.training.cli import main
 from kdkernels.training.models.loading import load_student, load_tokenizer
 from kdkernels.training.plan.activations import forward_backward
 
@@ -65,6 +68,7 @@ name = "SFT"
 DISTILLED = """
 [teacher]
 path = "{root}/teacher"
+placement = "{placement}"
 [objective]
 name = "GKD"
 [rollout]
@@ -98,8 +102,9 @@ if distributed.rank() == 0:
 SMALL = {"hidden": 256, "layers": 6, "inner": 768, "vocabulary": 8192, "prompt": 96, "response": 160}
 MIDDLE = {"hidden": 512, "layers": 8, "inner": 1408, "vocabulary": 4096, "prompt": 128, "response": 128}
 LARGE = {"hidden": 768, "layers": 10, "inner": 2048, "vocabulary": 16384, "prompt": 64, "response": 96}
+TINY = {"hidden": 64, "layers": 2, "inner": 256, "vocabulary": 2048, "prompt": 32, "response": 96}
 DEFAULT = {"tied": "false", "checkpointing": "false", "stage": 0, "dtype": "float32", "processes": 1}
-DEFAULT |= {"adapter": False, "teacher": None, "fraction": 0}
+DEFAULT |= {"adapter": False, "teacher": None, "fraction": 0, "placement": "replicated"}
 LETTERS = 2000  # each a token: of so many, a fresh model seldom writes the one that ends a response
 
 CASES = {
@@ -113,6 +118,7 @@ CASES = {
     "rollouts": SMALL | {"teacher": MIDDLE, "fraction": 1},
     "two processes, ZeRO 2": MIDDLE | {"stage": 2, "processes": 2},
     "two processes, ZeRO 3": MIDDLE | {"stage": 3, "processes": 2},
+    "two processes, a teacher in parts": SMALL | {"teacher": LARGE, "placement": "zero3", "stage": 2, "processes": 2},
 }
 
 
@@ -166,6 +172,42 @@ def test_the_plan_is_what_a_run_takes(tmp_path, settings):
     """Within 15 %."""
     planned, measured, *_ = measure(tmp_path, settings)
     assert planned == pytest.approx(measured, rel=0.15)
+
+
+SAVES = "train.gradient_checkpointing=true"
+HALF, QUARTER = "train.micro_batch_size=2", "train.micro_batch_size=1"
+TAUGHT = {"checkpointing": "true", "teacher": SMALL, "fraction": 1}
+
+
+@pytest.mark.parametrize(
+    ("settings", "gpus", "memory", "expected"),
+    [
+        ({"processes": 2}, 2, 12e6, ["deepspeed.zero_stage=2", SAVES]),
+        ({}, 1, 14e6, [SAVES]),
+        (TAUGHT, 1, 40e6, [HALF]),
+        (TAUGHT, 1, 34.7e6, [HALF, QUARTER, "teacher.placement=cpu"]),
+    ],
+)
+def test_what_is_advised_where_a_plan_does_not_fit(tmp_path, monkeypatch, capsys, settings, gpus, memory, expected):
+    """The first knob is that which costs least time; all in their order, set as is said, make it fit as is said."""
+    for module in ("plan.memory", "needs"):
+        monkeypatch.setattr(f"kdkernels.training.{module}.BUCKET", 10**5)  # DeepSpeed's would be most of so small a GPU
+    recipe = str(write(tmp_path, TINY | settings))
+
+    def planned(size: float, *changes: str) -> str:
+        monkeypatch.setitem(CARDS, "a100-40g", (*CARDS["a100-40g"][:-1], int(size)))
+        assert main(["plan", recipe, "--gpu=a100-40g", f"--gpus={gpus}", *(f"--set={one}" for one in changes)]) == 0
+        return capsys.readouterr().out
+
+    printed = planned(memory)
+    assert "\n# does not fit: " in printed
+    advice = re.findall(r"^#   with --set (\S+): (.*?)(, which fits)?$", printed, re.MULTILINE)
+    changes = [change for change, _, _ in advice]
+    assert changes == expected and [bool(fits) for *_, fits in advice] == [False] * (len(advice) - 1) + [True]
+    followed = planned(memory, *changes)
+    assert "\n# fits: " in followed and f"memory of a GPU: {advice[-1][1]} at most" in followed
+    assert "\n# does not fit: " in planned(memory, *changes[:-1])
+    assert "too much all the same: take more GPUs" in planned(1e6)
 
 
 def test_activations_are_those_of_a_decoder_layer():

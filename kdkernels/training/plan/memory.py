@@ -5,8 +5,9 @@
     prompts       KV cache of the prompts, layers of one forward pass over them
     rollout       KV cache of prompts and responses, logits of one token
     teacher       layers of its forward pass over a micro-batch
-    loss          activations of the student, the teacher's hidden states, chunks of logits, dW and dX
-    backward      activations and their gradients, falling as the weights' gradients come
+    loss          activations of the student, the teacher's hidden states, chunks of logits, dW and dX; under ZeRO-3 the
+                  layers that are put together
+    backward      activations and their gradients, falling as the weights' gradients come; and the same layers
     reduce        without ZeRO, a copy of the gradients in one piece
     optimizer     a copy of its gradients, the root of the second moments
 
@@ -31,6 +32,7 @@ from kdkernels.training.plan.activations import Pass, cache_bytes, forward, forw
 from kdkernels.training.recipe.config import Config
 
 RESERVE = 0.1  # of a GPU's memory
+LIVE, GATHERED = 10**9, 5 * 10**7  # weights that DeepSpeed keeps whole under ZeRO-3, and gathers at a time, by default
 LOGITS_BYTES = 16  # an entry, while a token is drawn: logits, their float32 copy, probabilities, random numbers
 
 
@@ -149,7 +151,7 @@ class Memory:
 
 def memory(load: Load, student: Pass, teacher: Pass | None) -> Memory:
     """That of a step whose gradients are there from the micro-batch before. The passes are those of `load`."""
-    config, scored = load.config, {} if teacher is None else {"teacher's hidden states": teacher.kept}
+    config, scored = load.config, _scored(load, teacher)
     lasting = dict(needs(config, load.student, load.teacher, processes=load.processes).memory)
     chunks, gradients = _loss(load)
     if load.gpu is None:
@@ -157,18 +159,38 @@ def memory(load: Load, student: Pass, teacher: Pass | None) -> Memory:
         gradients["dW"] = chunks = 0
     elif "ZeRO's bucket" in lasting:  # all of its buffer is there, however little is trained
         lasting["ZeRO's bucket"] = lasting["ZeRO's bucket"] * BUCKET // min(BUCKET, load.trained)
+    gathered = {"gathered layers": _gathered(load)} if config.deepspeed.zero_stage == 3 and load.processes > 1 else {}
     phases = {
-        "loss": {"activations": student.kept, **scored, "loss": chunks + sum(gradients.values())},
-        "backward": {"activations": student.backward, **scored},
+        "loss": {"activations": student.kept, **gathered, **scored, "loss": chunks + sum(gradients.values())},
+        "backward": {"activations": student.backward, **gathered, **scored},
         "optimizer": {"optimizer's step": _step(load)},
     }
     if not config.deepspeed.zero_stage:
         phases["reduce"] = {"gradients, side by side": min(BUCKET, load.trained) * load.width}
     if teacher is not None:
         phases["teacher"] = {"teacher's layers": teacher.forward}
+        if load.gpu is not None and config.teacher.placement == "cpu":  # a CPU's own memory has it all the time
+            phases["teacher"]["teacher"] = lasting.pop("teacher")
     if config.rollout.student_fraction > 0:
         phases |= _rollout(load)
     return Memory(lasting, phases)
+
+
+def _scored(load: Load, teacher: Pass | None) -> dict[str, int]:
+    """What the student learns from; the teacher's output layer is there where its other weights are not."""
+    if teacher is None:
+        return {}
+    scored = {"teacher's hidden states": teacher.kept}
+    placement = load.config.teacher.placement
+    if (placement == "zero3" and load.processes > 1) or (placement == "cpu" and load.gpu is not None):
+        scored["teacher's output layer"] = load.scorer.get_output_embeddings().weight.nbytes
+    return scored
+
+
+def _gathered(load: Load) -> int:
+    """The layers that ZeRO-3 has put together, and what those under way come in."""
+    weights = sum(one.numel() for one in load.student.parameters())
+    return (min(LIVE, weights) + min(GATHERED, weights)) * load.width
 
 
 def _loss(load: Load) -> tuple[int, dict[str, int]]:

@@ -66,8 +66,8 @@ def _changes(load: Load) -> Iterator[tuple[str, str, object]]:
     while size % 2 == 0:
         size //= 2
         yield "train", "micro_batch_size", size
-    if several and load.teacher is not None and teacher.placement != "zero3":
-        yield "teacher", "placement", "zero3"
+    if load.teacher is not None and teacher.placement == "replicated":
+        yield "teacher", "placement", "zero3" if several else "cpu"
     if not load.config.deepspeed.offload_optimizer and (stage or several):
         yield "deepspeed", "offload_optimizer", True
     if several and stage < 3:
