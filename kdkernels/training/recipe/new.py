@@ -49,11 +49,14 @@ def write_recipe(path: Path) -> None:
 
 
 def recipe_text() -> str:
-    """Every section of `Config` with its docstring as comments; the keys of `SET` are set, all others are comments."""
+    """Every section of `Config` with its docstring as comments; the keys of `SET` are set, all others are comments, and
+    so are sections that a recipe may lack and `SET` does.
+    """
     blocks = [START]
     for section in fields(Config):
         kind = section_class(section.type)
-        lines = [f"# {line}".rstrip() for line in inspect.getdoc(kind).splitlines()] + [f"[{section.name}]"]
+        lines = [f"# {line}".rstrip() for line in inspect.getdoc(kind).splitlines()]
+        lines.append(f"{'# ' if section.default is None and section.name not in SET else ''}[{section.name}]")
         for entry in fields(kind):
             if entry.name == "options":
                 lines.append(OPTIONS)
