@@ -9,10 +9,15 @@ from faulty_server import faulty_server
 from vllm_server import VllmServer
 
 from kdkernels.data import ExampleStream
+from kdkernels.data.tokenizers import vocabulary_size
+from kdkernels.engine.gpu import Gpu
 from kdkernels.rollouts import LocalSampler
 from kdkernels.training import InputError, train, trainer
 from kdkernels.training.buffer import Buffer
 from kdkernels.training.errors import Stopped
+from kdkernels.training.models.loading import load_student, load_teacher, load_tokenizer
+from kdkernels.training.plan.memory import Load, memory
+from kdkernels.training.plan.seconds import seconds
 from kdkernels.training.processes import distributed
 from kdkernels.training.run.metrics import read_metrics
 
@@ -150,6 +155,27 @@ def test_weights_are_handed_over_once_a_generation(load, teacher_set):
     lines = read_metrics(result.output / "metrics.jsonl")
     assert len(server.loaded) == 2 and len(server.asked) == 4 * 4
     assert ["rollout_drift" in line for line in lines] == [True, False, True, False]
+
+
+def test_a_plan_counts_what_is_written_at_once(load, teacher_set):
+    """Four steps' prompts, each trained on twice: the memory of twice the batch, half the tokens of each step."""
+
+    def planned(*settings):
+        config = load(*GKD, teacher_set, *settings)
+        tokenizer = load_tokenizer(config)
+        models = [make(config, tokenizer, meta=True) for make in (load_student, load_teacher)]
+        one = Load(config, *models, 1, vocabulary_size(tokenizer), Gpu.named("h100"))
+        passes = one.student_pass(), one.teacher_pass()
+        return memory(one, *passes), seconds(one, *passes)
+
+    shared, times = planned("rollout.updates=4", "rollout.reuse=2")
+    twice, twice_times = planned("train.batch_size=8")
+    assert shared.phases["rollout"] == twice.phases["rollout"] and shared.phases["loss"] == twice.phases["loss"]
+    assert times["rollout"] == pytest.approx(twice_times["rollout"] / 4)
+    served, times = planned("rollout.engine=server", "rollout.url=http://a:1")
+    assert "rollout" not in served.phases and "rollout" not in times and served.lasting == twice.lasting
+    beside, _ = planned("rollout.engine=vllm")
+    assert beside.lasting["vLLM's share"] == int(0.3 * Gpu.named("h100").memory)
 
 
 @pytest.mark.slow

@@ -73,6 +73,11 @@ class Load:
         return self.responses // self.sequences
 
     @property
+    def at_once(self) -> int:
+        """Responses that the student writes at the same time."""
+        return self.responses * self.config.rollout.updates // self.config.rollout.reuse
+
+    @property
     def prompt(self) -> int:
         return self.config.data.max_prompt_tokens
 
@@ -112,13 +117,13 @@ class Load:
 
     @property
     def responses(self) -> int:
-        """Those that are written at once: all of a step."""
+        """Of a step."""
         return self.config.train.batch_size // self.processes
 
     @cached_property
     def prompts_pass(self) -> Pass:
-        """The student's pass over the prompts of a step."""
-        return forward(self.student, self.responses, self.prompt)
+        """The student's pass over the prompts that it writes to at once."""
+        return forward(self.student, self.at_once, self.prompt)
 
     @cached_property
     def cached(self) -> int:
@@ -171,7 +176,9 @@ def memory(load: Load, student: Pass, teacher: Pass | None) -> Memory:
         phases["teacher"] = {"teacher's layers": teacher.forward}
         if load.gpu is not None and config.teacher.placement == "cpu":  # a CPU's own memory has it all the time
             phases["teacher"]["teacher"] = lasting.pop("teacher")
-    if config.rollout.student_fraction > 0:
+    if config.rollout.engine == "vllm" and load.gpu is not None:
+        lasting["vLLM's share"] = int(config.rollout.gpu_memory * load.gpu.memory)
+    if config.rollout.student_fraction > 0 and config.rollout.engine == "transformers":
         phases |= _rollout(load)
     return Memory(lasting, phases)
 
@@ -211,15 +218,15 @@ def _step(load: Load) -> int:
 
 
 def _rollout(load: Load) -> dict[str, dict[str, int]]:
-    """All B responses are written at once."""
+    """All responses of a generation are written at once."""
     written = load.prompt + load.config.rollout.max_new_tokens
     return {
         "prompts": {
-            "KV cache": load.responses * load.prompt * load.cached,
+            "KV cache": load.at_once * load.prompt * load.cached,
             "layers": load.prompts_pass.forward,
         },
         "rollout": {
-            "KV cache": load.responses * written * load.cached,
-            "logits": load.responses * load.vocabulary * LOGITS_BYTES,
+            "KV cache": load.at_once * written * load.cached,
+            "logits": load.at_once * load.vocabulary * LOGITS_BYTES,
         },
     }

@@ -2,7 +2,8 @@
 (engine/gpu.py has both, as shares of the data sheet's).
 
     pass          flops / rate + 2 written / bandwidth: every tensor is written once and read once
-    rollout       R tokens, each the longer of reading weights and KV cache, and of 2 B weights operations
+    rollout       R tokens, each the longer of reading weights and KV cache, and of 2 B weights operations; one that
+                  several steps share counts in parts; what another engine than the student takes is left out
     loss          engine/predict.py, of a JSD
     optimizer     80 n bytes: AdamW's nine operations over weights, gradients and moments; an offloaded one is left out
 
@@ -20,8 +21,9 @@ OPTIMIZER_BYTES = 80  # a weight
 
 def seconds(load: Load, student: Pass, teacher: Pass | None) -> dict[str, float]:
     """Of each phase of a step at the recipe's longest lengths; the GPU of `load` is known."""
-    fraction, times = load.config.rollout.student_fraction, load.micro_batches
-    out = {"rollout": fraction * _rollout(load)} if fraction else {}
+    rollout, times = load.config.rollout, load.micro_batches
+    writes = rollout.student_fraction > 0 and rollout.engine == "transformers"
+    out = {"rollout": rollout.student_fraction * _rollout(load) / rollout.updates} if writes else {}
     if teacher is not None:
         out["teacher"] = times * _pass(load, teacher)
     out |= {"student": times * _pass(load, student), "loss": times * load.loss.seconds()}
@@ -35,7 +37,7 @@ def _pass(load: Load, one: Pass) -> float:
 
 
 def _rollout(load: Load) -> float:
-    count, new = load.responses, load.config.rollout.max_new_tokens
+    count, new = load.at_once, load.config.rollout.max_new_tokens
     weights = sum(one.numel() for one in load.student.parameters())
     cached = count * (load.prompt + new / 2) * load.cached  # on average
     moved = (weights * load.width + cached) / load.gpu.bandwidth
