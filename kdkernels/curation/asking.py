@@ -2,9 +2,9 @@
 
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,9 +98,16 @@ class _State:
         self.stopped, self._lock = threading.Event(), threading.Lock()
         self._chats: list[Chat] = []
 
-    def begin(self, chat: Chat) -> None:
+    @contextmanager
+    def asking(self, chat: Chat) -> Iterator[None]:
+        """While `chat` is asked it can be stopped; afterwards nothing here holds it, and the model it may be."""
         with self._lock:
             self._chats.append(chat)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._chats.remove(chat)
 
     def stop(self, problem: BaseException | None = None) -> None:
         """Nobody is asked anything any more; the first problem is the one that is told."""
@@ -116,8 +123,7 @@ def _ask_one(one: Teacher, missing: Mapping[str, Conversation], state: _State) -
     with _one_model_at_a_time if one.alone else nullcontext():
         if state.stopped.is_set():
             return
-        with one.open() as chat:
-            state.begin(chat)
+        with one.open() as chat, state.asking(chat):
             tally = _Tally(one.name, state)
             asked = list(missing.items())
             calls = [asked[i : i + chat.batch] for i in range(0, len(asked), chat.batch)]

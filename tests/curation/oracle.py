@@ -67,7 +67,7 @@ def write_recipe(
     data = {"queries": f"{root}/queries.jsonl", "query": "{question}", "label": "{answer}", "task": "mathematics"}
     own = {"output": f"{root}/out", "diversity": "random"} | data | own
     text = "[curation]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in own.items())
-    each = {"timeout": 5.0, "backoff": 0.001, "concurrency": 4, "max_new_tokens": 50}
+    each = {"timeout": 60.0, "backoff": 0.001, "concurrency": 4, "max_new_tokens": 50}
     each |= {key[2:]: value for key, value in keys.items() if key.startswith("t_")}
     for name in teachers:
         text += f'[[curation.teachers]]\nname = "{name}"\nkind = "openai"\nurl = "{url}/v1"\nmodel = "{name}"\n'

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -111,8 +112,9 @@ def test_an_interrupted_run_goes_on(tmp_path):
 
 
 @pytest.mark.slow
-def test_ten_kills_change_nothing(tmp_path):
+def test_ten_kills_change_nothing(tmp_path, monkeypatch):
     """200 queries of three teachers behind a server of which a tenth of the answers fail; kill -9 at ten moments."""
+    monkeypatch.setenv("TEACHER_KEY", "sk-planted-4711-0815")
     moments, answers = random.Random(5), tmp_path / "out/answers.jsonl"
 
     def slow(path, body):
@@ -121,7 +123,7 @@ def test_ten_kills_change_nothing(tmp_path):
 
     faults = moments.choices(["ok", "500", "429", "die", "cut", "garbage"], [90, 2, 2, 2, 2, 2], k=9000)
     with faulty_server(slow, faults) as server:
-        recipe = write_recipe(tmp_path, server.url, queries=200)
+        recipe = write_recipe(tmp_path, server.url, queries=200, t_key_variable="TEACHER_KEY")
         command = [sys.executable, "-m", "kdkernels", "curate", str(recipe)]
         for _ in range(10):
             size = answers.stat().st_size if answers.exists() else 0
@@ -129,10 +131,10 @@ def test_ten_kills_change_nothing(tmp_path):
                 more = moments.randrange(0, 60_000)
                 wait_for(lambda size=size, more=more: answers.exists() and answers.stat().st_size > size + more, 120)
                 time.sleep(moments.uniform(0, 0.1))
-                assert run.poll() is None
+                assert run.poll() is None and b"planted" not in Path(f"/proc/{run.pid}/cmdline").read_bytes()
                 run.kill()
         done = subprocess.run([*command], capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
+        assert done.returncode == 0 and "planted" not in done.stdout + done.stderr, done.stderr
         interrupted, asked = (
             contents(tmp_path),
             len(server.requests) - sum(f != "ok" for f in faults[: 9000 - len(server.faults)]),

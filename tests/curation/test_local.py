@@ -1,12 +1,16 @@
 """A model of this process answers: greedily what its logits say, with their log-probability."""
 
+import gc
+import json
 import shutil
+import weakref
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from kdkernels.curation import Failure, LocalChat
+from kdkernels.curation import Failure, LocalChat, curate, read_curation
+from kdkernels.curation.local import identity_of
 from kdkernels.data.tokenizers import train_tokenizer
 from kdkernels.errors import InputError
 
@@ -93,6 +97,49 @@ def test_identity_has_all_that_answers_depend_on(directory):
     assert greedy != LocalChat.load(directory, max_new_tokens=5).identity
     drawn = [LocalChat.load(directory, **settings, temperature=1.0, seed=seed).identity for seed in (0, 1)]
     assert drawn[0] != drawn[1] and greedy not in drawn
+
+
+def test_a_recipes_teachers_are_loaded_one_after_another_and_only_if_asked(directory, tmp_path, monkeypatch):
+    queries, prompt = tmp_path / "q.jsonl", tmp_path / "own.toml"
+    queries.write_text("".join(json.dumps({"q": text}) + "\n" for text in ("ab", "12+3=", "h", "0")))
+    prompt.write_text(
+        'prompt = "{query}"\nlabels = "text"\nresponse = "{label}"\n'
+        '[sections]\nrationale = ["(", ")"]\nlabel = ["[", "]"]\nconfidence = ["<", ">"]\n'
+    )
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        f'[curation]\noutput = "{tmp_path}/out"\nqueries = "{queries}"\nquery = "{{q}}"\ntask = "{prompt}"\n'
+        + "".join(
+            f'[[curation.teachers]]\nname = "{name}"\nkind = "local"\npath = "{directory}"\nmax_new_tokens = 12\n'
+            f"temperature = {temperature}\nconcurrency = 3\n"
+            for name, temperature in (("greedy", 0.0), ("drawn", 1.5))
+        )
+    )
+    alive, load = [], LocalChat.load.__func__
+
+    def counted(cls, *arguments, **settings):
+        gc.collect()
+        assert not [one for one in alive if one() is not None]
+        chat = load(cls, *arguments, **settings)
+        alive.append(weakref.ref(chat.model))
+        return chat
+
+    monkeypatch.setattr(LocalChat, "load", classmethod(counted))
+    for _ in range(2):
+        with pytest.raises(InputError, match="no answer is kept"):  # random models do not keep to the sections
+            curate(read_curation(recipe))
+    assert len(alive) == 2
+    lines = (tmp_path / "out/answers.jsonl").read_text().splitlines()
+    assert [len(json.loads(line)["answers"]) for line in lines] == [3, 1, 3, 1]
+    texts = {name: [] for name in ("greedy", "drawn")}
+    for line in lines:
+        for one in json.loads(line)["answers"]:
+            texts[one["teacher"]].append(one["text"])
+    greedy = load(LocalChat, directory, max_new_tokens=12)
+    assert texts["greedy"] == [greedy.answer(user(text)).text for text in ("ab", "12+3=", "h", "0")]
+    assert texts["greedy"] != texts["drawn"]
+    settings = {"max_new_tokens": 12, "temperature": 1.5, "top_p": 0.9, "seed": 2}
+    assert identity_of(directory, "float32", **settings) == load(LocalChat, directory, **settings).identity
 
 
 def test_a_conversation_that_leaves_no_room_fails_alone(directory):

@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("openai")
 
-from faulty_server import closed_port, faulty_server
+from faulty_server import closed_port, faulty_server, wait_for
 
 from kdkernels.curation import Failure, OpenAIChat, curate, read_curation
 from kdkernels.curation.server import _Gate, retry_after
@@ -24,7 +24,7 @@ ASKED = [{"role": "user", "content": "What is 11 plus 4?"}]
 
 
 def chat(url: str, **settings) -> OpenAIChat:
-    return OpenAIChat(f"{url}/v1", "ann", **{"max_new_tokens": 50, "backoff": 0.001, "timeout": 2.0, **settings})
+    return OpenAIChat(f"{url}/v1", "ann", **{"max_new_tokens": 50, "backoff": 0.001, "timeout": 30.0, **settings})
 
 
 def sent_key(headers: dict[str, str]) -> str:
@@ -72,15 +72,15 @@ def test_an_answer_that_was_cut_short_says_so():
     ],
 )
 def test_what_may_pass_is_asked_again(fault, kind):
-    timeout = 0.3 if fault == "hang" else 2.0
-    with faulty_server(oracle, [fault, fault]) as server:
+    timeout = 0.8 if fault == "hang" else 30.0
+    with faulty_server(oracle, [fault]) as server:
         answer = chat(server.url, timeout=timeout).answer(ASKED)
-        assert answer.faults == (kind, kind) and "15" in answer.text
+        assert answer.faults == (kind,) and "15" in answer.text
     with faulty_server(oracle, always=fault) as server, pytest.raises(Failure) as caught:
-        chat(server.url, timeout=timeout, retries=2).answer(ASKED)
-    assert (caught.value.kind, caught.value.faults) == (kind, (kind, kind))
+        chat(server.url, timeout=timeout, retries=1).answer(ASKED)
+    assert (caught.value.kind, caught.value.faults) == (kind, (kind,))
     assert caught.value.passes and not caught.value.final and not caught.value.stops
-    assert len(server.requests) == 3
+    assert len(server.requests) == 2
 
 
 @pytest.mark.parametrize(
@@ -138,14 +138,12 @@ def test_retry_after_holds_all_requests_back():
         assert asked.answer(ASKED).faults == ("status 429",)
         assert time.monotonic() - began >= 1.0
         server.faults.append("429")
+        began = time.monotonic()
         held = threading.Thread(target=asked.answer, args=(ASKED,))
         held.start()
-        while len(server.requests) < 3:
-            time.sleep(0.01)
-        time.sleep(0.1)
-        began = time.monotonic()
+        wait_for(lambda: asked._gate._next >= began + 1.0)
         asked.answer(ASKED)  # was told nothing itself
-        assert time.monotonic() - began >= 0.5
+        assert time.monotonic() - began >= 1.0
         held.join()
     with faulty_server(oracle, always="429", retry_after="86400") as server, pytest.raises(Failure) as caught:
         chat(server.url).answer(ASKED)
