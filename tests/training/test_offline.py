@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -169,6 +171,52 @@ def test_a_killed_rollout_goes_on_to_the_same_files(made_once, written, monkeypa
     assert [name for name in found if found[name] != expected[name]] == []
     monkeypatch.setattr(stores, "write_bytes", lambda path, data: pytest.fail(f"{path} was written again"))
     rollout(load_config(written))
+
+
+DIES = """
+import os, signal, sys
+from kdkernels.training.offline import store
+from kdkernels.training import trainer
+from kdkernels.cli import main
+write, step, left = store.write_bytes, trainer.train_step, [int(sys.argv.pop(1))]
+
+def count(path=None):
+    left[0] -= 1
+    if left[0] < 0:
+        if path is not None:
+            path.with_name("unfinished-" + path.name).write_bytes(b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+def write_bytes(path, contents):
+    count(path)
+    write(path, contents)
+
+def train_step(*given, **more):
+    count()
+    return step(*given, **more)
+
+store.write_bytes, trainer.train_step = write_bytes, train_step
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_goes_on_to_the_same_files_and_weights(made_once, written):
+    """kill -9 while it writes responses, proposals and scores, and while it trains."""
+    few = ["--set", "train.steps=3", "--set", "checkpoint.every=1"]
+    expected = contents(made_once.parent / "responses")
+    for command, counts in ((["rollout"], (5, 14, 12)), (["train", "--resume"], (2,))):
+        for count in counts:
+            arguments = [sys.executable, "-c", DIES, str(count), *command, str(written), *few]
+            done = subprocess.run(arguments, capture_output=True, text=True, timeout=300)
+            assert done.returncode == -signal.SIGKILL, done.stderr
+        if command == ["rollout"]:
+            assert len(list((written.parent / "responses").rglob("unfinished-*"))) == 1
+        assert main([*command, str(written), *few]) == 0
+        assert contents(written.parent / "responses") == expected
+    whole = train(load_config(made_once, [*few[1::2], f"run.output={written.parent}/whole"]))
+    one, two = (load_file(path / "model.safetensors") for path in (whole.final, written.parent / "vcrd" / "final"))
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
 def check(got, right, case):

@@ -96,6 +96,21 @@ def assert_drawn_from(expected, tokens):
     assert chi_squared < freedom + 6 * math.sqrt(2 * freedom), (observed, expected)
 
 
+def test_a_temperature_and_a_top_p_change_what_is_drawn(model, tokenizer):
+    """Of the tokens' distribution: padding rows take nothing of top_p, though they would win every draw."""
+    ids = tokenizer("1+2=")["input_ids"]
+    p = probabilities(model, tokenizer, ids).pow(1 / 0.5)
+    p /= p.sum()
+    order = p.argsort(descending=True)
+    kept = order[: int((p[order].cumsum(0) < 0.6).sum()) + 1]
+    assert 1 < len(kept) < len(p) - 5
+    expected = torch.zeros_like(p).index_copy(0, kept, p[kept] / p[kept].sum())
+    torch.manual_seed(5)
+    drawn = LocalSampler(model, tokenizer, temperature=0.5, top_p=0.6).generate([ids] * DRAWS, 1)
+    assert {one[0] for one in drawn} <= set(kept.tolist())
+    assert_drawn_from(expected, [one[0] for one in drawn])
+
+
 def test_sampling_is_the_models_distribution(model, tokenizer):
     prompts = [tuple(tokenizer("7+1=")["input_ids"]), tuple(tokenizer("5=")["input_ids"])]  # the second one is padded
     torch.manual_seed(1)
