@@ -4,7 +4,7 @@
 
     prompts       KV cache of the prompts, layers of one forward pass over them
     rollout       KV cache of prompts and responses, logits of one token
-    teacher       layers of its forward pass over a micro-batch
+    teacher       layers of its forward pass over a micro-batch; of one in parts, the layers that are put together
     loss          activations of the student, the teacher's hidden states, chunks of logits, dW and dX; under ZeRO-3 the
                   layers that are put together
     backward      activations and their gradients, falling as the weights' gradients come; and the same layers
@@ -164,7 +164,8 @@ def memory(load: Load, student: Pass, teacher: Pass | None) -> Memory:
         gradients["dW"] = chunks = 0
     elif "ZeRO's bucket" in lasting:  # all of its buffer is there, however little is trained
         lasting["ZeRO's bucket"] = lasting["ZeRO's bucket"] * BUCKET // min(BUCKET, load.trained)
-    gathered = {"gathered layers": _gathered(load)} if config.deepspeed.zero_stage == 3 and load.processes > 1 else {}
+    in_parts = config.deepspeed.zero_stage == 3 and load.processes > 1
+    gathered = {"gathered layers": _gathered(load.student)} if in_parts else {}
     phases = {
         "loss": {"activations": student.kept, **gathered, **scored, "loss": chunks + sum(gradients.values())},
         "backward": {"activations": student.backward, **gathered, **scored},
@@ -176,6 +177,8 @@ def memory(load: Load, student: Pass, teacher: Pass | None) -> Memory:
         phases["teacher"] = {"teacher's layers": teacher.forward}
         if load.gpu is not None and config.teacher.placement == "cpu":  # a CPU's own memory has it all the time
             phases["teacher"]["teacher"] = lasting.pop("teacher")
+        if config.teacher.placement == "zero3" and load.processes > 1:
+            phases["teacher"]["gathered layers"] = _gathered(load.scorer)
     if config.rollout.engine == "vllm" and load.gpu is not None:
         lasting["vLLM's share"] = int(config.rollout.gpu_memory * load.gpu.memory)
     if config.rollout.student_fraction > 0 and config.rollout.engine == "transformers":
@@ -194,10 +197,10 @@ def _scored(load: Load, teacher: Pass | None) -> dict[str, int]:
     return scored
 
 
-def _gathered(load: Load) -> int:
+def _gathered(model: PreTrainedModel) -> int:
     """The layers that ZeRO-3 has put together, and what those under way come in."""
-    weights = sum(one.numel() for one in load.student.parameters())
-    return (min(LIVE, weights) + min(GATHERED, weights)) * load.width
+    weights = sum(one.numel() for one in model.parameters())
+    return (min(LIVE, weights) + min(GATHERED, weights)) * model.dtype.itemsize
 
 
 def _loss(load: Load) -> tuple[int, dict[str, int]]:
