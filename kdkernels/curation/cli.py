@@ -54,6 +54,9 @@ def _preview(config: CurationConfig) -> int:
 
 def _curate(config: CurationConfig) -> int:
     with with_reason():
+        from kdkernels.curation.files import REPORT
         from kdkernels.curation.run import curate  # torch: seconds
-    print(f"dataset: {curate(config)}")
+    dataset = curate(config)
+    report = dataset.with_name(REPORT)
+    print(f"{report.read_text(encoding='utf-8').splitlines()[2]}\ndataset: {dataset}\nreport: {report}")
     return DONE

@@ -242,7 +242,9 @@ def test_the_command(tmp_path, capsys):
         assert command(dry_run=True) == 0 and not server.requests and not (tmp_path / "out").exists()
         assert "first of 4 queries, as each of 3 teachers" in (said := capsys.readouterr().out)
         assert "What is 0 plus 0?" in said and "correctness (50 %)" in said
-        assert command() == 0 and "dataset: " in capsys.readouterr().out
+        assert command() == 0
+        assert "answers to 4 of 4 queries are kept.\ndataset: " in (said := capsys.readouterr().out)
+        assert said.endswith(f"report: {tmp_path}/out/report.md\n")
         assert command("curation.threshold=2") == 2
         assert "expected a number from 0 to 1, got 2" in capsys.readouterr().err
         server.always = "401"
