@@ -1,4 +1,4 @@
-# make install | demo | demo-lm | test | test-avx2 | gpu-day | gpu-check | triton-check | test-slow | drills | bench | bench-compare |
+# make install | demo | twt | demo-lm | test | test-avx2 | gpu-day | gpu-check | triton-check | test-slow | drills | bench | bench-compare |
 # bench-store | gpu-report | gsm8k | wheel | hub | lint | clean.
 # Everything lives in .venv; nothing outside this folder is touched.
 PYTHON ?= python3
@@ -10,7 +10,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 
-.PHONY: install demo demo-lm gsm8k gpu-day gpu-check triton-check test test-avx2 test-slow drills bench bench-compare bench-store gpu-report wheel hub lint clean
+.PHONY: install demo twt demo-lm gsm8k gpu-day gpu-check triton-check test test-avx2 test-slow drills bench bench-compare bench-store gpu-report wheel hub lint clean
 
 install: .venv/installed
 
@@ -38,6 +38,10 @@ demo: install
 # Other prompts: make demo-lm DATA=mine.jsonl
 demo-lm: .venv/demo-lm
 	$(PY) -m kdkernels.demo.lm $(if $(DATA),--data $(DATA) --output runs/demo-lm-$(basename $(notdir $(DATA))))
+
+# The rehearsal of TwT: docs/TWT.md. What an interrupted one has made is gone on with.
+twt: install
+	$(PY) -m kdkernels.demo.twt
 
 gsm8k: install
 	$(PY) -m kdkernels train recipes/gsm8k-small-teacher.toml

@@ -120,9 +120,9 @@ def read_curation(path: str, overrides: tuple[str, ...] | list[str] = ()) -> Cur
     return config
 
 
-def check(config: CurationConfig, given: tuple[str, ...] = ()) -> Prompt:
+def check(config: CurationConfig, given: tuple[str, ...] = (), embedded: bool = False) -> Prompt:
     """The prompt of the task, all that can be known before anybody is asked being in order. `given`: names of teachers
-    that the caller brings. Raises InputError.
+    that the caller brings; `embedded`: it brings an embedding. Raises InputError.
     """
     if not config.teachers:
         raise InputError("[curation] teachers: expected at least one table [[curation.teachers]], got none")
@@ -136,11 +136,11 @@ def check(config: CurationConfig, given: tuple[str, ...] = ()) -> Prompt:
     if not (config.queries.startswith("hf:") or os.path.exists(config.queries)):
         raise InputError(f"[curation] queries: no such file: {config.queries}")
     prompt = read_prompt(config.task)
-    _check_choice(config, prompt)
+    _check_choice(config, prompt, embedded)
     return prompt
 
 
-def _check_choice(config: CurationConfig, prompt: Prompt) -> None:
+def _check_choice(config: CurationConfig, prompt: Prompt, embedded: bool) -> None:
     """What the ways to choose need."""
     if config.quality == "correct" and config.label is None:
         raise InputError('[curation] label: quality "correct" compares with it: give the template of the right answer')
@@ -153,7 +153,7 @@ def _check_choice(config: CurationConfig, prompt: Prompt) -> None:
             f'[curation] disagreement: expected "keep" of programs, which may differ and both be right, got '
             f"{config.disagreement!r}"
         )
-    if config.diversity == "embedding" and len(config.teachers) >= 3:
+    if config.diversity == "embedding" and len(config.teachers) >= 3 and not embedded:
         if config.embedding is None:
             raise InputError(
                 '[curation] embedding: diversity "embedding" of three or more teachers needs the directory of a '

@@ -1,6 +1,7 @@
 """The way from queries to a dataset: all answers first, then the decisions, which follow from them alone."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ def curate(
     *,
     chats: Mapping[str, Chat] | None = None,
     correct: Callable[[str, str], bool] | None = None,
+    embedding: Embedding | None = None,
 ) -> Path:
     """Makes the dataset of a recipe: asks every teacher every query, and keeps the answers that are chosen.
 
@@ -47,6 +49,7 @@ def curate(
         config: as `read_curation` returns it.
         chats: teachers of the caller's own, by their name in the recipe, in place of what it says of them.
         correct: whether a label is right, given the right answer, for quality "correct": of programs, what runs them.
+        embedding: with `similarities`, `cut` and `length`, in place of the recipe's; the manifest has its class's name.
 
     Returns:
         The path of dataset.jsonl: of each kept answer query, rationale, label, teacher, confidence, logprob, response
@@ -59,22 +62,19 @@ def curate(
         DiskError: the disk did not take what had to be written.
     """
     chats = dict(chats or {})
-    prompt = check(config, tuple(chats))
+    prompt = check(config, tuple(chats), embedded=embedding is not None)
     if prompt.labels == "code" and config.quality == "correct" and correct is None:
         raise InputError(
             '[curation] quality: "correct" of programs needs a function that runs their tests: curate(config, '
             "correct=...) from Python"
         )
-    plan = Plan(config, prompt, read_queries(config), _teachers(config, chats))
+    plan = Plan(config, prompt, read_queries(config), _teachers(config, chats), embedding)
     root = Path(config.output)
     with opened(root, plan.made_from()):
-        embedding = Embedding(config.embedding) if plan.embeds() else None
-        journal = Journal(Path(config.answers or root / ANSWERS))
-        try:
+        embedding = (embedding or Embedding(config.embedding)) if plan.embeds() else None
+        with closing(Journal(Path(config.answers or root / ANSWERS))) as journal:
             ask(plan.teachers, plan.questions(), journal)
             results, report = _write(root, plan, journal, Selection(config, prompt, correct), embedding)
-        finally:
-            journal.close()
         cut = (embedding.cut, embedding.length) if embedding else (0, None)
         write_text(root / REPORT, report.text(*cut))
         write_manifest(root, plan.made_from(), results)
@@ -91,6 +91,7 @@ class Plan:
     prompt: Prompt
     queries: Sequence[Query]
     teachers: Sequence[Teacher]
+    embedding: Embedding | None = None
 
     def asked(self, query: Query) -> list[Mapping[str, str]]:
         """What every teacher is asked for a query."""
@@ -109,7 +110,8 @@ class Plan:
         """What decides which dataset comes out."""
         files = {"queries": reading.identity(self.config.queries), "prompt": sha256(file_of(self.config.task))}
         if self.embeds():
-            files["embedding"] = embedding_identity(self.config.embedding)
+            own = self.embedding and type(self.embedding).__qualname__
+            files["embedding"] = own or embedding_identity(self.config.embedding)
         identities = {one.name: dict(one.identity) for one in self.teachers}
         return {"settings": settings(self.config), "files": files, "teacher": identities}
 

@@ -10,7 +10,8 @@ import torch
 
 from kdkernels.compression import TeacherCompressor
 from kdkernels.curation import Answer, Chat
-from kdkernels.training import run_stages
+from kdkernels.training import load_config, run_stages
+from kdkernels.training.models.loading import load_student, load_tokenizer
 from kdkernels.training.processes import distributed
 from kdkernels.training.recipe.stages import read_recipes
 from kdkernels.training.stages import completed
@@ -124,3 +125,24 @@ def make(path, chats, *overrides, stage=1):
     compressor.check(compression)
     compressor.make(compression)
     return Path(compression.output).parent
+
+
+def trained_teachers(path):
+    """The recipe with teachers "a" and "b": fresh models of seeds of their own, which write whatever they write."""
+    root = path.parent
+    text = path.read_text()
+    plain = root / "plain.toml"
+    plain.write_text(text.partition("[evaluation]")[0])
+    config = load_config(plain)
+    tokenizer = load_tokenizer(config)
+    named = ""
+    for seed, name in enumerate("ab"):
+        torch.manual_seed(seed)
+        load_student(config, tokenizer).save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+        named += f'[[curation.teachers]]\nname = "{name}"\nkind = "local"\npath = "{root}/{name}"\nmax_new_tokens = 6\n'
+    (root / "request.toml").write_text('marks = ["", ""]\nrequest = "{student}"\n')
+    text = text.replace("[reasoning]", f'[reasoning]\nrequest = "{root}/request.toml"')
+    curation = f'[curation]\noutput = "{root}/curated"\nqueries = "{root}/train.jsonl"\nquery = "{{question}}"\n'
+    path.write_text(f'{text}\n{curation}task = "mathematics"\n{named}')
+    return path
