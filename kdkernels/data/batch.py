@@ -41,6 +41,19 @@ class Batch:
         moved = {name: getattr(self, name).to(device) for name in ("input_ids", "attention_mask", "target")}
         return replace(self, **moved)
 
+    def part(self, rows: Sequence[int]) -> "Batch":
+        """These responses alone, in their order, with the batch's length L."""
+        length, place = self.layout.shape[1], {b: i for i, b in enumerate(rows)}
+        sequences = self.layout.sequence.tolist()
+        layout = self.layout.take([number for number, b in enumerate(sequences) if b in place])
+        moved = torch.tensor([place.get(b, 0) for b in range(len(self.ids))], device=layout.index.device)
+        index = moved[layout.index // length] * length + layout.index % length
+        layout = Layout.trusted(index, layout.lengths, (len(rows), length), layout.token, layout.parted)
+        at = list(rows)
+        tensors = {name: getattr(self, name)[at] for name in ("input_ids", "attention_mask", "target", "from_teacher")}
+        ids, teachers = tuple(self.ids[b] for b in at), tuple(self.teachers[b] for b in at)
+        return replace(self, **tensors, layout=layout, ids=ids, teachers=teachers)
+
     @property
     def inputs(self) -> dict[str, torch.Tensor]:
         """What a model takes of it."""

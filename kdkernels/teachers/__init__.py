@@ -1,25 +1,8 @@
 """Teachers: what scores a batch for the student to learn from."""
 
-from typing import Protocol
-
-from kdkernels.data.batch import Batch
-from kdkernels.sources import Source
 from kdkernels.teachers.hidden import HiddenStatesTeacher
 from kdkernels.teachers.local import LocalTeacher
+from kdkernels.teachers.protocol import Teacher
+from kdkernels.teachers.routed import RoutedTeacher
 
-__all__ = ["HiddenStatesTeacher", "LocalTeacher", "Teacher"]
-
-
-class Teacher(Protocol):
-    """Gives the teacher's distributions over the next token, as a source that objectives take.
-
-    `alone`: whether `score` may fail on one process and not on the others, as what asks a server or reads a disk may:
-    a step then ends on all of them. Such a `score` may have no operation of all processes in it.
-    """
-
-    alone: bool
-
-    def score(self, batch: Batch) -> Source:
-        """The source of `batch`, on its device, over its positions [B, L], of which only those that its layout has are
-        read; no gradient reaches it.
-        """
+__all__ = ["HiddenStatesTeacher", "LocalTeacher", "RoutedTeacher", "Teacher"]

@@ -32,6 +32,9 @@ class LocalTeacher:
     def __init__(self, model: PreTrainedModel, vocab_size: int, present: Callable[[Callable[[], Any]], Any] = as_it_is):
         self.model, self.vocab_size, self.present = model, vocab_size, present
 
+    def __str__(self) -> str:
+        return f"{type(self.model).__name__} in this process"
+
     @torch.no_grad()
     def score(self, batch: Batch) -> Source:
         """The model's last hidden states with its lm_head, which stays where it was in the forward."""

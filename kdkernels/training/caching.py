@@ -23,10 +23,8 @@ from kdkernels.sources import Source
 from kdkernels.teachers import Teacher, stored
 from kdkernels.teachers.hidden import Output, scored
 from kdkernels.training.evaluation import as_batch
-from kdkernels.training.finite import first_nonfinite
 from kdkernels.training.inputs import Inputs, build_objective, read_inputs
-from kdkernels.training.models.loading import load_teacher
-from kdkernels.training.models.placement import placed
+from kdkernels.training.models.placement import checked_teacher, placed
 from kdkernels.training.processes import distributed
 from kdkernels.training.recipe.config import Config
 from kdkernels.training.run import lock
@@ -79,11 +77,7 @@ def _model(config: Config, inputs: Inputs):
         return None
     if config.teacher.placement == "zero3":
         raise InputError('[teacher] placement: expected "replicated" or "cpu" to write a cache, got "zero3"')
-    model = load_teacher(config, inputs.tokenizer)
-    name = first_nonfinite(model.state_dict().items())
-    if name is not None:
-        raise InputError(f"[teacher] path: {name} has values that are not finite")
-    return model
+    return checked_teacher(config, inputs.tokenizer)
 
 
 def _manifest(config: Config, inputs: Inputs, top_k: int | None) -> dict[str, Any]:

@@ -11,13 +11,14 @@ from transformers import PreTrainedModel
 
 from kdkernels.data.tokenizers import vocabulary_size
 from kdkernels.engine.gpu import Gpu
+from kdkernels.errors import InputError
 from kdkernels.sources.from_model import tail
 from kdkernels.training.deepspeed_strategy import accumulation_steps
 from kdkernels.training.inputs import read_inputs
 from kdkernels.training.models.attention import describe_attention
 from kdkernels.training.models.ends import describe_ends
 from kdkernels.training.models.loading import load_student, load_teacher
-from kdkernels.training.needs import check_disk, check_output, describe, describe_dtype, needs, text
+from kdkernels.training.needs import check_disk, check_output, describe, describe_dtype, needs, teacher_bytes, text
 from kdkernels.training.offline.rollout import describe_offline
 from kdkernels.training.offline.scores import read_judge
 from kdkernels.training.plan.memory import Load
@@ -27,6 +28,7 @@ from kdkernels.training.recipe.config import Config
 from kdkernels.training.recipe.elsewhere import described
 from kdkernels.training.recipe.resolve import NO_JUDGE, model_paths, resolve_steps
 from kdkernels.training.recipe.schema import to_toml
+from kdkernels.training.recipe.teachers import each_teacher, of_section
 from kdkernels.training.run.directory import RunDirectory
 from kdkernels.training.run.lock import refuse_if_locked
 from kdkernels.training.run.trackers import check_trackers
@@ -67,12 +69,14 @@ def plan(
     lines = describe_offline(config)
     if objective.needs_weights and not config.asks_judge:
         lines.append(f"objective: {config.objective.name} with these options {NO_JUDGE}")
+    _refuse_several(config, bool(elsewhere or machine))
     if elsewhere:
         models, vocabulary, read = _from_descriptions(config, elsewhere)
         needed = needs(_counted(config), models["student"], models.get("teacher"), processes=processes)
     else:
         config, models, vocabulary, read, done = _from_here(config, run, resume, asked)
         needed = needs(config, models["student"], models.get("teacher"), done, processes)
+        needed = replace(needed, memory=needed.memory | _of_several(config, models))
         check_disk(run, needed)
     lines += read + [_describe_model(name, model) for name, model in models.items()]
     if config.student.adapter is not None:
@@ -90,6 +94,17 @@ def plan(
     lines += [f"{name}: {path}" for name, path in {"run": run.root, "metrics": run.metrics, "model": run.final}.items()]
     chain = [" extends ".join(map(str, recipes))] if len(recipes) > 1 else []
     return "\n".join([*_comments(chain), to_toml(config), *_comments(["plan", *lines])])
+
+
+def _refuse_several(config: Config, not_here: bool) -> None:
+    if config.teachers and not_here:
+        raise InputError("[teachers]: expected one [teacher] for a plan of another machine, got several")
+
+
+def _of_several(config: Config, models: Models) -> dict[str, int]:
+    """The bytes of each of several teachers, by section; those of the same files and settings are there once."""
+    several = {alone.teacher: (section, alone) for section, alone in each_teacher(config).items() if config.teachers}
+    return {one: teacher_bytes(alone, models[one], None) for one, alone in several.values() if one in models}
 
 
 def _comments(lines: Sequence[str]) -> list[str]:
@@ -149,8 +164,10 @@ def _counted(config: Config) -> Config:
 
 def _models(config: Config, tokenizer) -> Models:
     models = {"student": load_student(config, tokenizer, meta=True)}
-    if config.teacher is not None and config.teacher.model is not None:
-        models["teacher"] = load_teacher(config, tokenizer, meta=True)
+    for section, alone in each_teacher(config).items():
+        if alone.teacher.model is not None:
+            with of_section(section):
+                models[section] = load_teacher(alone, tokenizer, meta=True)
     return models
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from kdkernels.data import Examples, load_examples, sample_id
+from kdkernels.data.records import records
 from kdkernels.data.tokenizers import vocabulary_hash, vocabulary_size
 from kdkernels.errors import InputError
 from kdkernels.judges import Judge
@@ -17,6 +18,7 @@ from kdkernels.training.models.loading import load_tokenizer
 from kdkernels.training.offline.responses import AUTHORS, read_responses
 from kdkernels.training.recipe.config import Config, DataConfig
 from kdkernels.training.recipe.resolve import NO_JUDGE
+from kdkernels.training.recipe.teachers import each_teacher, of_section
 from kdkernels.training.run.identity import Identity, identify
 
 
@@ -69,26 +71,33 @@ def read_inputs(
     else:
         read = config.rollout.student_fraction < 1
         examples = read_examples(config.data, config.data.train, tokenizer, read_responses=read)
+    _check_names(config, examples)
     held_out = None
     if config.evaluation is not None:
         held_out = read_examples(of_evaluation(config), config.evaluation.data, tokenizer, config.evaluation.by_token)
     if held_out is not None and config.evaluation.answer is not None:
         for example in held_out.usable[: config.evaluation.limit]:
             expected_answer(config.evaluation, example)
+    if held_out is not None:
+        _check_names(config, held_out)
     inputs = Inputs(tokenizer, examples, held_out)
-    _check_cache(config, objective, inputs)
+    for section, alone in each_teacher(config).items():
+        if alone.teacher.cache is not None:
+            with of_section(section):
+                _check_cache(alone, objective, inputs, section.partition(".")[2] or None)
     return inputs
 
 
-def _check_cache(config: Config, objective: Objective, inputs: Inputs) -> None:
-    """Raises InputError where [teacher] cache is not one of what the objective needs, or not of these inputs."""
-    if config.teacher is None or config.teacher.cache is None:
-        return
+def _check_cache(config: Config, objective: Objective, inputs: Inputs, name: str | None) -> None:
+    """Raises InputError where [teacher] cache is not one of what the objective needs, or not of these inputs. name:
+    that of one of several teachers.
+    """
     key, by_teacher = "[teacher] cache", config.evaluation is not None and config.evaluation.by_teacher
     cache = Cache(Path(config.teacher.cache), key)
     whole = objective.needs.all_entries
-    if cache.manifest["kind"] == TOP_K and (whole or by_teacher):
+    if cache.manifest["kind"] == TOP_K and (whole or by_teacher or name):
         who = f"[objective] {config.objective.name}" if whole else '[evaluation] "kl" or "agreement"'
+        who = who if whole or by_teacher else "a batch of several teachers"
         raise InputError(
             f"{key}: {who} needs the teacher's probability of every entry, and {cache.root} has {cache.manifest['k']} "
             "of each token: write one of hidden states (kdkernels teacher-cache without --top-k)"
@@ -103,13 +112,23 @@ def _check_cache(config: Config, objective: Objective, inputs: Inputs) -> None:
         used.append((config.evaluation.data, inputs.held_out.usable[: config.evaluation.limit]))
     for path, examples in used:
         for example in examples:
-            if sample_id(example.prompt_ids, example.response_ids) not in cache.places:
+            if example.teacher == name and sample_id(example.prompt_ids, example.response_ids) not in cache.places:
                 made_from, now = cache.manifest["[data] train"], identify({"[data] train": config.data.train})
                 raise InputError(
                     f"{key}: {cache.root} has no sample of {path}, line {example.line}: it was made from data of "
                     f"sha256 {made_from}, and [data] train is {now['[data] train']}, or from other settings of [data]; "
                     "write another one with kdkernels teacher-cache"
                 )
+
+
+def _check_names(config: Config, examples: Examples) -> None:
+    """Raises InputError for an example whose teacher is none of the recipe's."""
+    for example in examples.usable:
+        if config.teachers and example.teacher not in config.teachers:
+            raise InputError(
+                f"{examples.path}, line {example.line}: [data] teacher: expected one of {', '.join(config.teachers)} "
+                f"([teachers.NAME]) in field {config.data.teacher!r}, got {example.teacher!r}"
+            )
 
 
 def of_evaluation(config: Config) -> DataConfig:
@@ -131,7 +150,7 @@ def read_examples(
     read_responses: bool = True,
 ) -> Examples:
     """The examples of the data at `path`, which has the format and the limits of [data]. Raises InputError."""
-    return load_examples(
+    examples = load_examples(
         path,
         tokenizer,
         prompt=data.prompt,
@@ -144,3 +163,16 @@ def read_examples(
         tokenize_responses=tokenize_responses,
         read_responses=read_responses,
     )
+    return examples if data.teacher is None else _routed(examples, data.teacher)
+
+
+def _routed(examples: Examples, field: str) -> Examples:
+    """The examples with the names in this field of their records as their teachers. Raises InputError."""
+    named = {line: record.get(field) for line, record in records(examples.path)}
+    for example in examples.usable:
+        if not isinstance(named[example.line], str):
+            raise InputError(
+                f"{examples.path}, line {example.line}: [data] teacher: expected the name of a teacher in field "
+                f"{field!r}, got {named[example.line]!r}"
+            )
+    return replace(examples, usable=tuple(replace(one, teacher=named[one.line]) for one in examples.usable))

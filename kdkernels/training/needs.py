@@ -68,7 +68,7 @@ def needs(
         "gradients": gradients,
         **({"ZeRO's bucket": min(BUCKET, trained) * (4 if stage == 1 else width)} if stage > 0 else {}),
         **({} if offloads else {"optimizer": (8 + master) * trained // shares}),
-        **({} if teacher is None else {"teacher": _teacher(config, teacher, processes)}),
+        **({} if teacher is None else {"teacher": teacher_bytes(config, teacher, processes)}),
     }
     every = config.checkpoint.every
     return Needs(
@@ -180,7 +180,7 @@ def _size(directory: Path) -> int:
     return sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
 
 
-def _teacher(config: Config, teacher: nn.Module, processes: int | None) -> int:
+def teacher_bytes(config: Config, teacher: nn.Module, processes: int | None) -> int:
     """Bytes on a process's device, where a teacher in CPU memory is while it scores."""
     size = _count(teacher) * _width(config.teacher.dtype)
     return size // (processes or distributed.world_size()) if config.teacher.placement == "zero3" else size

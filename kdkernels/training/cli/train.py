@@ -12,7 +12,7 @@ from kdkernels.training import with_reason
 from kdkernels.training.cli.common import EXAMPLES, add_plan, add_set
 from kdkernels.training.processes.exits import STATUSES, UNUSABLE, end
 from kdkernels.training.processes.launcher import first, launched
-from kdkernels.training.recipe.config import Config
+from kdkernels.training.recipe.config import TEACHERS, Config
 from kdkernels.training.recipe.read import section_class
 from kdkernels.training.recipe.stages import REASONING, STAGES, ReasoningConfig, StageConfig, read_recipes
 
@@ -95,6 +95,9 @@ def _keys() -> str:
     lines = ["keys of a recipe (docs/RECIPES.md says what each means):"]
     lines.append("  extends: another recipe; it stands above all sections")
     for section in fields(Config):
+        if section.name == TEACHERS:
+            lines.append(f"  [{TEACHERS}.NAME] as [teacher]")
+            continue
         names = [entry.name for entry in fields(section_class(section.type))]
         names = [name if name != "options" else "the options of that objective" for name in names]
         lines.append(

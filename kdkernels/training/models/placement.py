@@ -8,15 +8,19 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kdkernels.data.tokenizers import vocabulary_hash
+from kdkernels.errors import InputError
 from kdkernels.http import Server
 from kdkernels.rollouts.local import evaluating
-from kdkernels.teachers import HiddenStatesTeacher, LocalTeacher, Teacher
+from kdkernels.teachers import HiddenStatesTeacher, LocalTeacher, RoutedTeacher, Teacher
 from kdkernels.teachers.served import Client
 from kdkernels.teachers.stored import Cache, TopKTeacher
 from kdkernels.training.deepspeed_teacher import sharded
-from kdkernels.training.models.loading import check_positions
+from kdkernels.training.finite import first_nonfinite
+from kdkernels.training.models.agreement import check_model
+from kdkernels.training.models.loading import check_positions, load_teacher
 from kdkernels.training.processes import distributed
 from kdkernels.training.recipe.config import Config
+from kdkernels.training.recipe.teachers import each_teacher, of_section
 from kdkernels.training.strategy import Strategy
 
 T = TypeVar("T")
@@ -36,6 +40,8 @@ def place(
     Raises:
         InputError, ServerError: a served teacher has another tokenizer, or its server does not answer.
     """
+    if config.teachers:
+        return _routed(config, strategy, tokenizer)
     if config.teacher is None:
         return None
     entries = strategy.module.vocab_size
@@ -63,9 +69,32 @@ def placed(
     return LocalTeacher(teacher.to(distributed.device()), entries)
 
 
+def _routed(config: Config, strategy: Strategy, tokenizer: PreTrainedTokenizerBase) -> RoutedTeacher:
+    """The teachers at [teachers.NAME]; several ones of the same files and settings are one."""
+    found, there = {}, {}
+    for section, alone in each_teacher(config).items():
+        with of_section(section):
+            if alone.teacher not in there:
+                with distributed.together():
+                    model = checked_teacher(alone, tokenizer) if alone.teacher.model else None
+                there[alone.teacher] = place(alone, model, strategy, tokenizer)
+        found[section.partition(".")[2]] = there[alone.teacher]
+    return RoutedTeacher(found)
+
+
+def checked_teacher(config: Config, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The model at [teacher] path, whose weights are finite and whose head is its own. Raises InputError."""
+    model = load_teacher(config, tokenizer)
+    name = first_nonfinite(model.state_dict().items())
+    if name is not None:
+        raise InputError(f"[teacher] path: {name} has values that are not finite")
+    check_model("[teacher] path", model, (tokenizer.eos_token_id,) * 2, trained=False)
+    return model
+
+
 def describe(teacher: Teacher | None) -> list[str]:
     """A line about what of a teacher comes from somewhere else."""
-    return [f"teacher: {teacher}"] if isinstance(teacher, (HiddenStatesTeacher, TopKTeacher)) else []
+    return [f"teacher: {teacher}"] if isinstance(teacher, (HiddenStatesTeacher, TopKTeacher, RoutedTeacher)) else []
 
 
 def offloaded(model: PreTrainedModel, device: torch.device) -> Callable[[Callable[[], T]], T]:

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from kdkernels.training.recipe.schema import Rule
 
+TEACHERS = "teachers"  # the section of several
 FINAL = "final"  # the directory of a trained model, in that of its run
 
 Count = Annotated[int, Rule(lambda value: value >= 1, "an integer >= 1")]
@@ -135,6 +136,9 @@ class DataConfig:
     `max_prompt_tokens`, `max_response_tokens` (end-of-sequence token included; where responses are read): longer
     examples are left out, counted and reported. Together they must fit the models' `max_position_embeddings`.
 
+    `teacher`: the field that names which of several teachers scores a record's responses; each is a table
+    [teachers.NAME] with the keys of [teacher], in place of that section.
+
     `special_tokens_in_fields`: the fields hold special tokens that are meant as such (texts rendered by a chat
     template). Otherwise a special token in a field is an error: only the templates may have them.
 
@@ -150,6 +154,7 @@ class DataConfig:
     answers: Literal["all", "last"] = "all"
     max_prompt_tokens: Count
     max_response_tokens: Count
+    teacher: Name | None = None
     special_tokens_in_fields: bool = False
     by_length: bool = True
 
@@ -384,11 +389,14 @@ class DeepSpeedConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """A whole recipe; [teacher], [responses], [judge] and [evaluation] are None where the recipe has none."""
+    """A whole recipe; [teacher], [responses], [judge] and [evaluation] are None where the recipe has none. `teachers`:
+    in place of [teacher] several ones, each a table [teachers.NAME] with the keys of that section.
+    """
 
     run: RunConfig
     student: StudentConfig
     teacher: TeacherConfig | None = None
+    teachers: dict[str, TeacherConfig] = field(default_factory=dict)
     tokenizer: TokenizerConfig = TokenizerConfig()
     data: DataConfig
     responses: ResponsesConfig | None = None

@@ -5,7 +5,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 
 from kdkernels.errors import InputError
-from kdkernels.training.recipe.config import Config
+from kdkernels.training.recipe.config import TEACHERS, Config
 from kdkernels.training.recipe.read import section_class
 from kdkernels.training.recipe.schema import describe, toml_value
 
@@ -54,6 +54,8 @@ def recipe_text() -> str:
     """
     blocks = [START]
     for section in fields(Config):
+        if section.name == TEACHERS:  # as [teacher]
+            continue
         kind = section_class(section.type)
         lines = [f"# {line}".rstrip() for line in inspect.getdoc(kind).splitlines()]
         lines.append(f"{'# ' if section.default is None and section.name not in SET else ''}[{section.name}]")

@@ -12,6 +12,7 @@ makes the objective, which imports torch, checks the values of its options and f
 """
 
 import inspect
+import re
 import typing
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kdkernels.errors import InputError
-from kdkernels.training.recipe.config import Config, ObjectiveConfig
+from kdkernels.training.recipe.config import TEACHERS, Config, ObjectiveConfig, TeacherConfig
 from kdkernels.training.recipe.elsewhere import described
 from kdkernels.training.recipe.extends import CURATION, EXTENDS, STAGES, lineage, read_tables, set_keys
 from kdkernels.training.recipe.resolve import check_paths, resolve, resolve_objective
@@ -76,10 +77,13 @@ def parse_tables(tables: Mapping[str, Any], source: str) -> Config:
         if name in tables:
             if not isinstance(tables[name], Mapping):
                 raise InputError(f"{source}: [{name}] expected a table, got {show(tables[name])}")
+            if name == TEACHERS:
+                sections[name] = _parse_teachers(tables[name], source)
+                continue
             kind = section_class(section.type)
             parse = _parse_objective if kind is ObjectiveConfig else parse_section
             sections[name] = parse(kind, tables[name], f"{source}: [{name}]")
-        elif section.default is MISSING:
+        elif section.default is MISSING and name != TEACHERS:
             raise InputError(f"{source}: section [{name}] is missing")
     with naming(source):
         return resolve(Config(**sections))
@@ -107,6 +111,19 @@ def naming(source: str) -> Iterator[None]:
         yield
     except InputError as error:
         raise InputError(f"{source}: {error}") from error
+
+
+def _parse_teachers(tables: Mapping[str, Any], source: str) -> dict[str, TeacherConfig]:
+    """The teachers by their names."""
+    found = {}
+    for name, table in tables.items():
+        place = f"{source}: [{TEACHERS}.{name}]"
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+            raise InputError(f"{place} expected a name of letters, digits, - and _")
+        if not isinstance(table, Mapping):
+            raise InputError(f"{place} expected a table, got {show(table)}")
+        found[name] = parse_section(TeacherConfig, table, place)
+    return found
 
 
 def _parse_objective(kind: type, table: Mapping[str, Any], place: str) -> ObjectiveConfig:

@@ -3,7 +3,7 @@
 import inspect
 from dataclasses import MISSING, fields, is_dataclass
 
-from kdkernels.training.recipe.config import Config, ObjectiveConfig
+from kdkernels.training.recipe.config import TEACHERS, Config, ObjectiveConfig
 from kdkernels.training.recipe.read import section_class
 from kdkernels.training.recipe.resolve import NO_JUDGE
 from kdkernels.training.recipe.schema import describe, toml_value
@@ -23,6 +23,8 @@ def reference() -> str:
     lines = ["# Recipes", "", "Every section and key. Written by `python -m kdkernels.training.recipe.reference`."]
     lines += ["", EXTENDING]
     for section in fields(Config):
+        if section.name == TEACHERS:  # as [teacher]
+            continue
         kind = section_class(section.type)
         lines += ["", f"## [{section.name}]", "", inspect.getdoc(kind), ""]
         known = {entry.name: (entry.type, entry.default) for entry in fields(kind) if entry.name != "options"}

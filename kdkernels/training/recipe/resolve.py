@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 from kdkernels.errors import InputError
 from kdkernels.training.recipe.config import (
@@ -20,11 +21,11 @@ from kdkernels.training.recipe.config import (
     EvaluationConfig,
     JudgeConfig,
     RolloutConfig,
-    TeacherConfig,
     TokenizerConfig,
     TrainConfig,
 )
 from kdkernels.training.recipe.engines import resolve_engine
+from kdkernels.training.recipe.teachers import each_teacher, resolve_teachers
 
 
 def resolve(config: Config) -> Config:
@@ -34,7 +35,7 @@ def resolve(config: Config) -> Config:
     _check_data(config)
     _check_train(config)
     _check_optimizer(config)
-    config = replace(config, teacher=_teacher(config), tokenizer=_tokenizer(config), evaluation=_evaluation(config))
+    config = replace(config, **resolve_teachers(config), tokenizer=_tokenizer(config), evaluation=_evaluation(config))
     config = replace(config, judge=_judge(config))
     _check_responses(config)
     if config.deepspeed.zero_stage is None:
@@ -111,20 +112,27 @@ def _expand_paths(config: Config) -> Config:
     """
     for name, key in PATHS:
         section = getattr(config, name)
-        path = getattr(section, key) if section is not None else None
-        if path is not None and path.startswith("~"):
-            try:
-                path = str(Path(path).expanduser())
-            except RuntimeError as error:
-                raise InputError(f"[{name}] {key}: no home directory is known for {path}: write it out") from error
-        if key == "path" and path is not None:
-            of_run = (
-                _is(f"[{name}] {key}", Path(path) / file, Path.is_file) for file in ("config.toml", "inputs.json")
-            )
-            path = os.path.join(path, FINAL) if all(of_run) else path
-        if path is not None:
-            config = replace(config, **{name: replace(section, **{key: path})})
-    return config
+        if section is not None:
+            config = replace(config, **{name: _expanded(name, section, key)})
+    found = dict(config.teachers)
+    for name in found:
+        for key in ("path", "cache"):
+            found[name] = _expanded(f"teachers.{name}", found[name], key)
+    return replace(config, teachers=found)
+
+
+def _expanded(name: str, section: Any, key: str) -> Any:
+    """The section of this name with the path under `key` as `_expand_paths` says."""
+    path = getattr(section, key)
+    if path is not None and path.startswith("~"):
+        try:
+            path = str(Path(path).expanduser())
+        except RuntimeError as error:
+            raise InputError(f"[{name}] {key}: no home directory is known for {path}: write it out") from error
+    if key == "path" and path is not None:
+        of_run = (_is(f"[{name}] {key}", Path(path) / file, Path.is_file) for file in ("config.toml", "inputs.json"))
+        path = os.path.join(path, FINAL) if all(of_run) else path
+    return replace(section, **{key: path})
 
 
 def _check_student(config: Config) -> None:
@@ -209,28 +217,6 @@ def _check_optimizer(config: Config) -> None:
         raise InputError(f"[optimizer] weight_decay: expected at most 1 / lr = {1 / lr:g}, got {decay:g}")
 
 
-def _teacher(config: Config) -> TeacherConfig | None:
-    teacher = config.teacher
-    if teacher is None:
-        return None
-    given = [name for name in ("path", "base", "url") if getattr(teacher, name)]
-    if len(given) > 1 or not (given or teacher.cache):
-        raise InputError(
-            f"[teacher] expected one of path, base and url, or a cache, got {' and '.join(given) or 'none of them'}"
-        )
-    if teacher.cache is not None and teacher.base:
-        raise InputError("[teacher] cache: expected it alone or beside a path or url, got base too")
-    if teacher.path is not None:
-        return teacher if teacher.dtype else replace(teacher, dtype=config.run.dtype)
-    if teacher.base and config.student.adapter is None:
-        raise InputError("[teacher] base is that of a student with [student.adapter]: without one, give it a path")
-    for key in ("placement", "dtype", "attention"):
-        if getattr(teacher, key) != getattr(TeacherConfig(), key):
-            other = "the base shares the student's weights" if teacher.base else "none is loaded here"
-            raise InputError(f"[teacher] {key} belongs to a model at path; {other}")
-    return teacher
-
-
 def _tokenizer(config: Config) -> TokenizerConfig:
     tokenizer = config.tokenizer
     if tokenizer.path is not None and tokenizer.kind is not None:
@@ -261,7 +247,8 @@ def _rollout(config: Config) -> RolloutConfig:
     except (ValueError, TypeError) as error:
         raise InputError(f"[objective] {error}") from error
     needs_teacher = objective.needs_teacher
-    if needs_teacher and config.teacher is None:
+    teachers = each_teacher(config)
+    if needs_teacher and not teachers:
         raise InputError(f"section [teacher] is missing: the objective {config.objective.name} needs one")
     if rollout.student_fraction is None:
         fraction = 0.5 if objective.by_author else 1.0 if needs_teacher else 0.0
@@ -272,9 +259,10 @@ def _rollout(config: Config) -> RolloutConfig:
             f"[rollout] student_fraction: expected 0, since {config.objective.name} learns from the data's responses, "
             f"got {rollout.student_fraction}"
         )
-    if rollout.student_fraction > 0 and config.teacher is not None and config.teacher.cache is not None:
+    cached = next((section for section, alone in teachers.items() if alone.teacher.cache is not None), None)
+    if rollout.student_fraction > 0 and cached is not None:
         raise InputError(
-            f"[rollout] student_fraction: expected 0, since [teacher] cache holds what a teacher says about the "
+            f"[rollout] student_fraction: expected 0, since [{cached}] cache holds what a teacher says about the "
             f"data's responses, got {rollout.student_fraction:g}; for responses that the student writes give the "
             "teacher's path or url, or store them as data"
         )
@@ -333,7 +321,7 @@ def _evaluation(config: Config) -> EvaluationConfig | None:
     if not evaluation.metrics:
         raise InputError("[evaluation] metrics: expected at least one")
     compared = next((name for name in evaluation.metrics if name in ("kl", "agreement")), None)
-    if compared and config.teacher is None:
+    if compared and not each_teacher(config):
         raise InputError(f'[evaluation] metrics: "{compared}" needs a [teacher]')
     if "exact_match" in evaluation.metrics and evaluation.answer is None:
         raise InputError("[evaluation] key 'answer' is missing; the metric \"exact_match\" needs it")
@@ -374,7 +362,7 @@ def model_paths(config: Config) -> dict[str, str]:
     """Where the recipe's models and tokenizer are, by key."""
     paths = {
         "[student] path": config.student.path,
-        "[teacher] path": config.teacher and config.teacher.path,
+        **{f"[{section}] path": alone.teacher.path for section, alone in each_teacher(config).items()},
         "[tokenizer] path": config.tokenizer.path,
         "[judge] path": config.judge and config.judge.path,
     }

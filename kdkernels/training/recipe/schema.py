@@ -206,7 +206,9 @@ def to_tables(config: Any) -> dict[str, dict[str, Any]]:
     tables = {}
     for section in fields(config):
         values = getattr(config, section.name)
-        if values is not None:
+        if isinstance(values, Mapping):
+            tables |= {section.name: {name: _to_table(one) for name, one in values.items()}} if values else {}
+        elif values is not None:
             table = _to_table(values)
             tables[section.name] = table | table.pop("options", {})
     return tables

@@ -42,7 +42,7 @@ from kdkernels.training.run.atomic import (
     writing,
 )
 from kdkernels.training.run.history import check_recipe, told_of_finished, write_config
-from kdkernels.training.run.identity import TOKENIZER, Identity, check_cache, differences, identify, sources
+from kdkernels.training.run.identity import TOKENIZER, Identity, check_caches, differences, identify, sources
 
 BEGINNING = {"step": 0, "position": 0, "skipped_steps": 0, "steps_beyond_limits": 0}
 
@@ -272,7 +272,7 @@ class RunDirectory:
             )
         places = sources(config, self.tokenizer if kept else None)
         inputs = identify(places)
-        check_cache(config, inputs)
+        check_caches(config, inputs)
         changes = [] if began_with is None else differences(began_with, inputs, places)
         if changes:
             raise InputError(

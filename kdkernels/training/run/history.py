@@ -6,7 +6,7 @@ by which the run was trained up to step 50. Whatever is killed in between, these
 
 import itertools
 from collections.abc import Collection, Mapping
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +141,7 @@ def _unknown(recipe: Tables, config: Config) -> list[str]:
     return [
         f"{section}.{entry.name}"
         for section, table in recipe.items()
-        if getattr(config, section, None) is not None
+        if is_dataclass(getattr(config, section, None))
         for entry in fields(getattr(config, section))
         if entry.default is not MISSING and entry.default is not None and entry.name not in table
     ]

@@ -18,12 +18,13 @@ from kdkernels.errors import InputError
 from kdkernels.http import Server
 from kdkernels.teachers.served import about
 from kdkernels.teachers.stored import INDEX, MANIFEST, finished
-from kdkernels.training.recipe.config import Config
+from kdkernels.training.recipe.config import Config, TeacherConfig
 from kdkernels.training.recipe.resolve import adapter_base
+from kdkernels.training.recipe.teachers import each_teacher, of_section
 from kdkernels.training.run.hashes import sha256_of_all
 
 MODEL_FILES = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja")
-URL, CACHE = "[teacher] url", "[teacher] cache"
+URL, CACHE = "] url", "] cache"  # of a teacher
 TOKENIZER, DATA = "[tokenizer]", ("[data] train", "[evaluation] data")
 Identity = str | dict[str, str]  # of a file or commit, or of every file in a directory
 
@@ -36,9 +37,7 @@ def sources(config: Config, trained_tokenizer: Path | None) -> dict[str, str]:
         "[data] train": config.data.train,
         "[evaluation] data": config.evaluation and config.evaluation.data,
         "[student] path": config.student.path,
-        "[teacher] path": config.teacher and config.teacher.path,
-        URL: (config.teacher and config.teacher.cache is None and config.teacher.url) or None,
-        CACHE: config.teacher and config.teacher.cache,
+        **_of_teachers(config),
         "[tokenizer] path": config.tokenizer.path,
         TOKENIZER: trained_tokenizer and str(trained_tokenizer),
     }
@@ -59,21 +58,34 @@ def identify(sources: dict[str, str]) -> dict[str, Identity]:
     return {key: known[path] for key, path in sources.items()}
 
 
-def check_cache(config: Config, inputs: dict[str, Identity]) -> None:
-    """Raises InputError where the model at [teacher] path is not the one that wrote the [teacher] cache. inputs: the
+def _of_teachers(config: Config) -> dict[str, str | None]:
+    found = {}
+    for section, alone in each_teacher(config).items():
+        teacher = alone.teacher
+        asked = None if teacher.cache is not None else teacher.url
+        found |= {f"[{section}] path": teacher.path, f"[{section}{URL}": asked, f"[{section}{CACHE}": teacher.cache}
+    return found
+
+
+def check_caches(config: Config, inputs: dict[str, Identity]) -> None:
+    """Raises InputError where the model at the path of a teacher is not the one that wrote its cache. inputs: the
     identities of what a run is made from.
     """
-    teacher = config.teacher
-    if teacher is None or teacher.cache is None or teacher.path is None:
-        return
-    manifest, key = finished(Path(teacher.cache), CACHE), "[teacher] path"
-    told = differences({key: manifest.get(key)}, {key: inputs[key]}, {key: teacher.path})
+    for section, alone in each_teacher(config).items():
+        if alone.teacher.cache is not None and alone.teacher.path is not None:
+            with of_section(section):
+                _check_cache(alone.teacher, inputs[f"[{section}] path"])
+
+
+def _check_cache(teacher: TeacherConfig, identity: Identity) -> None:
+    manifest, key = finished(Path(teacher.cache), "[teacher] cache"), "[teacher] path"
+    told = differences({key: manifest.get(key)}, {key: identity}, {key: teacher.path})
     if manifest["dtype"] != teacher.dtype:
         told.append(f"[teacher] dtype: {manifest['dtype']} -> {teacher.dtype}")
     if told:
         raise InputError(
-            f"{CACHE}: {teacher.cache} was made by another teacher: {'; '.join(told)}. Give that one's path, or write "
-            "another cache with kdkernels teacher-cache"
+            f"[teacher] cache: {teacher.cache} was made by another teacher: {'; '.join(told)}. Give that one's path, "
+            "or write another cache with kdkernels teacher-cache"
         )
 
 
@@ -90,11 +102,11 @@ def differences(old: dict[str, Identity], new: dict[str, Identity], sources: dic
 
 def _identify(key: str, path: str) -> Identity:
     place = Path(path)
-    if key == CACHE:
+    if key.endswith(CACHE):
         finished(Path(path), key)
         files = [Path(path, name) for name in (MANIFEST, INDEX)]
         return dict(zip((file.name for file in files), sha256_of_all(files), strict=True))
-    if key == URL:
+    if key.endswith(URL):
         return f"model {about(Server(path))['model']}"
     try:
         if key in DATA and is_dataset(path):

@@ -1,0 +1,149 @@
+"""What a teacher known at K words of each token loses, on a real model's text: its JSD against the whole one, and what
+a student becomes that learns from lists with and without a bucket for all other words.
+
+    KDKERNELS_SMOLLM2=DIRECTORY python benchmarks/stored_teachers.py [--tokens 24] [--steps 150]
+
+The teacher is SmolLM2-135M-Instruct (any causal LM will do), the text is its own answers to the prompts below. The
+student has the teacher's layers but for a fifth in the middle. In the run, a linear map over its last hidden states is
+all that is trained, on hidden states that are computed once: z = (h + A h) W^T, by the reverse KL at K = 16.
+
+Axes: N tokens, H hidden, V vocabulary, K words.
+"""
+
+import argparse
+import os
+import time
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import kdkernels as kd
+from kdkernels.teachers.stored import bytes_per_token, packed_top_k, unpacked_top_k
+
+SUBJECTS = ("the sea", "bread", "prime numbers", "a train", "winter", "the moon", "chess", "glass", "a river", "bees")
+ASKED = ("Explain in two sentences what is special about {}.", "Write a short story about {}.")
+WORDS = (16, 64, 128, 256)
+
+
+def states(directory: str, tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Hidden states [N, H] of teacher and student at the tokens of the teacher's answers, and their lm_head [V, H]."""
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    prompts = [
+        tokenizer.apply_chat_template([{"role": "user", "content": ask.format(one)}], tokenize=False,
+                                      add_generation_prompt=True)
+        for ask in ASKED for one in SUBJECTS
+    ]  # fmt: skip
+    found = []
+    with torch.no_grad():
+        texts = []
+        for prompt in prompts:
+            ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids
+            texts.append((model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens,
+                                         do_sample=True, top_k=0, pad_token_id=0), ids.shape[1]))  # fmt: skip
+        for part in ("teacher", "student"):
+            if part == "student":
+                layers = len(model.model.layers)
+                kept = [i for i in range(layers) if not 2 * layers // 5 <= i < 3 * layers // 5]
+                model.model.layers = torch.nn.ModuleList([model.model.layers[i] for i in kept])
+            found.append(torch.cat([kd.hidden_states(model, input_ids=ids)[0, start - 1 : -1] for ids, start in texts]))
+    return *found, model.lm_head.weight.detach()
+
+
+def lists(teacher: kd.Head, k: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """As they are stored and read again: ids and log-probabilities [N, K], bytes a token."""
+    known = kd.statistics(teacher, topk=k)
+    rows = packed_top_k(known.topk_indices, known.topk_log_probs, teacher.vocabulary)
+    return *unpacked_top_k(rows), bytes_per_token(rows)
+
+
+def losses(student: kd.Head, teacher: kd.Head) -> list[dict[str, float]]:
+    """The mean divergences of stored lists beside those of the whole teacher."""
+    found = []
+    divergences = {"JSD": kd.JSD(0.5), "forward KL": kd.ForwardKL(), "reverse KL": kd.ReverseKL()}
+    whole = {name: kd.divergence(student, teacher, one).double().mean().item() for name, one in divergences.items()}
+    found.append({"K": teacher.vocabulary, "bytes": 2 * teacher.width, **whole})
+    for k in WORDS:
+        ids, log_probs, size = lists(teacher, k)
+        stored = kd.TopK(ids, log_probs)
+        values = {name: kd.divergence(student, stored, one).double().mean().item() for name, one in divergences.items()}
+        found.append({"K": k, "bytes": size, **values})
+    return found
+
+
+def drift(
+    student: torch.Tensor, teacher: kd.Head, steps: int, k: int = 16
+) -> tuple[dict[str, dict[str, float]], dict[str, torch.Tensor]]:
+    """What the student is after so many steps of each kind of teacher, over all tokens: nats, and the mass of its words
+    beyond the teacher's K; and its hidden states then.
+    """
+    ids, log_probs, _ = lists(teacher, k)
+    count, width = student.shape
+    arms = {
+        "whole": lambda at: kd.Head(teacher.hidden[at], teacher.weight),
+        "bucket": lambda at: kd.TopK(ids[at], log_probs[at]),
+        "renormalised": lambda at: kd.TopK(ids[at], log_probs[at], renormalize=True),
+    }
+    found, states = {"start": measured(student, teacher, ids)}, {}
+    for name, source in arms.items():
+        torch.manual_seed(0)
+        adapter = torch.zeros(width, width, requires_grad=True)
+        optimizer = torch.optim.AdamW([adapter], lr=1e-3, weight_decay=0.0)
+        for _ in range(steps):
+            at = torch.randperm(count)[:128]
+            head = kd.Head(student[at] + student[at] @ adapter, teacher.weight)
+            optimizer.zero_grad()
+            kd.divergence(head, source(at), kd.ReverseKL()).mean().backward()
+            optimizer.step()
+        states[name] = (student + student @ adapter).detach()
+        found[name] = measured(states[name], teacher, ids)
+    return found, states
+
+
+def measured(student: torch.Tensor, teacher: kd.Head, ids: torch.Tensor) -> dict[str, float]:
+    head = kd.Head(student, teacher.weight)
+    inside = torch.stack([
+        (-kd.cross_entropy(head, ids[:, i].long())).exp() for i in range(ids.shape[1])
+    ]).sum(0)  # fmt: skip
+    return {
+        "entropy": kd.entropy(head).mean().item(),
+        "outside": (1 - inside).mean().item(),
+        "KL(q, p)": kd.divergence(head, teacher, kd.ReverseKL()).mean().item(),
+        "KL(p, q)": kd.divergence(head, teacher, kd.ForwardKL()).mean().item(),
+    }
+
+
+def show(rows: list[dict]) -> None:
+    print("| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]))
+    for row in rows:
+        print("| " + " | ".join(f"{one:.5f}" if isinstance(one, float) else str(one) for one in row.values()) + " |")
+    print(flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("--tokens", type=int, default=24, help="of an answer")
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--states", help="a file that keeps the hidden states for the next time")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    start = time.time()
+    if options.states and os.path.exists(options.states):
+        of_teacher, of_student, weight = torch.load(options.states)
+    else:
+        of_teacher, of_student, weight = states(os.environ["KDKERNELS_SMOLLM2"], options.tokens)
+    if options.states:
+        torch.save((of_teacher, of_student, weight), options.states)
+    teacher = kd.Head(of_teacher, weight)
+    print(f"{len(of_teacher)} tokens, {time.time() - start:.0f} s\n", flush=True)
+    show(losses(kd.Head(of_student, weight), teacher))
+    found, trained = drift(of_student, teacher, options.steps)
+    print("the same after training with the whole teacher\n")
+    show(losses(kd.Head(trained["whole"], weight), teacher))
+    entropy = kd.entropy(teacher).mean().item()
+    show([{"teacher": name, **row} for name, row in found.items()])
+    print(f"the teacher's entropy: {entropy:.5f}; {time.time() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
