@@ -317,3 +317,14 @@ def test_responses_of_several_authors_and_teachers():
         collate([(1,), (2,)], [(5,), (7,)], 0, from_teacher=[True])
     with pytest.raises(ValueError, match=r"^teachers: expected 2, one for each prompt, got 3"):
         collate([(1,), (2,)], [(5,), (7,)], 0, teachers=["a", "b", "a"])
+
+
+def test_pairs_are_taken_together():
+    lengths = [i % 7 + (i % 2) * 10 for i in range(40)]
+    stream = ExampleStream(40, seed=1, lengths=lengths, batch_size=8, together=2)
+    taken = [stream.next(8) for _ in range(5)]
+    assert sorted(i for one in taken for i in one) == list(range(40)) and stream.position == 20
+    for one in taken:
+        assert [i + 1 for i in one[:4]] == one[4:] and all(i % 2 == 0 for i in one[:4])
+    again = ExampleStream(40, seed=1, position=8, lengths=lengths, batch_size=8, together=2)
+    assert [again.next(8) for _ in range(3)] == taken[2:]

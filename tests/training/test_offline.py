@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kdkernels.cli import main
-from kdkernels.data import ExampleStream, collate
+from kdkernels.data import collate
 from kdkernels.judges import ValueHead
 from kdkernels.training import InputError, load_config, train
 from kdkernels.training.dry_run import plan
@@ -27,6 +27,7 @@ from .offline_task import write_offline
 from .test_processes import finish, start
 
 PROGRAM = str(Path(__file__).with_name("offline_steps.py"))
+DIES = str(Path(__file__).with_name("dies.py"))
 RULES = ("ratio", "clamped_ratio", "difference", "student", "uniform")
 
 
@@ -173,33 +174,6 @@ def test_a_killed_rollout_goes_on_to_the_same_files(made_once, written, monkeypa
     rollout(load_config(written))
 
 
-DIES = """
-import os, signal, sys
-from kdkernels.training.offline import store
-from kdkernels.training import trainer
-from kdkernels.cli import main
-write, step, left = store.write_bytes, trainer.train_step, [int(sys.argv.pop(1))]
-
-def count(path=None):
-    left[0] -= 1
-    if left[0] < 0:
-        if path is not None:
-            path.with_name("unfinished-" + path.name).write_bytes(b"half")
-        os.kill(os.getpid(), signal.SIGKILL)
-
-def write_bytes(path, contents):
-    count(path)
-    write(path, contents)
-
-def train_step(*given, **more):
-    count()
-    return step(*given, **more)
-
-store.write_bytes, trainer.train_step = write_bytes, train_step
-sys.exit(main(sys.argv[1:]))
-"""
-
-
 @pytest.mark.slow
 def test_a_process_that_dies_goes_on_to_the_same_files_and_weights(made_once, written):
     """kill -9 while it writes responses, proposals and scores, and while it trains."""
@@ -207,7 +181,7 @@ def test_a_process_that_dies_goes_on_to_the_same_files_and_weights(made_once, wr
     expected = contents(made_once.parent / "responses")
     for command, counts in ((["rollout"], (5, 14, 12)), (["train", "--resume"], (2,))):
         for count in counts:
-            arguments = [sys.executable, "-c", DIES, str(count), *command, str(written), *few]
+            arguments = [sys.executable, DIES, str(count), *command, str(written), *few]
             done = subprocess.run(arguments, capture_output=True, text=True, timeout=300)
             assert done.returncode == -signal.SIGKILL, done.stderr
         if command == ["rollout"]:
@@ -393,14 +367,6 @@ def test_recipes_without_a_part_are_refused(written):
         rollout(load_config(written, FREE))
 
 
-def nan(prefixes, tokens):
-    return [float("nan")] * len(tokens)
-
-
-def of_the_token(prefixes, tokens):
-    return [token / 16 for token in tokens]
-
-
 def test_a_function_judges(made, monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).parent)
     (made.parent / "my_judges.py").write_text(
@@ -447,17 +413,6 @@ def test_a_response_that_was_not_scored_has_no_weights():
         judge(batch)
     judge.weights[batch.ids[0], False] = torch.tensor([2.0])  # the same tokens by another author
     assert judge(batch).tolist() == [[0.5, 0], [2.0, 0]]
-
-
-def test_pairs_are_taken_together():
-    lengths = [i % 7 + (i % 2) * 10 for i in range(40)]
-    stream = ExampleStream(40, seed=1, lengths=lengths, batch_size=8, together=2)
-    taken = [stream.next(8) for _ in range(5)]
-    assert sorted(i for one in taken for i in one) == list(range(40)) and stream.position == 20
-    for one in taken:
-        assert [i + 1 for i in one[:4]] == one[4:] and all(i % 2 == 0 for i in one[:4])
-    again = ExampleStream(40, seed=1, position=8, lengths=lengths, batch_size=8, together=2)
-    assert [again.next(8) for _ in range(3)] == taken[2:]
 
 
 def test_both_a_judge_and_an_argument_are_refused(made):
