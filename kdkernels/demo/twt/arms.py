@@ -19,9 +19,9 @@ ARMS = {  # of each, the dataset, the stages, and where it starts if not from th
 }
 TARGETS = {"full": "rationale", "compressed": "compressed", "label": "label"}
 TITLES = {
-    "twt": "TwT: three teachers, both criteria, three stages",
+    "twt": "TwT, three teachers and both criteria",
     "single": "the best single teacher",
-    "all": "without rejection sampling: all answers of all teachers",
+    "all": "without rejection sampling (all answers of all teachers)",
     "no-compression": "without the compression stage",
     "label-only": "the labels alone from the beginning (standard KD)",
 }

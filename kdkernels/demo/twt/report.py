@@ -13,7 +13,9 @@ COMPARED = (  # what the paper finds, as (what is claimed better, than what)
     ("the compressed stage is more often right than the full one", "twt/compressed", "twt/full"),
     ("the label stage is more often right than the compressed one", "twt/label", "twt/compressed"),
     ("three teachers beat the best single one", "twt/label", "single/label"),
+    ("the same after the compressed stage", "twt/compressed", "single/compressed"),
     ("with rejection sampling beats without", "twt/label", "all/label"),
+    ("the same after the compressed stage ", "twt/compressed", "all/compressed"),
     ("with the compression stage beats without", "twt/label", "no-compression/label"),
     ("TwT beats the labels alone", "twt/label", "label-only/label"),
 )
@@ -43,9 +45,13 @@ def render(results: Results, seconds: float, cores: int) -> str:
         "",
         "## What each part is worth (tables 1 and 7)",
         "",
-        "| arm, after its last stage | right | 95 % interval | output tokens | 95 % interval |",
+        "| arm, stage | right | 95 % interval | output tokens | 95 % interval |",
         "|---|---|---|---|---|",
-        *(_row(TITLES[arm], list(stages.values())[-1]) for arm, stages in results.stages.items()),
+        *(
+            _row(f"{TITLES[arm]}: {name}", one)
+            for arm, stages in results.stages.items()
+            for name, one in stages.items()
+        ),
         "",
         "| claim | difference, points | 95 % interval | here |",
         "|---|---|---|---|",
