@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, TimeoutError
 from contextlib import closing, suppress
 from dataclasses import asdict
@@ -26,6 +26,7 @@ from kdkernels.curation.config import read_curation
 from kdkernels.curation.journal import Journal
 from kdkernels.data.jsonl import json_line
 from kdkernels.data.records import records
+from kdkernels.data.texts import render
 from kdkernels.errors import InputError
 from kdkernels.training.processes import distributed
 from kdkernels.training.recipe.config import FINAL
@@ -99,6 +100,8 @@ class TeacherCompressor:
         if Path(compression.source).exists() or compression.source.startswith("hf:"):
             for number, record in records(compression.source):
                 _check_record(record, f"{compression.source}, line {number}", settings, names)
+            for _ in read_queries(compression):  # which refuses those that cannot be filled in
+                pass
 
     def _begin(self, compression: Compression, output: Path) -> bool:
         """Whether all is made; else the directory is that of this compression from here on."""
@@ -137,7 +140,8 @@ class Rewriting:
         self.output, self.settings = Path(compression.output), compression.settings
         self.request, self.teachers, self.texts = read_request(self.settings), teachers, texts
         self.records = list(records(compression.source))
-        self.asked = {number: self._conversation(number, record) for number, record in self.records}
+        queries = dict(read_queries(compression))
+        self.asked = {number: self._conversation(number, record, queries[number]) for number, record in self.records}
 
     def ask(self) -> None:
         """Asks what is not answered yet. Raises ServerError, DiskError."""
@@ -167,10 +171,10 @@ class Rewriting:
     def _journal(self) -> Journal:
         return Journal(self.output.with_name("rewritings.jsonl"))
 
-    def _conversation(self, number: int, record: dict[str, Any]) -> Conversation | None:
+    def _conversation(self, number: int, record: dict[str, Any], query: str) -> Conversation | None:
         """What the rationale's teacher is asked; None where the student's answer has no rationale."""
         own = record[self.settings.rationale]
-        values = {"query": self.settings.query.format_map(record), "rationale": own, "words": str(self.settings.words)}
+        values = {"query": query, "rationale": own, "words": str(self.settings.words)}
         if self.settings.compressor == "teacher":
             written = self._student(number)
             if written is None:
@@ -207,6 +211,13 @@ class Rewriting:
         words = {f"{name}words": None if one is None else len(one.split()) for name, one in texts.items()}
         teacher = record[self.settings.teacher]
         return {"line": number, "teacher": teacher, "outcome": outcome, "student": written, **words}
+
+
+def read_queries(compression: Compression) -> Iterator[tuple[int, str]]:
+    """What the teachers were asked, by the record's number. Raises InputError."""
+    keys = ("[reasoning] query", "")
+    for number, query, _ in render(compression.source, compression.settings.query, None, keys=keys):
+        yield number, query
 
 
 def _while_others_wait(work: Callable[[], None]) -> None:

@@ -29,23 +29,21 @@ def answer_queries(compression: Compression, directory: Path) -> dict[int, str]:
         tokenizer = load_tokenizer(config)
         examples = read_examples(config.data, compression.source, tokenizer, False, read_responses=False).usable
     distinct = list({one.prompt_ids: one for one in reversed(examples)}.values())[::-1]
-    size = compression.settings.batch_size
-    batches = [distinct[start : start + size] for start in range(0, len(distinct), size)]
 
-    def missing() -> list[int]:
+    def there() -> list[int]:
         with writing(directory):
             directory.mkdir(exist_ok=True)
-        return [i for i in range(len(batches)) if not _file(directory, i).is_file()]
+        return list(_read(directory))
 
-    left = distributed.by_first(missing)
+    written = set(distributed.by_first(there))
+    left, size = [one for one in distinct if one.line not in written], compression.settings.batch_size
+    batches = [left[start : start + size] for start in range(0, len(left), size)]
     with distributed.together():
-        if left:
-            _write(config, tokenizer, batches, left[distributed.rank() :: distributed.world_size()], directory)
+        if batches:
+            _write(config, tokenizer, batches[distributed.rank() :: distributed.world_size()], directory)
     distributed.barrier()
-    texts = {}
-    for i, batch in enumerate(batches):
-        lines = _file(directory, i).read_text(encoding="utf-8").splitlines()
-        texts |= {one.prompt_ids: json.loads(line)["text"] for one, line in zip(batch, lines, strict=True)}
+    found = _read(directory)
+    texts = {one.prompt_ids: found[one.line] for one in distinct}
     return {one.line: texts[one.prompt_ids] for one in examples}
 
 
@@ -62,18 +60,25 @@ def rationale(pattern: str, text: str) -> str | None:
     return found[-1].strip() or None if found else None
 
 
-def _write(config: Config, tokenizer, batches: Sequence[list[Example]], mine: Sequence[int], directory: Path) -> None:
+def _read(directory: Path) -> dict[int, str]:
+    """The answers that are written, by the record's number."""
+    files = sorted(directory.glob("[0-9]*.jsonl"))
+    records = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+    return {one["line"]: one["text"] for one in records}
+
+
+def _write(config: Config, tokenizer, batches: Sequence[list[Example]], directory: Path) -> None:
     model = load_student(config, tokenizer).to(distributed.device()).eval()
     sampler, evaluation = LocalSampler(model, tokenizer), config.evaluation
     longest = evaluation.max_new_tokens if evaluation else config.data.max_response_tokens
-    for i in mine:
-        prompts = [one.prompt_ids for one in batches[i]]
+    for batch in batches:
+        prompts = [one.prompt_ids for one in batch]
         responses = write(sampler, prompts, longest, vocabulary_size(tokenizer), greedy=True)
         records = [
             {"line": one.line, "tokens": len(ids), "text": _text(tokenizer, ids, sampler.ends)}
-            for one, ids in zip(batches[i], responses, strict=True)
+            for one, ids in zip(batch, responses, strict=True)
         ]
-        write_text(_file(directory, i), "".join(map(json_line, records)))
+        write_text(directory / f"{batch[0].line:06d}.jsonl", "".join(map(json_line, records)))  # of its first record
     del model, sampler
     gc.collect()
 
@@ -81,7 +86,3 @@ def _write(config: Config, tokenizer, batches: Sequence[list[Example]], mine: Se
 def _text(tokenizer, ids: Sequence[int], ends: Sequence[int]) -> str:
     ids = ids[:-1] if ids[-1] in ends else ids
     return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-
-def _file(directory: Path, batch: int) -> Path:
-    return directory / f"{batch:06d}.jsonl"

@@ -19,6 +19,8 @@ from kdkernels.curation.chat import Answer, Conversation, Failure
 from kdkernels.errors import InputError
 from kdkernels.training.run.atomic import append, writing
 
+BEGINNING = b'{"answers": ['  # of every line
+
 
 def address(teacher: str, identity: Mapping[str, Any], conversation: Conversation) -> str:
     """Under what an answer is kept: 32 hex digits, a hash of who was asked and what."""
@@ -95,11 +97,14 @@ class Journal:
         start = 0
         with self.path.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
-                if not line.endswith(b"\n"):
+                cut = not line.endswith(b"\n")
+                if cut and line[: len(BEGINNING)] == BEGINNING[: len(line)]:
                     with writing(self.path):
                         self._file.truncate(start)
                     return
                 try:
+                    if cut:
+                        raise ValueError("no line of a journal")
                     for one in json.loads(line)["answers"]:
                         self._note(one["address"], start, "failure" in one and not one["final"])
                 except (ValueError, LookupError, TypeError) as error:

@@ -164,6 +164,37 @@ def test_nothing_is_lost_by_interruptions(trained, tmp_path, monkeypatch):
     assert len(heard) == sum(len(chat.heard) for chat in chats.values()) and sum(written) == 32
 
 
+def test_answers_that_are_there_stay_when_fewer_are_written_at_a_time(trained, tmp_path, monkeypatch):
+    other = write(shutil.copytree(trained.parent, tmp_path / "again"))
+    expected = make(trained, teachers())
+    once, written = LocalSampler.generate, []
+
+    def generate(self, prompts, *arguments, **options):
+        if len(written) == 2:
+            raise Killed
+        written.append(len(prompts))
+        return once(self, prompts, *arguments, **options)
+
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(LocalSampler, "generate", generate)
+        make(other, teachers())
+    monkeypatch.setattr(LocalSampler, "generate", lambda *a, **k: written.append(len(a[1])) or once(*a, **k))
+    place = make(other, teachers(), "reasoning.batch_size=5")
+    assert written == [8, 8, 5, 5, 5, 1]
+    assert student_answers(other.parent) == student_answers(trained.parent)
+    assert (place / "train.jsonl").read_bytes() == (expected / "train.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("query", "said"),
+    [("{nothing}", "line 1: field 'nothing' of .reasoning. query is missing"), ("{question", "query: not a template")],
+)
+def test_a_query_that_cannot_be_filled_in_is_told_before_anything_is_trained(recipe, tmp_path, query, said):
+    with pytest.raises(InputError, match=said):
+        run(recipe, teachers(), f"reasoning.query={query}")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("field", "value", "said"),
     [
@@ -216,6 +247,7 @@ def test_the_wordings_are_there_and_read_strictly(tmp_path):
             "<rationale>a</rationale><rationale>b</rationale>": "not between",
             "so: <rationale>a</rationale>": "text outside",
             "<rationale> </rationale>": "empty",
+            "<rationale>\ud800</rationale>": "broken characters",
         }
         for reply, said in replies.items():
             with pytest.raises(Unusable, match=said):

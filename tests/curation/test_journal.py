@@ -52,6 +52,18 @@ def test_half_a_line_is_cut_off(tmp_path):
         assert path.read_bytes() == whole
 
 
+@pytest.mark.parametrize("text", ["a note of one line", "{", '{"answers": [', '{"question": "x"}', '{"answers": {}}'])
+def test_what_is_no_journal_is_left_alone(tmp_path, text):
+    path = tmp_path / "notes.txt"
+    path.write_text(text)
+    if '{"answers": ['.startswith(text):
+        assert not Journal(path).has("a") and not path.read_text()
+        return
+    with pytest.raises(InputError, match=r"line 1 is damaged, or the file is no journal"):
+        Journal(path)
+    assert path.read_text() == text
+
+
 def test_a_line_in_the_middle_that_is_damaged_is_refused(tmp_path):
     path = tmp_path / "answers.jsonl"
     for line in ("no JSON", "[]", json.dumps({"answers": [{}]}), json.dumps({"question": "x"})):

@@ -166,7 +166,12 @@ def test_an_adapter_is_trained_further_or_begun_anew(root, merge):
         ("train.steps = 2", "train.step = 2", r"stage label: \[train\] unknown key 'step'; did you mean 'steps'"),
         ("train.steps = 2", "train = 2", r"2: train: expected a table, got 2"),
         ("train.steps = 2", 'run.output = "x"', r"2: run.output: expected that of \[run\] alone"),
-        ('"{rationale}{label}"', '"{label}"', r"1 \(full\): expected \[data\] response with the field \{rationale\}"),
+        ('"{rationale}{label}"', '"{label}"', r"stage full: expected \[data\] response with the field \{rationale\}"),
+        ('"{rationale}{label}"', '"{{rationale}}"', r"stage full: expected \[data\] response with the field"),
+        ('"{rationale}{label}"', '"{rationale2}"', r"stage full: expected \[data\] response with the field"),
+        ('"rationale"\n', '"rationale"\ndata.response = "{label}"\n', r"stage full: expected \[data\] response with"),
+        ("train.steps = 2", 'data.response = "{rationale}"', r'stage label: data.response: the target "label" decides'),
+        ('label = "{label}"', 'label = "{rationale}"', r"\[reasoning\] label: expected it without"),
         ('label = "{label}"', "", r"\[reasoning\] key 'label' is missing"),
         ('target = "rationale"', 'target = "compressed"', r"1 \(full\): target: .compressed. is for the student of"),
         ('target = "label"', 'target = "compressed"', r"2 \(label\): \[reasoning\] key 'pattern' is missing"),
@@ -185,6 +190,15 @@ def test_stages_that_do_not_chain_are_refused(recipe, tmp_path, was, becomes, sa
     with pytest.raises(InputError, match=said):
         run_stages([recipe])
     assert not (tmp_path / "run").exists()
+
+
+def test_what_a_stage_learns_is_its_targets_to_say(recipe):
+    stages = read_recipes([recipe], ["data.response={rationale} so {label}"])
+    assert [stage.config.data.response for stage in stages] == ["{rationale} so {label}", "{label}"]
+    text = recipe.read_text().replace("[reasoning]", "[reasoning]\npattern = '(.*=)'")
+    recipe.write_text(text.replace('"label"\ntrain.steps = 2', '"compressed"\ndata.train = "other.jsonl"'))
+    with pytest.raises(InputError, match=r'stage label: data.train: the target "compressed" decides it'):
+        read_recipes([recipe])
 
 
 def test_compression_has_what_it_needs_or_says_so(recipe, tmp_path):

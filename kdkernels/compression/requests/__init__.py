@@ -41,6 +41,10 @@ class Request:
                 raise Unusable("text outside the marks")
         if not reply.strip():
             raise Unusable("empty")
+        try:
+            reply.encode()
+        except UnicodeEncodeError:
+            raise Unusable("broken characters") from None
         return reply.strip()
 
 

@@ -23,6 +23,7 @@ was merged ([student.adapter] merge = true): then each stage begins a new one.
 
 import copy
 import os
+import string
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -175,7 +176,7 @@ def parse_stages(path: str | Path, overrides: Sequence[str] = (), dry_run: bool 
     if curated and settings.teachers is None:
         settings = replace(settings, teachers=str(path))
     said = [_stage(dict(one), i, str(path)) for i, one in enumerate(listed, start=1)]
-    _check_chain([config for config, _ in said], settings, tables, str(path))
+    _check_chain([config for config, _ in said], settings, str(path))
     stages: list[Stage] = []
     for config, own in said:
         stages.append(_expanded(config, own, tables, settings, overrides, stages, str(path), dry_run))
@@ -197,19 +198,17 @@ def _stage(table: dict[str, Any], number: int, path: str) -> tuple[StageConfig, 
     return config, laid
 
 
-def _check_chain(configs: Sequence[StageConfig], settings: ReasoningConfig, tables: dict, path: str) -> None:
+def _check_chain(configs: Sequence[StageConfig], settings: ReasoningConfig, path: str) -> None:
     """Raises InputError unless each stage has what it needs of those before it."""
+    if has_field(settings.label, settings.rationale):
+        raise InputError(
+            f"{path}: [{REASONING}] label: expected it without {{{settings.rationale}}}, got {show(settings.label)}"
+        )
     names = [config.name for config in configs]
     for i, (name, config) in enumerate(zip(names, configs, strict=True)):
         place = f"{path}: [[{STAGES}]] {i + 1} ({name}):"
         if name in names[:i]:
             raise InputError(f"{place} name: expected one that no other stage has, got {name!r} again")
-        response = tables.get("data", {}).get("response")
-        if not isinstance(response, str) or "{" + settings.rationale not in response:
-            raise InputError(
-                f'{place} expected [data] response with the field {{{settings.rationale}}}, as in "'
-                f'{{{settings.rationale}}}\\n{{label}}", got {show(response)}'
-            )
         if config.target != "compressed":
             continue
         if i == 0:
@@ -221,6 +220,24 @@ def _check_chain(configs: Sequence[StageConfig], settings: ReasoningConfig, tabl
             )
         with naming(place.removesuffix(":")):
             _check_compressor(settings)
+
+
+def _check_response(data: object, rationale: str, source: str) -> None:
+    """Raises InputError unless the rationale, which the target is about, is in what is learnt."""
+    response = data.get("response") if isinstance(data, Mapping) else None
+    if not isinstance(response, str) or not has_field(response, rationale):
+        raise InputError(
+            f'{source}: expected [data] response with the field {{{rationale}}}, as in "{{{rationale}}}\\n{{label}}", '
+            f"got {show(response)}"
+        )
+
+
+def has_field(template: str, name: str) -> bool:
+    """Whether a record's field `name` is in the template, which may be none."""
+    try:
+        return any(field == name for _, field, _, _ in string.Formatter().parse(template))
+    except ValueError:
+        return False
 
 
 def _check_compressor(settings: ReasoningConfig) -> None:
@@ -246,14 +263,22 @@ def _expanded(
     path: str,
     dry_run: bool,
 ) -> Stage:
-    """The stage as a recipe of its own: --set counts more than what the stage says, and that more than the recipe."""
+    """The stage as a recipe of its own: --set counts more than what the stage says, and that more than the recipe.
+    What is learnt is the target's to say.
+    """
+    source = f"{path}, stage {config.name}"
+    decided = {"label": "response", "compressed": "train"}.get(config.target)
+    if decided in own.get("data", {}):
+        raise InputError(f'{source}: data.{decided}: the target "{config.target}" decides it: take it out')
     laid = copy.deepcopy(dict(tables))
-    lay({"data": {"response": settings.label}} if config.target == "label" else {}, over=laid)
     lay(own, over=laid)
     set_keys(laid, overrides)
+    if config.target == "label":
+        lay({"data": {"response": settings.label}}, over=laid)
+    else:
+        _check_response(laid.get("data"), settings.rationale, source)
     for name in (STAGES, REASONING, CURATION):
         laid.pop(name, None)
-    source = f"{path}, stage {config.name}"
     root = tables.get("run", {}).get("output")
     if isinstance(root, str):  # else the recipe's own reading refuses it
         laid.setdefault("run", {})["output"] = os.path.join(root, config.name)
