@@ -124,9 +124,11 @@ class ValueHead:
                 f"[judge] path: expected a model of attention layers, got one with {', '.join(sorted(kinds))}: another "
                 "token cannot be read behind its prefix's keys and values"
             )
-        limits = {"max_position_embeddings": "positions of the model", "sliding_window": "window of its attention"}
+        limits = {"max_position_embeddings": "positions of the model", "sliding_window": "window that its cache keeps"}
         for name, what in limits.items():
             most = getattr(config, name, None)
+            if most is not None and name == "sliding_window":
+                most -= 1  # the cache leaves a place for the next token
             if most is not None and length > most:
                 raise InputError(
                     f"[judge] path: expected prompts and responses of at most {most} tokens, the {what}, "

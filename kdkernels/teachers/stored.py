@@ -4,7 +4,7 @@ manifest.json                   format, kind ("hidden" or "top-k"), and what it 
 head.safetensors                of hidden states: the lm_head (`hidden.Output`)
 part-0000-000000.safetensors    of process 0, its first: tensors of one row a token, sample after sample, and in the
                                 metadata under "samples" the index: [[id, tokens, CRC-32], ...]
-index.json                      written last: of each part its bytes and its samples
+index.json                      written last: of each part its bytes and its samples, of the lm_head its SHA-256
 
 hidden  "hidden" [T, H] in the model's own dtype: 2 H bytes a token in bf16
 top-k   "ids" [T, K] uint16, or int32 where the vocabulary has more than 65536 entries; "log_probs" [T, K] fp16; "tail"
@@ -16,6 +16,7 @@ A sample is known by its `kdkernels.data.sample_id`; its tokens are those that i
 Axes: T tokens of a part, N scored positions of a batch, n tokens of a sample, K entries, H hidden.
 """
 
+import hashlib
 import json
 import math
 import zlib
@@ -82,6 +83,11 @@ def checksum(rows: Rows) -> int:
     return crc
 
 
+def digest(contents: bytes) -> str:
+    """What the index knows an lm_head by."""
+    return hashlib.sha256(contents).hexdigest()
+
+
 def entries(path: Path, key: str) -> list[Entry]:
     """The index of a part. Raises InputError where it is cut, or none."""
     try:
@@ -145,7 +151,9 @@ class Cache:
         self.root, self.key, self.manifest = root, key, finished(root, key)
         self.places: dict[str, _Place] = {}
         self._open: dict[Path, Any] = {}
-        for name, said in _read_json(root / INDEX, key)["parts"].items():
+        index = _read_json(root / INDEX, key)
+        self.head = index.get("head")
+        for name, said in index["parts"].items():
             path = root / name
             size = path.stat().st_size if path.is_file() else None
             if size != said["bytes"]:
@@ -183,9 +191,14 @@ class Cache:
         if self.manifest["kind"] == TOP_K:
             return TopKTeacher(self)
         try:
-            output = Output.from_bytes((self.root / HEAD).read_bytes())
+            contents = (self.root / HEAD).read_bytes()
+            if digest(contents) != self.head:
+                raise ValueError("it is cut, changed or another cache's")
+            output = Output.from_bytes(contents)
         except (OSError, ValueError) as error:
-            raise InputError(f"{self.key}: {self.root / HEAD} cannot be read: {error}") from error
+            raise InputError(
+                f"{self.key}: {self.root / HEAD} cannot be used: {error}: put back what it was, or write another cache"
+            ) from error
         return HiddenStatesTeacher(output.to(device), of_samples(lambda one: self.rows(one)["hidden"]), vocab_size)
 
 

@@ -211,7 +211,12 @@ def _conclude(root: Path, manifest: dict[str, Any]) -> str:
     for path, samples in stored.parts(root, KEY):
         tokens = sum(one[1] for one in samples)
         found[path.name] = {"bytes": path.stat().st_size, "samples": len(samples), "tokens": tokens}
-    write_text(root / stored.INDEX, json.dumps({"parts": found}, indent=1))
+    head = {}
+    if manifest["k"] is None:
+        if not (root / stored.HEAD).is_file():  # written before the first part
+            raise InputError(f"{KEY}: {root / stored.HEAD} is missing: put it back, or write another cache")
+        head = {"head": stored.digest((root / stored.HEAD).read_bytes())}
+    write_text(root / stored.INDEX, json.dumps({"parts": found, **head}, indent=1))
     samples, tokens, size = (sum(said[name] for said in found.values()) for name in ("samples", "tokens", "bytes"))
     kind = "hidden states" if manifest["k"] is None else f"{manifest['k']} of {manifest['vocabulary']} entries"
     return f"{root}: {kind} of {samples} samples, {tokens} tokens, {size / tokens:.1f} bytes a token, {size} bytes"

@@ -11,7 +11,7 @@ from kdkernels.cli import main
 from kdkernels.data import collate
 from kdkernels.sources.mixed import Mixed
 from kdkernels.teachers import LocalTeacher, RoutedTeacher
-from kdkernels.training import InputError, caching, train
+from kdkernels.training import InputError, caching, load_config, train
 from kdkernels.training.models.loading import load_frozen, load_student, load_tokenizer
 
 from .conftest import GKD
@@ -158,6 +158,15 @@ def test_one_of_several_may_be_stored(load, teacher_set, other, named):
     caching.cache(load(*options, f"teacher.path={other}", f"teacher.cache={root}/words"), 4)
     with pytest.raises(InputError, match=r"\[teachers.other\] cache: a batch of several teachers needs"):
         train(load(*options, *mixed[:2], f"teachers.other.cache={root}/words", f"run.output={root}/words-run"))
+
+
+def test_a_base_in_parts_is_none_of_several(root):
+    """All processes would have to ask it equally often: two that do not would wait for each other."""
+    options = ["data.teacher=by", f"teachers.one.path={root}/base", "teachers.own.base=true"]
+    options += ["objective.name=GKD", "rollout.student_fraction=0"]
+    load_config(root / "lora.toml", [*options, "deepspeed.zero_stage=2"])
+    with pytest.raises(InputError, match=r"\[teachers.own\] base: expected \[deepspeed\] zero_stage 0, 1 or 2"):
+        load_config(root / "lora.toml", [*options, "deepspeed.zero_stage=3"])
 
 
 @pytest.mark.parametrize(

@@ -167,6 +167,9 @@ def spoil(root: Path, case: str) -> None:
         index.unlink()
     elif case == "lm_head":
         (root / stored.HEAD).write_bytes(b"")
+    elif case == "another lm_head":
+        head = root / stored.HEAD
+        head.write_bytes(head.read_bytes()[:-2] + b"<<")
     elif case == "none":
         shutil.rmtree(root)
 
@@ -182,7 +185,8 @@ def spoil(root: Path, case: str) -> None:
         ("tokenizer", "was made with another tokenizer \\(sha256 000000000000, not "),
         ("manifest", "is no cache of a teacher: manifest.json"),
         ("index", "is not finished"),
-        ("lm_head", "head.safetensors cannot be read"),
+        ("lm_head", "head.safetensors cannot be used"),
+        ("another lm_head", "head.safetensors cannot be used: it is cut, changed or another cache's"),
         ("none", "is no cache of a teacher"),
     ],
 )

@@ -152,8 +152,10 @@ def test_what_it_cannot_score_is_refused(tmp_path):
         torch.float32,
         torch.device("cpu"),
     )
-    with pytest.raises(InputError, match="at most 8 tokens, the window of its attention, got 9"):
-        scorer.score([[1] * 8], [[1]], [[2]])
+    with pytest.raises(InputError, match="at most 7 tokens, the window that its cache keeps, got 8"):
+        scorer.score([[1] * 7], [[1]], [[2]])
+    given = [[1] * 4], [[1, 2, 3]], [[2, 4, 5]]
+    torch.testing.assert_close(scorer.score(*given)[0], naive(scorer, *given)[0], atol=2e-6, rtol=2e-6)
 
 
 def longer_is_better(prefixes, tokens):

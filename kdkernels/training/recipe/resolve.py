@@ -41,6 +41,12 @@ def resolve(config: Config) -> Config:
     if config.deepspeed.zero_stage is None:
         stage = 1 if config.run.dtype == "bfloat16" or config.deepspeed.offload_optimizer else 0
         config = replace(config, deepspeed=replace(config.deepspeed, zero_stage=stage))
+    based = next((name for name, one in config.teachers.items() if one.base), None)
+    if based and config.deepspeed.zero_stage == 3:
+        raise InputError(
+            f"[teachers.{based}] base: expected [deepspeed] zero_stage 0, 1 or 2 with it: with 3 all processes put the "
+            "base together, and they ask one of several teachers unequally often; got 3: give the base's path instead"
+        )
     if config.deepspeed.offload_optimizer and config.deepspeed.zero_stage == 0:
         raise InputError("[deepspeed] offload_optimizer: expected zero_stage 1, 2 or 3 with it, got 0")
     return config
