@@ -21,6 +21,16 @@ SHOWN = 200  # characters of an answer that an error quotes
 T = TypeVar("T")
 
 
+class _Stay(urllib.request.HTTPRedirectHandler):
+    """Takes a redirection for an error: what is posted would arrive without its body, and the key at another server."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+OPENER = urllib.request.build_opener(_Stay)
+
+
 class Server:
     """A server at `url`, asked again where it fails in a way that may pass.
 
@@ -83,14 +93,14 @@ class Server:
         for attempt in range(self.retries + 1):
             pause = self.backoff * 2**attempt * random.uniform(0.5, 1.0)
             try:
-                with urllib.request.urlopen(self._request(method, path, body), timeout=self.timeout) as answer:
+                with OPENER.open(self._request(method, path, body), timeout=self.timeout) as answer:
                     content = answer.read()
                 try:
                     return read(content)
                 except (ValueError, LookupError, TypeError, RecursionError) as error:  # what an answer may get wrong
                     problem = f"an answer that cannot be used ({error}): {_start(content)}"
             except urllib.error.HTTPError as error:
-                problem = f"status {error.code}: {_start(_body(error))}"
+                problem = f"status {error.code}: {_start(_body(error))}{_sent_on(error)}"
                 if error.code not in AGAIN and error.code < 500:
                     raise self._failed(method, path, problem, attempt + 1) from None
                 pause = _retry_after(error, pause)
@@ -118,6 +128,12 @@ def _body(error: urllib.error.HTTPError) -> bytes:
         return error.read(4 * SHOWN)
     except (OSError, http.client.HTTPException):
         return b""
+
+
+def _sent_on(error: urllib.error.HTTPError) -> str:
+    """Where a redirection leads, in words."""
+    place = error.headers.get("Location") if 300 <= error.code < 400 else None
+    return f", which leads to {_without_secrets(place)}: give the url of the server itself" if place else ""
 
 
 def _start(content: bytes) -> str:

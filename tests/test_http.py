@@ -97,6 +97,11 @@ def test_retry_after_is_honoured():
 
 def test_keys_are_sent_and_never_shown(monkeypatch):
     monkeypatch.setenv("SOME_KEY", "sk-planted-4711")
+    with faulty_server(lambda path, body: b"x" * 190 + b" sk-planted-4711 is wrong") as server:  # shown in part
+        asked = client(server.url, key_variable="SOME_KEY", retries=0)
+        with pytest.raises(ServerError) as caught:
+            asked.post_json("/x", {})
+        assert "sk-pl" not in str(caught.value) and "***" in str(caught.value)
     with faulty_server(lambda path, body: b"your key sk-planted-4711 is wrong") as server:
         asked = client(server.url, key_variable="SOME_KEY", retries=0)
         with pytest.raises(ServerError) as caught:

@@ -102,6 +102,13 @@ def _check_cache(config: Config, objective: Objective, inputs: Inputs, name: str
             f"{key}: {who} needs the teacher's probability of every entry, and {cache.root} has {cache.manifest['k']} "
             "of each token: write one of hidden states (kdkernels teacher-cache without --top-k)"
         )
+    temperature = objective.current_terms().temperature
+    if cache.manifest["kind"] == TOP_K and temperature != 1:
+        raise InputError(
+            f"[objective] temperature: expected 1 with the stored words of {cache.root}, of which all but "
+            f"{cache.manifest['k']} share one number, got {temperature:g}: write hidden states (kdkernels "
+            "teacher-cache without --top-k)"
+        )
     if cache.manifest["tokenizer"] != vocabulary_hash(inputs.tokenizer):
         raise InputError(
             f"{key}: {cache.root} was made with another tokenizer (sha256 {cache.manifest['tokenizer'][:12]}, not "

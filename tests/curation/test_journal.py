@@ -72,6 +72,21 @@ def test_a_line_in_the_middle_that_is_damaged_is_refused(tmp_path):
             Journal(path)
 
 
+@pytest.mark.parametrize(
+    ("was", "becomes"),
+    [('"text"', '"txet"'), ('"text": "', '"text": 5, "x": "'), ("true", '"yes"'), ("-0.5", '"-0.5"'), (": 3", ": 3.5")],
+)
+def test_an_answer_that_was_changed_into_none_is_refused(tmp_path, was, becomes):
+    path = tmp_path / "answers.jsonl"
+    Journal(path).put([("a", "ann", ANSWER)])
+    text = path.read_text()
+    assert was in text
+    path.write_text(text.replace(was, becomes, 1))
+    with pytest.raises(InputError, match=r"line 1 is damaged"):
+        Journal(path)
+    assert path.read_text() == text.replace(was, becomes, 1)
+
+
 def test_one_process_at_a_time(tmp_path):
     journal = Journal(tmp_path / "answers.jsonl")
     with pytest.raises(InputError, match="another run has"):

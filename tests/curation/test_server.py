@@ -6,6 +6,8 @@ import threading
 import time
 from datetime import datetime, timedelta, timezone
 from email.utils import format_datetime
+from html import escape
+from urllib.parse import quote
 
 import pytest
 
@@ -209,6 +211,19 @@ def test_the_key_goes_to_the_server_and_nowhere_else(key, tmp_path, caplog, caps
     assert KEY not in said.out + said.err + caplog.text + repr(caught.value) + str(caught.value.__context__)
     failures = (tmp_path / "out/failures.jsonl").read_text()
     assert "key in the answer" in failures and "wrong key [key]" in failures
+
+
+@pytest.mark.parametrize(
+    "code", [json.dumps, lambda key: key.replace("/", "\\/").replace("+", "\\u002B"), quote, escape]
+)
+def test_a_key_is_found_however_it_is_written(monkeypatch, code):
+    key = 'sk-a+b/c&d="longer'
+    monkeypatch.setenv("TEACHER_KEY", key)
+    said = code(key).strip('"')
+    for body in (json.dumps(completion(said)), f"wrong key: {said}", said * 20):
+        with faulty_server(lambda *_, body=body: body.encode()) as server, pytest.raises(Failure) as caught:
+            chat(server.url, key_variable="TEACHER_KEY", retries=0).answer(ASKED)
+        assert "sk-a" not in str(caught.value) and (caught.value.final or "[key]" in str(caught.value))
 
 
 def test_a_key_that_is_none_is_refused_without_being_shown(monkeypatch):
