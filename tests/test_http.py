@@ -2,6 +2,8 @@
 
 import json
 import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from threading import Thread
 
 import pytest
 from faulty_server import closed_port, faulty_server
@@ -60,6 +62,32 @@ def test_what_does_not_pass_is_an_error(fault, said):
 def test_nobody_is_there():
     with pytest.raises(ServerError, match="asked 2 times, the last time no answer: ConnectionRefusedError"):
         client(closed_port(), retries=1).get("/health")
+
+
+def test_a_redirection_is_not_followed(monkeypatch):
+    """The other server would get the key, and a GET without the body that was posted."""
+    monkeypatch.setenv("THEIR_KEY", "secret")
+
+    class Elsewhere(BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.send_response(302)
+            self.send_header("Location", f"{other.url}/there")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_GET = do_POST
+
+        def log_message(self, *arguments):
+            pass
+
+    with faulty_server(echo) as other, HTTPServer(("127.0.0.1", 0), Elsewhere) as http:
+        Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        asked = client(f"http://127.0.0.1:{http.server_port}", key_variable="THEIR_KEY")
+        for ask in (lambda: asked.post_json("/x", {"n": 2}), lambda: asked.get_json("/x")):
+            with pytest.raises(ServerError, match=rf"asked once, .* status 302: '', which leads to {other.url}/there"):
+                ask()
+        http.shutdown()
+        assert other.requests == []
 
 
 def test_a_refusal_is_not_asked_again():

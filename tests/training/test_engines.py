@@ -5,7 +5,6 @@ import math
 import os
 import re
 import sys
-import urllib.request
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +15,7 @@ from faulty_server import closed_port, faulty_server
 from vllm_server import VllmServer
 
 from kdkernels.errors import MissingPackage, ServerError
+from kdkernels.http import OPENER
 from kdkernels.rollouts.drift import Drift
 from kdkernels.training import InputError, load_config, train, trainer
 from kdkernels.training.cli import main
@@ -121,12 +121,12 @@ def test_a_server_that_fails_ends_the_run_and_nothing_is_trained(load, teacher_s
     good = ["ok"] * (2 + 4 + 2 + 1)  # weights, responses, weights, one response
     with faulty_server(server.answer, [*good, *[fault] * 99]) as http:
         settings = served(http.url, teacher_set, "rollout.at_once=1")
-        urlopen = urllib.request.urlopen  # patience ends where the server hangs, however slow this machine is
+        opened = OPENER.open  # patience ends where the server hangs, however slow this machine is
 
         def impatient(request, timeout):
-            return urlopen(request, timeout=0.05 if http.faults[0] == "hang" else timeout)
+            return opened(request, timeout=0.05 if http.faults[0] == "hang" else timeout)
 
-        monkeypatch.setattr(urllib.request, "urlopen", impatient)
+        monkeypatch.setattr(OPENER, "open", impatient)
         times = "once" if fault == "404" else "6 times"
         with pytest.raises(ServerError, match=rf"POST {http.url}/v1/completions: asked {times}, the last time"):
             train(load(*settings))

@@ -227,6 +227,7 @@ def test_a_cache_that_does_not_fit_the_recipe_is_refused(load, made, teacher_set
     for more, said in (
         (["objective.name=TSDKD", "objective.k=4"], r"\[objective\] TSDKD needs the teacher's probability of every"),
         ([f"evaluation.data={load().data.train}", 'evaluation.metrics=["kl"]'], '"agreement" needs the teacher'),
+        (["objective.temperature=2.0"], r"\[objective\] temperature: expected 1 with the stored words of .*, got 2"),
         (["rollout.student_fraction=0.5"], r"\[rollout\] student_fraction: expected 0, since \[teacher\] cache"),
     ):
         with pytest.raises(InputError, match=said):
