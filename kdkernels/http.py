@@ -1,9 +1,11 @@
 """What this library asks of servers over HTTP: one client, which tries again where that can help."""
 
+import html
 import http.client
 import json
 import os
 import random
+import re
 import time
 import urllib.error
 import urllib.request
@@ -98,9 +100,9 @@ class Server:
                 try:
                     return read(content)
                 except (ValueError, LookupError, TypeError, RecursionError) as error:  # what an answer may get wrong
-                    problem = f"an answer that cannot be used ({error}): {_start(content)}"
+                    problem = f"an answer that cannot be used ({error}): {self._start(content)}"
             except urllib.error.HTTPError as error:
-                problem = f"status {error.code}: {_start(_body(error))}{_sent_on(error)}"
+                problem = f"status {error.code}: {self._start(_body(error))}{_sent_on(error)}"
                 if error.code not in AGAIN and error.code < 500:
                     raise self._failed(method, path, problem, attempt + 1) from None
                 pause = _retry_after(error, pause)
@@ -119,13 +121,32 @@ class Server:
     def _failed(self, method: str, path: str, problem: str, times: int) -> ServerError:
         often = "once" if times == 1 else f"{times} times"
         text = f"{method} {self.url}{path}: asked {often}, the last time {problem}; see the server's own log"
+        return ServerError(self._clean(text))
+
+    def _clean(self, text: str) -> str:
         key = os.environ.get(self.key_variable) if self.key_variable is not None else None
-        return ServerError(text.replace(key, "***") if key else text)
+        return written(key).sub("***", text) if key else text
+
+    def _start(self, content: bytes) -> str:
+        """The beginning of what the server said, without the key: it goes before anything is cut off."""
+        text = self._clean(content.decode("utf-8", errors="replace"))
+        return repr(text[:SHOWN] + "..." if len(text) > SHOWN else text)
+
+
+def written(key: str) -> re.Pattern:
+    """What finds a key in any of the ways in which JSON, HTML and a URL write its characters."""
+
+    def ways(character: str) -> str:
+        code = ord(character)
+        plain = rf"\\*{re.escape(character)}|{re.escape(html.escape(character))}"
+        return rf"(?:{plain}|(?i:\\+u{code:04x}|%{code:02x}|&\#x0*{code:x};|&\#0*{code};))"
+
+    return re.compile("".join(one if one.isalnum() else ways(one) for one in key))
 
 
 def _body(error: urllib.error.HTTPError) -> bytes:
     try:
-        return error.read(4 * SHOWN)
+        return error.read()
     except (OSError, http.client.HTTPException):
         return b""
 
@@ -134,11 +155,6 @@ def _sent_on(error: urllib.error.HTTPError) -> str:
     """Where a redirection leads, in words."""
     place = error.headers.get("Location") if 300 <= error.code < 400 else None
     return f", which leads to {_without_secrets(place)}: give the url of the server itself" if place else ""
-
-
-def _start(content: bytes) -> str:
-    text = content[: 4 * SHOWN].decode("utf-8", errors="replace")
-    return repr(text[:SHOWN] + "..." if len(text) > SHOWN else text)
 
 
 def _reason(error: Exception) -> str:

@@ -19,6 +19,15 @@ from kdkernels.curation.chat import Answer, Conversation, Failure
 from kdkernels.errors import InputError
 from kdkernels.training.run.atomic import append, writing
 
+NUMBER = (int, type(None))
+ANSWERED = {
+    "text": (str,),
+    "tokens_in": NUMBER,
+    "tokens_out": NUMBER,
+    "logprob": (float, *NUMBER),
+    "truncated": (bool,),
+}
+FAILED = {"failure": (str,), "message": (str,), "final": (bool,)}
 BEGINNING = b'{"answers": ['  # of every line
 
 
@@ -106,7 +115,8 @@ class Journal:
                     if cut:
                         raise ValueError("no line of a journal")
                     for one in json.loads(line)["answers"]:
-                        self._note(one["address"], start, "failure" in one and not one["final"])
+                        found = _read(one)
+                        self._note(one["address"], start, isinstance(found, Failure) and not found.final)
                 except (ValueError, LookupError, TypeError) as error:
                     raise InputError(
                         f"[curation] answers: {self.path}, line {number} is damaged, or the file is no journal of "
@@ -130,8 +140,11 @@ def _record(found: Answer | Failure) -> dict[str, Any]:
 
 
 def _read(record: Mapping[str, Any]) -> Answer | Failure:
+    """Raises LookupError and TypeError for what `_record` did not make."""
+    for key, kinds in (FAILED if "failure" in record else ANSWERED).items():
+        if type(record[key]) not in kinds:
+            raise TypeError(key)
     faults = tuple(record["faults"])
     if "failure" in record:
         return Failure(record["failure"], record["message"], final=record["final"], faults=faults)
-    kept = {key: record[key] for key in ("text", "tokens_in", "tokens_out", "logprob", "truncated")}
-    return Answer(**kept, faults=faults)
+    return Answer(**{key: record[key] for key in ANSWERED}, faults=faults)

@@ -17,6 +17,7 @@ from typing import Any
 
 from kdkernels.curation.chat import Answer, Chat, Conversation, Failure
 from kdkernels.errors import InputError, MissingPackage
+from kdkernels.http import written
 
 AGAIN = (408, 409, 425, 429)  # statuses that may pass, beside those from 500 on
 OF_THE_QUERY = (400, 413, 422)  # statuses that say something of the one conversation; all others are of the teacher
@@ -72,6 +73,7 @@ class OpenAIChat(Chat):
         self.identity = self.request | {"extra": self.extra}
         self.workers, self.retries, self.backoff = workers, retries, backoff
         self._key = key_of(key_variable)
+        self._written = written(self._key) if self._key else None
         self._client = _client(url, self._key, timeout)
         self._gate, self._stopped = _Gate(requests_per_minute), threading.Event()
 
@@ -155,13 +157,13 @@ class OpenAIChat(Chat):
             raise Failure("wrong schema", self._clean(text))
         tokens_in, tokens_out = (count if type(count) is int and count >= 0 else None for count in counts)
         logprob = sum(logprobs) / len(logprobs) if logprobs else None
-        if self._key and len(self._key) >= SECRET and self._key in content:
+        if self._key and len(self._key) >= SECRET and self._written.search(content):
             raise Failure("key in the answer", "the server wrote the key into its answer", passes=False, final=True)
         return Answer(content, tokens_in, tokens_out, logprob, ended == "length", tuple(faults))
 
     def _clean(self, text: str) -> str:
         """The beginning of what a server said, without the key."""
-        text = " ".join((text.replace(self._key, "[key]") if self._key else text).split())
+        text = " ".join((self._written.sub("[key]", text) if self._written else text).split())
         return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
