@@ -46,6 +46,7 @@ from kdkernels.training.run import checkpoint
 from kdkernels.training.run.atomic import write_directory, writing
 from kdkernels.training.run.directory import RunDirectory, Start
 from kdkernels.training.run.identity import Identity
+from kdkernels.training.run.lock import remove_if_nobodys
 from kdkernels.training.run.log import MetricsLog
 from kdkernels.training.run.metrics import EVALUATION, evaluations, read_metrics
 from kdkernels.training.run.report import write_report
@@ -273,9 +274,10 @@ class _Training:
 
 
 def _finished(run: RunDirectory, config: Config) -> Result:
-    """The result of a run that came to its end earlier."""
+    """The result of a run that came to its end earlier, and may have been killed right behind it."""
 
     def say() -> None:
+        remove_if_nobodys(run.root)
         with writing(Path("standard output")):
             print(run.nothing_left(config), flush=True)
 

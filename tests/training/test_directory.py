@@ -97,6 +97,16 @@ def test_a_kill_while_the_run_begins_leaves_a_way_on(load, killed_at):
     assert not list(run.root.glob("unfinished*")) and not (run.root / "run.lock").exists()
 
 
+def test_a_lock_is_removed_where_it_is_nobodys(tmp_path):
+    with lock.locked(tmp_path):
+        lock.remove_if_nobodys(tmp_path)
+        assert (tmp_path / lock.NAME).is_file()
+    lock.remove_if_nobodys(tmp_path)
+    (tmp_path / lock.NAME).touch()
+    lock.remove_if_nobodys(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_is_said_of_a_finished_run_is_true(load):
     train(load("checkpoint.every=0"))
     with pytest.raises(
@@ -126,6 +136,7 @@ def test_one_command_for_a_job_scheduler(recipe, tmp_path, capsys, monkeypatch, 
     assert len(steps) == 3 + (1 if every else 3)
     left = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
     capsys.readouterr()
+    (tmp_path / "run" / lock.NAME).write_text("pid 1, killed right behind its end")  # it is gone below
     assert main(command) == 0 and len(steps) == 3 + (1 if every else 3)
     said = f"{tmp_path}/run: the run is finished, nothing is left to do\nmodel: {tmp_path}/run/final\n"
     assert said in capsys.readouterr().out

@@ -59,6 +59,18 @@ def refuse_if_locked(directory: Path) -> None:
         os.close(handle)
 
 
+def remove_if_nobodys(directory: Path) -> None:
+    """Deletes the lock file of a process that was killed, where there is one; that of a run under way stays."""
+    path = directory / NAME
+    with suppress(OSError, InputError):  # no such file, or not this user's; its owner lives
+        handle = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+        try:
+            _lock(handle, path)
+            path.unlink()
+        finally:
+            os.close(handle)
+
+
 def _own(path: Path, key: str) -> int:
     """An open handle of the lock file, which is this process's now."""
     while True:
