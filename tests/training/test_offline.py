@@ -389,6 +389,23 @@ def test_a_function_judges(made, monkeypatch):
         train(config)
 
 
+@pytest.mark.parametrize("spoil", [lambda contents: contents[:-9], None], ids=["cut", "those of other responses"])
+def test_proposals_that_are_damaged_are_not_scored(made, spoil):
+    scores = made.parent / "responses" / "scores"
+    file, other = scores / "proposals-teacher-00000.safetensors", scores / "proposals-teacher-00006.safetensors"
+    contents = file.read_bytes()
+    file.write_bytes(spoil(contents) if spoil else other.read_bytes())
+    judged = scores / "scores-teacher-00000.safetensors"
+    expected = judged.read_bytes()
+    judged.unlink()
+    with pytest.raises(InputError, match=r"\[judge\] output: .*proposals-teacher-00000.safetensors is missing, cut or"):
+        rollout(load_config(made))
+    assert not judged.exists()
+    file.unlink()
+    rollout(load_config(made))
+    assert judged.read_bytes() == expected and file.read_bytes() == contents
+
+
 def test_a_judge_of_other_tokens_is_refused(written):
     file = written.parent / "judge" / "tokenizer.json"
     text = json.loads(file.read_text())

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -126,8 +127,8 @@ def _judged(
 ) -> bytes:
     """The contents of a file of scores."""
     lengths = [len(one.response_ids) for one in responses]
-    proposals = load((store.root / f"proposals-{name}").read_bytes())["proposals"]
-    other = dict(zip(map(id, responses), proposals.split(lengths), strict=True))
+    proposals = _read_proposals(store, store.root / f"proposals-{name}", lengths)
+    other = dict(zip(map(id, responses), proposals, strict=True))
     found = []
     size = config.judge.batch_size if config.judge.path is not None else 1
     for part in _parts(responses, size):
@@ -144,6 +145,17 @@ def _judged(
             "teacher": (own if teacher else others).contiguous(),
         }
     )
+
+
+def _read_proposals(store: Store, file: Path, lengths: Sequence[int]) -> Sequence[Tensor]:
+    """The proposals for responses of these lengths. Raises InputError for a file that is not theirs."""
+    try:
+        return load(file.read_bytes())["proposals"].split(lengths)
+    except (OSError, LookupError, RuntimeError, SafetensorError) as error:
+        raise InputError(
+            f"{store.key}: {file} is missing, cut or changed: delete it, and kdkernels rollout RECIPE makes it again: "
+            f"{error}"
+        ) from error
 
 
 def _parts(responses: Sequence[Example], size: int) -> list[Sequence[Example]]:
