@@ -12,6 +12,7 @@ from kdkernels.curation.chat import Answer, Failure
 from kdkernels.curation.config import CurationConfig
 from kdkernels.curation.parse import Parsed, Unreadable, canonical, parse
 from kdkernels.curation.prompts import Prompt
+from kdkernels.errors import InputError
 
 KEPT = "kept"
 DIGITS = 6  # of a similarity: two that are equal to so many are a tie, which the order of the teachers decides
@@ -68,6 +69,8 @@ class Selection:
         else:
             table = similarities([decisions[i].parsed.rationale for i in left])
             found = [round(float(table[left.index(p)][left.index(q)]), DIGITS) for p, q in pairs]
+            if not all(map(math.isfinite, found)):
+                raise InputError(f"[curation] embedding: its vectors of the rationales for {query!r} are no numbers")
             similarity = min(found)
             pair = pairs[found.index(similarity)]
         why = "not in the pair drawn" if self.config.diversity == "random" else "not in the pair least alike"

@@ -9,6 +9,7 @@ import pytest
 from kdkernels.curation import Answer, CurationConfig, Failure, TeacherConfig
 from kdkernels.curation.prompts import read_prompt
 from kdkernels.curation.selection import Selection
+from kdkernels.errors import InputError
 
 from .oracle import sections
 
@@ -115,6 +116,12 @@ def test_the_pair_least_alike(pairs, kept):
     assert whys.count("not in the pair least alike") == 1
     value = round(pairs[f"p{kept[0]}{kept[1]}"], 6)
     assert [one.similarity for one in decisions if one.kept] == [value, value]
+
+
+def test_cosines_that_are_no_numbers_choose_nobody():
+    for value in (float("nan"), float("inf")):
+        with pytest.raises(InputError, match="are no numbers"):
+            choose(fine(3), similarities=table(p01=0.9, p02=value, p12=0.7))
 
 
 def test_only_survivors_are_compared():
