@@ -107,7 +107,7 @@ def test_the_sdist_has_all_that_a_build_needs(built):
         names = {name.partition("/")[2] for name in sdist.getnames()}
     needed = {f"{folder}/{path.name}" for folder in SOURCES[1:] for path in (ROOT / folder).iterdir()}
     assert {"csrc/sweeps.h", "csrc/rows_avx512.cpp", "python_bindings/ops.cpp"} <= needed
-    assert {*needed, *package(), *OTHERS, "kdkernels/py.typed"} <= names
+    assert {*needed, *package(), *package("*.toml"), *OTHERS, "kdkernels/py.typed"} <= names
     folders = {name.partition("/")[0] for name in names if "/" in name}
     assert folders == {*SOURCES, "kdkernels.egg-info"}
     assert not [name for name in names if name.endswith((".so", ".pyc"))]
@@ -116,7 +116,8 @@ def test_the_sdist_has_all_that_a_build_needs(built):
 def test_the_wheel_has_the_package_and_its_extension(built):
     names = set(zipfile.ZipFile(built.wheel).namelist())
     told = {name for name in names if ".dist-info/" in name}
-    assert names - told == {*package(), "kdkernels/py.typed", "kdkernels/_C.abi3.so"}
+    assert "kdkernels/curation/prompts/code.toml" in package("*.toml")
+    assert names - told == {*package(), *package("*.toml"), "kdkernels/py.typed", "kdkernels/_C.abi3.so"}
     assert any(name.endswith("licenses/LICENSE") for name in told)
 
 
