@@ -35,7 +35,9 @@ class FunctionScorer:
     def score(
         self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], proposals: Sequence[Sequence[int]]
     ) -> list[Tensor]:
-        """As `Scorer.score`. Raises InputError where the function does not return a number for each prefix."""
+        """As `Scorer.score`. Raises InputError where the function raises or does not return a number for each
+        prefix.
+        """
         asked = {}  # (response, place, token), in order
         for b, (own, other) in enumerate(zip(responses, proposals, strict=True)):
             for t, pair in enumerate(zip(own, other, strict=True)):
@@ -43,7 +45,10 @@ class FunctionScorer:
         known, left = {}, iter(asked)
         while part := list(islice(left, self.batch_size)):
             prefixes = [[*prompts[b], *responses[b][:t]] for b, t, _ in part]
-            values = self.function(prefixes, [token for *_, token in part])
+            try:
+                values = self.function(prefixes, [token for *_, token in part])
+            except (Exception, SystemExit) as error:  # its own exit would look like one of kdkernels
+                raise InputError(f"{self.name}: the function raised {type(error).__name__}: {error}") from error
             known |= dict(zip(part, numbers(values, len(part), self.name).tolist(), strict=True))
         return [
             torch.tensor([[known[b, t, token] for t, token in enumerate(row)] for row in pair])

@@ -1,6 +1,7 @@
 """A process reward model with a value head: tokens off the path behind the cache, and what is no such model."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -193,6 +194,8 @@ def test_a_function_scores():
         (lambda prefixes, tokens: [float("nan")] * len(tokens), "expected scores from 0 to 1, got nan"),
         (lambda prefixes, tokens: [1.5] * len(tokens), "expected scores from 0 to 1, got 1.5"),
         (lambda prefixes, tokens: [-0.1] * len(tokens), "expected scores from 0 to 1, got -0.1"),
+        (lambda prefixes, tokens: {}["text"], "the function raised KeyError: 'text'"),
+        (lambda prefixes, tokens: sys.exit(3), "the function raised SystemExit: 3"),
     ],
 )
 def test_what_is_no_score_is_refused(answer, said):
