@@ -15,9 +15,9 @@ from kdkernels.curation.prompts import read_prompt
 from kdkernels.demo.twt import run as rehearsal
 from kdkernels.demo.twt.arms import ARMS, DATASETS, HERE
 from kdkernels.demo.twt.report import render
-from kdkernels.demo.twt.results import Measured, Results, Teacher
+from kdkernels.demo.twt.results import Measured, Results, Teacher, _survivors
 from kdkernels.demo.twt.task import STYLES, Problem, lessons, problems, rationale, write_data
-from kdkernels.demo.twt.teachers import Confident, Trigrams
+from kdkernels.demo.twt.teachers import Confident, Words
 from kdkernels.training.recipe.stages import parse_stages, read_recipes
 
 PROBLEM = Problem(8, (("+", 5), ("*", 2), ("-", 3)), "Q?")
@@ -88,9 +88,9 @@ def test_a_small_teachers_confidence_is_how_probable_its_tokens_were():
     assert bare.text == "98+5" and isinstance(gone, Failure)
 
 
-def test_texts_are_as_alike_as_their_trigrams():
-    table = Trigrams().similarities(["abcd", "abcd", "bcde", "wxyz"])
-    assert table[0][1] == pytest.approx(1) and table[0][2] == pytest.approx(0.5) and table[0][3] == 0
+def test_texts_are_as_alike_as_their_words():
+    table = Words().similarities(["8+5=3", "8 + 5=3", "8 plus 5 is 3", "at now"])
+    assert table[0][1] == pytest.approx(1) and table[0][2] == pytest.approx(0.6) and table[0][3] == 0
 
 
 def test_every_arm_has_a_recipe_of_its_own(tmp_path):
@@ -117,16 +117,26 @@ def test_the_report_says_what_came_out():
     table = {"full": measured(0.4, 20), "compressed": measured(0.6, 10), "label": measured(0.7, 6)}
     stages = {arm: {name: table[name] for name in names} for arm, (_, names, _) in ARMS.items()}
     stages["single"] = {**table, "label": measured(1.0, 6)}
-    teacher = Teacher("equations", 30, 1, 0.9, 0.5, 1.0, 14.0)
-    results = Results(measured(0.1, 18), stages, 6.0, [teacher], {"twt": (40, 0.95)}, {"twt": Counter(a=3)})
-    text = render(results, 100, 2)
+    teacher = Teacher("equations", 30, 1, 0.9, 0.5, 1.0, 12, 14.0)
+    survivors = Counter({3: 7, 0: 1})
+    results = Results(measured(0.1, 18), stages, 6.0, [teacher], survivors, {"twt": (40, 0.95)}, {"twt": Counter(a=3)})
+    text = render(results, 100, 150, 2)
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
     assert ["TwT, full", "40.0%"] in [row[:2] for row in rows] and "which is the length of the label alone" in text
+    assert "- 3 teachers: 7\n- 2 teachers: 0\n- 1 teachers: 0\n- 0 teachers: 1\n" in text
+    assert "| 50.0% | 100.0% | 12 | 14.0 |" in text and "100 seconds, 150 CPU seconds," in text
     claims = {row[0]: (row[1], row[3]) for row in rows if len(row) == 4}
     assert claims["the compressed stage is more often right than the full one"] == ("+20.0", "holds")
     assert claims["three teachers beat the best single one"][1] == "fails"
     assert claims["with rejection sampling beats without"] == ("+0.0", "undecided")
-    assert "NOT" in render(Results(results.before, stages, 5.0, [teacher], {}, {}), 100, 2)
+    assert "NOT" in render(Results(results.before, stages, 5.0, [teacher], Counter(), {}, {}), 100, 150, 2)
+
+
+def test_queries_are_counted_by_the_teachers_above_the_threshold():
+    sure, unsure, unread = {"label": "1", "confidence": 0.95}, {"label": "1", "confidence": 0.94}, {"label": None}
+    answers = {1: (sure, sure, sure), 2: (sure, unsure, unread), 3: (unread, unsure, unsure), 4: (sure, sure, sure)}
+    decisions = [{"line": line, **one} for line, ones in answers.items() for one in ones]
+    assert _survivors(decisions, 0.95) == {3: 2, 1: 1, 0: 1}
 
 
 @pytest.mark.slow

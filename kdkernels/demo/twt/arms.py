@@ -3,8 +3,9 @@
 from kdkernels.demo.phases import RECIPES
 
 HERE = RECIPES / "twt"
-STEPS = {"equations": 400, "sentences": 300, "values": 240}  # of the teachers, which is how they come to differ
-BEST = "equations"  # the teacher that is trained longest
+# of the teachers: so that they differ and each is of use, chosen by their own answers to the queries, never by an arm's
+STEPS = {"equations": 400, "sentences": 600, "values": 550}
+BEST = "equations"  # the teacher that is most often right
 DATASETS = {  # of each, what its curation does otherwise than twt.toml
     "twt": {"diversity": "embedding"},
     "single": {"only": (BEST,)},

@@ -21,16 +21,16 @@ COMPARED = (  # what the paper finds, as (what is claimed better, than what)
 )
 
 
-def render(results: Results, seconds: float, cores: int) -> str:
-    """The report of a rehearsal whose last run took `seconds` on `cores` cores."""
+def render(results: Results, seconds: float, cpu: float, cores: int) -> str:
+    """The report of a rehearsal whose last run took `seconds`, `cpu` of them busy, on `cores` cores."""
     seeds, problems = results.before.right.shape
     lines = [
         "# TwT, rehearsed",
         "",
         f"{problems} held-out problems of three steps of arithmetic modulo 10; {seeds} seeds of the stages, which "
-        f"share the teachers and the starting student; {seconds:.0f} seconds on {cores} cores ({platform.machine()}, "
-        f"torch {torch.__version__}). Intervals: 95 %, bootstrap over seeds and problems. Output tokens count the one "
-        "that ends the answer.",
+        f"share the teachers and the starting student; {seconds:.0f} seconds, {cpu:.0f} CPU seconds, on "
+        f"{cores} cores ({platform.machine()}, torch {torch.__version__}). Intervals: 95 %, bootstrap over seeds and "
+        "problems. Output tokens count the one that ends the answer.",
         "",
         "## The stages (table 2 of the paper)",
         "",
@@ -94,17 +94,20 @@ def _data(results: Results) -> list[str]:
     lines = [
         "## Teachers and data",
         "",
-        f"The best teacher is the one that was trained longest ({BEST}). Models this small do not judge themselves: "
-        "the confidence is the geometric mean of the probabilities of an answer's tokens.",
+        f"The best single teacher is {BEST}. How long each was trained was chosen by the teachers' own answers, before "
+        "any stage was run. Models this small do not judge themselves: the confidence is the geometric mean of the "
+        "probabilities of an answer's tokens.",
         "",
-        "| teacher | steps | answers | unreadable | right | confident | right of these | characters of a rationale |",
-        "|---|---|---|---|---|---|---|---|",
+        "| teacher | steps | answers | unreadable | right | confident | right of these | kept | characters each |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [
         f"| {one.name} | {STEPS[one.name]} | {one.answers} | {one.unreadable} | {one.right:.1%} | {one.above:.1%} | "
-        f"{'-' if np.isnan(one.right_above) else f'{one.right_above:.1%}'} | {one.characters:.1f} |"
+        f"{'-' if np.isnan(one.right_above) else f'{one.right_above:.1%}'} | {one.kept} | {one.characters:.1f} |"
         for one in results.teachers
     ]
+    lines += ["", "Queries by the number of teachers whose answer reached the threshold:", ""]
+    lines += [f"- {number} teachers: {results.survivors[number]}" for number in range(len(STEPS), -1, -1)]
     lines += ["", "| dataset | samples | right labels |", "|---|---|---|"]
     lines += [f"| {name} | {count} | {share:.1%} |" for name, (count, share) in results.datasets.items()]
     lines += ["", "What became of the rationales that teachers were asked to rewrite, over all seeds:", ""]

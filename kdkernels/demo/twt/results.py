@@ -30,7 +30,8 @@ class Measured:
 @dataclass(frozen=True)
 class Teacher:
     """answers: to queries. unreadable: of them. right: share of right labels among the readable. above: the share whose
-    confidence reaches the threshold, `right_above` of which are right. characters: of a rationale, the mean.
+    confidence reaches the threshold, `right_above` of which are right. kept: answers that are in TwT's dataset.
+    characters: of a rationale, the mean.
     """
 
     name: str
@@ -39,19 +40,22 @@ class Teacher:
     right: float
     above: float
     right_above: float
+    kept: int
     characters: float
 
 
 @dataclass(frozen=True)
 class Results:
     """before: the starting student. stages: by arm and stage. label_tokens: of the label alone, the mean over the
-    problems. datasets: of each, samples and the share of right labels. outcomes: by arm, what became of the rationales.
+    problems. survivors: of how many teachers the confidence reached the threshold, and for how many queries. datasets:
+    of each, samples and the share of right labels. outcomes: by arm, what became of the rationales.
     """
 
     before: Measured
     stages: Mapping[str, Mapping[str, Measured]]
     label_tokens: float
     teachers: Sequence[Teacher]
+    survivors: Counter
     datasets: Mapping[str, tuple[int, float]]
     outcomes: Mapping[str, Counter]
 
@@ -70,9 +74,10 @@ def load(output: Path, seeds: Sequence[int], curated: Mapping[str, Path]) -> Res
         for arm, (_, names, _) in ARMS.items()
         if "compressed" in names
     }
-    teachers = _teachers(curated["twt"].parent, output / "data" / "queries.jsonl", right)
+    decisions, threshold = _decisions(curated["twt"].parent)
+    teachers = _teachers(decisions, threshold, curated["all"], output / "data" / "queries.jsonl", right)
     label_tokens = _label_tokens(output / "student" / "final", output)
-    return Results(before, stages, label_tokens, teachers, datasets, outcomes)
+    return Results(before, stages, label_tokens, teachers, _survivors(decisions, threshold), datasets, outcomes)
 
 
 def _measured(runs: Sequence[Path], which: int) -> Measured:
@@ -96,21 +101,38 @@ def _counts(place: Path) -> Counter:
     return Counter(json.loads((place / "counts.json").read_text(encoding="utf-8")))
 
 
-def _teachers(curation: Path, queries: Path, right: Mapping[str, str]) -> list[Teacher]:
+def _decisions(curation: Path) -> tuple[list[dict[str, Any]], float]:
+    """What was decided of each teacher's answer to each query, and the threshold."""
+    manifest = json.loads((curation / "manifest.json").read_text(encoding="utf-8"))
+    decisions = [one for one in _lines(curation / "decisions.jsonl") if one.get("teacher") in STYLES]
+    return decisions, manifest["settings"]["threshold"]
+
+
+def _survivors(decisions: Sequence[Mapping[str, Any]], threshold: float) -> Counter:
+    """By the number of teachers whose answer reaches the threshold, the number of queries."""
+    above = Counter({one["line"]: 0 for one in decisions})
+    above.update(one["line"] for one in decisions if one["label"] is not None and one["confidence"] >= threshold)
+    return Counter(above.values())
+
+
+def _teachers(
+    decisions: Sequence[Mapping[str, Any]], threshold: float, everything: Path, queries: Path, right: Mapping[str, str]
+) -> list[Teacher]:
+    """`everything`: the dataset of all answers, for the rationales' lengths."""
     by_line = dict(enumerate((one["query"] for one in _lines(queries)), start=1))
-    threshold = json.loads((curation / "manifest.json").read_text(encoding="utf-8"))["settings"]["threshold"]
-    written = {(one["query"], one["teacher"]): one for one in _lines(curation.parent / "all" / "dataset.jsonl")}
+    written = {(one["query"], one["teacher"]): one for one in _lines(everything)}
     found = []
     for name in STYLES:
-        decisions = [one for one in _lines(curation / "decisions.jsonl") if one.get("teacher") == name]
-        read = [one for one in decisions if one["label"] is not None]
+        own = [one for one in decisions if one["teacher"] == name]
+        read = [one for one in own if one["label"] is not None]
         good = np.array([one["label"] == right[by_line[one["line"]]] for one in read], dtype=float)
         above = np.array([one["confidence"] >= threshold for one in read])
         characters = [len(one["rationale"]) for (_, teacher), one in written.items() if teacher == name]
         right_above = float(good[above].mean()) if above.any() else float("nan")
-        lost = len(decisions) - len(read)
+        lost = len(own) - len(read)
         shares = float(good.mean()), float(above.mean()), right_above
-        found.append(Teacher(name, len(decisions), lost, *shares, float(np.mean(characters))))
+        kept = sum(one["kept"] for one in own)
+        found.append(Teacher(name, len(own), lost, *shares, kept, float(np.mean(characters))))
     return found
 
 

@@ -1,6 +1,7 @@
 """The rehearsal from beginning to end. What an interrupted one has made is gone on with."""
 
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from kdkernels.demo.twt.plots import plot_stages
 from kdkernels.demo.twt.report import render
 from kdkernels.demo.twt.results import load
 from kdkernels.demo.twt.task import STYLES, write_data
-from kdkernels.demo.twt.teachers import Confident, Trigrams
+from kdkernels.demo.twt.teachers import Confident, Words
 
 
 def rehearse(output: Path, seeds: int = 3, settings: Sequence[str] = ()) -> Path:
@@ -39,7 +40,8 @@ def rehearse(output: Path, seeds: int = 3, settings: Sequence[str] = ()) -> Path
     results = load(output, range(seeds), curated)
     plot_stages(results, output / "stages.png")
     report = output / "report.md"
-    report.write_text(render(results, time.monotonic() - started, workers.cores), encoding="utf-8")
+    seconds, cpu = time.monotonic() - started, sum(os.times()[:4])  # of this process and those it has waited for
+    report.write_text(render(results, seconds, cpu, workers.cores), encoding="utf-8")
     return report
 
 
@@ -76,7 +78,7 @@ def _curate(output: Path, name: str) -> Path:
         one.name: Confident(LocalChat.load(one.path, max_new_tokens=one.max_new_tokens, batch=one.concurrency))
         for one in teachers
     }
-    return curate(config, chats=chats, embedding=Trigrams())
+    return curate(config, chats=chats, embedding=Words())
 
 
 def _recipe(output: Path, seed: int, arm: str) -> Path:

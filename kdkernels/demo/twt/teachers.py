@@ -10,6 +10,7 @@ from kdkernels.curation import Answer, Chat, Failure, LocalChat
 from kdkernels.curation.chat import Conversation
 
 ANSWER = re.compile(r"(?s)(.*)\nAnswer: (\d+)\n?")
+WORD = re.compile(r"[a-zA-Z]+|\S")
 
 
 class Confident(Chat):
@@ -35,14 +36,14 @@ class Confident(Chat):
         return replace(answer, text="\n".join(f"<{name}>{text}</{name}>" for name, text in parts.items()))
 
 
-class Trigrams:
-    """A text as the counts of its runs of three characters: cosines of these stand in for those of an embedding."""
+class Words:
+    """A text as the counts of its words, digits and signs: cosines of these stand in for those of an embedding."""
 
     cut, length = 0, None
 
     def similarities(self, texts: Sequence[str]) -> list[list[float]]:
         """[n, n]: the cosine of each two of n texts."""
-        counts = [Counter(text[i : i + 3] for i in range(max(1, len(text) - 2))) for text in texts]
+        counts = [Counter(WORD.findall(text)) for text in texts]
         norms = [math.sqrt(sum(value * value for value in one.values())) for one in counts]
         return [
             [sum(value * other[key] for key, value in one.items()) / (norms[i] * norms[j])
