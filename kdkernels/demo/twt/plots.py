@@ -7,7 +7,7 @@ from kdkernels.demo.statistics import bootstrap_mean
 from kdkernels.demo.twt.results import Measured, Results
 
 # of the titles beside their points, in points
-PLACES = {"start": (8, -4), "full": (-44, -40), "compressed": (-98, -3), "label": (-24, 32)}
+PLACES = {"start": (14, -80), "full": (-30, -78), "compressed": (-98, -3), "label": (-62, -4)}
 
 
 def plot_stages(results: Results, path: Path) -> None:
@@ -34,7 +34,8 @@ def plot_stages(results: Results, path: Path) -> None:
 def _point(axes, measured: Measured, color: str, title: str, offset: tuple[int, int]) -> None:
     _bar(axes, measured, color)
     place = (measured.tokens.mean(), 100 * measured.right.mean())
-    axes.annotate(title, place, xytext=offset, textcoords="offset points", fontsize=8, color=color)
+    line = {"arrowstyle": "-", "color": color, "linewidth": 0.5}
+    axes.annotate(title, place, xytext=offset, textcoords="offset points", fontsize=8, color=color, arrowprops=line)
 
 
 def _bar(axes, measured: Measured, color: str, beside: float = 0.0, label: str | None = None) -> None:

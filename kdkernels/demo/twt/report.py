@@ -22,7 +22,7 @@ COMPARED = (  # what the paper finds, as (what is claimed better, than what)
 
 
 def render(results: Results, seconds: float, cpu: float, cores: int) -> str:
-    """The report of a rehearsal whose last run took `seconds`, `cpu` of them busy, on `cores` cores."""
+    """The report of a rehearsal whose last run took `seconds` and `cpu` CPU seconds on `cores` cores."""
     seeds, problems = results.before.right.shape
     lines = [
         "# TwT, rehearsed",
@@ -94,9 +94,9 @@ def _data(results: Results) -> list[str]:
     lines = [
         "## Teachers and data",
         "",
-        f"The best single teacher is {BEST}. How long each was trained was chosen by the teachers' own answers, before "
-        "any stage was run. Models this small do not judge themselves: the confidence is the geometric mean of the "
-        "probabilities of an answer's tokens.",
+        f"The best single teacher is {BEST}. How long each was trained was chosen by the teachers' own answers, "
+        "never by what a stage measured. Models this small do not judge themselves: the confidence is the geometric "
+        "mean of the probabilities of an answer's tokens.",
         "",
         "| teacher | steps | answers | unreadable | right | confident | right of these | kept | characters each |",
         "|---|---|---|---|---|---|---|---|---|",
