@@ -18,6 +18,7 @@ from backends import BACKENDS, PRECISIONS
 from kdkernels.compute import memory
 
 HERE = Path(__file__).parent
+LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 ON_GPU = torch.cuda.is_available()  # some of PyTorch's operators are not deterministic there: they warn
 # Triton's interpreter computes with NumPy, which remarks on infinities and NaN, and on how Triton 3.6 takes integers.
 STRICT = pytest.mark.filterwarnings(
@@ -25,6 +26,19 @@ STRICT = pytest.mark.filterwarnings(
     *(f"ignore::{kind}:triton.runtime.interpreter" for kind in ("RuntimeWarning", "DeprecationWarning")),
     *(["ignore:.*deterministic.*:UserWarning"] if ON_GPU else []),
 )
+
+
+@pytest.fixture(autouse=True)
+def no_launcher():
+    """Takes away what a test's engine or trainer leaves in the environment: the next one would take this process for
+    one that a launcher started (DeepSpeed wants a LOCAL_RANK, with which accelerate makes ranks of processes).
+    """
+    before = {name: os.environ.get(name) for name in LAUNCHER}
+    yield
+    for name, value in before.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
 
 
 def of_the_engine(path: Path) -> bool:

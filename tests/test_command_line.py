@@ -109,6 +109,9 @@ def test_a_new_recipe_has_every_key_and_is_one(tmp_path, monkeypatch):
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == "asked for: []"
     text = (tmp_path / "mine.toml").read_text()
     for section in fields(Config):
+        if section.name == "teachers":  # as [teacher]
+            assert "[teachers.NAME]" in text
+            continue
         block = re.split(rf"\n(?:# )?\[{section.name}\]\n", text)[1].split("\n[")[0]
         for entry in fields(section_class(section.type)):
             assert entry.name == "options" or re.search(rf"^(# )?{entry.name} =", block, re.MULTILINE), entry.name
@@ -120,7 +123,7 @@ def test_a_new_recipe_has_every_key_and_is_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     as_written = read_recipe("mine.toml")
     assert as_written.train.steps == 1000 and as_written.evaluation.metrics == ("cross_entropy", "kl")
-    sections = [part for part in text.split("\n\n") if "\n# [" not in part]  # but for those that are not there
+    sections = [part for part in text.split("\n\n") if not re.search(r"\n# \[\w+\]\n", part)]  # but the absent
     shown = "\n\n".join(sections)
     shown = re.sub(r"^# (\w+ = .*  # )", r"\1", shown, flags=re.MULTILINE)  # the defaults in comments are the defaults
     assert shown.count("\n# ") < text.count("\n# ") - 10

@@ -353,3 +353,13 @@ class HeadProducer(Producer):
                 factor = fp16.normalized(bias)
             bias = bias.to(self.source.dtype)
         return hidden, weight, (bias, factor)
+
+
+def plain(source: object, name: str) -> Head:
+    """`source`, if it is a kd.Head of hidden states and whole weights and no more. Raises TypeError, naming `name`."""
+    if type(source) is not Head or source.group is not None:
+        raise TypeError(
+            f"{name}: expected a kd.Head whose whole weight is here, got {type(source).__name__}; merge its adapter, "
+            "or give it to one process"
+        )
+    return source

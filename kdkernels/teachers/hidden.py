@@ -19,6 +19,7 @@ from torch import Tensor
 
 from kdkernels.data.batch import Batch
 from kdkernels.sources import Head
+from kdkernels.sources.head import plain
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,7 @@ class Output:
     @classmethod
     def of(cls, head: Head) -> "Output":
         """That of a head. Raises TypeError for one that is more than hidden states and weights."""
-        if type(head) is not Head or head.group is not None:
-            raise TypeError(
-                f"teacher: expected a kd.Head whose whole weight is here, got {type(head).__name__}; merge its "
-                "adapter, or give it to one process"
-            )
+        head = plain(head, "teacher")
         return cls(head.weight, head.bias, head.softcap, head.scale)
 
     def to_bytes(self) -> bytes:

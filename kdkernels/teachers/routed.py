@@ -9,6 +9,7 @@ import torch
 
 from kdkernels.data.batch import Batch
 from kdkernels.sources import Head, Source
+from kdkernels.sources.head import plain
 from kdkernels.sources.mixed import Mixed
 from kdkernels.teachers.protocol import Teacher
 
@@ -49,8 +50,7 @@ class RoutedTeacher:
 
 def _spread(source: Source, rows: list[int], batch: Batch) -> Head:
     """A head over these rows of a batch as one over all of them."""
-    if type(source) is not Head:
-        raise TypeError(f"teachers: expected kd.Head of each of several in a batch, got {type(source).__name__}")
+    source = plain(source, "teachers: each of several in a batch")
     hidden = source.hidden.new_zeros(*batch.layout.shape, source.width)
     hidden[rows] = source.hidden
     return Head(hidden, source.weight, source.bias, source.softcap, source.scale, source.vocab_size)
