@@ -30,15 +30,18 @@ STRICT = pytest.mark.filterwarnings(
 
 @pytest.fixture(autouse=True)
 def no_launcher():
-    """Takes away what a test's engine or trainer leaves in the environment: the next one would take this process for
-    one that a launcher started (DeepSpeed wants a LOCAL_RANK, with which accelerate makes ranks of processes).
+    """Takes away what engines and trainers of other tests, and of fixtures that many tests share, leave in the
+    environment: they would take this process for one that a launcher started (DeepSpeed wants a LOCAL_RANK, with which
+    accelerate makes a rank of the process, and says so by a RANK).
     """
-    before = {name: os.environ.get(name) for name in LAUNCHER}
+    forget_launcher()
     yield
-    for name, value in before.items():
+    forget_launcher()
+
+
+def forget_launcher() -> None:
+    for name in LAUNCHER:
         os.environ.pop(name, None)
-        if value is not None:
-            os.environ[name] = value
 
 
 def of_the_engine(path: Path) -> bool:

@@ -73,7 +73,7 @@ class EngineSampler:
         strategy: Strategy,
         directory: Path,
     ):
-        self.engine, self.student, self.strategy, self.directory = engine, student, strategy, directory
+        self.writer, self.student, self.strategy, self.directory = engine, student, strategy, directory
         self.ends, self.max_drift = end_ids(student, tokenizer), config.rollout.max_drift
         self.entries = student.config.get_text_config(decoder=True).vocab_size
         self.frozen, served = config.student.adapter is None, config
@@ -88,11 +88,11 @@ class EngineSampler:
         self.version += 1
         path, weights = self.directory / f"version-{self.version:06d}", self.strategy.weights(frozen=self.frozen)
         write_directory(path, lambda place: self.save(weights=weights, directory=place))
-        if self.engine.shared:
-            distributed.by_first(lambda: self.engine.load(path))
+        if self.writer.shared:
+            distributed.by_first(lambda: self.writer.load(path))
         else:
             with distributed.together():
-                self.engine.load(path)
+                self.writer.load(path)
         distributed.by_first(lambda: self._remove_versions(path))
         self.drift = None
 
@@ -107,7 +107,7 @@ class EngineSampler:
         tokens = self.strategy.module.vocab_size
         asked = Asked(max_new_tokens, greedy, self.ends, tokens, self.entries)
         seeds = [0] * len(prompts) if greedy else torch.randint(2**63 - 1, (len(prompts),)).tolist()
-        drawn = self.engine.draw(prompts, asked, seeds)
+        drawn = self.writer.draw(prompts, asked, seeds)
         if self.drift is None:
             places = range(0, len(prompts), -(-len(prompts) // COMPARED))  # from the first to near the last
             self.drift = self._compare([prompts[i] for i in places], [drawn[i] for i in places])
@@ -122,7 +122,7 @@ class EngineSampler:
         return {DRIFT: mean, f"{DRIFT}_largest": max(drift.largest for drift in told)}
 
     def close(self) -> None:
-        self.engine.close()
+        self.writer.close()
         if distributed.rank() == 0:
             with suppress(OSError):
                 self._remove_versions(None)

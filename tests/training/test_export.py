@@ -40,7 +40,7 @@ def test_of_an_adapter_what_the_recipe_asks_for_is_written(load, teacher_set, in
     base = teacher_set.removeprefix("teacher.path=")
     text = recipe.read_text()
     before, after = text.split("[student]")[0], text.split("[data]")[1]
-    recipe.write_text(f'{before}[student]\npath = "{base}"\n[student.adapter]\nmerge = {merge}\n[data]{after}')
+    recipe.write_text(f'{before}[student]\npath = "{base}"\n[student.adapter]\nr = 4\nmerge = {merge}\n[data]{after}')
     result = train(load("checkpoint.every=1", f"deepspeed.zero_stage={stage}"))
     file = "model.safetensors" if merge == "true" else "adapter_model.safetensors"
     assert main(["export", str(result.output / "checkpoints" / "step-000003"), str(tmp_path / "exported")]) == 0
