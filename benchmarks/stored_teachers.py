@@ -1,18 +1,21 @@
 """What a teacher known at K words of each token loses, on a real model's text: its JSD against the whole one, and what
 a student becomes that learns from lists with and without a bucket for all other words.
 
-    KDKERNELS_SMOLLM2=DIRECTORY python benchmarks/stored_teachers.py [--tokens 24] [--steps 150]
+    KDKERNELS_SMOLLM2=DIRECTORY python benchmarks/stored_teachers.py [--tokens 24] [--steps 150] [--data FILE]
 
-The teacher is SmolLM2-135M-Instruct (any causal LM will do), the text is its own answers to the prompts below. The
-student has the teacher's layers but for a fifth in the middle. In the run, a linear map over its last hidden states is
-all that is trained, on hidden states that are computed once: z = (h + A h) W^T, by the reverse KL at K = 16.
+The teacher is SmolLM2-135M-Instruct (any causal LM will do), the text is its own answers to the prompts below, or those
+in a file of {"question": TEXT, "answer": TEXT} a line, such as GSM8K's. The student has the teacher's layers but for a
+fifth in the middle. In the run, a linear map over its last hidden states is all that is trained, on hidden states that
+are computed once: z = (h + A h) W^T, by the reverse KL at K = 16.
 
 Axes: N tokens, H hidden, V vocabulary, K words.
 """
 
 import argparse
+import json
 import os
 import time
+from itertools import islice
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -23,24 +26,20 @@ from kdkernels.teachers.stored import bytes_per_token, packed_top_k, unpacked_to
 SUBJECTS = ("the sea", "bread", "prime numbers", "a train", "winter", "the moon", "chess", "glass", "a river", "bees")
 ASKED = ("Explain in two sentences what is special about {}.", "Write a short story about {}.")
 WORDS = (16, 64, 128, 256)
+READ = 12  # lines of --data
 
 
-def states(directory: str, tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Hidden states [N, H] of teacher and student at the tokens of the teacher's answers, and their lm_head [V, H]."""
+def states(directory: str, tokens: int, data: str | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Hidden states [N, H] of teacher and student at the tokens of the answers, and their lm_head [V, H]."""
     tokenizer = AutoTokenizer.from_pretrained(directory)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-    prompts = [
-        tokenizer.apply_chat_template([{"role": "user", "content": ask.format(one)}], tokenize=False,
-                                      add_generation_prompt=True)
-        for ask in ASKED for one in SUBJECTS
-    ]  # fmt: skip
+    pairs = [(ask.format(one), None) for ask in ASKED for one in SUBJECTS]
+    if data is not None:
+        with open(data, encoding="utf-8") as lines:
+            pairs = [(one["question"], one["answer"]) for one in map(json.loads, islice(lines, READ))]
     found = []
     with torch.no_grad():
-        texts = []
-        for prompt in prompts:
-            ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids
-            texts.append((model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens,
-                                         do_sample=True, top_k=0, pad_token_id=0), ids.shape[1]))  # fmt: skip
+        texts = [answered(model, tokenizer, *pair, tokens) for pair in pairs]
         for part in ("teacher", "student"):
             if part == "student":
                 layers = len(model.model.layers)
@@ -48,6 +47,19 @@ def states(directory: str, tokens: int) -> tuple[torch.Tensor, torch.Tensor, tor
                 model.model.layers = torch.nn.ModuleList([model.model.layers[i] for i in kept])
             found.append(torch.cat([kd.hidden_states(model, input_ids=ids)[0, start - 1 : -1] for ids, start in texts]))
     return *found, model.lm_head.weight.detach()
+
+
+def answered(model, tokenizer, question: str, answer: str | None, tokens: int) -> tuple[torch.Tensor, int]:
+    """The ids [1, L] of a question with its answer, by default a draw of the model's, and where the answer begins."""
+    turn = [{"role": "user", "content": question}]
+    prompt = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    ids, own = (
+        tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids for text in (prompt, answer or "")
+    )
+    if answer is None:
+        drawn = {"max_new_tokens": tokens, "do_sample": True, "top_k": 0, "pad_token_id": 0}
+        return model.generate(ids, attention_mask=torch.ones_like(ids), **drawn), ids.shape[1]
+    return torch.cat((ids, own), 1), ids.shape[1]
 
 
 def lists(teacher: kd.Head, k: int) -> tuple[torch.Tensor, torch.Tensor, int]:
@@ -60,7 +72,8 @@ def lists(teacher: kd.Head, k: int) -> tuple[torch.Tensor, torch.Tensor, int]:
 def losses(student: kd.Head, teacher: kd.Head) -> list[dict[str, float]]:
     """The mean divergences of stored lists beside those of the whole teacher."""
     found = []
-    divergences = {"JSD": kd.JSD(0.5), "forward KL": kd.ForwardKL(), "reverse KL": kd.ReverseKL()}
+    divergences = {f"JSD({beta})": kd.JSD(beta) for beta in (0.1, 0.5, 0.9)}
+    divergences |= {"forward KL": kd.ForwardKL(), "reverse KL": kd.ReverseKL()}
     whole = {name: kd.divergence(student, teacher, one).double().mean().item() for name, one in divergences.items()}
     found.append({"K": teacher.vocabulary, "bytes": 2 * teacher.width, **whole})
     for k in WORDS:
@@ -124,6 +137,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--tokens", type=int, default=24, help="of an answer")
     parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--data", metavar="FILE", help="answers in place of the teacher's own")
     parser.add_argument("--states", help="a file that keeps the hidden states for the next time")
     options = parser.parse_args()
     torch.manual_seed(0)
@@ -131,7 +145,7 @@ def main() -> None:
     if options.states and os.path.exists(options.states):
         of_teacher, of_student, weight = torch.load(options.states)
     else:
-        of_teacher, of_student, weight = states(os.environ["KDKERNELS_SMOLLM2"], options.tokens)
+        of_teacher, of_student, weight = states(os.environ["KDKERNELS_SMOLLM2"], options.tokens, options.data)
     if options.states:
         torch.save((of_teacher, of_student, weight), options.states)
     teacher = kd.Head(of_teacher, weight)

@@ -104,7 +104,7 @@ def measure(step: Step, rounds: int = ROUNDS) -> dict:
             cost[name]["mib"], losses[way] = _peak(step, name, way)
     _give_back_blocks(32 << 20)
     lowest, highest = min(losses.values()), max(losses.values())
-    if not highest - lowest <= TOLERANCE * highest:
+    if not (lowest > 0 and highest - lowest <= TOLERANCE * highest):
         raise RuntimeError(f"step_cost: expected the same loss from every way, got {losses}")
     for _ in range(rounds):
         for way, cost in costs.items():
