@@ -11,11 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..checks import check_count
 from ..divergences import Divergence
 from ..kernels import Backend, Rows
 from ..layout import Layout
 from ..tensors import check_floating, check_integral
-from . import served, topk_divergence
+from . import sampled, served, topk_divergence
 from .base import Costs, Known, Producer, Source, take
 
 
@@ -35,6 +36,10 @@ class TopK(Source):
     divergence of such a token is NaN, which the metrics count. The teacher's bucket has at least 2^-23, which fp32
     lists lose in rounding: with 0 a single confident token would make a reverse KL infinite.
 
+    ``sampled=True`` says that the teacher drew the entries (``sample``). There is no bucket then: the divergence and
+    its gradient are estimated from what each entry stands for, and are those of the whole teacher in the mean over the
+    draws; the divergence of one token may be below 0. A reverse KL cannot be estimated, nor any temperature but 1.
+
     The list of a position is that of the token it predicts: what a server says about the token at t belongs to position
     t - 1. Lists in other places are as good a distribution, and no call can tell. ``from_openai`` and ``from_vllm`` put
     and check them; ``verify`` checks lists that were put by hand.
@@ -44,15 +49,17 @@ class TopK(Source):
             log-probabilities of 16 bits, an entry takes 6 bytes.
         log_probs: [..., K] log p of these entries, natural logarithm, at temperature 1.
         renormalize: drop the bucket of all other entries.
+        sampled: the entries were drawn.
 
     Raises:
-        TypeError: indices is neither int64 nor int32, log_probs not floating point, or renormalize not a bool.
-        ValueError: shapes or devices do not fit.
+        TypeError: indices is neither int64 nor int32, log_probs not floating point, renormalize or sampled not a bool.
+        ValueError: shapes or devices do not fit; both renormalize and sampled.
     """
 
     indices: Tensor
     log_probs: Tensor
     renormalize: bool = False
+    sampled: bool = False
 
     names = ("log_probs", "indices")
     axis = "K"
@@ -72,8 +79,44 @@ class TopK(Source):
             raise ValueError(
                 f"indices: expected device {self.log_probs.device} (that of log_probs), got {self.indices.device}"
             )
-        if not isinstance(self.renormalize, bool):
-            raise TypeError(f"renormalize: expected a bool, got {self.renormalize!r}")
+        for name in ("renormalize", "sampled"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}: expected a bool, got {getattr(self, name)!r}")
+        if self.renormalize and self.sampled:
+            raise ValueError("renormalize: expected False with sampled=True: sampled entries have no bucket to drop")
+
+    @classmethod
+    def sample(cls, teacher: Source, k: int, *, generator: torch.Generator | None = None) -> TopK:
+        """K entries that ``teacher`` draws of each token: the likeliest for certain, the others by their probability.
+
+        tau is such that sum_i min(1, p_i / tau) = K. Entries with p >= tau are all drawn, each other one with
+        probability p / tau. A list of the K likeliest entries hides what the student has beyond it; a loss of drawn
+        ones is that of the whole teacher in the mean over the draws, and its error falls with the number of tokens.
+
+        Args:
+            teacher: kd.Head, kd.Logits or another source that knows all entries, without a group.
+            k: K, from 1 to the vocabulary.
+            generator: of the draws, on the CPU; None: PyTorch's own.
+
+        Returns:
+            A kd.TopK [..., K] with ``sampled=True``: int64 ids, fp32 (or fp64) log-probabilities.
+
+        Raises:
+            TypeError: teacher is a kd.TopK or none of these.
+            ValueError: k is outside [1, vocabulary], or a group divides the teacher's vocabulary.
+        """
+        if not isinstance(teacher, Source) or not teacher.complete:
+            raise TypeError(f"teacher: expected kd.Head or kd.Logits, got {type(teacher).__name__}")
+        if teacher.group is not None:
+            raise ValueError("teacher: expected a whole vocabulary, got one that the ranks of a group divide")
+        check_count("k", k, 1, teacher.vocabulary)
+        count = teacher.shape.numel()
+        offsets = torch.rand(count, generator=generator, dtype=torch.float64).to(teacher.device)
+        with torch.no_grad():
+            index = torch.arange(count, device=teacher.device)
+            ids, log_probs = sampled.draw(teacher.autocast().detach(), index, k, offsets)
+        log_probs = log_probs.to(torch.promote_types(teacher.dtype, torch.float32))
+        return cls(ids.view(*teacher.shape, k), log_probs.view(*teacher.shape, k), sampled=True)
 
     @classmethod
     def from_openai(
@@ -182,7 +225,9 @@ class TopK(Source):
         return True
 
     def check_temperature(self, temperature: float) -> None:
-        """A bucket has no temperature."""
+        """A bucket has no temperature, and entries were drawn at 1."""
+        if temperature != 1 and self.sampled:
+            raise ValueError(f"temperature: expected 1 with a kd.TopK of sampled entries, got {temperature}")
         if temperature != 1 and not self.renormalize:
             raise ValueError(
                 f"temperature: expected 1 with a kd.TopK teacher that keeps a bucket of all other entries, got "
@@ -191,14 +236,15 @@ class TopK(Source):
 
     @property
     def numbers(self) -> list[float]:
-        """Whether the bucket is dropped."""
-        return [self.renormalize]
+        """Whether the bucket is dropped, and whether entries were drawn."""
+        return [self.renormalize, self.sampled]
 
     @classmethod
     def unpack(cls, tensors: list[Tensor], numbers: list[float]) -> TopK:
         """The source of these tensors and numbers."""
         log_probs, indices = tensors
-        return cls.trusted(log_probs=log_probs, indices=indices, renormalize=bool(numbers[0]))
+        renormalize, drawn = map(bool, numbers)
+        return cls.trusted(log_probs=log_probs, indices=indices, renormalize=renormalize, sampled=drawn)
 
     def costs(self, backend: Backend, vocabulary: int, dtype: torch.dtype, largest: int, trained: bool) -> Costs:
         """See Source.costs."""
@@ -210,11 +256,12 @@ class TopK(Source):
 
 
 class TopKProducer(Producer):
-    """A teacher's stored entries, and divergences from them (topk_divergence.py)."""
+    """A teacher's stored entries, and divergences from them (topk_divergence.py, sampled.py)."""
 
     def __init__(self, source: TopK, backend: Backend, index: Tensor, vocabulary: int):
         super().__init__(backend, index, vocabulary, None)
-        self.ids, self.log_probs, self.renormalize = source.indices, source.log_probs, source.renormalize
+        self.ids, self.log_probs = source.indices, source.log_probs
+        self.renormalize, self.sampled = source.renormalize, source.sampled
         if self.ids.shape[-1] > vocabulary:
             raise ValueError(
                 f"indices: expected at most {vocabulary} entries (the vocabulary), got {self.ids.shape[-1]}"
@@ -255,5 +302,7 @@ class TopKProducer(Producer):
 
     def divergence(
         self, student: Rows, teacher: Known, divergence: Divergence, temperature: float
-    ) -> topk_divergence.Outcomes:
+    ) -> topk_divergence.Outcomes | sampled.Estimate:
+        if self.sampled:
+            return sampled.divergence(self.backend, student, *teacher, divergence)
         return topk_divergence.divergence(self.backend, student, *teacher, divergence, temperature, self.renormalize)

@@ -1,6 +1,7 @@
-"""What a teacher says about stored responses, on disk: its hidden states, or its K most probable words.
+"""What a teacher says about stored responses, on disk: its hidden states, its K most probable words, or K that it drew.
 
-manifest.json                   format, kind ("hidden" or "top-k"), and what it was made from: tokenizer, teacher, data
+manifest.json                   format, kind ("hidden", "top-k" or "sampled"), and what it was made from: tokenizer,
+                                teacher, data
 head.safetensors                of hidden states: the lm_head (`hidden.Output`)
 part-0000-000000.safetensors    of process 0, its first: tensors of one row a token, sample after sample, and in the
                                 metadata under "samples" the index: [[id, tokens, CRC-32], ...]
@@ -10,6 +11,8 @@ hidden  "hidden" [T, H] in the model's own dtype: 2 H bytes a token in bf16
 top-k   "ids" [T, K] uint16, or int32 where the vocabulary has more than 65536 entries; "log_probs" [T, K] fp16; "tail"
         [T] fp16, the log of what all other entries have: 4 K + 2 or 6 K + 2 bytes a token. The words are scaled to
         1 - exp(tail) when they are read, so that rounding makes no mass of its own
+sampled the same of words that were drawn (`kd.TopK.sample`), the certain ones first; "tail" is what all but these
+        have, and these alone are scaled
 
 A sample is known by its `kdkernels.data.sample_id`; its tokens are those that its response has, in their order.
 
@@ -31,12 +34,13 @@ from torch import Tensor
 
 from kdkernels.data.batch import Batch
 from kdkernels.errors import InputError
+from kdkernels.reference import sampled_masses
 from kdkernels.sources import TopK
 from kdkernels.teachers.hidden import HiddenStatesTeacher, Output, of_samples, to_bytes
 
 FORMAT = "kdkernels teacher cache 1"
 MANIFEST, INDEX, HEAD, PARTS = "manifest.json", "index.json", "head.safetensors", "part-*.safetensors"
-HIDDEN, TOP_K = "hidden", "top-k"
+HIDDEN, TOP_K, SAMPLED = "hidden", "top-k", "sampled"
 SMALL = 1 << 16  # ids below it take two bytes
 
 Rows = dict[str, Tensor]  # each with a row a token
@@ -46,25 +50,45 @@ Entry = tuple[str, int, int]  # of a sample: id, tokens, CRC-32
 # ---- what is stored ----
 
 
-def packed_top_k(ids: Tensor, log_probs: Tensor, vocabulary: int) -> Rows:
+def packed_top_k(ids: Tensor, log_probs: Tensor, vocabulary: int, sampled: bool = False) -> Rows:
     """The stored form of ids [T, K] and their log-probabilities [T, K], of which the rest is the tail."""
-    rest = 1 - log_probs.double().exp().sum(-1)
+    p = log_probs.double().exp()
+    if sampled:
+        p = torch.where(sampled_masses(log_probs.double()) > p, 0, p)
+    rest = 1 - p.sum(-1)
     tail = rest.clamp_min(0).log() if ids.shape[-1] < vocabulary else torch.full_like(rest, -math.inf)
     kind = torch.uint16 if vocabulary <= SMALL else torch.int32
     return {"ids": ids.to(kind), "log_probs": log_probs.half(), "tail": tail.half()}
 
 
-def unpacked_top_k(rows: Rows) -> tuple[Tensor, Tensor]:
-    """ids [T, K] int32 and log-probabilities [T, K] fp32 whose sum leaves exp(tail)."""
+def unpacked_top_k(rows: Rows, sampled: bool = False) -> tuple[Tensor, Tensor]:
+    """ids [T, K] int32 and log-probabilities [T, K] fp32; the sum of those that are not drawn leaves exp(tail)."""
     log_probs, tail = rows["log_probs"].double(), rows["tail"].double()
+    known = torch.ones_like(log_probs, dtype=torch.bool)
+    if sampled:
+        k = log_probs.shape[1]
+        above = log_probs > tail[:, None] - torch.arange(k, 0, -1).log()  # p > tail / (K - c): the c-th is certain
+        known = above.to(torch.uint8).cumprod(1).bool()
     mass = torch.log(-torch.expm1(tail.clamp_max(-1e-9)))
-    scaled = log_probs + (mass - log_probs.logsumexp(-1))[:, None]
-    return rows["ids"].to(torch.int32), scaled.float()
+    missing = mass - log_probs.masked_fill(~known, -math.inf).logsumexp(-1)
+    return rows["ids"].to(torch.int32), torch.where(known, log_probs + missing[:, None], log_probs).float()
+
+
+def offsets(sample: str, tokens: int) -> Tensor:
+    """[n] where the draws of a sample's tokens begin: the same whenever it is scored."""
+    return torch.rand(tokens, generator=torch.Generator().manual_seed(int(sample[:15], 16)), dtype=torch.float64)
 
 
 def bytes_per_token(rows: Rows) -> int:
     """Of one row of all tensors."""
     return sum(one[0].numel() * one.dtype.itemsize for one in rows.values())
+
+
+def described(manifest: dict[str, Any]) -> str:
+    """What there is of each token, in words."""
+    if manifest["kind"] == HIDDEN:
+        return "hidden states"
+    return f"{manifest['k']} {'sampled ' if manifest['kind'] == SAMPLED else ''}of {manifest['vocabulary']} entries"
 
 
 def part(samples: Sequence[tuple[str, Rows]]) -> bytes:
@@ -188,7 +212,7 @@ class Cache:
 
     def teacher(self, vocab_size: int, device: torch.device) -> "HiddenStatesTeacher | TopKTeacher":
         """The teacher whose scores are stored. Raises InputError."""
-        if self.manifest["kind"] == TOP_K:
+        if self.manifest["kind"] in (TOP_K, SAMPLED):
             return TopKTeacher(self)
         try:
             contents = (self.root / HEAD).read_bytes()
@@ -208,21 +232,22 @@ class TopKTeacher:
     alone = True
 
     def __init__(self, cache: Cache):
-        self.cache = cache
+        self.cache, self.sampled = cache, cache.manifest["kind"] == SAMPLED
 
     def __str__(self) -> str:
-        k, vocabulary = (self.cache.manifest[name] for name in ("k", "vocabulary"))
-        return f"{k} of {vocabulary} entries, {k * (4 if vocabulary <= SMALL else 6) + 2} bytes a token"
+        size = self.cache.manifest["k"] * (4 if self.cache.manifest["vocabulary"] <= SMALL else 6) + 2
+        return f"{described(self.cache.manifest)}, {size} bytes a token"
 
     def score(self, batch: Batch) -> TopK:
         """The entries [B, L, K] of `batch`; NaN where its layout scores nothing."""
         stored = [self.cache.rows(one) for one in batch.ids]
-        ids, log_probs = unpacked_top_k({name: torch.cat([rows[name] for rows in stored]) for name in stored[0]})
+        rows = {name: torch.cat([rows[name] for rows in stored]) for name in stored[0]}
+        ids, log_probs = unpacked_top_k(rows, self.sampled)
         count, k, device = math.prod(batch.layout.shape), ids.shape[1], batch.input_ids.device
         index = batch.layout.index.cpu()
         whole_ids = torch.arange(k, dtype=torch.int32).repeat(count, 1).index_copy_(0, index, ids)
         whole = torch.full((count, k), math.nan).index_copy_(0, index, log_probs)
-        return TopK(*(one.view(*batch.layout.shape, k).to(device) for one in (whole_ids, whole)))
+        return TopK(*(one.view(*batch.layout.shape, k).to(device) for one in (whole_ids, whole)), sampled=self.sampled)
 
 
 def _read_json(path: Path, key: str) -> dict[str, Any]:

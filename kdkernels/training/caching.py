@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 import kdkernels as kd
@@ -20,6 +21,7 @@ from kdkernels.data import Batch, ExampleStream
 from kdkernels.data.tokenizers import vocabulary_hash, vocabulary_size
 from kdkernels.errors import InputError
 from kdkernels.sources import Source
+from kdkernels.sources.sampled import draw
 from kdkernels.teachers import Teacher, stored
 from kdkernels.teachers.hidden import Output, scored
 from kdkernels.training.evaluation import as_batch
@@ -36,13 +38,14 @@ KEY = "[teacher] cache"
 PART_BYTES = 1 << 26  # of a part: what a process that is killed loses at most
 
 
-def cache(config: Config, top_k: int | None = None) -> str:
+def cache(config: Config, top_k: int | None = None, sampled: bool = False) -> str:
     """Writes the cache at [teacher] cache, as many processes as a launcher started each a share; what is there of it
     stays.
 
     Args:
         config: a recipe whose teacher has a path or a url.
         top_k: how many of the most probable entries of each token to store; None: hidden states.
+        sampled: entries that the teacher draws (kd.TopK.sample), in place of the most probable ones.
 
     Returns:
         What is there now, in words.
@@ -61,13 +64,13 @@ def cache(config: Config, top_k: int | None = None) -> str:
             entries = vocabulary_size(inputs.tokenizer)
             if top_k is not None and top_k > entries:
                 raise InputError(f"--top-k: expected at most {entries}, the tokenizer's vocabulary, got {top_k}")
-        manifest = distributed.by_first(lambda: _manifest(alone, inputs, top_k))
+        manifest = distributed.by_first(lambda: _manifest(alone, inputs, top_k, sampled))
         done = distributed.by_first(lambda: _begin(root, manifest))
         with distributed.together():
             model = _model(alone, inputs)
         teacher = placed(alone, model, entries, inputs.tokenizer)
         with distributed.together():
-            writer = _Writer(root, manifest, top_k, done)
+            writer = _Writer(root, manifest, done)
             writer.write(teacher, _batches(config, inputs))
         return distributed.by_first(lambda: _conclude(root, manifest))
 
@@ -80,7 +83,7 @@ def _model(config: Config, inputs: Inputs):
     return checked_teacher(config, inputs.tokenizer)
 
 
-def _manifest(config: Config, inputs: Inputs, top_k: int | None) -> dict[str, Any]:
+def _manifest(config: Config, inputs: Inputs, top_k: int | None, sampled: bool) -> dict[str, Any]:
     """What the cache is made from."""
     places = sources(config, None)
     made_from = identify({key: place for key, place in places.items() if key.startswith(("[teacher]", "[data]"))})
@@ -88,7 +91,7 @@ def _manifest(config: Config, inputs: Inputs, top_k: int | None) -> dict[str, An
     batches |= {"seed": config.run.seed, "by_length": config.data.by_length}
     return {
         "format": stored.FORMAT,
-        "kind": stored.HIDDEN if top_k is None else stored.TOP_K,
+        "kind": stored.HIDDEN if top_k is None else stored.SAMPLED if sampled else stored.TOP_K,
         "k": top_k,
         "vocabulary": vocabulary_size(inputs.tokenizer),
         "tokenizer": vocabulary_hash(inputs.tokenizer),
@@ -148,8 +151,8 @@ def _batches(config: Config, inputs: Inputs) -> Iterator[Batch]:
 class _Writer:
     """Writes what a teacher says about batches into parts; samples that are `done` are left out."""
 
-    def __init__(self, root: Path, manifest: dict[str, Any], top_k: int | None, done: set[str]):
-        self.root, self.manifest, self.top_k, self.done = root, manifest, top_k, done
+    def __init__(self, root: Path, manifest: dict[str, Any], done: set[str]):
+        self.root, self.manifest, self.done = root, manifest, done
         self.samples: list[tuple[str, stored.Rows]] = []
         self.size = 0
 
@@ -164,21 +167,30 @@ class _Writer:
         self._flush()
 
     def _rows(self, source: Source, batch: Batch) -> stored.Rows:
-        if self.top_k is None:
+        if self.manifest["kind"] == stored.HIDDEN:
             head = self.root / stored.HEAD
             if not head.exists() and distributed.rank() == 0:
                 write_bytes(head, Output.of(source).to_bytes())
             rows = {"hidden": scored(source, batch)}
         else:
-            layout = batch.layout.to(source.device)
-            found = kd.statistics(source, topk=self.top_k, rows=layout, logits_dtype=wide(source))
-            ids, log_probs = (one.flatten(0, -2)[layout.index] for one in (found.topk_indices, found.topk_log_probs))
-            rows = stored.packed_top_k(ids, log_probs, self.manifest["vocabulary"])
+            layout, sampled = batch.layout.to(source.device), self.manifest["kind"] == stored.SAMPLED
+            ids, log_probs = self._drawn(source, batch) if sampled else self._likeliest(source, layout)
+            rows = stored.packed_top_k(ids, log_probs, self.manifest["vocabulary"], sampled)
         rows = {name: one.cpu() for name, one in rows.items()}
         wrong = [name for name in ("hidden", "log_probs") if name in rows and not bool(rows[name].isfinite().all())]
         if wrong:
             raise InputError(f"[teacher]: its {wrong[0]} of sample {batch.ids[0]} and those beside it are not finite")
         return rows
+
+    def _likeliest(self, source: Source, layout: kd.Layout) -> list[Tensor]:
+        found = kd.statistics(source, topk=self.manifest["k"], rows=layout, logits_dtype=wide(source))
+        return [one.flatten(0, -2)[layout.index] for one in (found.topk_indices, found.topk_log_probs)]
+
+    def _drawn(self, source: Source, batch: Batch) -> tuple[Tensor, Tensor]:
+        lengths = zip(batch.ids, batch.layout.lengths, strict=True)
+        offsets = torch.cat([stored.offsets(one, tokens) for one, tokens in lengths])
+        index = batch.layout.index
+        return draw(source, index.to(source.device), self.manifest["k"], offsets.to(source.device))
 
     def _add(self, batch: Batch, rows: stored.Rows) -> None:
         lengths = torch.tensor(batch.layout.lengths)
@@ -212,11 +224,11 @@ def _conclude(root: Path, manifest: dict[str, Any]) -> str:
         tokens = sum(one[1] for one in samples)
         found[path.name] = {"bytes": path.stat().st_size, "samples": len(samples), "tokens": tokens}
     head = {}
-    if manifest["k"] is None:
+    if manifest["kind"] == stored.HIDDEN:
         if not (root / stored.HEAD).is_file():  # written before the first part
             raise InputError(f"{KEY}: {root / stored.HEAD} is missing: put it back, or write another cache")
         head = {"head": stored.digest((root / stored.HEAD).read_bytes())}
     write_text(root / stored.INDEX, json.dumps({"parts": found, **head}, indent=1))
     samples, tokens, size = (sum(said[name] for said in found.values()) for name in ("samples", "tokens", "bytes"))
-    kind = "hidden states" if manifest["k"] is None else f"{manifest['k']} of {manifest['vocabulary']} entries"
+    kind = stored.described(manifest)
     return f"{root}: {kind} of {samples} samples, {tokens} tokens, {size / tokens:.1f} bytes a token, {size} bytes"

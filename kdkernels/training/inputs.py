@@ -11,8 +11,9 @@ from kdkernels.data.records import records
 from kdkernels.data.tokenizers import vocabulary_hash, vocabulary_size
 from kdkernels.errors import InputError
 from kdkernels.judges import Judge
-from kdkernels.objectives import Objective
-from kdkernels.teachers.stored import TOP_K, Cache
+from kdkernels.objectives import DivergenceTerm, Objective
+from kdkernels.reference import sampled_slope
+from kdkernels.teachers.stored import HIDDEN, SAMPLED, Cache, described
 from kdkernels.training.evaluation import expected_answer
 from kdkernels.training.models.loading import load_tokenizer
 from kdkernels.training.offline.responses import AUTHORS, read_responses
@@ -88,6 +89,18 @@ def read_inputs(
     return inputs
 
 
+def _check_sampled(objective: Objective, cache: Cache) -> None:
+    """Raises InputError for a divergence that drawn entries cannot estimate."""
+    for term in objective.current_terms().by_name.values():
+        if isinstance(term, DivergenceTerm):
+            try:
+                sampled_slope(term.divergence)
+            except ValueError as error:
+                raise InputError(
+                    f"[objective] {error}; {cache.root} has {described(cache.manifest)} of each token"
+                ) from error
+
+
 def _check_cache(config: Config, objective: Objective, inputs: Inputs, name: str | None) -> None:
     """Raises InputError where [teacher] cache is not one of what the objective needs, or not of these inputs. name:
     that of one of several teachers.
@@ -95,7 +108,8 @@ def _check_cache(config: Config, objective: Objective, inputs: Inputs, name: str
     key, by_teacher = "[teacher] cache", config.evaluation is not None and config.evaluation.by_teacher
     cache = Cache(Path(config.teacher.cache), key)
     whole = objective.needs.all_entries
-    if cache.manifest["kind"] == TOP_K and (whole or by_teacher or name):
+    words = cache.manifest["kind"] != HIDDEN
+    if words and (whole or by_teacher or name):
         who = f"[objective] {config.objective.name}" if whole else '[evaluation] "kl" or "agreement"'
         who = who if whole or by_teacher else "a batch of several teachers"
         raise InputError(
@@ -103,12 +117,14 @@ def _check_cache(config: Config, objective: Objective, inputs: Inputs, name: str
             "of each token: write one of hidden states (kdkernels teacher-cache without --top-k)"
         )
     temperature = objective.current_terms().temperature
-    if cache.manifest["kind"] == TOP_K and temperature != 1:
+    if words and temperature != 1:
         raise InputError(
             f"[objective] temperature: expected 1 with the stored words of {cache.root}, of which all but "
             f"{cache.manifest['k']} share one number, got {temperature:g}: write hidden states (kdkernels "
             "teacher-cache without --top-k)"
         )
+    if cache.manifest["kind"] == SAMPLED:
+        _check_sampled(objective, cache)
     if cache.manifest["tokenizer"] != vocabulary_hash(inputs.tokenizer):
         raise InputError(
             f"{key}: {cache.root} was made with another tokenizer (sha256 {cache.manifest['tokenizer'][:12]}, not "

@@ -24,6 +24,9 @@ def add(commands) -> None:
     command.add_argument(
         "--top-k", metavar="K", type=count, help="the K most probable words of each token, in place of hidden states"
     )
+    command.add_argument(
+        "--sampled", action="store_true", help="K words that the teacher draws, in place of its most probable ones"
+    )
     add_set(command)
 
 
@@ -32,12 +35,14 @@ def _run(options: argparse.Namespace) -> int:
         config = read_recipe(options.recipe, options.set)
         if config.teacher is None or config.teacher.cache is None or not (config.teacher.path or config.teacher.url):
             raise InputError(f"{options.recipe}: [teacher] expected a path or url, and the cache that is to be written")
+        if options.sampled and options.top_k is None:
+            raise InputError("--sampled: expected --top-k K too, how many words to draw of each token")
         with with_reason():
             from kdkernels.training import caching  # torch, DeepSpeed, transformers: seconds
             from kdkernels.training.processes import distributed
             from kdkernels.training.recipe.read import complete
         status = DONE
-        told = caching.cache(complete(config, options.recipe), options.top_k)
+        told = caching.cache(complete(config, options.recipe), options.top_k, options.sampled)
         if first():
             print(told, flush=True)
         distributed.leave()
