@@ -193,8 +193,8 @@ def sampled_slope(d: Divergence) -> float:
     grows without bound, as that of a reverse KL."""
     if d.b and d.mix == 1:
         raise ValueError(
-            f"divergence: expected one that is bounded where the teacher has no mass, got {d.name}: sampled entries "
-            "cannot estimate it; a kd.JSD or kd.SkewReverseKL with alpha > 0 can be, or take a list without sampling"
+            "divergence: expected one that is bounded where the teacher has no mass, got the reverse KL, which sampled "
+            "entries cannot estimate; they can kd.JSD(beta < 1) and kd.SkewReverseKL(alpha > 0)"
         )
     return -d.b * math.log1p(-d.mix) if d.b else 0.0
 

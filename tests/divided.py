@@ -81,7 +81,7 @@ def whole_gradients(found: list[list[Tensor]]) -> list[Tensor]:
     return [d_hidden, *(torch.cat([each[i + 1] for each in found]) for i in range(len(others)))]
 
 
-def topk_teacher(head: kd.Head, k: int = 5, renormalize: bool = False) -> kd.TopK:
+def topk_teacher(head: kd.Head, k: int = 5, renormalize: bool = False, sampled: bool = False) -> kd.TopK:
     z = (head.hidden.double() @ head.weight.double().t())[..., :VOCABULARY]
     top = z.log_softmax(-1).topk(k)
     indices, log_probs = top.indices, top.values.clone()
@@ -90,7 +90,7 @@ def topk_teacher(head: kd.Head, k: int = 5, renormalize: bool = False) -> kd.Top
     indices[1, 2] = torch.tensor([40, 41, 42, 43, 44])[:k]  # all of one rank
     log_probs[1, 2] = z[1, 2].log_softmax(-1)[indices[1, 2]]
     log_probs[2, 5, 3:] = -torch.inf  # not listed
-    return kd.TopK(indices, log_probs, renormalize)
+    return kd.TopK(indices, log_probs, renormalize, sampled)
 
 
 # ---- calls ---
@@ -124,6 +124,8 @@ CASES = {
     "topk": ("gkd", {"bias": True}, "topk", {"dtypes": ALL}),
     "topk, full heads": ("gkd", FULL, "topk", {"rows": ((4, 3), (5, 2))}),
     "topk, renormalised": ("gkd, tempered", {}, "topk, renormalised", {}),
+    "topk, sampled": ("gkd", {"bias": True}, "topk, sampled", {"dtypes": ALL}),
+    "topk, sampled, full heads": ("gkd", FULL, "topk, sampled", {"rows": ((4, 3), (5, 2))}),
     "topk, two divergences": ("jeffreys", {}, "topk", {}),
     "fp16": ("gkd", {"bias": True}, "whole", {"dtypes": (F16,)}),
     "fp16, topk": ("gkd", {}, "topk", {"dtypes": (F16,)}),
@@ -144,7 +146,7 @@ def batch_of(name: str, dtype: torch.dtype) -> Batch:
 
 def teacher_of(kind: str, head: kd.Head, rank: int, ranks: int, group) -> kd.Source | None:
     if kind.startswith("topk"):
-        return topk_teacher(head, renormalize="renormalised" in kind)
+        return topk_teacher(head, renormalize="renormalised" in kind, sampled="sampled" in kind)
     if kind == "logits":
         z = torch.nn.functional.linear(head.hidden, head.weight)
         z[..., 30:] = -torch.inf  # all that rank 1 has, and more

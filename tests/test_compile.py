@@ -25,7 +25,10 @@ def source(kind: str, grad: bool) -> kd.sources.Source:
     if kind == "Logits":
         return kd.Logits(logits.requires_grad_(grad))
     ids = logits.topk(4).indices
-    return kd.TopK(ids.int() if kind == "TopK of int32" else ids, logits.log_softmax(-1).topk(4).values)
+    sampled = kind == "TopK of drawn entries"
+    return kd.TopK(
+        ids.int() if kind == "TopK of int32" else ids, logits.log_softmax(-1).topk(4).values, sampled=sampled
+    )
 
 
 def arguments(student: str, teacher: str | None, term: str, needs=(True, True, True), target=None, rows=None) -> tuple:
@@ -42,6 +45,7 @@ CALLS = {
     "divergence of some": lambda: arguments("Head", "Logits", "divergence", (True, False, True), rows=TARGET > 0),
     "divergence from stored entries": lambda: arguments("Logits", "TopK", "divergence"),
     "divergence from ids of int32": lambda: arguments("Logits", "TopK of int32", "divergence"),
+    "divergence from drawn entries": lambda: arguments("Logits", "TopK of drawn entries", "divergence"),
     "cross-entropy": lambda: arguments("Head", None, "cross_entropy", (False, True, False), target=TARGET),
     "Plackett-Luce": lambda: arguments("Logits", "Head", "plackett_luce", rows=torch.tensor([5, 0])),
 }

@@ -200,7 +200,18 @@ def in_threads(function, ranks: int = 8) -> list:
 
 @pytest.mark.parametrize("dtype", [F64, F32], ids=str)
 @pytest.mark.parametrize(
-    "name", ["gkd, full heads", "gkd, logits", "tsd-kd", "vcrd", "distillm-2", "sft", "jeffreys", "topk, renormalised"]
+    "name",
+    [
+        "gkd, full heads",
+        "gkd, logits",
+        "tsd-kd",
+        "vcrd",
+        "distillm-2",
+        "sft",
+        "jeffreys",
+        "topk, renormalised",
+        "topk, sampled",
+    ],
 )
 def test_eight_ranks_are_one(name, dtype):
     """Unequal shards, of which one has two entries."""
@@ -229,11 +240,11 @@ def test_a_bucket_over_eight_ranks(monkeypatch):
     assert_same(whole(in_threads(lambda *rank: call("topk", F64, *rank))), one, one, F64)
 
 
-def few_entries(head: kd.Head, renormalize: bool = False) -> kd.TopK:
+def few_entries(head: kd.Head, **options: bool) -> kd.TopK:
     first = torch.arange(head.hidden[..., 0].numel()).view(head.shape) % VOCABULARY
     indices = torch.stack([first, (first + 1 + first % 9) % VOCABULARY], -1)
     z = (head.hidden.double() @ head.weight.double().t())[..., :VOCABULARY]
-    return kd.TopK(indices, z.log_softmax(-1).gather(-1, indices), renormalize)
+    return kd.TopK(indices, z.log_softmax(-1).gather(-1, indices), **options)
 
 
 def test_equal_logits_rank_by_id():

@@ -219,6 +219,7 @@ def test_packed_sources_come_back():
         kd.Head(torch.randn(2, 3), torch.randn(5, 3), torch.randn(5)),
         kd.Logits(torch.randn(2, 5)),
         kd.TopK(ids, torch.tensor([[-1.0, -2.0]]), renormalize=True),
+        kd.TopK(ids, torch.tensor([[-1.0, -2.0]]), sampled=True),
         blend()[0],
     ):
         back = unpacked(*packed(source))

@@ -29,6 +29,8 @@ def stored(z_t: torch.Tensor, k: int, renormalize: bool = False, dtype=F64, padd
 def reference_divergence(head: kd.Head, teacher: kd.TopK, divergence, temperature: float) -> torch.Tensor:
     z = truth.dense_logits(head, head.vocabulary).flatten(0, -2)
     ids, log_p = teacher.indices.flatten(0, -2), teacher.log_probs.flatten(0, -2).to(z.dtype)
+    if teacher.sampled:
+        return reference.sampled_divergence(z, ids, log_p, divergence)
     return reference.topk_divergence(z, ids, log_p, divergence, temperature, teacher.renormalize)
 
 

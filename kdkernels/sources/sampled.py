@@ -19,39 +19,47 @@ from ..compute import memory
 from ..divergences import Divergence
 from ..kernels import Backend, Coefficients, Rows, backend_for
 from .base import Source
+from .topk_divergence import Columns
 
 _BYTES = 1 << 24  # of fp32 logits at a time, beside which eight times as much is needed
 
 
 @dataclass
 class Estimate:
-    """Value [n] of the divergence and its gradient with respect to z at ``ids``, [n, K] both, without the part that
-    normalises q; fp64."""
+    """Value [n] of the divergence, and mass_i h'_i [n, K] in fp64."""
 
     backend: Backend
     value: Tensor
     gradient: Tensor
-    ids: Tensor
+    columns: Columns
 
     def write_gradient(self, student: Rows, coefficients: Coefficients, out: Tensor) -> None:
-        """See sources.Comparison; of the coefficients, the divergence's."""
-        at_ids = coefficients.dense[0, :, None] * self.gradient
+        """See sources.Comparison; of the coefficients, the divergence's.
+
+        dD/dz_i = [i drawn] mass_i h'_i - q_i sum_j mass_j h'_j, in fp64 where i is drawn: there the two nearly cancel.
+        """
+        columns, at_ids = self.columns, coefficients.dense[0, :, None] * self.gradient
+        total = at_ids.sum(1)
         dense = torch.zeros_like(coefficients.dense)
-        dense[2] = -at_ids.sum(1)
-        coefficients = Coefficients(dense, self.ids, at_ids.to(dense.dtype))
-        self.backend.gradient_(student, None, None, 1.0, None, coefficients, out)
+        dense[2] = -total
+        no_ids = Coefficients(dense, columns.at[:, :0].contiguous(), dense.new_zeros(len(total), 0))
+        q = _log_q(student, columns.z).exp()
+        self.backend.gradient_(student, None, None, 1.0, None, no_ids, out)
+        columns.write(student, columns.of(at_ids) - total[:, None] * q, out)
 
 
 def divergence(backend: Backend, student: Rows, ids: Tensor, log_p: Tensor, divergence: Divergence) -> Estimate:
-    """``student.gathered`` begins with z at ``ids``; log_p [n, K] fp64.
-
-    dD/dz_i = [i drawn] mass_i h'_i - q_i sum_j mass_j h'_j
-    """
-    z, stats = student.gathered[:, : ids.shape[1]].double(), student.stats.double()
-    h, slope = reference.sampled_terms(z - stats[:, :1] - stats[:, 1:2], log_p, divergence)
+    """``student.gathered`` begins with z at ``ids``; log_p [n, K] fp64. Leaves the student's logits as they are."""
+    z = student.gathered[:, : ids.shape[1]].double()
+    h, slope = reference.sampled_terms(_log_q(student, z), log_p, divergence)
     masses = reference.sampled_masses(log_p)
     value = reference.sampled_slope(divergence) + _product(masses, h).sum(1)
-    return Estimate(backend, value.to(student.stats.dtype), _product(masses, slope), ids)
+    columns = Columns.found(backend.shards, student, ids, z)
+    return Estimate(backend, value.to(student.stats.dtype), _product(masses, slope), columns)
+
+
+def _log_q(student: Rows, z: Tensor) -> Tensor:
+    return z - student.max[:, None].double() - student.log_sum[:, None].double()
 
 
 def _product(masses: Tensor, values: Tensor) -> Tensor:

@@ -51,8 +51,7 @@ class Outcomes:
             rest.restore(out)
             if columns.mine is not None:
                 d_columns += d_outcomes[:, -1:] * rest.q_columns
-        slope = student.scale * (1.0 if student.softcap is None else 1 - (columns.z / student.softcap).square())
-        _put(out, columns.at, (d_columns * slope).to(out.dtype))
+        columns.write(student, d_columns, out)
 
 
 def _put(matrix: Tensor, columns: Tensor, values: Tensor) -> None:
@@ -101,6 +100,11 @@ class Columns:
         if self.mine is None:
             return outcomes[:, : self.at.shape[1]]
         return torch.where(self.mine, outcomes.gather(1, self.ids), 0)
+
+    def write(self, student: Rows, d_z: Tensor, out: Tensor) -> None:
+        """Puts the gradient of the student's logits into out [n, V] at these columns: d_z [n, M] is that of z."""
+        slope = student.scale * (1.0 if student.softcap is None else 1 - (self.z / student.softcap).square())
+        _put(out, self.at, (d_z * slope).to(out.dtype))
 
 
 class Bucket:

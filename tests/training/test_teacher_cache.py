@@ -26,12 +26,12 @@ OFF = (*GKD, "rollout.student_fraction=0", "train.steps=8")
 
 @pytest.fixture
 def made(load, teacher_set):
-    """made(*overrides, top_k=None): writes the cache; the overrides of runs that read it."""
+    """made(*overrides, top_k=None, sampled=False): writes the cache; the overrides of runs that read it."""
 
-    def made(*overrides, top_k=None, name="cache"):
+    def made(*overrides, top_k=None, sampled=False, name="cache"):
         more = [*OFF, *overrides]
         cache = f"teacher.cache={Path(load().run.output).parent / name}"
-        made.told = caching.cache(load(*more, teacher_set, cache), top_k)
+        made.told = caching.cache(load(*more, teacher_set, cache), top_k, sampled)
         return [*more, cache]
 
     return made
@@ -96,6 +96,50 @@ def test_the_tail_is_that_of_the_teacher():
         assert (log_probs.double() - top).abs().max() < 0.01
     whole = stored.packed_top_k(ids, log_p.topk(32).values.log_softmax(-1), 32)
     assert (stored.unpacked_top_k(whole)[1].exp().sum(-1) - 1).abs().max() < 1e-6
+
+
+def test_stored_draws_are_the_teacher_up_to_their_number(load, teacher_set, made):
+    """All entries up to sixteen bits; a few of them in the mean, where as many of the likeliest lie below."""
+    root, loss = Path(load().run.output).parent, {}
+
+    def mean_loss(*overrides) -> float:
+        lines = kept(train(load(*overrides, "optimizer.lr=1e-12")))[0]
+        return sum(line["loss"] for line in lines) / len(lines)
+
+    loss["whole"] = mean_loss(*OFF, teacher_set)
+    entries = json.loads((root_of(made(name="hidden")) / stored.MANIFEST).read_text())["vocabulary"]
+    for k, sampled in ((entries, True), (4, True), (4, False)):
+        name = f"{k}-{sampled}"
+        overrides = made(top_k=k, sampled=sampled, name=name)
+        loss[k, sampled] = mean_loss(*overrides, f"run.output={root}/run-{name}")
+    assert loss[entries, True] == pytest.approx(loss["whole"], rel=1e-3)
+    off = {sampled: loss[4, sampled] - loss["whole"] for sampled in (True, False)}
+    assert off[False] < 0 and abs(off[True]) < 0.5 * abs(off[False]), loss
+    shown = str(stored.Cache(root / "4-True", "").teacher(entries, "cpu"))
+    assert f"4 sampled of {entries} entries, 18 bytes a token" in shown + made.told
+
+
+def test_draws_are_the_same_again_and_keep_what_they_stand_for(load, made):
+    """A sample's draws depend on its id alone, so that a cache that was interrupted is finished as it would have been;
+    sixteen bits and their reading leave the masses."""
+    first, again = (
+        stored.Cache(root_of(made(f"run.seed={seed}", top_k=5, sampled=True, name=f"seed-{seed}")), "")
+        for seed in (1, 2)
+    )
+    assert first.places.keys() == again.places.keys()
+    for one in first.places:
+        rows, others = first.rows(one), again.rows(one)
+        assert torch.equal(rows["ids"].int(), others["ids"].int()) and torch.equal(rows["tail"], others["tail"])
+    generator = torch.Generator().manual_seed(0)
+    z = 4 * torch.randn(300, 200, dtype=torch.float64, generator=generator)
+    drawn = kd.TopK.sample(kd.Logits(z), 24, generator=generator)
+    rows = stored.packed_top_k(drawn.indices, drawn.log_probs, 200, sampled=True)
+    assert stored.bytes_per_token(rows) == 4 * 24 + 2
+    ids, log_probs = stored.unpacked_top_k(rows, sampled=True)
+    assert torch.equal(ids.long(), drawn.indices) and (log_probs.double() - drawn.log_probs).abs().max() < 0.02
+    masses, wanted = (kd.reference.sampled_masses(one.double()) for one in (log_probs, drawn.log_probs))
+    torch.testing.assert_close(masses, wanted, rtol=5e-3, atol=1e-5)
+    torch.testing.assert_close(masses.sum(1), torch.ones(300, dtype=torch.float64), rtol=0, atol=1e-6)
 
 
 # ---- writing ----
@@ -238,6 +282,13 @@ def test_a_cache_that_does_not_fit_the_recipe_is_refused(load, made, teacher_set
         made(name="words")
     with pytest.raises(InputError, match=r"made from something else: k: 4 -> 5"):
         made(top_k=5, name="words")
+    drawn = made(top_k=4, sampled=True, name="drawn")
+    with pytest.raises(InputError, match=r"got the reverse KL, .*drawn has 4 sampled of \d+ entries of each token"):
+        train(load(*drawn, "objective.beta=1.0"))
+    with pytest.raises(InputError, match=r"\[objective\] temperature: expected 1 with the stored words of .*, got 2"):
+        train(load(*drawn, "objective.temperature=2.0"))
+    with pytest.raises(InputError, match=r"made from something else: kind: sampled -> top-k"):
+        made(top_k=4, name="drawn")
     (root_of(of_words).parent / "mine").mkdir()
     (root_of(of_words).parent / "mine" / "notes.txt").touch()
     with pytest.raises(InputError, match="is not empty, and what it holds is no cache"):
@@ -258,6 +309,11 @@ def test_the_command_writes_a_cache(recipe, load, teacher_set, capsys):
     assert main(["teacher-cache", str(recipe), *more]) == 2
     assert "expected a path or url, and the cache" in capsys.readouterr().err
     more.append(f"--set=teacher.cache={recipe.parent / 'cache'}")
+    assert main(["teacher-cache", str(recipe), "--sampled", *more]) == 2
+    assert "--sampled: expected --top-k K too" in capsys.readouterr().err
+    drawn = f"--set=teacher.cache={recipe.parent / 'drawn'}"
+    assert main(["teacher-cache", str(recipe), "--top-k", "8", "--sampled", *more, drawn]) == 0
+    assert "8 sampled of 1" in capsys.readouterr().out
     assert main(["teacher-cache", str(recipe), "--top-k", "8", *more]) == 0
     assert "8 of 1" in (said := capsys.readouterr().out) and "bytes a token" in said
     assert main(["train", str(recipe), *more, "--dry-run"]) == 0
