@@ -62,25 +62,39 @@ def answered(model, tokenizer, question: str, answer: str | None, tokens: int) -
     return torch.cat((ids, own), 1), ids.shape[1]
 
 
-def lists(teacher: kd.Head, k: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+def lists(teacher: kd.Head, k: int, sampled: bool = False) -> tuple[torch.Tensor, torch.Tensor, int]:
     """As they are stored and read again: ids and log-probabilities [N, K], bytes a token."""
-    known = kd.statistics(teacher, topk=k)
-    rows = packed_top_k(known.topk_indices, known.topk_log_probs, teacher.vocabulary)
-    return *unpacked_top_k(rows), bytes_per_token(rows)
+    if sampled:
+        drawn = kd.TopK.sample(teacher, k)
+        known = drawn.indices, drawn.log_probs
+    else:
+        likeliest = kd.statistics(teacher, topk=k)
+        known = likeliest.topk_indices, likeliest.topk_log_probs
+    rows = packed_top_k(*known, teacher.vocabulary, sampled)
+    return *unpacked_top_k(rows, sampled), bytes_per_token(rows)
 
 
-def losses(student: kd.Head, teacher: kd.Head) -> list[dict[str, float]]:
-    """The mean divergences of stored lists beside those of the whole teacher."""
-    found = []
+def losses(student: kd.Head, teacher: kd.Head) -> list[dict[str, object]]:
+    """The mean divergences of the whole teacher, and how far those of stored words are off; for drawn ones with the
+    standard error of that difference.
+    """
     divergences = {f"JSD({beta})": kd.JSD(beta) for beta in (0.1, 0.5, 0.9)}
     divergences |= {"forward KL": kd.ForwardKL(), "reverse KL": kd.ReverseKL()}
-    whole = {name: kd.divergence(student, teacher, one).double().mean().item() for name, one in divergences.items()}
-    found.append({"K": teacher.vocabulary, "bytes": 2 * teacher.width, **whole})
-    for k in WORDS:
-        ids, log_probs, size = lists(teacher, k)
-        stored = kd.TopK(ids, log_probs)
-        values = {name: kd.divergence(student, stored, one).double().mean().item() for name, one in divergences.items()}
-        found.append({"K": k, "bytes": size, **values})
+    whole = {name: kd.divergence(student, teacher, one).double() for name, one in divergences.items()}
+    means = {name: each.mean().item() for name, each in whole.items()}
+    found = [{"K": teacher.vocabulary, "bytes": 2 * teacher.width, **means}]
+    for sampled in (False, True):
+        for k in WORDS:
+            ids, log_probs, size = lists(teacher, k, sampled)
+            stored = kd.TopK(ids, log_probs, sampled=sampled)
+            row = {"K": f"{k} drawn" if sampled else k, "bytes": size}
+            for name, one in divergences.items():
+                if sampled and name == "reverse KL":
+                    row[name] = "-"
+                else:
+                    off = kd.divergence(student, stored, one).double() - whole[name]
+                    row[name] = f"{off.mean():+.5f}" + (f" ± {off.std() / len(off) ** 0.5:.5f}" if sampled else "")
+            found.append(row)
     return found
 
 

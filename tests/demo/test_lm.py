@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import kdkernels as kd
 from kdkernels.demo.lm import __main__ as command
 from kdkernels.demo.lm import answers as answering
 from kdkernels.demo.lm import run as running
@@ -50,6 +51,7 @@ def finished(tmp_path_factory):
 def test_the_whole_demo(finished):
     output, report, failed = finished
     text = report.read_text()
+    assert f"({kd.info()['cpu_isa']})" in text, "the kernels that were timed"
     held_out = read(output / "data" / "held-out.jsonl")
     assert 0 < len(held_out) <= TINY.held_out
     starts = set()

@@ -4,7 +4,6 @@ import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -49,7 +48,7 @@ class Found:
 
 def machine() -> str:
     """The class of this machine: what decides about seconds."""
-    wide = next((name for name in ("avx512_bf16", "avx512f", "avx2") if name in _flags()), "no AVX2")
+    wide = kd.info()["cpu_isa"] or "without compiled kernels"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     cores = len(os.sched_getaffinity(0))
     return f"{count(cores, 'core')}, {device} ({wide}), torch {torch.__version__}, kdkernels {kd.__version__}"
@@ -90,14 +89,6 @@ def render(found: Found) -> str:
             *AGAIN,
         ]
     )
-
-
-def _flags() -> set[str]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return set()
-    return set(next((line for line in lines if line.startswith("flags")), "").split())
 
 
 def _held_out(results: Sequence[Result]) -> list[str]:
