@@ -203,7 +203,8 @@ def divergence(
 
     Args:
         student: kd.Head, kd.Logits or another trainable source.
-        teacher: any source. With a kd.TopK both distributions are coarsened to its entries and a bucket of all others.
+        teacher: any source. With a kd.TopK both distributions are coarsened to its entries and a bucket of all others,
+            or the divergence is estimated from entries that it drew.
         divergence: kd.ForwardKL(), kd.ReverseKL(), kd.JSD(beta), kd.SkewKL(alpha) or kd.SkewReverseKL(alpha).
         temperature: divides both models' logits; there is no T^2 factor.
         rows, memory_budget, logits_dtype: see above.
@@ -213,7 +214,7 @@ def divergence(
 
     Raises:
         TypeError, ValueError: student and teacher do not fit each other, or temperature is outside [0.001, 1000], or
-            not 1 with a kd.TopK that keeps its bucket.
+            not 1 with a kd.TopK that keeps its bucket or was drawn, or divergence a reverse KL with one that was drawn.
     """
     check_student(student)
     check_teacher(student, teacher)
