@@ -164,7 +164,8 @@ def sampled_terms(log_q: Tensor, log_p: Tensor, d: Divergence) -> tuple[Tensor, 
     """
     x = log_q - log_p
     if d.mix in (0.0, 1.0):
-        return -(1 - d.mix) * d.a * x, torch.full_like(x, 0.0 if d.detached else -(1 - d.mix) * d.a)
+        slope = torch.full_like(x, 0.0 if d.detached else -(1 - d.mix) * d.a)
+        return -(1 - d.mix) * d.a * x, slope.masked_fill(log_q.isneginf(), 0)
     odds = x + (math.log1p(-d.mix) - math.log(d.mix))  # log of the student's part of m over the teacher's
     share, most = odds.sigmoid(), d.mix / (1 - d.mix)
     near = odds.clamp(-700, 36)  # fp64 has the limits beyond

@@ -173,6 +173,32 @@ def test_an_objective_of_all_entries_is_that_of_the_teacher(backend, make):
         assert whole.norm() > 0 and truth.relative(drawn, whole) < 1e-4
 
 
+def test_a_masked_entry_of_the_student_gets_no_gradient(backend):
+    """As with the whole teacher, and what the others get does not depend on it."""
+    z_s, z_t, found = logits(4).float(), logits(4, seed=1).float(), []
+    z_s[:, [3, 30]] = -math.inf
+    for teacher in (kd.TopK.sample(kd.Logits(z_t), V), kd.Logits(z_t)):
+        z = z_s.clone().requires_grad_()
+        found.append(torch.autograd.grad(kd.divergence(kd.Logits(z), teacher, kd.ForwardKL()).sum(), z)[0])
+    assert (found[0][:, [3, 30]] == 0).all() and found[1].norm() > 0
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(0,), (2, 0), ()])
+def test_leading_dimensions(backend, shape):
+    drawn = kd.TopK.sample(kd.Logits(torch.zeros(*shape, V)), K)
+    assert drawn.indices.shape == drawn.log_probs.shape == (*shape, K)
+    assert kd.divergence(kd.Logits(torch.ones(*shape, V)), drawn, kd.JSD(0.5)).shape == shape
+
+
+def test_a_teacher_that_is_not_finite_is_not_hidden(backend):
+    z_t = logits(3).float()
+    z_t[1, 5] = math.nan
+    for k in (1, K, V):
+        value = kd.divergence(kd.Logits(torch.zeros(3, V)), kd.TopK.sample(kd.Logits(z_t), k), kd.JSD(0.5))
+        assert value.isnan().tolist() == [False, True, False]
+
+
 # ---- what is refused ----
 
 DRAWN_ENTRIES = {"indices": torch.tensor([[0, 1]]), "log_probs": torch.tensor([[-1.0, -2.0]])}
@@ -182,6 +208,12 @@ BAD = {
                    "divergence: expected one that is bounded where the teacher has no mass, got the reverse KL"),
     "JSD(1)": (lambda: kd.divergence(STUDENT, kd.TopK(**DRAWN_ENTRIES, sampled=True), kd.JSD(1)),
                "divergence: expected one that is bounded"),
+    "SkewReverseKL(0)": (lambda: kd.divergence(STUDENT, kd.TopK(**DRAWN_ENTRIES, sampled=True), kd.SkewReverseKL(0)),
+                         "divergence: expected one that is bounded"),
+    "larger": (lambda: kd.divergence(STUDENT, kd.TopK.sample(kd.Logits(torch.zeros(1, 2 * V)), V), kd.JSD(0.5)),
+               "; draw from a teacher that has the student's vocab_size"),
+    "verify": (lambda: kd.TopK(**DRAWN_ENTRIES, sampled=True).verify(kd.Layout.from_labels(torch.tensor([[-100, 1]]))),
+               "sampled: expected False: entries that a teacher drew"),
     "temperature": (lambda: kd.divergence(STUDENT, kd.TopK(**DRAWN_ENTRIES, sampled=True), kd.JSD(0.5), 2.0),
                     "temperature: expected 1 with a kd.TopK of sampled entries, got 2"),
     "both": (lambda: kd.TopK(**DRAWN_ENTRIES, sampled=True, renormalize=True), "renormalize: expected False"),

@@ -82,7 +82,8 @@ def draw(teacher: Source, index: Tensor, k: int, offsets: Tensor) -> tuple[Tenso
         _drawn(producer.rows(slice(start, min(start + size, len(index))), 1.0, k, None), offsets[start : start + size])
         for start in range(0, len(index), size)
     ]
-    return torch.cat([ids for ids, _ in found]), torch.cat([log_p for _, log_p in found])
+    none = index.new_empty(0, k), index.new_empty(0, k, dtype=torch.float64)
+    return tuple(map(torch.cat, zip(none, *found, strict=True)))
 
 
 def _drawn(rows: Rows, offsets: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,4 +104,5 @@ def _drawn(rows: Rows, offsets: Tensor) -> tuple[Tensor, Tensor]:
     points = (at + offsets[:, None]) * (rest[:, -1:] / count.clamp(min=1))
     drawn = torch.searchsorted(rest, points, right=True).clamp(max=rest.shape[1] - 1)
     ids = torch.where(at < certain, top, drawn.gather(1, (at - certain).clamp(min=0)))
+    ids = torch.where(rest[:, -1:].isnan(), at, ids)  # any distinct ones: a divergence from them is NaN
     return ids, log_p.gather(1, ids)

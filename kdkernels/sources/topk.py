@@ -38,7 +38,9 @@ class TopK(Source):
 
     ``sampled=True`` says that the teacher drew the entries (``sample``). There is no bucket then: the divergence and
     its gradient are estimated from what each entry stands for, and are those of the whole teacher in the mean over the
-    draws; the divergence of one token may be below 0. A reverse KL cannot be estimated, nor any temperature but 1.
+    draws; the divergence of one token may be below 0. A reverse KL cannot be estimated, nor any temperature but 1. No
+    call can tell drawn entries from the likeliest ones: read as the other kind, they give another loss. Their
+    log-probabilities belong in fp32, because the entries that are not certain stand for 1 - sum p of the others.
 
     The list of a position is that of the token it predicts: what a server says about the token at t belongs to position
     t - 1. Lists in other places are as good a distribution, and no call can tell. ``from_openai`` and ``from_vllm`` put
@@ -94,7 +96,8 @@ class TopK(Source):
         ones is that of the whole teacher in the mean over the draws, and its error falls with the number of tokens.
 
         Args:
-            teacher: kd.Head, kd.Logits or another source that knows all entries, without a group.
+            teacher: kd.Head, kd.Logits or another source that knows all entries, without a group. Its vocabulary has to
+                be the student's: where it has more entries, say ``vocab_size`` or cut the logits.
             k: K, from 1 to the vocabulary.
             generator: of the draws, on the CPU; None: PyTorch's own.
 
@@ -201,9 +204,13 @@ class TopK(Source):
             layout: made from labels, so that it knows the tokens.
 
         Raises:
-            ValueError: the layout knows no tokens or has another shape; a token is not in its list, as where lists are
-                one position off.
+            ValueError: the entries were drawn, so that tokens may be missing; the layout knows no tokens or has another
+                shape; a token is not in its list, as where lists are one position off.
         """
+        if self.sampled:
+            raise ValueError(
+                "sampled: expected False: entries that a teacher drew need not have the token that follows"
+            )
         if layout.token is None or layout.shape != self.shape:
             raise ValueError(
                 f"layout: expected one of shape {list(self.shape)} that was made from labels, got {list(layout.shape)}"
@@ -287,12 +294,13 @@ class TopKProducer(Producer):
                 torch.where(wrong[:, None], torch.arange(ids.shape[1], device=ids.device), ids),
                 log_p.masked_fill(wrong[:, None], torch.nan),
             )
-        for bad, name, expected in (
-            (outside, "indices", f"ids in [0, {self.vocabulary})"),
-            (twice, "indices", "distinct ids for each token"),
+        larger = "; draw from a teacher that has the student's vocab_size" if self.sampled else ""
+        for bad, expected, way_out in (
+            (outside, f"ids in [0, {self.vocabulary})", larger),
+            (twice, "distinct ids for each token", ""),
         ):
             if bad.any():
-                raise ValueError(f"{name}: expected {expected}, got {ids[bad][0].tolist()}")
+                raise ValueError(f"indices: expected {expected}, got {ids[bad][0].tolist()}{way_out}")
         if wrong.any():
             raise ValueError(
                 f"log_probs: expected log-probabilities whose exponentials sum to at most 1 for each token, got "

@@ -40,7 +40,7 @@ from kdkernels.teachers.hidden import HiddenStatesTeacher, Output, of_samples, t
 
 FORMAT = "kdkernels teacher cache 1"
 MANIFEST, INDEX, HEAD, PARTS = "manifest.json", "index.json", "head.safetensors", "part-*.safetensors"
-HIDDEN, TOP_K, SAMPLED = "hidden", "top-k", "sampled"
+KINDS = HIDDEN, TOP_K, SAMPLED = "hidden", "top-k", "sampled"
 SMALL = 1 << 16  # ids below it take two bytes
 
 Rows = dict[str, Tensor]  # each with a row a token
@@ -71,6 +71,8 @@ def unpacked_top_k(rows: Rows, sampled: bool = False) -> tuple[Tensor, Tensor]:
         known = above.to(torch.uint8).cumprod(1).bool()
     mass = torch.log(-torch.expm1(tail.clamp_max(-1e-9)))
     missing = mass - log_probs.masked_fill(~known, -math.inf).logsumexp(-1)
+    if sampled:  # rounding takes less than 1 %; else it also made a drawn one certain, which nothing needs to scale
+        missing = torch.where(missing.abs() < 0.01, missing, 0)
     return rows["ids"].to(torch.int32), torch.where(known, log_probs + missing[:, None], log_probs).float()
 
 
@@ -149,6 +151,11 @@ def read_manifest(root: Path, key: str) -> dict[str, Any]:
         raise InputError(
             f"{key}: {root}: expected a cache of the format {FORMAT!r}, got {manifest.get('format')!r}: write it again "
             "with kdkernels teacher-cache of this version"
+        )
+    if manifest.get("kind") not in KINDS:
+        raise InputError(
+            f"{key}: {root}: expected a cache of the kind {', '.join(KINDS)}, got {manifest.get('kind')!r}: read it "
+            "with the version that wrote it, or write it again"
         )
     return manifest
 

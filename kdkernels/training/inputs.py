@@ -97,7 +97,8 @@ def _check_sampled(objective: Objective, cache: Cache) -> None:
                 sampled_slope(term.divergence)
             except ValueError as error:
                 raise InputError(
-                    f"[objective] {error}; {cache.root} has {described(cache.manifest)} of each token"
+                    f"[objective] {error}; {cache.root} has {described(cache.manifest)} of each token: write the most "
+                    "probable ones (kdkernels teacher-cache without --sampled) or hidden states"
                 ) from error
 
 
@@ -118,10 +119,11 @@ def _check_cache(config: Config, objective: Objective, inputs: Inputs, name: str
         )
     temperature = objective.current_terms().temperature
     if words and temperature != 1:
+        drawn = cache.manifest["kind"] == SAMPLED
+        why = "which were drawn at 1" if drawn else f"of which all but {cache.manifest['k']} share one number"
         raise InputError(
-            f"[objective] temperature: expected 1 with the stored words of {cache.root}, of which all but "
-            f"{cache.manifest['k']} share one number, got {temperature:g}: write hidden states (kdkernels "
-            "teacher-cache without --top-k)"
+            f"[objective] temperature: expected 1 with the stored words of {cache.root}, {why}, got {temperature:g}: "
+            "write hidden states (kdkernels teacher-cache without --top-k)"
         )
     if cache.manifest["kind"] == SAMPLED:
         _check_sampled(objective, cache)

@@ -11,6 +11,7 @@ from faulty_server import faulty_server
 
 import kdkernels as kd
 from kdkernels.cli import main
+from kdkernels.sources.sampled import draw
 from kdkernels.teachers import stored
 from kdkernels.training import InputError, caching, serving, train
 from kdkernels.training.inputs import read_inputs
@@ -142,6 +143,22 @@ def test_draws_are_the_same_again_and_keep_what_they_stand_for(load, made):
     torch.testing.assert_close(masses.sum(1), torch.ones(300, dtype=torch.float64), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("k", [5, 33])
+@pytest.mark.parametrize("certain", [0.0, 0.5])
+def test_sixteen_bits_make_no_drawn_entry_certain(k, certain):
+    """Of a word just below tau, whose stored number lies above it."""
+    p = torch.full((1, 3000), 0.0, dtype=torch.float64)
+    p[0, 0], left, c = certain, 1 - certain, int(certain > 0)
+    p[0, c] = 0.9999 * left / k
+    p[0, c + 1 :] = (left - p[0, c]) / (2999 - c)
+    ids, log_p = draw(kd.Logits(p.log()), torch.arange(1), k + c, torch.tensor([0.01], dtype=torch.float64))
+    found = stored.unpacked_top_k(stored.packed_top_k(ids, log_p, 3000, sampled=True), sampled=True)[1].double()
+    assert c in ids and (found - log_p).abs().max() < 0.01
+    z_s = torch.zeros(1, 3000, dtype=torch.float64)
+    value, wanted = (kd.reference.sampled_divergence(z_s, ids, one, kd.JSD(0.5)) for one in (found, log_p))
+    torch.testing.assert_close(value, wanted, rtol=0, atol=2e-3)
+
+
 # ---- writing ----
 
 
@@ -158,9 +175,10 @@ def test_what_is_written_is_what_is_said(made, capsys):
     assert 0 <= size - tokens * 64 < 32 * 64 + 200, "ids and checksums beside 64 bytes a token"
 
 
-def test_a_cache_that_was_interrupted_is_finished(load, made, teacher_set, monkeypatch):
-    monkeypatch.setattr(caching, "PART_BYTES", 500)
-    whole = stored.Cache(root_of(made(name="whole")), "")
+@pytest.mark.parametrize("kind", [{}, {"top_k": 5, "sampled": True}], ids=["hidden", "sampled"])
+def test_a_cache_that_was_interrupted_is_finished(load, made, teacher_set, monkeypatch, kind):
+    monkeypatch.setattr(caching, "PART_BYTES", 500 if not kind else 170)
+    whole = stored.Cache(root_of(made(name="whole", **kind)), "")
     written, stop = caching.write_bytes, [5]
 
     def killed(path, contents):
@@ -172,16 +190,18 @@ def test_a_cache_that_was_interrupted_is_finished(load, made, teacher_set, monke
 
     monkeypatch.setattr(caching, "write_bytes", killed)
     with pytest.raises(KeyboardInterrupt):
-        made(name="cut")
+        made(name="cut", **kind)
     overrides = [*OFF, f"teacher.cache={whole.root.parent / 'cut'}"]
     with pytest.raises(InputError, match="not finished: kdkernels teacher-cache goes on"):
         train(load(*overrides))
     monkeypatch.setattr(caching, "write_bytes", written)
     parts = {path.name: path.stat().st_mtime_ns for path in root_of(overrides).glob("part-*")}
-    assert len(parts) == 4
-    again = stored.Cache(root_of(made(name="cut")), "")
+    assert len(parts) == 4 + bool(kind), "an lm_head beside those of hidden states"
+    again = stored.Cache(root_of(made(name="cut", **kind)), "")
     assert again.places.keys() == whole.places.keys() and len(list(again.root.glob("unfinished-*"))) == 0
-    assert all(torch.equal(again.rows(one)["hidden"], whole.rows(one)["hidden"]) for one in whole.places)
+    for one in whole.places:
+        rows, wanted = again.rows(one), whole.rows(one)
+        assert all(torch.equal(rows[name].double(), wanted[name].double()) for name in wanted), one
     assert all((again.root / name).stat().st_mtime_ns == when for name, when in parts.items()), "none is made twice"
 
 
@@ -203,6 +223,8 @@ def spoil(root: Path, case: str) -> None:
         part.write_bytes(b"x" * len(contents))
     elif case == "version":
         manifest.write_text(json.dumps(said | {"format": "kdkernels teacher cache 0"}))
+    elif case == "kind":
+        manifest.write_text(json.dumps(said | {"kind": "rumours"}))
     elif case == "tokenizer":
         manifest.write_text(json.dumps(said | {"tokenizer": "0" * 64}))
     elif case == "manifest":
@@ -226,6 +248,7 @@ def spoil(root: Path, case: str) -> None:
         ("no tensors", "is damaged or cut"),
         ("other bytes", "the bytes of sample .* are not those that were written"),
         ("version", "expected a cache of the format 'kdkernels teacher cache 1', got 'kdkernels teacher cache 0'"),
+        ("kind", "expected a cache of the kind hidden, top-k, sampled, got 'rumours'"),
         ("tokenizer", "was made with another tokenizer \\(sha256 000000000000, not "),
         ("manifest", "is no cache of a teacher: manifest.json"),
         ("index", "is not finished"),
@@ -285,7 +308,7 @@ def test_a_cache_that_does_not_fit_the_recipe_is_refused(load, made, teacher_set
     drawn = made(top_k=4, sampled=True, name="drawn")
     with pytest.raises(InputError, match=r"got the reverse KL, .*drawn has 4 sampled of \d+ entries of each token"):
         train(load(*drawn, "objective.beta=1.0"))
-    with pytest.raises(InputError, match=r"\[objective\] temperature: expected 1 with the stored words of .*, got 2"):
+    with pytest.raises(InputError, match=r"temperature: expected 1 with .*drawn, which were drawn at 1, got 2"):
         train(load(*drawn, "objective.temperature=2.0"))
     with pytest.raises(InputError, match=r"made from something else: kind: sampled -> top-k"):
         made(top_k=4, name="drawn")

@@ -15,9 +15,9 @@ def add(commands) -> None:
     command = commands.add_parser(
         "teacher-cache",
         help="store what a teacher says about the data's responses",
-        description="Lets the teacher of a recipe score the data's responses once and stores its hidden states, or its "
-        "most probable words, in the directory [teacher] cache; runs of the recipe then read them from there. Goes on "
-        "where it was interrupted. Under torchrun, the processes share the data.",
+        description="Lets the teacher of a recipe score the data's responses once and stores its hidden states, its "
+        "most probable words, or words that it draws, in the directory [teacher] cache; runs of the recipe then read "
+        "them from there. Goes on where it was interrupted. Under torchrun, the processes share the data.",
     )
     command.set_defaults(run=_run)
     command.add_argument("recipe", metavar="RECIPE.toml")
