@@ -54,6 +54,8 @@ def cache(config: Config, top_k: int | None = None, sampled: bool = False) -> st
         InputError: data or models that cannot be used, or a cache that is there was made from something else.
         DiskError, ServerError.
     """
+    if sampled and top_k is None:
+        raise InputError("--sampled: expected --top-k K too, how many words to draw of each token")
     distributed.start(config.run.timeout_seconds)
     root = Path(config.teacher.cache)
     with ExitStack() as held:

@@ -35,8 +35,6 @@ def _run(options: argparse.Namespace) -> int:
         config = read_recipe(options.recipe, options.set)
         if config.teacher is None or config.teacher.cache is None or not (config.teacher.path or config.teacher.url):
             raise InputError(f"{options.recipe}: [teacher] expected a path or url, and the cache that is to be written")
-        if options.sampled and options.top_k is None:
-            raise InputError("--sampled: expected --top-k K too, how many words to draw of each token")
         with with_reason():
             from kdkernels.training import caching  # torch, DeepSpeed, transformers: seconds
             from kdkernels.training.processes import distributed
