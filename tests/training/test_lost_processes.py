@@ -205,3 +205,37 @@ sys.exit(f"still in {dist.group.WORLD}" if dist.is_initialized() else 0)
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, cwd=tmp_path, env=os.environ | launcher, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("started", [True, False], ids=["by a launcher", "alone"])
+def test_threads_have_dropped_all_tensors_before_python_ends(tmp_path, started):
+    """A thread of gloo's that drops a tensor while the interpreter ends aborts the process. Here it always would: the
+    operation takes longer than its start, and from then on the main thread keeps Python's lock.
+    """
+    program = """
+import atexit, os, sys, time, weakref
+import torch
+import torch.distributed as dist
+from kdkernels.training.processes import distributed
+
+held = []
+atexit.register(lambda: os.write(1, repr(held).encode()))  # atexit: the last one registered comes first
+atexit.register(lambda: held.append(tensor() is not None))
+distributed.start()
+whole, parts = torch.ones(1 << 24), [torch.empty(1 << 24)]
+tensor = weakref.ref(whole)
+sys.setswitchinterval(100)
+dist.all_gather(parts, whole, async_op=True)
+del whole
+until = time.monotonic() + 0.5
+while time.monotonic() < until:
+    pass
+held.append(tensor() is not None)
+"""
+    launcher = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    launcher = launcher | {"MASTER_PORT": free_port()} if started else {}
+    package = {"PYTHONPATH": str(Path(__file__).parents[2])}
+    environment = os.environ | launcher | package | {"CUDA_VISIBLE_DEVICES": ""}  # gloo's groups are those of CPUs
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+    assert (done.returncode, done.stdout) == (0, "[True, False]"), done.stderr

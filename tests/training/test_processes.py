@@ -29,8 +29,8 @@ IN_PARTS = (sys.executable, "-m", "tests.training.in_parts", "train")
 
 
 def start(command, *arguments, cwd) -> subprocess.Popen:
-    # a child must find the package from any directory, installed or not
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    # a child must find the package from any directory, installed or not, and say where it was when a signal ended it
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "PYTHONFAULTHANDLER": "1"}
     with (cwd / "output.txt").open("w") as output:
         return subprocess.Popen([*command, *arguments], cwd=cwd, env=environment, stdout=output, stderr=output)
 
@@ -39,7 +39,7 @@ def finish(process: subprocess.Popen, cwd) -> str:
     """What the process printed; it must succeed."""
     status = process.wait(timeout=240)
     printed = (cwd / "output.txt").read_text()
-    assert status == 0, printed
+    assert status == 0, f"exit status {status}; the end of what was printed:\n{printed[-8000:]}"
     return printed
 
 

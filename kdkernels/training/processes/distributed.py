@@ -1,7 +1,9 @@
 """The processes of a run: one without a launcher, or as many as torchrun starts."""
 
+import atexit
 import os
 import resource
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -24,6 +26,8 @@ def start(timeout_seconds: float = 1800) -> None:
     An operation of all processes that does not end within `timeout_seconds` is an error (`lost_process`). Raises
     InputError where a launcher did not say all that it has to.
     """
+    atexit.unregister(_let_go)
+    atexit.register(_let_go)
     if dist.is_initialized():
         return
     timeout = timedelta(seconds=timeout_seconds)
@@ -43,8 +47,8 @@ def start(timeout_seconds: float = 1800) -> None:
 
 
 def leave() -> None:
-    """The last thing that one of a launcher's processes does. Left to Python's exit, the threads of gloo's groups now
-    and then abort a process whose work is done, which the launcher takes for a failed run.
+    """The last thing that one of a launcher's processes does: ends the groups, and the threads of those that nobody
+    else holds on to (DeepSpeed holds on to its own, under ZeRO-3 to all). `_let_go` is for the rest of them.
     """
     if launched() and dist.is_initialized():
         dist.destroy_process_group()
@@ -137,6 +141,17 @@ def by_first(function: Callable[[], T]) -> T:
 def lost_process(error: Exception) -> bool:
     """Whether `error` is how gloo, NCCL or the rendezvous say that another process ended or does not answer."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
+
+
+def _let_go() -> None:
+    """Gives the threads of gloo's groups the time to drop the tensors of the last operations; Python's exit calls it.
+
+    Such a thread drops them after it has woken whoever waits for the operation, and needs Python's lock for that. This
+    thread may have it by then, and keep it until the interpreter ends: Python then ends the other thread where C++
+    allows no such thing, and the process aborts (SIGABRT, "terminate called without an active exception") although its
+    work is done, which a launcher takes for a failed run. While this thread sleeps, the lock is free.
+    """
+    time.sleep(0.1)
 
 
 def _backend() -> str:
