@@ -111,7 +111,7 @@ def drift(
         "bucket": lambda at: kd.TopK(ids[at], log_probs[at]),
         "renormalised": lambda at: kd.TopK(ids[at], log_probs[at], renormalize=True),
     }
-    found, states = {"start": measured(student, teacher, ids)}, {}
+    found, states = {"start": measured(kd.Head(student, teacher.weight), teacher, ids)}, {}
     for name, source in arms.items():
         torch.manual_seed(0)
         adapter = torch.zeros(width, width, requires_grad=True)
@@ -123,20 +123,20 @@ def drift(
             kd.divergence(head, source(at), kd.ReverseKL()).mean().backward()
             optimizer.step()
         states[name] = (student + student @ adapter).detach()
-        found[name] = measured(states[name], teacher, ids)
+        found[name] = measured(kd.Head(states[name], teacher.weight), teacher, ids)
     return found, states
 
 
-def measured(student: torch.Tensor, teacher: kd.Head, ids: torch.Tensor) -> dict[str, float]:
-    head = kd.Head(student, teacher.weight)
+def measured(student: kd.Head, teacher: kd.Head, ids: torch.Tensor) -> dict[str, float]:
+    """Means over the tokens, in nats, and the student's mass beyond the words `ids` [N, K]."""
     inside = torch.stack([
-        (-kd.cross_entropy(head, ids[:, i].long())).exp() for i in range(ids.shape[1])
+        (-kd.cross_entropy(student, ids[:, i].long())).exp() for i in range(ids.shape[1])
     ]).sum(0)  # fmt: skip
     return {
-        "entropy": kd.entropy(head).mean().item(),
+        "entropy": kd.entropy(student).mean().item(),
         "outside": (1 - inside).mean().item(),
-        "KL(q, p)": kd.divergence(head, teacher, kd.ReverseKL()).mean().item(),
-        "KL(p, q)": kd.divergence(head, teacher, kd.ForwardKL()).mean().item(),
+        "KL(q, p)": kd.divergence(student, teacher, kd.ReverseKL()).mean().item(),
+        "KL(p, q)": kd.divergence(student, teacher, kd.ForwardKL()).mean().item(),
     }
 
 
