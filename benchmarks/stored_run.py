@@ -47,7 +47,7 @@ TITLES = {
     "whole": "whole",
     "bucket": "list with its bucket",
     "renormalised": "renormalised list",
-    "sampled": "sampled words",
+    "sampled": "drawn words",
 }
 GKD = next(arm for arm in ARMS if arm.name == "gkd")
 
@@ -145,7 +145,7 @@ def plot(found: dict[str, dict], path: Path) -> None:
     teacher = found.get("whole", {}).get("teacher_entropy", [])
     axes.plot(range(1, len(teacher) + 1), teacher, color="black", linestyle="dashed", label="the teacher's own")
     axes.set_xlabel("step")
-    axes.set_ylabel("student's entropy (nats)")
+    axes.set_ylabel("entropy (nats a token)")
     axes.legend()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
@@ -161,7 +161,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, metavar="FILE", help="the students' entropies over the steps")
     options = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    names = [arm for arm in options.arms if arm != "sampled" or options.beta < 1]
+    names = [arm for arm in TITLES if arm in options.arms and (arm != "sampled" or options.beta < 1)]
     found = arms(options.demo, options.output, names, options.beta, options.steps)
     show([{"teacher": TITLES.get(arm, "before"), **values["held out"]} for arm, values in found.items()])
     start = found["start"]
