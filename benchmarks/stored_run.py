@@ -137,7 +137,7 @@ def plot(found: dict[str, dict], path: Path) -> None:
     """The student's entropy over the steps, a line for each arm, and the teacher's, dashed."""
     from kdkernels.demo.plots import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(10, 4), layout="constrained")
     for number, (arm, title) in enumerate(TITLES.items()):
         if arm in found:
             values = found[arm]["student_entropy"]
@@ -146,7 +146,7 @@ def plot(found: dict[str, dict], path: Path) -> None:
     axes.plot(range(1, len(teacher) + 1), teacher, color="black", linestyle="dashed", label="the teacher's own")
     axes.set_xlabel("step")
     axes.set_ylabel("entropy (nats a token)")
-    axes.legend()
+    figure.legend(loc="outside right upper")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
