@@ -8,8 +8,9 @@ part-0000-000000.safetensors    of process 0, its first: tensors of one row a to
 index.json                      written last: of each part its bytes and its samples, of the lm_head its SHA-256
 
 hidden  "hidden" [T, H] in the model's own dtype: 2 H bytes a token in bf16
-top-k   "ids" [T, K] uint16, or int32 where the vocabulary has more than 65536 entries; "log_probs" [T, K] fp16; "tail"
-        [T] fp16, the log of what all other entries have: 4 K + 2 or 6 K + 2 bytes a token. The words are scaled to
+top-k   "ids" [T, K] uint16, or [T, K, 3] uint8 (the lowest byte first) where the vocabulary has more than 65536
+        entries; "log_probs" [T, K] fp16; "tail" [T] fp16, the log of what all other entries have: 4 K + 2 or 5 K + 2
+        bytes a token. The words are scaled to
         1 - exp(tail) when they are read, so that rounding makes no mass of its own
 sampled the same of words that were drawn (`kd.TopK.sample`), the certain ones first; "tail" is what all but these
         have, and these alone are scaled
@@ -42,6 +43,7 @@ FORMAT = "kdkernels teacher cache 1"
 MANIFEST, INDEX, HEAD, PARTS = "manifest.json", "index.json", "head.safetensors", "part-*.safetensors"
 KINDS = HIDDEN, TOP_K, SAMPLED = "hidden", "top-k", "sampled"
 SMALL = 1 << 16  # ids below it take two bytes
+ID_BYTES = 3  # of larger vocabularies
 
 Rows = dict[str, Tensor]  # each with a row a token
 Entry = tuple[str, int, int]  # of a sample: id, tokens, CRC-32
@@ -57,8 +59,21 @@ def packed_top_k(ids: Tensor, log_probs: Tensor, vocabulary: int, sampled: bool 
         p = torch.where(sampled_masses(log_probs.double()) > p, 0, p)
     rest = 1 - p.sum(-1)
     tail = rest.clamp_min(0).log() if ids.shape[-1] < vocabulary else torch.full_like(rest, -math.inf)
-    kind = torch.uint16 if vocabulary <= SMALL else torch.int32
-    return {"ids": ids.to(kind), "log_probs": log_probs.half(), "tail": tail.half()}
+    if vocabulary > 1 << 8 * ID_BYTES:
+        raise ValueError(f"vocabulary: expected at most {1 << 8 * ID_BYTES} entries, got {vocabulary}")
+    narrow = ids.to(torch.uint16) if vocabulary <= SMALL else _bytes(ids)[..., :ID_BYTES].contiguous()
+    return {"ids": narrow, "log_probs": log_probs.half(), "tail": tail.half()}
+
+
+def _bytes(ids: Tensor) -> Tensor:
+    return ids.to(torch.int32)[..., None].view(torch.uint8)
+
+
+def _wide(ids: Tensor) -> Tensor:
+    """Stored ids [T, K] or, in bytes, [T, K, 3] as int32 [T, K]."""
+    if ids.dtype != torch.uint8:
+        return ids.to(torch.int32)
+    return torch.nn.functional.pad(ids, (0, 4 - ID_BYTES)).view(torch.int32)[..., 0]
 
 
 def unpacked_top_k(rows: Rows, sampled: bool = False) -> tuple[Tensor, Tensor]:
@@ -73,7 +88,7 @@ def unpacked_top_k(rows: Rows, sampled: bool = False) -> tuple[Tensor, Tensor]:
     missing = mass - log_probs.masked_fill(~known, -math.inf).logsumexp(-1)
     if sampled:  # rounding takes less than 1 %; else it also made a drawn one certain, which nothing needs to scale
         missing = torch.where(missing.abs() < 0.01, missing, 0)
-    return rows["ids"].to(torch.int32), torch.where(known, log_probs + missing[:, None], log_probs).float()
+    return _wide(rows["ids"]), torch.where(known, log_probs + missing[:, None], log_probs).float()
 
 
 def offsets(sample: str, tokens: int) -> Tensor:
@@ -242,7 +257,7 @@ class TopKTeacher:
         self.cache, self.sampled = cache, cache.manifest["kind"] == SAMPLED
 
     def __str__(self) -> str:
-        size = self.cache.manifest["k"] * (4 if self.cache.manifest["vocabulary"] <= SMALL else 6) + 2
+        size = self.cache.manifest["k"] * (4 if self.cache.manifest["vocabulary"] <= SMALL else 2 + ID_BYTES) + 2
         return f"{described(self.cache.manifest)}, {size} bytes a token"
 
     def score(self, batch: Batch) -> TopK:

@@ -87,14 +87,17 @@ def test_the_tail_is_that_of_the_teacher():
     torch.manual_seed(0)
     log_p = (6 * torch.randn(200, 300, dtype=torch.float64)).log_softmax(-1)
     top, ids = log_p.topk(32)
-    for vocabulary, kind, size in ((300, torch.uint16, 4), (10**5, torch.int32, 6)):
-        rows = stored.packed_top_k(ids, top, vocabulary)
+    for vocabulary, kind, size in ((300, torch.uint16, 4), (2**17 + 500, torch.uint8, 5)):
+        own = ids + (vocabulary - 300)  # every byte of an id counts
+        rows = stored.packed_top_k(own, top, vocabulary)
         assert rows["ids"].dtype == kind and stored.bytes_per_token(rows) == size * 32 + 2
         found, log_probs = stored.unpacked_top_k(rows)
         rest, wanted = -torch.expm1(log_probs.double().logsumexp(-1)), 1 - top.exp().sum(-1)
-        assert torch.equal(found.long(), ids) and wanted.min() < 1e-4
+        assert torch.equal(found.long(), own) and wanted.min() < 1e-4
         assert ((rest - wanted).abs() <= 5e-3 * wanted + 3e-7).all()
         assert (log_probs.double() - top).abs().max() < 0.01
+    with pytest.raises(ValueError, match=r"vocabulary: expected at most 16777216 entries, got 16777217"):
+        stored.packed_top_k(ids, top, 2**24 + 1)
     whole = stored.packed_top_k(ids, log_p.topk(32).values.log_softmax(-1), 32)
     assert (stored.unpacked_top_k(whole)[1].exp().sum(-1) - 1).abs().max() < 1e-6
 
