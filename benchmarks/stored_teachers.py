@@ -15,12 +15,14 @@ import argparse
 import json
 import os
 import time
+from functools import partial
 from itertools import islice
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kdkernels as kd
+from kdkernels.reference import sampled_masses
 from kdkernels.teachers.stored import bytes_per_token, packed_top_k, unpacked_top_k
 
 SUBJECTS = ("the sea", "bread", "prime numbers", "a train", "winter", "the moon", "chess", "glass", "a river", "bees")
@@ -98,6 +100,33 @@ def losses(student: kd.Head, teacher: kd.Head) -> list[dict[str, object]]:
     return found
 
 
+def costs(student: kd.Head, teacher: kd.Head, k: int = 128, rounds: int = 5) -> None:
+    """Prints how many of the drawn words are certain, and medians of seconds in turns: of the loss, forward and
+    backward, and of finding the words.
+    """
+    makers = {"likeliest": lambda: kd.statistics(teacher, topk=k), "drawn": lambda: kd.TopK.sample(teacher, k)}
+    known, drawn = (make() for make in makers.values())
+    certain = (sampled_masses(drawn.log_probs.double()) <= drawn.log_probs.double().exp()).sum(1)
+    print(
+        f"certain of {k} drawn words: {certain.min()} to {certain.max()}, {certain.double().mean():.1f} in the mean\n"
+    )
+    head = kd.Head(student.hidden.clone().requires_grad_(), student.weight.clone().requires_grad_())
+    sources = {"whole": teacher, "likeliest": kd.TopK(known.topk_indices, known.topk_log_probs), "drawn": drawn}
+
+    def loss(source: kd.sources.Source) -> None:
+        torch.autograd.grad(kd.divergence(head, source, kd.JSD(0.5)).mean(), (head.hidden, head.weight))
+
+    calls = {f"loss, {name}": partial(loss, source) for name, source in sources.items()}
+    calls |= {f"finding, {name}": make for name, make in makers.items()}
+    seconds = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            seconds[name].append(time.perf_counter() - start)
+    show([{"seconds": name, "median": sorted(each)[rounds // 2]} for name, each in seconds.items()])
+
+
 def drift(
     student: torch.Tensor, teacher: kd.Head, steps: int, k: int = 16
 ) -> tuple[dict[str, dict[str, float]], dict[str, torch.Tensor]]:
@@ -164,6 +193,7 @@ def main() -> None:
     teacher = kd.Head(of_teacher, weight)
     print(f"{len(of_teacher)} tokens, {time.time() - start:.0f} s\n", flush=True)
     show(losses(kd.Head(of_student, weight), teacher))
+    costs(kd.Head(of_student, weight), teacher)
     found, trained = drift(of_student, teacher, options.steps)
     print("the same after training with the whole teacher\n")
     show(losses(kd.Head(trained["whole"], weight), teacher))

@@ -53,7 +53,12 @@ Entry = tuple[str, int, int]  # of a sample: id, tokens, CRC-32
 
 
 def packed_top_k(ids: Tensor, log_probs: Tensor, vocabulary: int, sampled: bool = False) -> Rows:
-    """The stored form of ids [T, K] and their log-probabilities [T, K], of which the rest is the tail."""
+    """The stored form of ids [T, K] and their log-probabilities [T, K]. The tail is what all but these have; of
+    ``sampled`` ones, which stand for other entries too, what all but the certain ones have.
+
+    Raises:
+        ValueError: the vocabulary has more entries than three bytes can number.
+    """
     p = log_probs.double().exp()
     if sampled:
         p = torch.where(sampled_masses(log_probs.double()) > p, 0, p)
